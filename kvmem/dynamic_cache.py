@@ -1,0 +1,161 @@
+"""The only file that reaches inside transformers' DynamicCache: lend, join, crop, move, count bytes.
+
+Layout (transformers 5.16 to 5.19): `cache.layers[i].keys` and `.values`, each (batch, kv_heads, tokens, head_dim), keys
+after RoPE. A layer also carries `is_initialized`, `dtype` and `device`; a layer built by hand that leaves them unset
+reports length 0 and is silently ignored, so caches are built here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvmem.errors import ModelError
+from kvmem.items import MemoryTokens
+
+KV = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each (batch, kv_heads, tokens, head_dim)."""
+
+FIRST_HEADROOM = 64
+
+
+class LentLayer(DynamicLayer):
+    """A layer that starts from tensors it must not write to, and grows without copying them at each step.
+
+    The first update copies the lent tokens and the new ones into a buffer of its own with room to spare (one `cat`,
+    as a plain DynamicLayer does); later ones write into that room until it is full, and then double it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: KV | None = None
+        self.headroom = FIRST_HEADROOM
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> KV:  # type: ignore[no-untyped-def]
+        if not self.is_initialized:
+            return super().update(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        start, new = self.keys.shape[-2], key_states.shape[-2]
+        end = start + new
+        if not self._owns(self.keys) or self.buffers is None or end > self.buffers[0].shape[-2]:
+            room_BHTD = key_states.new_empty(*key_states.shape[:2], self.headroom, key_states.shape[-1])
+            self.buffers = (
+                torch.cat([self.keys, key_states, room_BHTD], dim=-2),
+                torch.cat([self.values, value_states, room_BHTD], dim=-2),
+            )
+            self.headroom *= 2
+        else:
+            self.buffers[0][:, :, start:end].copy_(key_states)
+            self.buffers[1][:, :, start:end].copy_(value_states)
+        self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
+        return self.keys, self.values
+
+    def _owns(self, keys: torch.Tensor) -> bool:
+        """False after a beam reorder or batch repeat put other tensors in place of the buffer's head."""
+        if self.buffers is None:
+            return False
+        own = self.buffers[0]
+        return keys.data_ptr() == own.data_ptr() and keys.shape[:2] == own.shape[:2] and keys.stride() == own.stride()
+
+
+class LentCache(DynamicCache):
+    """A DynamicCache lent from stored memories: using it leaves them as they are.
+
+    `tokens` says which token ids it was lent with, so that a query can verify the prefix.
+    """
+
+    tokens: MemoryTokens
+
+
+def _shell(config: PreTrainedConfig, kind: type[DynamicCache]) -> DynamicCache:
+    cache = kind(config=config)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            if kind is LentCache:
+                cache.layers[i] = LentLayer()
+        elif type(layer) is not DynamicSlidingWindowLayer:
+            raise ModelError(
+                f"{config.model_type} has a layer of kind {type(layer).__name__}, whose state is no list of keys and values. "
+                "Covered: full and sliding-window attention."
+            )
+    return cache
+
+
+def _fill(cache: DynamicCache, layers: Iterable[KV], tokens: int) -> None:
+    for layer, (keys, values) in zip(cache.layers, layers, strict=True):
+        layer.keys, layer.values = keys, values
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = tokens
+            layer._sliding_window_tensor = layer._sliding_window_tensor.to(keys.device)
+
+
+def from_layers(layers: Sequence[KV], config: PreTrainedConfig, tokens: int | None = None) -> DynamicCache:
+    """A DynamicCache of `config`'s model around the given tensors (shared, not copied).
+
+    `tokens` is the length of the text behind it; it differs from the tensors' only on sliding layers.
+    """
+    cache = _shell(config, DynamicCache)
+    _fill(cache, layers, max(keys.shape[-2] for keys, _ in layers) if tokens is None else tokens)
+    return cache
+
+
+def layers_of(cache: DynamicCache) -> list[KV]:
+    """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied."""
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
+
+
+def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig) -> LentCache:
+    """A fresh shell that shares `cache`'s tensors; growing, cropping or reordering it leaves `cache` as it is."""
+    shell = _shell(config, LentCache)
+    assert isinstance(shell, LentCache)
+    _fill(shell, layers_of(cache), cache.get_seq_length())
+    shell.tokens = tokens
+    return shell
+
+
+def crop(cache: DynamicCache, tokens: int) -> bool:
+    """Keeps the first `tokens` tokens, in place, by views. False, and nothing done, where a sliding layer has already
+    dropped the tokens that it would need."""
+    length = cache.get_seq_length()
+    if tokens >= length:
+        return True
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.cumulative_length > layer.keys.shape[-2]:
+            return False
+    for layer in cache.layers:
+        assert layer.keys is not None and layer.values is not None
+        layer.keys, layer.values = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = tokens
+    return True
+
+
+def cut(cache: DynamicCache, start: int, end: int) -> list[KV]:
+    """Tokens `start` to `end` of each layer, as views."""
+    return [(keys[..., start:end, :], values[..., start:end, :]) for keys, values in layers_of(cache)]
+
+
+def join(blocks: Sequence[Sequence[KV]]) -> list[KV]:
+    """Blocks of tokens one behind the other, layer by layer; copies."""
+    return [
+        (torch.cat([keys for keys, _ in parts], dim=-2), torch.cat([values for _, values in parts], dim=-2))
+        for parts in zip(*blocks, strict=True)
+    ]
+
+
+def to_device(cache: DynamicCache, device: torch.device | str, config: PreTrainedConfig) -> DynamicCache:
+    """The same cache on another device; shares the tensors where they are there already."""
+    return from_layers([(k.to(device), v.to(device)) for k, v in layers_of(cache)], config, cache.get_seq_length())
+
+
+def nbytes(cache: DynamicCache) -> int:
+    """Bytes of all keys and values."""
+    return sum(t.numel() * t.element_size() for pair in layers_of(cache) for t in pair)
+
+
+def has_sliding_layers(config: PreTrainedConfig) -> bool:
+    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)

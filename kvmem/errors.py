@@ -1,0 +1,78 @@
+"""What can go wrong, by name. Every message names the thing and the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import pydantic
+
+
+class KVMemError(Exception):
+    """The base of every error that this package raises on purpose."""
+
+
+class ConfigError(KVMemError, ValueError):
+    """A configuration names something that does not exist, or gives a value that is not allowed."""
+
+
+class ModelError(KVMemError):
+    """A model can't be had, or its architecture is one that a cache can't be lent to."""
+
+
+class PromptError(KVMemError, ValueError):
+    """A text can't be rendered or tokenised into a prompt: empty, too long, or refused by the template."""
+
+
+class UnknownMemoryError(KVMemError, KeyError):
+    """An id is not in the memory."""
+
+    def __str__(self) -> str:  # KeyError would print the message quoted
+        return str(self.args[0])
+
+
+class DuplicateMemoryError(KVMemError, ValueError):
+    """An id is already in the memory."""
+
+
+class FingerprintError(KVMemError, ValueError):
+    """A cache was built by another model, tokenizer or template than the one in hand."""
+
+
+class MergeError(KVMemError, ValueError):
+    """A merge strategy does not cover these items or this model."""
+
+
+class StorageError(KVMemError):
+    """A file can't be read or written; the memory in place is as it was."""
+
+
+class DamagedFileError(StorageError):
+    """A file is truncated, altered, or not of the format that its suffix says."""
+
+
+class UnsafeFileError(StorageError):
+    """A pickle names something that the allow-list does not hold; nothing of it was run."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A sentence that names the nearest choice and then all of them.
+
+    >>> did_you_mean("devise", ["device", "dtype"])
+    'Did you mean device? Choices: device, dtype.'
+    """
+    known = sorted(set(choices))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f"Did you mean {near[0]}? " if near else "") + f"Choices: {', '.join(known)}."
+
+
+def config_error(what: str, error: pydantic.ValidationError, known: Iterable[str]) -> ConfigError:
+    """pydantic's findings as one error of ours, with the nearest known name for a key that does not exist."""
+    lines = []
+    for finding in error.errors():
+        key = ".".join(str(part) for part in finding["loc"])
+        if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            lines.append(f"{what}: unknown key {key!r}. {did_you_mean(key, known)}")
+        else:
+            lines.append(f"{what}.{key}: {finding['msg']} (got {finding['input']!r})")
+    return ConfigError("\n".join(lines))

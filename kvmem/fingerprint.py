@@ -1,0 +1,91 @@
+"""What a cache is valid for: the weights, their dtype and RoPE, the tokenizer and its template, by hash.
+
+A fingerprint names the weights, not the process that loaded them. Each tensor's name, shape and dtype and a few of its
+values are hashed, which takes seconds for 145 GB and gives the same on any device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLES_PER_TENSOR = 8
+
+
+class ModelFingerprint(BaseModel):
+    """Two caches may meet in one model only if every field but `origin` is equal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str
+    dtype: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    rope: dict[str, Any]
+    config: str
+    weights: str
+    adapters: tuple[str, ...] = ()
+    tokenizer: str
+    template: str
+    origin: str
+    """Where the weights came from, for people: hub, folder, packaged (quantized as Q4_1), or random (shape, seed, device)."""
+
+    def difference(self, other: ModelFingerprint) -> str | None:
+        """The first field in which `other` is not the same model, as "field: ours, theirs"; None if it is the same."""
+        for name in type(self).model_fields:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if name != "origin" and ours != theirs:
+                return f"{name}: {ours} here, {theirs} there (here {self.origin}; there {other.origin})"
+        return None
+
+
+def sha256(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:32]
+
+
+def hash_weights(model: PreTrainedModel) -> str:
+    """Hash of every parameter's name, shape, dtype and `SAMPLES_PER_TENSOR` of its values, evenly spread."""
+    names, samples = [], []
+    for name, tensor in sorted(model.named_parameters(remove_duplicate=False)):
+        names.append(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}")
+        flat = tensor.detach().reshape(-1)
+        at = torch.linspace(0, flat.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
+        samples.append(flat[at.to(flat.device)].float())
+    by_device = [sample.cpu() for sample in samples] if len({s.device for s in samples}) > 1 else samples
+    values = torch.cat(by_device).cpu()  # one transfer, not one a tensor
+    return sha256(*names, values.numpy().tobytes())
+
+
+# Written by whoever saved the model, and without effect on a cache.
+_WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"}
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str) -> ModelFingerprint:
+    """The fingerprint of a loaded model with its tokenizer; `origin` says in words where the weights came from."""
+    config = model.config
+    fields = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
+    heads = config.num_attention_heads
+    tokens = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return ModelFingerprint(
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        rope=json.loads(json.dumps(getattr(config, "rope_parameters", None) or {}, default=str)),
+        config=sha256(json.dumps(fields, sort_keys=True, default=str)),
+        weights=hash_weights(model),
+        adapters=tuple(model.active_adapters()) if model._hf_peft_config_loaded else (),
+        tokenizer=sha256(tokens),
+        template=sha256(tokenizer.chat_template or ""),
+        origin=origin,
+    )
