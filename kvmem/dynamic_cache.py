@@ -54,10 +54,13 @@ class LentLayer(DynamicLayer):
         return self.keys, self.values
 
     def _owns(self, keys: torch.Tensor) -> bool:
-        """False after a beam reorder or batch repeat put other tensors in place of the buffer's head."""
+        """False after a beam reorder or batch repeat put other tensors in place of the buffer's head, and for a buffer
+        made in inference mode that is to be written outside of it."""
         if self.buffers is None:
             return False
         own = self.buffers[0]
+        if own.is_inference() and not torch.is_inference_mode_enabled():
+            return False
         return keys.data_ptr() == own.data_ptr() and keys.shape[:2] == own.shape[:2] and keys.stride() == own.stride()
 
 

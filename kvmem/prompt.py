@@ -1,1 +1,206 @@
-"""Text and chat template -> token ids, and the split that says which of them a memory already holds."""
+"""Text and chat template -> token ids, and the split that says which of them a memory already holds.
+
+A prompt is rendered and tokenised once, whole, because tokenising memory and query apart can change the tokens where
+they meet, and templates behave differently when rendered apart (default system prompt, second BOS, stripped `<think>`).
+What is stored is cut where a query is unlikely to reach; what a query really shares is verified each time, token by
+token, so a template or tokenizer that breaks the rule costs a few tokens prefilled again and never a wrong answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from kvmem.errors import PromptError
+from kvmem.fingerprint import sha256
+from kvmem.items import MemoryTokens, Message, Source
+
+Query = str | Sequence[Message]
+"""What is asked: a text, or the turns that follow the memory."""
+
+TemplateKind = Literal["chat", "plain"]
+
+# Stand-ins that no memory holds, to see where a template puts the memory and the query.
+_MEMORY_PROBE = "kvmem memory probe 5b1f"
+_QUERY_PROBE = "kvmem query probe 9d3e"
+_LAST_WORD = re.compile(r"\s*\S+\s*$")
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A verified split of one prompt: a cache holds `memory_ids`, `query_ids` remain to be prefilled (one at least)."""
+
+    memory_ids: tuple[int, ...]
+    query_ids: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.memory_ids + self.query_ids
+
+    @property
+    def digest(self) -> str:
+        """Hash of all ids: both arms of a comparison must have the same."""
+        return sha256(",".join(map(str, self.ids)))
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A prompt as text and tokens, and the places in it, in characters."""
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    memory_start: int
+    memory_end: int
+    query_start: int
+
+    def tokens_before(self, char: int) -> int:
+        """How many tokens at the head of the prompt end at or before `char`."""
+        return next((i for i, (_, end) in enumerate(self.spans) if end > char), len(self.spans))
+
+
+class PromptTemplate:
+    """How text becomes a prompt.
+
+    `chat`: the memory is the system turn, or earlier turns as they were, and the query the user turn, through the
+    model's own chat template; a template without a system role gets the memory at the head of the user turn.
+    `plain`: memory and query, concatenated.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kind: TemplateKind) -> None:
+        if not tokenizer.is_fast:
+            raise PromptError("The tokenizer has no character offsets, which the seam needs. Load its fast version.")
+        if kind == "chat" and not tokenizer.chat_template:
+            raise PromptError("The tokenizer has no chat template. Use template='plain', or set tokenizer.chat_template.")
+        self.tokenizer = tokenizer
+        self.kind = kind
+
+    def memory_tokens(self, source: Source) -> MemoryTokens:
+        """The tokens of a memory that are stored, cut before a query can reach them.
+
+        Raises PromptError for an empty text, or one so short that nothing of it can be stored.
+        """
+        if not (source.strip() if isinstance(source, str) else source):
+            raise PromptError("A memory of 0 characters can't be stored. Give it some text.")
+        if self.kind == "plain" and not isinstance(source, str):
+            raise PromptError("Chat turns need a chat template. Use template='chat', or give the turns as one text.")
+        rendered = self._render(source, "" if self.kind == "plain" else _QUERY_PROBE)
+        added = self.tokenizer.added_tokens_decoder
+        barriers = [
+            i for i, (token, (start, end)) in enumerate(zip(rendered.ids, rendered.spans, strict=True))
+            if token in added and start >= rendered.memory_end and end <= rendered.query_start and end > start
+        ]
+        header = rendered.tokens_before(rendered.memory_start)
+        memory_tokens = rendered.tokens_before(rendered.memory_end)
+        if barriers:
+            cut, body_end = barriers[-1] + 1, memory_tokens
+        else:  # nothing parts memory and query, so the memory's last word is the query's to change
+            word = _LAST_WORD.search(self._text_of(source))
+            assert word is not None
+            last_word = rendered.memory_end - (word.end() - word.start())
+            cut = body_end = min(rendered.tokens_before(last_word), memory_tokens)
+        if cut <= header:
+            raise PromptError(
+                f"A memory of {memory_tokens - header} tokens can't be stored under template={self.kind!r}: its last word "
+                "belongs to the query. Give it more text, or send it as part of the query."
+            )
+        return MemoryTokens(
+            source=source, template=self.kind, token_ids=rendered.ids[:cut], header_tokens=header,
+            body_end=min(body_end, cut), rest_ids=rendered.ids[body_end:memory_tokens],
+        )
+
+    def split(self, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
+        """The prompt of `query` behind a memory, split at the longest prefix that the memory really holds."""
+        self._check_query(query)
+        rendered = self._render(tokens.source, query)
+        ids = rendered.ids
+        if tokens.lead_ids:
+            header = rendered.tokens_before(rendered.memory_start)
+            ids = ids[:header] + tokens.lead_ids + ids[header:]
+        shared = common_prefix(tokens.token_ids, ids)
+        shared = min(shared, len(ids) - 1)  # the last token's logits are wanted, so it is always computed
+        return TokenizedPrompt(ids[:shared], ids[shared:])
+
+    def bare(self, query: Query) -> TokenizedPrompt:
+        """The prompt of `query` with no memory."""
+        self._check_query(query)
+        if self.kind == "plain":
+            return TokenizedPrompt((), tuple(self.tokenizer(query).input_ids))
+        return TokenizedPrompt((), self._tokenize(self._apply(_turns(query)))[0])
+
+    def separator_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens that stand between two bodies of a merge."""
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _check_query(self, query: Query) -> None:
+        if not (query.strip() if isinstance(query, str) else query):
+            raise PromptError("The query is empty. Ask something.")
+        if self.kind == "plain" and not isinstance(query, str):
+            raise PromptError("A query of chat turns needs a chat template. Use template='chat', or ask with a text.")
+
+    def _render(self, source: Source, query: Query) -> _Rendered:
+        if self.kind == "plain":
+            assert isinstance(source, str) and isinstance(query, str)
+            ids, spans = self._tokenize(source + query)
+            return _Rendered(ids, spans, 0, len(source), len(source))
+        text = self._apply(self._messages(source, query))
+        if isinstance(source, str):
+            start = self._apply(self._messages(_MEMORY_PROBE, query)).index(_MEMORY_PROBE)
+            if not text.startswith(source, start):  # templates trim
+                source = source.strip()
+            end = start + len(source) if text.startswith(source, start) else start
+        else:
+            first, last = source[0]["content"].strip(), source[-1]["content"].strip()
+            start = max(text.find(first), 0)
+            end = max(text.rfind(last), start) + len(last)
+        asked = _turns(query)[0]["content"].strip()
+        query_start = text.find(asked, end)
+        ids, spans = self._tokenize(text)
+        return _Rendered(ids, spans, start, end, query_start if query_start >= 0 else end)
+
+    def _tokenize(self, text: str) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        # A chat template writes BOS itself; a plain text gets what the tokenizer adds.
+        encoded = self.tokenizer(text, add_special_tokens=self.kind == "plain", return_offsets_mapping=True)
+        return tuple(encoded.input_ids), tuple((start, end) for start, end in encoded.offset_mapping)
+
+    def _messages(self, source: Source, query: Query) -> list[Message]:
+        turns = _turns(query)
+        if not isinstance(source, str):
+            return [*source, *turns]
+        if self._has_system_role:
+            return [{"role": "system", "content": source}, *turns]
+        return [{**turns[0], "content": f"{source}\n\n{turns[0]['content']}"}, *turns[1:]]
+
+    @cached_property
+    def _has_system_role(self) -> bool:
+        """False where the template refuses a system turn or leaves it out."""
+        try:
+            text = self._apply([{"role": "system", "content": _MEMORY_PROBE}, *_turns(_QUERY_PROBE)])
+        except PromptError:
+            return False
+        return _MEMORY_PROBE in text
+
+    def _apply(self, messages: list[Message]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise PromptError(f"The chat template refuses turns of the roles {roles}: {error}") from error
+
+    @staticmethod
+    def _text_of(source: Source) -> str:
+        return source if isinstance(source, str) else source[-1]["content"]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _turns(query: Query) -> list[Message]:
+    return [{"role": "user", "content": query}] if isinstance(query, str) else list(query)

@@ -1,0 +1,8 @@
+"""Text memories as precomputed KV caches, injected into a language model."""
+
+from kvmem.config import KVCacheMemoryConfig
+from kvmem.errors import KVMemError
+from kvmem.items import KVCacheItem, TextualMemoryItem
+from kvmem.memory import KVCacheMemory
+
+__all__ = ["KVCacheItem", "KVCacheMemory", "KVCacheMemoryConfig", "KVMemError", "TextualMemoryItem"]

@@ -1,0 +1,50 @@
+"""One engine, one file. A backend builds items from text, and answers queries behind a lent cache."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+
+from kvmem import discover
+from kvmem.fingerprint import ModelFingerprint
+from kvmem.items import KVCacheItem, Source, TextualMemoryItem
+from kvmem.merge import MergeStrategy
+from kvmem.prompt import PromptTemplate, TemplateKind
+
+
+class Backend(ABC):
+    """What `KVCacheMemory` asks of an engine."""
+
+    name: ClassVar[str]
+    config_class: ClassVar[type]
+    """A pydantic dataclass: the keys of `extractor_llm["config"]`."""
+
+    template: PromptTemplate
+    fingerprint: ModelFingerprint
+    model_config: PreTrainedConfig
+    device: torch.device
+
+    @classmethod
+    @abstractmethod
+    def open(cls, config: Any, template: TemplateKind) -> Backend:
+        """Loads the model that `config` names."""
+
+    @abstractmethod
+    def build(
+        self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+    ) -> KVCacheItem:
+        """Prefills `source` into a new item; behind `base`, only the tokens that it does not hold."""
+
+    @abstractmethod
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache:
+        """A cache for one item, or for several through `merge`, that can be used without changing them."""
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The backend called `name`, or a ConfigError with the choices."""
+    return discover.by_name(sys.modules[__name__], Backend, name, "backend")  # type: ignore[type-abstract]

@@ -1,0 +1,194 @@
+"""Hugging Face transformers: items are DynamicCaches, built and injected in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from transformers import DynamicCache
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kvmem import dynamic_cache, models
+from kvmem.backends import Backend
+from kvmem.backends.sampling import Sampler, Sampling
+from kvmem.dynamic_cache import LentCache
+from kvmem.errors import ConfigError, PromptError, did_you_mean
+from kvmem.fingerprint import fingerprint
+from kvmem.forward import decode_one_token, prefill
+from kvmem.items import KVCacheItem, KVCacheMetadata, MemoryTokens, Source, TextualMemoryItem, TextualSource
+from kvmem.merge import MergeStrategy, merged_tokens
+from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt, common_prefix
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
+class HFConfig:
+    """The keys of `extractor_llm["config"]` for the backend `huggingface`."""
+
+    model_name_or_path: str = models.PACKAGED
+    """A hub name, a local folder, `smollm2-135m`, or `random:<shape>`."""
+    device: str = "auto"
+    """auto: the GPU if there is one."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: float32 on a CPU and bfloat16 on a GPU."""
+    attn_implementation: str = "sdpa"
+    """transformers' name of the attention kernel: eager, sdpa, flash_attention_2, …"""
+    seed: int = 0
+    """Seed of random weights."""
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ConfigError(f"Unknown dtype {self.dtype!r}. {did_you_mean(self.dtype, ['auto', *DTYPES])}")
+
+
+@plain_dataclass(frozen=True)
+class Token:
+    """One token of an answer as it is streamed: `text` is what it adds (empty inside a character of several tokens)."""
+
+    id: int
+    text: str
+
+
+@plain_dataclass(frozen=True)
+class Generation:
+    """An answer: its text and tokens (without the end token), and how many prompt tokens came from the cache."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class HFBackend(Backend):
+    """A transformers model with its tokenizer and prompt template."""
+
+    name: ClassVar[str] = "huggingface"
+    config_class: ClassVar[type] = HFConfig
+
+    def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat") -> None:
+        self.model = loaded.model
+        self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
+        self.template = PromptTemplate(loaded.tokenizer, template)
+        self.fingerprint = fingerprint(loaded.model, loaded.tokenizer, loaded.origin)
+        self.model_config = loaded.model.config
+        self.device = loaded.model.device
+        ends = self.model.generation_config.eos_token_id
+        tokens = ends if isinstance(ends, list) else [ends]
+        self.end_tokens = {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
+
+    @classmethod
+    def open(cls, config: HFConfig, template: TemplateKind = "chat") -> HFBackend:
+        available = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(available if config.device == "auto" else config.device)
+        loaded = models.load(
+            config.model_name_or_path, device, DTYPES.get(config.dtype), config.attn_implementation, config.seed
+        )
+        return cls(loaded, template)
+
+    def build(
+        self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+    ) -> KVCacheItem:
+        tokens = self.template.memory_tokens(source)
+        self._check_length(len(tokens.token_ids))
+        started = time.perf_counter()
+        cache = DynamicCache(config=self.model_config)
+        if base is not None:
+            held = common_prefix(base.metadata.tokens.token_ids, tokens.token_ids)
+            cache = self._lend_prefix(base.kv_cache, base.metadata.tokens, min(held, len(tokens.token_ids) - 1))
+        prefill(self.model, tokens.token_ids[cache.get_seq_length() :], cache)
+        self._synchronize()
+        build_s = time.perf_counter() - started
+        # A shell of plain layers; a lent one's buffers have room to spare, which a stored item should not hold.
+        layers = dynamic_cache.layers_of(cache)
+        if base is not None:
+            layers = [(keys.contiguous(), values.contiguous()) for keys, values in layers]
+        stored = dynamic_cache.from_layers(layers, self.model_config, len(tokens.token_ids))
+        return KVCacheItem(
+            kv_cache=stored,
+            metadata=KVCacheMetadata(
+                tokens=tokens, build_s=build_s, kv_bytes=dynamic_cache.nbytes(stored), fingerprint=self.fingerprint,
+                textual_memory=textual_memory
+                and TextualSource(id=textual_memory.id, metadata=textual_memory.metadata),
+            ),
+        )
+
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentCache:
+        if len(items) == 1:
+            return dynamic_cache.lend(items[0].kv_cache, items[0].metadata.tokens, self.model_config)
+        separator_ids = self.template.separator_ids(separator)
+        tokens = merged_tokens(items, separator_ids)
+        self._check_length(len(tokens.token_ids))
+        return dynamic_cache.lend(merge.merge(items, separator_ids, self.model), tokens, self.model_config)
+
+    def split(self, query: Query, kv_cache: LentCache | None = None) -> TokenizedPrompt:
+        """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the positions."""
+        prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
+        self._check_length(len(prompt.ids))
+        return prompt
+
+    def prefill(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> tuple[torch.Tensor, DynamicCache]:
+        """The last token's logits, (vocab,), and the cache behind them. Only `prompt.query_ids` are computed where
+        `kv_cache` holds `prompt.memory_ids`; without a cache, or where it can't be cropped to them, all are."""
+        cache: DynamicCache | None = kv_cache
+        if cache is None or not dynamic_cache.crop(cache, len(prompt.memory_ids)):
+            cache = DynamicCache(config=self.model_config)
+        return prefill(self.model, prompt.ids[cache.get_seq_length() :], cache), cache
+
+    def generate(
+        self, query: Query, kv_cache: LentCache | None = None, max_new_tokens: int = 128, sampling: Sampling | None = None
+    ) -> Generation:
+        """An answer to `query` (text or chat turns) behind a lent cache, or behind nothing."""
+        prompt = self.split(query, kv_cache)
+        ids = tuple(self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()))
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Generation(text, ids, len(prompt.ids), len(prompt.memory_ids) if kv_cache is not None else 0)
+
+    def stream(
+        self, query: Query, kv_cache: LentCache | None = None, max_new_tokens: int = 128, sampling: Sampling | None = None
+    ) -> Iterator[Token]:
+        """The same answer as `generate`, token by token as it is made."""
+        prompt = self.split(query, kv_cache)
+        ids: list[int] = []
+        shown = ""
+        for token in self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()):
+            ids.append(token)
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            added = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
+            shown += added
+            yield Token(token, added)
+
+    def _decode(
+        self, prompt: TokenizedPrompt, kv_cache: LentCache | None, max_new_tokens: int, sampling: Sampling
+    ) -> Iterator[int]:
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}. Ask for 1 or more.")
+        sampler = Sampler(sampling, self.device)
+        logits_V, cache = self.prefill(prompt, kv_cache)
+        for step in range(max_new_tokens):
+            token = sampler.pick(logits_V)
+            if token in self.end_tokens:
+                return
+            yield token
+            if step + 1 < max_new_tokens:
+                logits_V = decode_one_token(self.model, token, cache)
+
+    def _lend_prefix(self, cache: DynamicCache, tokens: MemoryTokens, length: int) -> DynamicCache:
+        lent = dynamic_cache.lend(cache, tokens, self.model_config)
+        return lent if dynamic_cache.crop(lent, length) else DynamicCache(config=self.model_config)
+
+    def _check_length(self, tokens: int) -> None:
+        positions = self.model_config.max_position_embeddings
+        if tokens > positions:
+            raise PromptError(
+                f"A text of {tokens} tokens does not fit the model's {positions} positions. Shorten it, or split it into memories."
+            )
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,69 @@
+"""The configuration of a memory, in the published form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from kvmem import storage
+from kvmem.backends import Backend, backend_class
+from kvmem.errors import ConfigError, config_error
+from kvmem.merge import MergeStrategy, strategy
+from kvmem.prompt import TemplateKind
+
+
+class ExtractorLLM(BaseModel):
+    """Which engine builds and injects the caches: its name, and its own keys (a dictionary, checked by the engine)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    backend: str
+    config: Any
+
+    def backend_class(self) -> type[Backend]:
+        return backend_class(self.backend)
+
+
+class KVCacheMemoryConfig(BaseModel):
+    """`extractor_llm={"backend": "huggingface", "config": {"model_name_or_path": …}}`, and how memories are kept.
+
+    merge: a strategy or its name. template: `chat` or `plain`. separator: what stands between merged memories.
+    Raises ConfigError for an unknown key (with the nearest known one) or a bad value.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    extractor_llm: ExtractorLLM
+    memory_filename: str = "activation_memory.safetensors"
+    merge: MergeStrategy = Field(default_factory=lambda: strategy("Reprefill"))
+    template: TemplateKind = "chat"
+    separator: str = "\n\n"
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except pydantic.ValidationError as error:
+            known = set(type(self).model_fields) | set(ExtractorLLM.model_fields)
+            raise config_error("KVCacheMemoryConfig", error, known) from None
+        llm = self.extractor_llm
+        kind = llm.backend_class().config_class
+        if not isinstance(llm.config, kind):
+            if not isinstance(llm.config, dict):
+                raise ConfigError(f"extractor_llm.config is {llm.config!r}. Give a dictionary, or a {kind.__name__}.")
+            try:
+                llm.config = kind(**llm.config)
+            except pydantic.ValidationError as error:
+                raise config_error("extractor_llm.config", error, kind.__dataclass_fields__) from None  # type: ignore[attr-defined]
+
+    @field_validator("merge", mode="before")
+    @classmethod
+    def _merge_by_name(cls, value: Any) -> Any:
+        return strategy(value) if isinstance(value, str) else value
+
+    @field_validator("memory_filename")
+    @classmethod
+    def _known_suffix(cls, value: str) -> str:
+        storage.for_filename(value)
+        return value

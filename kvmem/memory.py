@@ -1,0 +1,148 @@
+"""KVCacheMemory: the eleven verbs. Each hands on to the room whose work it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import overload
+
+from kvmem import dynamic_cache, storage
+from kvmem.backends import Backend
+from kvmem.config import KVCacheMemoryConfig
+from kvmem.errors import DuplicateMemoryError, FingerprintError, PromptError, UnknownMemoryError
+from kvmem.items import KVCacheItem, Message, TextualMemoryItem
+from kvmem.unverified import with_ids_from_text
+
+
+class KVCacheMemory:
+    """Text memories as KV caches: built once, kept by id, lent to every query.
+
+    Verbs: extract, add, get, get_by_ids, get_all, get_cache, delete, delete_all, dump, load, from_textual_memory.
+    """
+
+    def __init__(self, config: KVCacheMemoryConfig, backend: Backend | None = None) -> None:
+        """Loads the model that `config` names; `backend` shares one that is already loaded."""
+        self.config = config
+        llm = config.extractor_llm
+        self.backend = backend or llm.backend_class().open(llm.config, config.template)
+        self._items: dict[str, KVCacheItem] = {}
+
+    @overload
+    def extract(self, text: str | Sequence[Message], base: KVCacheItem | None = None) -> KVCacheItem: ...
+    @overload
+    def extract(self, text: list[str], base: None = None) -> list[KVCacheItem]: ...
+    def extract(
+        self, text: str | Sequence[Message] | list[str], base: KVCacheItem | None = None
+    ) -> KVCacheItem | list[KVCacheItem]:
+        """Builds, and does not store: a string or chat turns -> one item; a list of strings -> a list of items.
+
+        base: an item of earlier turns; `text` are the turns that follow it, and only those are prefilled.
+        Raises PromptError for an empty text, or one longer than the model's positions (with both lengths).
+        """
+        if isinstance(text, str):
+            if base is not None:
+                raise PromptError("base extends earlier turns by chat turns. Give a list of messages, not a text.")
+            return self.backend.build(text)
+        if not text:
+            raise PromptError("Nothing to extract: the list is empty. Give a text, a list of texts, or chat turns.")
+        if all(isinstance(entry, str) for entry in text):
+            if base is not None:
+                raise PromptError("base extends earlier turns by chat turns. Give messages, not texts.")
+            return [self.backend.build(entry) for entry in text]  # type: ignore[arg-type]
+        turns = tuple(_checked_turn(entry) for entry in text)
+        if base is None:
+            return self.backend.build(turns)
+        self._check_model(base)
+        earlier = base.metadata.tokens.source
+        if isinstance(earlier, str):
+            earlier = ({"role": "system", "content": earlier},)
+        return self.backend.build((*earlier, *turns), base=base)
+
+    def add(self, memories: KVCacheItem | Iterable[KVCacheItem]) -> None:
+        """Stores one item or several, all or none. Raises DuplicateMemoryError or FingerprintError, naming the id."""
+        items = [memories] if isinstance(memories, KVCacheItem) else list(memories)
+        incoming: dict[str, KVCacheItem] = {}
+        for item in items:
+            if item.kv_cache_id in self._items or item.kv_cache_id in incoming:
+                raise DuplicateMemoryError(f"The id {item.kv_cache_id} is already stored. Delete it first, or extract anew.")
+            self._check_model(item)
+            incoming[item.kv_cache_id] = item
+        self._items = self._items | incoming
+
+    def get(self, memory_id: str) -> KVCacheItem | None:
+        """The stored item, or None."""
+        return self._items.get(memory_id)
+
+    def get_by_ids(self, memory_ids: Iterable[str]) -> list[KVCacheItem | None]:
+        """The stored items in the order of `memory_ids`, None where one is missing."""
+        return [self._items.get(memory_id) for memory_id in memory_ids]
+
+    def get_all(self) -> list[KVCacheItem]:
+        """All items, in the order of adding."""
+        return list(self._items.values())
+
+    def get_cache(self, cache_ids: str | Sequence[str]) -> dynamic_cache.LentCache:
+        """A lent cache for one id, or for several through the configured merge strategy, in the given order.
+
+        Always a fresh shell that shares the stored tensors: however it is used, the stored items stay bit-identical.
+        Raises UnknownMemoryError for no id, or one that is not stored.
+        """
+        ids = [cache_ids] if isinstance(cache_ids, str) else list(cache_ids)
+        if not ids:
+            raise UnknownMemoryError("get_cache needs one id or more, and got none.")
+        missing = [memory_id for memory_id in ids if memory_id not in self._items]
+        if missing:
+            raise UnknownMemoryError(f"Not stored: {', '.join(missing)}. Stored: {len(self._items)} items, see get_all().")
+        items = [with_ids_from_text(self._items[memory_id], self.backend.template) for memory_id in ids]
+        return self.backend.lend(items, self.config.merge, self.config.separator)  # type: ignore[return-value]
+
+    def delete(self, memory_ids: str | Iterable[str]) -> int:
+        """Removes the items of these ids, where they are; how many went."""
+        ids = {memory_ids} if isinstance(memory_ids, str) else set(memory_ids)
+        kept = {memory_id: item for memory_id, item in self._items.items() if memory_id not in ids}
+        gone = len(self._items) - len(kept)
+        self._items = kept
+        return gone
+
+    def delete_all(self) -> int:
+        """Removes every item; how many went."""
+        return self.delete(list(self._items))
+
+    def dump(self, dir: str | Path) -> Path:
+        """Writes all items to `<dir>/<memory_filename>`, beside and renamed; the folder is made. Returns the path."""
+        path = Path(dir) / self.config.memory_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.for_filename(path.name).dump(path, self.get_all())
+        return path
+
+    def load(self, dir: str | Path) -> int:
+        """Replaces what the memory holds by the items of `<dir>/<memory_filename>`, all or none; how many came.
+
+        Raises StorageError or FingerprintError with the reason; the memory in place is then as it was.
+        """
+        path = Path(dir) / self.config.memory_filename
+        items = storage.for_filename(path.name).load(
+            path, self.backend.fingerprint, self.backend.model_config, self.backend.device
+        )
+        self._items = {item.kv_cache_id: item for item in items}
+        return len(items)
+
+    def from_textual_memory(self, mem: TextualMemoryItem) -> KVCacheItem:
+        """A new item, not stored, that keeps the text memory's id and metadata as its source."""
+        return self.backend.build(mem.memory, textual_memory=mem)
+
+    def _check_model(self, item: KVCacheItem) -> None:
+        theirs = item.metadata.fingerprint
+        difference = theirs and self.backend.fingerprint.difference(theirs)
+        if difference:
+            raise FingerprintError(
+                f"Item {item.kv_cache_id} was built by another model: {difference}. Extract it again with this one."
+            )
+
+
+def _checked_turn(entry: object) -> Message:
+    if not isinstance(entry, dict) or set(entry) != {"role", "content"}:
+        raise PromptError(f'A turn is {{"role": …, "content": …}}, and got {entry!r}. A list is all turns, or all texts.')
+    return {"role": str(entry["role"]), "content": str(entry["content"])}
+
+

