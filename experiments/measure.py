@@ -1,0 +1,147 @@
+"""How a TTFT is taken: two clocks, interleaved pairs in random order, medians and a bootstrap interval."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+
+from experiments.equality import Trace
+from kvmem.backends.hf import HFBackend
+from kvmem.dynamic_cache import LentCache
+from kvmem.forward import decode_one_token, prefill
+from kvmem.items import MemoryTokens
+from kvmem.memory import KVCacheMemory
+from kvmem.prompt import Query, TokenizedPrompt
+
+NOISY_SPREAD = 0.25
+"""An arm whose interquartile range is more than this share of its median was disturbed, and is measured once more."""
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One first token. `user_s` runs from text, `engine_s` from token ids ready, both to the token id on the host.
+
+    `cache_s` is the part of user_s that went into getting the cache: a fetch, or a merge of several memories.
+    """
+
+    engine_s: float
+    user_s: float
+    cache_s: float
+    token_id: int
+    prompt: TokenizedPrompt
+
+
+Arm = Callable[[], Sample]
+
+
+def injected(memory: KVCacheMemory, backend: HFBackend, ids: Sequence[str], query: Query) -> Sample:
+    """The memory's cache is lent, and only what it does not cover is prefilled."""
+    started = time.perf_counter()
+    cache = memory.get_cache(ids)
+    synchronize(backend.device)
+    lent = time.perf_counter()
+    prompt = backend.split(query, cache)
+    ready = time.perf_counter()
+    token_id = int(backend.prefill(prompt, cache)[0].argmax())
+    done = time.perf_counter()
+    return Sample(done - ready, done - started, lent - started, token_id, prompt)
+
+
+def direct(backend: HFBackend, tokens: MemoryTokens, query: Query) -> Sample:
+    """The same memory as prompt text: rendered and tokenised whole, and prefilled whole."""
+    started = time.perf_counter()
+    prompt = direct_prompt(backend, tokens, query)
+    synchronize(backend.device)
+    ready = time.perf_counter()
+    token_id = int(backend.prefill(prompt)[0].argmax())
+    done = time.perf_counter()
+    return Sample(done - ready, done - started, 0.0, token_id, prompt)
+
+
+def direct_prompt(backend: HFBackend, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
+    """The whole prompt with nothing cached, made from the text anew and not from what the cache says."""
+    return backend.template.split(tokens.model_copy(update={"token_ids": ()}), query)
+
+
+def interleaved(arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: int = 1) -> dict[str, list[Sample]]:
+    """Each arm once a round, in random order within the round, for `pairs` rounds, after `warmups` rounds not counted."""
+    samples: dict[str, list[Sample]] = {name: [] for name in arms}
+    for round_ in range(warmups + pairs):
+        for name in rng.sample(sorted(arms), len(arms)):
+            sample = arms[name]()
+            if round_ >= warmups:
+                samples[name].append(sample)
+    return samples
+
+
+def interleaved_calm(arms: dict[str, Arm], pairs: int, rng: random.Random) -> tuple[dict[str, list[Sample]], int]:
+    """`interleaved`, and once more where an arm was disturbed; the calmer of the two runs, whole, and how many ran."""
+    first = interleaved(arms, pairs, rng)
+    if worst_spread(first) <= NOISY_SPREAD:
+        return first, 1
+    second = interleaved(arms, pairs, rng, warmups=0)
+    return min(first, second, key=worst_spread), 2
+
+
+def worst_spread(samples: dict[str, list[Sample]]) -> float:
+    """The largest interquartile range over median among the arms."""
+    return max(spread([sample.engine_s for sample in taken]) for taken in samples.values())
+
+
+def spread(seconds: Sequence[float]) -> float:
+    low, median, high = np.percentile(seconds, [25, 50, 75])
+    return float((high - low) / median)
+
+
+def speedup_pct(kv_s: Sequence[float], direct_s: Sequence[float]) -> float:
+    """100 × (1 − median injected / median direct)."""
+    return 100 * (1 - statistics.median(kv_s) / statistics.median(direct_s))
+
+
+def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+    """95% percentile bootstrap over the pairs (Efron & Tibshirani 1993, chapter 13); None for fewer than 3 pairs."""
+    if len(kv_s) < 3:
+        return None
+    result = stats.bootstrap(
+        (np.asarray(kv_s), np.asarray(direct_s)),
+        lambda kv, direct, axis: 100 * (1 - np.median(kv, axis=axis) / np.median(direct, axis=axis)),
+        paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+@torch.inference_mode()
+def trace(backend: HFBackend, prompt: TokenizedPrompt, cache: LentCache | None, steps: int) -> Trace:
+    """`steps` greedy tokens and the logits, (steps, vocab), that gave each; end tokens don't stop it."""
+    logits_V, grown = backend.prefill(prompt, cache)
+    token_ids, logits = [int(logits_V.argmax())], [logits_V.float().cpu()]
+    for _ in range(steps - 1):
+        logits_V = decode_one_token(backend.model, token_ids[-1], grown)
+        token_ids.append(int(logits_V.argmax()))
+        logits.append(logits_V.float().cpu())
+    return Trace(tuple(token_ids), torch.stack(logits))
+
+
+def rounding_noise(backend: HFBackend, token_ids: Sequence[int]) -> float:
+    """How far rounding alone moves the direct arm's last logits: whole against two halves, largest absolute difference.
+
+    The injected arm has no part in it.
+    """
+    whole_V = backend.prefill(TokenizedPrompt((), tuple(token_ids)))[0]
+    half = len(token_ids) // 2
+    _, cache = backend.prefill(TokenizedPrompt((), tuple(token_ids[:half])))
+    halves_V = prefill(backend.model, token_ids[half:], cache)
+    return float((whole_V.float() - halves_V.float()).abs().max())
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

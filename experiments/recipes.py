@@ -1,0 +1,30 @@
+"""Ways to pass a stored cache to a Hugging Face model that are not ours, to stand beside it in one run."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import DynamicCache
+
+from experiments.measure import Sample, synchronize
+from kvmem.backends.hf import HFBackend
+from kvmem.items import KVCacheItem
+from kvmem.prompt import TokenizedPrompt
+
+
+@torch.inference_mode()
+def shared_tensors(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt) -> Sample:
+    """A plain DynamicCache whose layers are given the stored tensors, and transformers' own forward: nothing else."""
+    started = time.perf_counter()
+    cache = DynamicCache(config=backend.model_config)
+    for layer, stored in zip(cache.layers, item.kv_cache.layers, strict=True):
+        layer.keys, layer.values, layer.is_initialized = stored.keys, stored.values, True
+        layer.dtype, layer.device = stored.keys.dtype, stored.keys.device
+    synchronize(backend.device)
+    ready = time.perf_counter()
+    ids_BT = torch.tensor([prompt.query_ids], device=backend.device)
+    logits = backend.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    token_id = int(logits[0, -1].argmax())
+    done = time.perf_counter()
+    return Sample(done - ready, done - started, ready - started, token_id, prompt)
