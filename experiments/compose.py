@@ -68,7 +68,7 @@ def validate(config: DictConfig) -> RunConfig:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(cards, dict)
     root: dict[str, Any] = {str(key): card for key, card in cards.items() if key != "_target_"}
-    known = [field.name for field in dataclasses.fields(RunConfig)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(RunConfig)]
     for key in root:
         if key not in known:
             raise ConfigError(f"Unknown key {key!r}. {did_you_mean(key, known)}")

@@ -188,14 +188,14 @@ def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
     """This machine's best rates for this model, in about 3 s: the best of many timings, for a true limit.
 
     FLOP: the model's own matrix products at several token counts (square ones read lower on a CPU). Bytes: a copy and
-    a read, of as many bytes as the model's weights have where that is little, since a small model can stay in the
-    processor's cache.
+    a read, of no more than the model's weights, since a small model can stay in the processor's cache.
     """
     shape = DenseShape.of(config)
     flop_per_s, product = _best_flop_per_s(shape, dtype, device)
     bytes_per_s, kind = _best_bytes_per_s(shape.weights * dtype.itemsize, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return Rates(flop_per_s, bytes_per_s, str(dtype).removeprefix("torch."), f"calibrated on {name}: {product}; {kind}")
+    how = f"calibrated on {name}: {product}; {kind}"
+    return Rates(flop_per_s, bytes_per_s, str(dtype).removeprefix("torch."), how)
 
 
 def _best_flop_per_s(shape: DenseShape, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:

@@ -53,6 +53,7 @@ def test_one_cell_of_experiment(experiment: str, tmp_path: Path) -> None:
 def test_a_cell_that_raises_becomes_a_failed_row_and_the_run_ends_with_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it; it is put back behind this test
     knobs = ["workload.context_tokens=[9000,256]", "workload.query_tokens=[32]", "scenario.pairs=2"]
     monkeypatch.setattr(sys, "argv", ["run", "model=tiny", "sink=none", f"hydra.run.dir={tmp_path}", *knobs])
     assert runner.main() == runner.NOT_ALL_VALID

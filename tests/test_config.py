@@ -42,7 +42,10 @@ def test_a_merge_is_a_strategy_or_its_name(merge):
         ({"merge": "Repreffil"}, "Unknown merge strategy 'Repreffil'. Did you mean reprefill?"),
         ({"template": "chatt"}, "'chat' or 'plain'"),
         ({"memory_filename": "memory.safetensor"}, "unknown suffix '.safetensor'. Did you mean .safetensors?"),
-        ({"extractor_llm": {"backend": "hugingface", "config": {}}}, "Unknown backend 'hugingface'. Did you mean huggingface?"),
+        (
+            {"extractor_llm": {"backend": "hugingface", "config": {}}},
+            "Unknown backend 'hugingface'. Did you mean huggingface?",
+        ),
         ({"extractor_llm": {"backnd": "huggingface", "config": {}}}, "Did you mean backend?"),
         ({"extractor_llm": {**LLM, "config": {"devise": "cpu"}}}, "unknown key 'devise'. Did you mean device?"),
         ({"extractor_llm": {**LLM, "config": {"dtype": "bfloat"}}}, "Unknown dtype 'bfloat'. Did you mean bfloat16?"),
@@ -71,7 +74,9 @@ def test_an_unknown_shape_or_model_names_the_way_out():
 
 
 def test_every_error_is_the_packages_own():
-    errors = [value for value in vars(kvmem.errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    errors = [
+        value for value in vars(kvmem.errors).values() if isinstance(value, type) and issubclass(value, Exception)
+    ]
     assert len(errors) > 8 and all(issubclass(error, KVMemError) for error in errors)
 
 

@@ -80,7 +80,9 @@ def test_a_difference_is_named_by_its_first_field(tiny_loaded, how, field):
 
 
 def test_shapes_of_one_family_and_of_another_differ(tiny_loaded):
-    assert of(tiny_loaded).difference(of(load("random:tiny_qwen2", CPU, torch.float32))).startswith("architecture: Qwen3")
+    assert (
+        of(tiny_loaded).difference(of(load("random:tiny_qwen2", CPU, torch.float32))).startswith("architecture: Qwen3")
+    )
 
 
 def test_smollm2_says_what_it_was_dequantized_from(smollm2):

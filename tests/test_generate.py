@@ -50,7 +50,9 @@ def test_sampled_injected_is_sampled_direct(qwen3, lend):
     assert injected.cached_tokens > 0 == direct.cached_tokens
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=1e-6), Sampling(temperature=1e-4)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=1e-6), Sampling(temperature=1e-4)]
+)
 def test_sampling_with_one_choice_is_greedy(qwen3, lend, sampling):
     assert qwen3.generate(QUERY, lend(), 16, sampling) == qwen3.generate(QUERY, lend(), 16)
 
@@ -83,7 +85,19 @@ def test_stream_is_generate_token_by_token(qwen3, lend, sampling):
         streamed = list(qwen3.stream(QUERY, lend(), tokens, sampling))
         assert tuple(token.id for token in streamed) == whole.token_ids
         assert "".join(token.text for token in streamed) == whole.text
-    assert any(not token.text for token in streamed)  # half a character is held back
+
+
+def test_stream_holds_back_half_a_character(qwen3):
+    """A hot answer of random weights has, now and then, a token that ends inside a character."""
+    for seed in range(60):
+        sampling = Sampling(temperature=4.0, seed=seed)
+        streamed = list(qwen3.stream("Name it.", None, 40, sampling))
+        whole = qwen3.generate("Name it.", None, 40, sampling)
+        assert "".join(token.text for token in streamed) == whole.text
+        if any(not token.text for token in streamed[:-1]):
+            break
+    else:
+        pytest.fail("no answer of 60 had a token inside a character")
     assert not any(token.text.endswith("\N{REPLACEMENT CHARACTER}") for token in streamed[:-1])
 
 

@@ -61,7 +61,9 @@ def test_lent_shares_the_stored_tensors(lending):
     one, two = memory.get_cache(item.kv_cache_id), memory.get_cache(item.kv_cache_id)
     assert one is not two and one is not item.kv_cache
     assert isinstance(one, LentCache) and one.get_seq_length() == item.metadata.token_count
-    for (lent, _), (again, _), (stored, _) in zip(layers_of(one), layers_of(two), layers_of(item.kv_cache), strict=True):
+    for (lent, _), (again, _), (stored, _) in zip(
+        layers_of(one), layers_of(two), layers_of(item.kv_cache), strict=True
+    ):
         assert lent.data_ptr() == again.data_ptr() == stored.data_ptr()
 
 
@@ -106,7 +108,9 @@ def test_lent_grows_past_its_headroom(lending, qwen3):
         assert lent.get_seq_length() == plain.get_seq_length()
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-4)
     for (keys, values), (plain_keys, plain_values) in zip(layers_of(lent), layers_of(plain), strict=True):
-        assert torch.allclose(keys, plain_keys, rtol=0, atol=1e-5) and torch.allclose(values, plain_values, rtol=0, atol=1e-5)
+        assert torch.allclose(keys, plain_keys, rtol=0, atol=1e-5) and torch.allclose(
+            values, plain_values, rtol=0, atol=1e-5
+        )
     assert 3 <= len(buffers) <= 5  # amortised: not a new buffer at each of the 173 steps
     assert same_bits(item, before)
 
@@ -157,7 +161,9 @@ def test_lent_made_in_inference_mode_and_used_outside(lending, qwen3):
     assert cache.layers[0].buffers[0].is_inference()
     with torch.no_grad():
         outside = qwen3.model(torch.tensor([[42]]), past_key_values=cache).logits[0, -1]
-    plain = dynamic_cache.from_layers([(k[..., :-1, :], v[..., :-1, :]) for k, v in layers_of(cache)], qwen3.model_config)
+    plain = dynamic_cache.from_layers(
+        [(k[..., :-1, :], v[..., :-1, :]) for k, v in layers_of(cache)], qwen3.model_config
+    )
     assert torch.allclose(outside, prefill(qwen3.model, [42], plain), rtol=0, atol=1e-4)
     assert same_bits(item, before)
 
@@ -194,7 +200,10 @@ def test_lent_merge_leaves_every_item(qwen3):
         items = memory.extract([text for text, _ in pairs(3, characters=200, seed=3)])
         memory.add(items)
         before = [copy_of(item) for item in items]
-        answers = {qwen3.generate(QUERY, memory.get_cache([item.kv_cache_id for item in items]), 70).token_ids for _ in range(2)}
+        answers = {
+            qwen3.generate(QUERY, memory.get_cache([item.kv_cache_id for item in items]), 70).token_ids
+            for _ in range(2)
+        }
         assert len(answers) == 1
         assert all(same_bits(item, old) for item, old in zip(items, before, strict=True))
 

@@ -96,7 +96,9 @@ def test_extract_with_base_prefills_only_the_new_turns(memory, qwen3, base_sourc
     earlier = base_source if isinstance(base_source, list) else [{"role": "system", "content": base_source}]
     anew = memory.extract([*earlier, *MORE])
     assert longer.metadata.tokens == anew.metadata.tokens and longer.kv_cache_id != base.kv_cache_id
-    for (keys, values), (keys_anew, values_anew) in zip(layers_of(longer.kv_cache), layers_of(anew.kv_cache), strict=True):
+    for (keys, values), (keys_anew, values_anew) in zip(
+        layers_of(longer.kv_cache), layers_of(anew.kv_cache), strict=True
+    ):
         assert torch.allclose(keys, keys_anew, rtol=0, atol=1e-4)
         assert torch.allclose(values, values_anew, rtol=0, atol=1e-4)
     assert longer.metadata.kv_bytes == anew.metadata.kv_bytes
@@ -163,7 +165,11 @@ def test_add_and_get(stored):
     memory, ids = stored
     assert [item.kv_cache_id for item in memory.get_all()] == ids
     assert memory.get(ids[1]).kv_cache_id == ids[1] and memory.get("no such id") is None
-    assert [item and item.kv_cache_id for item in memory.get_by_ids([ids[2], "no such id", ids[0]])] == [ids[2], None, ids[0]]
+    assert [item and item.kv_cache_id for item in memory.get_by_ids([ids[2], "no such id", ids[0]])] == [
+        ids[2],
+        None,
+        ids[0],
+    ]
     memory.add(memory.extract("One more, and it comes last."))
     assert memory.get_all()[-1].metadata.source_text == "One more, and it comes last."
 

@@ -92,7 +92,12 @@ def test_ropeshift_equals_joint_prefill_at_layer_0_where_naive_concat_does_not(f
     assert (naive[0] - joint[0]).abs().max() > 100 * TOLERANCE  # keys
     assert (naive[1] - joint[1]).abs().max() < TOLERANCE  # values have no position
     first = items[0].metadata.tokens.body_end
-    assert distance((naive[0][..., :first, :], naive[1][..., :first, :]), (joint[0][..., :first, :], joint[1][..., :first, :])) < TOLERANCE
+    assert (
+        distance(
+            (naive[0][..., :first, :], naive[1][..., :first, :]), (joint[0][..., :first, :], joint[1][..., :first, :])
+        )
+        < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
@@ -134,7 +139,7 @@ def test_a_sliding_window_is_refused_by_name(sliding, cls):
 
 
 def test_a_sliding_window_is_merged_by_reprefill(sliding):
-    items, separator_ids, ids = built(sliding)
+    items, _, ids = built(sliding)
     lent = sliding.lend(items, Reprefill(), "\n\n")
     assert lent.get_seq_length() == len(ids)
     prompt = sliding.split("Why?", lent)
@@ -152,6 +157,6 @@ def test_dynamic_rope_is_refused_by_name(qwen3):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     backend = HFBackend(Loaded(model, qwen3.tokenizer, "random weights"))
     items, separator_ids, ids = built(backend)
-    with pytest.raises(MergeError, match="RopeShift does not cover rope_type=dynamic.*Reprefill"):
+    with pytest.raises(MergeError, match=r"RopeShift does not cover rope_type=dynamic.*Reprefill"):
         RopeShift().merge(items, separator_ids, model)
     assert Reprefill().merge(items, separator_ids, model).get_seq_length() == len(ids)

@@ -52,7 +52,16 @@ TURNS = (
     {"role": "user", "content": "Where is Berlin? Think well about it."},
     {"role": "assistant", "content": "<think>" + "Is it in France? No. " * 30 + "</think>\n\nIn Germany."},
 )
-QUERIES = ["ist thought, what is it?", " And why?", "\n\nWhy?", "Why<|im_end|>\n?", "?", "kvmem", "é́\u200d👩‍👩‍👧", "system"]
+QUERIES = [
+    "ist thought, what is it?",
+    " And why?",
+    "\n\nWhy?",
+    "Why<|im_end|>\n?",
+    "?",
+    "kvmem",
+    "é́\u200d👩‍👩‍👧",
+    "system",
+]
 
 
 def tokenizer_with(backend: HFBackend, name: str) -> PreTrainedTokenizerBase:
@@ -182,13 +191,19 @@ def test_a_tokenizer_that_merges_across_the_seam(merging):
 
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     query=st.text(min_size=1, max_size=40).filter(str.strip)
-    | st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "user", "\n", " ", "'s", "ist", "?", "2", "é"]), min_size=1)
+    | st.lists(
+        st.sampled_from(["<|im_end|>", "<|im_start|>", "user", "\n", " ", "'s", "ist", "?", "2", "é"]), min_size=1
+    )
     .map("".join)
     .filter(str.strip),
-    memory=st.sampled_from([topics[page].strip()[:n] for page, n in (("if", 300), ("lambda", 211), ("del", 97), ("in", 404))]),
+    memory=st.sampled_from(
+        [topics[page].strip()[:n] for page, n in (("if", 300), ("lambda", 211), ("del", 97), ("in", 404))]
+    ),
 )
 def test_no_query_breaks_the_seam(smollm2, kind, query, memory):
     tokenizer = smollm2.tokenizer
@@ -216,7 +231,9 @@ def test_no_memory_breaks_the_seam(smollm2, memory, query):
             assert not memory.strip() or kind == "plain"  # plain may have nothing to store of one word
             continue
         prompt = template.split(tokens, query)
-        expected = whole(tokenizer, messages_of("", memory, query)) if kind == "chat" else tokenizer(memory + query).input_ids
+        expected = (
+            whole(tokenizer, messages_of("", memory, query)) if kind == "chat" else tokenizer(memory + query).input_ids
+        )
         assert prompt.ids == tuple(expected)
         assert prompt.memory_ids == tokens.token_ids[: len(prompt.memory_ids)]
 
@@ -269,7 +286,11 @@ def test_what_can_not_be_rendered_is_refused(qwen3, qwen3_plain):
 
 def test_queries_of_several_turns_follow_the_memory(qwen3):
     tokens = qwen3.template.memory_tokens(MEMORY)
-    query = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Why?"}]
+    query = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Why?"},
+    ]
     prompt = qwen3.template.split(tokens, query)
     assert prompt.ids == whole(qwen3.tokenizer, [{"role": "system", "content": MEMORY}, *query])
     assert len(prompt.memory_ids) == len(tokens.token_ids)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from experiments import report, units
 from experiments.row import Row
@@ -30,7 +30,7 @@ def test_a_run_gets_table_plots_and_page(tmp_path):
     assert (run / "plots" / "ttft.png").stat().st_size > 10_000
     page = (run / "report.html").read_text()
     assert "two cores" in page and "&lt;SmolLM2&gt;" in page
-    assert html.escape(failed_row().error) in page
+    assert str(escape(failed_row().error)) in page
 
 
 def test_joined_runs_say_which_run_a_row_is_of(tmp_path):
@@ -79,7 +79,7 @@ def test_page_escapes_what_models_and_files_say(tmp_path):
     evil = "</p><script>alert(1)</script>"
     row = ttft_row(model=evil, verdict_reason=evil, extra={"question": evil, "answers": {"injected": evil, "direct": evil}})
     page = report.write_report(_run(tmp_path / "a", [row, failed_row(error=evil)])).read_text()
-    assert "<script" not in page and html.escape(evil, quote=False).replace("&lt;/p&gt;", "") in page
+    assert "<script" not in page and str(escape(evil)) in page
 
 
 def test_page_fetches_nothing(tmp_path):
@@ -126,7 +126,7 @@ def test_page_in_a_browser(tmp_path, browser):
     for width in (1280, 390):  # only the tables and plots scroll sideways, inside of their own boxes
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        assert browser.execute_script("return document.documentElement.scrollWidth") == width
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     grounds = set()
     for scheme in ("light", "dark"):
         features = [{"name": "prefers-color-scheme", "value": scheme}]

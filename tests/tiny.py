@@ -19,8 +19,9 @@ SHAPES = {"qwen3": "tiny", "qwen2": "tiny_qwen2", "llama": "tiny_llama", "mistra
 """Family -> the shape of that family with full attention."""
 
 QUESTIONS = (
-    "What is the first rule?", "Name one exception.", "  Which names are bound here?", "Why?", "Summarise it in a word.",
-    "Does the order matter, and if so where?", "\n\nIs this allowed in a class body?", "How is an error raised?",
+    "What is the first rule?", "Name one exception.", "  Which names are bound here?", "Why?",
+    "Summarise it in a word.", "Does the order matter, and if so where?", "\n\nIs this allowed in a class body?",
+    "How is an error raised?",
 )  # fmt: skip
 
 
@@ -72,7 +73,9 @@ def same_bits(item: KVCacheItem, before: list[KV]) -> bool:
 
 
 @torch.inference_mode()
-def greedy_by_transformers(backend: HFBackend, ids: tuple[int, ...], tokens: int, cache: DynamicCache | None = None, **more: object) -> list[int]:
+def greedy_by_transformers(
+    backend: HFBackend, ids: tuple[int, ...], tokens: int, cache: DynamicCache | None = None, **more: object
+) -> list[int]:
     """`tokens` new tokens from transformers' own generate, which takes the whole prompt; stops at the end tokens."""
     input_ids = torch.tensor([ids])
     out = backend.model.generate(

@@ -51,7 +51,8 @@ def _read(path: Path) -> Iterator[PublishedRow]:
                 fields[key] = float(text) * scale if key.endswith(("_s", "_tokens", "_pct")) else text
             fields.pop("saved_s", None)  # follows from the other two
             for label in ("context", "query"):
-                fields.setdefault(label, units.count(float(fields[f"{label}_tokens"])))
+                if f"{label}_tokens" in fields:
+                    fields.setdefault(label, units.count(float(fields[f"{label}_tokens"])))
             try:
                 yield PublishedRow(table=path.stem, **fields)  # type: ignore[arg-type]
             except TypeError as error:

@@ -56,8 +56,6 @@ class _Records(_Published):
 
 # The pickler written in Python, because the one in C imports every class that it names to check it.
 class _Pickler(pickle._Pickler):
-    fast = True  # keeps no memo, which would hold the bytes of every tensor to the end
-
     def save_type(self, obj: type) -> None:
         if issubclass(obj, _Published):
             self.write(  # type: ignore[attr-defined]
@@ -98,7 +96,9 @@ def write(file: HashingWriter, items: Sequence[KVCacheItem], manifest_json: str)
         },
         MANIFEST_KEY: manifest_json,
     }
-    _Pickler(file, PROTOCOL).dump(contents)
+    pickler = _Pickler(file, PROTOCOL)
+    pickler.fast = True  # no memo: it would hold the bytes of every tensor to the end, here and when they are read
+    pickler.dump(contents)
 
 
 def items_of(contents: Any, path: Path) -> list[dict[str, Any]]:
