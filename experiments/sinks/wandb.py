@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -95,8 +95,8 @@ class WandB(Sink):
     def close(self, run_dir: Path) -> str | None:
         import wandb
 
-        columns = [field.name for field in dataclasses.fields(Row)]
-        data = [[_plain(getattr(row, name)) for name in columns] for row in self._rows]
+        columns: list[str | int] = [field.name for field in dataclasses.fields(Row)]
+        data: list[Iterable[Any]] = [[_plain(getattr(row, str(name))) for name in columns] for row in self._rows]
         self._run.log({"rows": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
         for plot in sorted((run_dir / "plots").glob("*.png")):
             self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
