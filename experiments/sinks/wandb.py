@@ -80,7 +80,12 @@ class WandB(Sink):
 
         with _no_prompt():
             self._run = wandb.init(
-                project=self.project, entity=self.entity, name=self.name, mode=mode, dir=run_dir, config=config,
+                project=self.project,
+                entity=self.entity,
+                name=self.name,
+                mode=mode,
+                dir=run_dir,
+                config=config,
                 settings=wandb.Settings(
                     silent=True, console="off", x_disable_stats=True, disable_git=True, init_timeout=INIT_TIMEOUT_S
                 ),
