@@ -53,7 +53,8 @@ class LentLayer(DynamicLayer):
         else:
             self.buffers[0][:, :, start:end].copy_(key_states)
             self.buffers[1][:, :, start:end].copy_(value_states)
-        self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
+        # narrow, for it costs the host half of what a slice does, and eager prefill on a GPU waits for the host
+        self.keys, self.values = self.buffers[0].narrow(2, 0, end), self.buffers[1].narrow(2, 0, end)
         return self.keys, self.values
 
     def _owns(self, keys: torch.Tensor) -> bool:

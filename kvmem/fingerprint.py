@@ -34,7 +34,7 @@ class ModelFingerprint(BaseModel):
     tokenizer: str
     template: str
     origin: str
-    """Where the weights came from, for people: hub, folder, packaged (quantized how), or random (shape, seed, device)."""
+    """Where the weights came from, for people: hub, folder, packaged (how quantized), random (shape, seed, device)."""
 
     def difference(self, other: ModelFingerprint) -> str | None:
         """The first field in which `other` is not the same model, as "field: ours, theirs"; None if it is the same."""

