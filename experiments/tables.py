@@ -34,7 +34,7 @@ from experiments.verdict import STRAW_MAN
 
 _NOT_FIGURES = {"context", "query", "question", "answers", "truth"}
 _HEADINGS = {"arm": "Arm", "attention": "Attention", "run": "Run"}
-_USER_COLUMNS = ("Merge", "KV user TTFT", "Dir user TTFT")
+_USER_COLUMNS = ("Merge time", "KV user TTFT", "Dir user TTFT")
 """Shown where several memories are merged, for a merge's seconds are in the user's TTFT and not in the engine's."""
 _TTFT_COLUMNS = ("Build", "KV TTFT", "Dir TTFT", "Speedup", "95% interval", "Equality", "Verdict", "Break even")
 _TEXT_COLUMNS = {"Model", "Ctx", "Qry", "Equality", "Verdict"}
