@@ -120,6 +120,14 @@ def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig) ->
     return shell
 
 
+def lend_nothing(tokens: MemoryTokens, config: PreTrainedConfig) -> LentCache:
+    """An empty shell for a prompt whose memory is all text: it grows as a lent one does."""
+    shell = _shell(config, LentCache)
+    assert isinstance(shell, LentCache)
+    shell.tokens = tokens.model_copy(update={"token_ids": ()})
+    return shell
+
+
 def crop(cache: DynamicCache, tokens: int) -> bool:
     """Keeps the first `tokens` tokens, in place, by views. False, and nothing done, where a sliding layer has already
     dropped the tokens that it would need."""
