@@ -14,9 +14,9 @@ VERSION = 1
 
 
 class Journal:
-    """`append` costs one small write, and outlives the process once it returns (not the machine); `snapshot` is fsynced,
-    and empties the journal. Snapshots are numbered, and so are the events that follow each: a process that dies between
-    the two leaves events that the snapshot already holds, and they are skipped."""
+    """`append` costs one small write, and outlives the process once it returns (not the machine); `snapshot` is
+    fsynced, and empties the journal. Snapshots are numbered, and so are the events that follow each: a process that
+    dies between the two leaves events that the snapshot already holds, and they are skipped."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

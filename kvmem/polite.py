@@ -1,4 +1,4 @@
-"""Builds that step aside: between two layers of a build, running requests go first."""
+"""Builds that step aside: running requests go first, between any two layers of a build."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from kvmem.errors import BuildCancelled
 
 
 class BuildGate:
-    """Requests and builds share one model. A build that runs in another thread stops before its next layer while any
-    request is running, so a request is never held up by more than one layer's work; and it can be called off there."""
+    """Requests and builds share one model. A build that runs in another thread computes a layer only while every running
+    request is one that it has not run beside yet: no request is held up by more than one layer's work, and a build gets on
+    even where requests never cease. It can be called off between two layers."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._requests = 0
+        self._running: dict[object, bool] = {}
+        """Running requests, and whether a layer of a build was computed beside each."""
         self._cancelled = False
         self._builder: int | None = None
         self.layers_waited = 0
@@ -26,14 +28,15 @@ class BuildGate:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Inside the block builds of other threads wait."""
+        """Inside the block a build of another thread computes one layer at most."""
+        request = object()
         with self._changed:
-            self._requests += 1
+            self._running[request] = False
         try:
             yield
         finally:
             with self._changed:
-                self._requests -= 1
+                del self._running[request]
                 self._changed.notify_all()
 
     @contextmanager
@@ -61,8 +64,9 @@ class BuildGate:
         if threading.get_ident() != self._builder:
             return
         with self._changed:
-            while self._requests and not self._cancelled:
+            while any(self._running.values()) and not self._cancelled:
                 self.layers_waited += 1
                 self._changed.wait()
             if self._cancelled:
                 raise BuildCancelled("The build was called off: its text changed, or the scheduler is closing.")
+            self._running = dict.fromkeys(self._running, True)

@@ -50,17 +50,17 @@ class Failure:
 
 
 class MemScheduler:
-    """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, and is named in `failures`."""
+    """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`."""
 
     def __init__(
         self, memory: KVCacheMemory, policy: Policy | str, budget: Mapping[str, int],
         folder: str | Path | None = None, costs: Costs | None = None, max_builds: int = 1,
     ) -> None:
-        """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`). folder: for the state and the disk tier; None: the
-        state ends with the process. costs: what prefilling takes here; None: measured now. max_builds: in one tick.
+        """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`). folder: for the state and the disk tier; None:
+        the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one tick.
         """
         if not isinstance(memory.backend, HFBackend):
-            raise ConfigError(f"MemScheduler needs the backend huggingface; this memory's is {type(memory.backend).name}.")
+            raise ConfigError(f"MemScheduler needs the backend huggingface, and has {type(memory.backend).name}.")
         self.backend = memory.backend
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         self.planner = Planner(chosen, budget, costs or Costs.measured(self.backend))

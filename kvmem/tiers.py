@@ -59,7 +59,7 @@ class TieredItems:
             return MemoryPlace(self._backend, torch.device("cpu"), pinned=on_gpu)
         if name == "gpu":
             if not on_gpu:
-                raise ConfigError(f"The tier 'gpu' needs a model on a GPU, and this one is on a CPU. Use 'ram'.")
+                raise ConfigError("The tier 'gpu' needs a model on a GPU, and this one is on a CPU. Use 'ram'.")
             return MemoryPlace(self._backend, self._backend.device, pinned=False)
         if folder is None:
             raise ConfigError("The tier 'disk' needs a folder. Give one, or leave the tier out.")
@@ -186,7 +186,7 @@ class TieredItems:
         free = self.budgets[tier] - self._used[tier]
         if nbytes > free:
             raise BudgetError(
-                f"Item {item_id} has {nbytes} bytes, and the tier {tier!r} has {free} left. Drop or demote others first."
+                f"Item {item_id} has {nbytes} bytes, and the tier {tier!r} has {free} left. Drop or demote others."
             )
         self._used[tier] += nbytes
 

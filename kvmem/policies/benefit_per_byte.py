@@ -17,9 +17,9 @@ class BenefitPerByte(Policy):
     """(expected uses × seconds saved a use − build seconds where it is not built) ÷ bytes.
 
     Expected uses: as many as the decayed past held. How fast the past should fade depends on the traffic, so several
-    half-lives are kept and mixed by how well each has lately predicted which memory is used next (exponentially weighted
-    forecasters: Vovk 1990; Littlestone & Warmuth 1994). An edit ends the worth of what is built, so expected uses
-    are at most the uses that have come per edit: a memory edited within its reuse time never earns its build.
+    half-lives are kept and mixed by how well each has lately predicted which memory is used next (weighted
+    forecasters: Vovk 1990; Littlestone & Warmuth 1994). An edit ends the worth of what is built, so the uses are
+    shared out over as many texts as are to be expected: a memory edited within its reuse time never earns its build.
     """
 
     memory: float = Field(0.98, gt=0, lt=1)
@@ -49,8 +49,7 @@ class BenefitPerByte(Policy):
 
     def _expected_uses(self, table: UsageTable) -> np.ndarray:
         uses, edits = table.weights()
-        uses_an_edit = np.divide(uses, edits, out=np.full_like(uses, np.inf), where=edits > 0)
-        return np.minimum(uses, uses_an_edit) @ self._shares()
+        return (uses / (1 + edits)) @ self._shares()
 
     def state(self) -> dict[str, Any]:
         return {"success": self._success.tolist()}
