@@ -13,9 +13,9 @@ from kvmem.errors import BuildCancelled
 
 
 class BuildGate:
-    """Requests and builds share one model. A build that runs in another thread computes a layer only while every running
-    request is one that it has not run beside yet: no request is held up by more than one layer's work, and a build gets on
-    even where requests never cease. It can be called off between two layers."""
+    """Requests and builds share one model. A build in another thread computes its next layer only while it has run
+    beside none of the requests that are running: no request is held up by more than one layer's work, and a build gets
+    on even where requests never cease. It can be called off between two layers."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

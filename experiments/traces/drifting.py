@@ -13,7 +13,7 @@ from experiments.traces import Event, TraceFamily, zipf_shares
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Drifting(TraceFamily):
-    """Zipf popularity and sessions as in `steady`; every `every` uses, two memories at random trade their popularity."""
+    """Zipf popularity and sessions as in `steady`; every `every` uses, two random memories trade their popularity."""
 
     exponent: float = Field(1.0, ge=0)
     session: float = Field(2.0, ge=1)

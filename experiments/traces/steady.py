@@ -13,7 +13,7 @@ from experiments.traces import Event, TraceFamily, zipf_shares
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Steady(TraceFamily):
-    """Zipf popularity, asked in sessions: a user stays with a memory for a few queries (geometric, `session` on average)."""
+    """Zipf popularity, in sessions: a user stays with a memory for a few queries (geometric, `session` on average)."""
 
     exponent: float = Field(1.0, ge=0)
     session: float = Field(2.0, ge=1)

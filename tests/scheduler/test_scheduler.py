@@ -157,7 +157,8 @@ def test_a_failed_build_leaves_the_memory_as_text(qwen3: HFBackend) -> None:
 
 
 def test_budget_holds_and_the_more_useful_stays(qwen3: HFBackend) -> None:
-    size = max(len(qwen3.template.memory_tokens(memory.memory).token_ids) for memory in MEMORIES) * kv_bytes_a_token(qwen3)
+    longest = max(len(qwen3.template.memory_tokens(memory.memory).token_ids) for memory in MEMORIES)
+    size = longest * kv_bytes_a_token(qwen3)
     scheduler = scheduler_on(qwen3, ram=2 * size)
     for _ in range(10):
         for i, memory in enumerate(MEMORIES):
