@@ -124,8 +124,11 @@ class Planner:
     def _fill(self, table: UsageTable, order: np.ndarray) -> dict[str, str]:
         """Memory -> the tier where it should be, best first."""
         room = dict(self.budgets)
-        wanted = {}
+        wanted: dict[str, str] = {}
+        least = table.nbytes[order].min(initial=np.inf)
         for row in order.tolist():
+            if max(room.values()) < least:
+                break
             nbytes = table.nbytes[row]
             tier = next((name for name, left in room.items() if nbytes <= left), None)
             if tier is not None:

@@ -41,10 +41,10 @@ class TraceFamily(ABC):
     def events(self, memories: int, uses: int, rng: np.random.Generator) -> list[Event]:
         """`uses` uses of `memories` memories, with the edits that this family has."""
 
-    def draw(self, memories: int, uses: int, seed: int, query_tokens: int = 64) -> Trace:
-        """A trace that `seed` determines. Lengths are log-uniform from 128 to 2048 tokens, whatever the family."""
+    def draw(self, memories: int, uses: int, seed: int, query_tokens: int) -> Trace:
+        """A trace that `seed` determines, with lengths that are log-uniform from 128 to 1024 tokens."""
         rng = np.random.default_rng([seed, sum(self.name.encode())])
-        tokens = tuple(int(length) for length in np.exp(rng.uniform(np.log(128), np.log(2048), memories)))
+        tokens = tuple(int(length) for length in np.exp(rng.uniform(np.log(128), np.log(1024), memories)))
         return Trace(self.name, seed, tokens, query_tokens, tuple(self.events(memories, uses, rng)))
 
 
