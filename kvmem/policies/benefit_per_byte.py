@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,26 +17,41 @@ from kvmem.usage import HALF_LIVES, UsageTable
 class BenefitPerByte(Policy):
     """(expected uses × seconds saved a use − build seconds where it is not built) ÷ bytes.
 
-    Expected uses: as many as the decayed past held. How fast the past should fade depends on the traffic, so several
-    half-lives are kept and mixed by how well each has lately predicted which memory is used next (weighted
-    forecasters: Vovk 1990; Littlestone & Warmuth 1994). An edit ends the worth of what is built, so the uses are
-    shared out over as many texts as are to be expected: a memory edited within its reuse time never earns its build.
+    Expected uses: over the next `horizon` uses of all memories, at the rate of the decayed past. How fast the past
+    should fade depends on the traffic, so several half-lives are kept and mixed by how well each has lately foretold,
+    `lag` uses ahead, which memory is used (weighted forecasters: Vovk 1990; Littlestone & Warmuth 1994). Ahead,
+    because the next use is mostly the same session's, while a build pays off over those that follow. Each memory's
+    count is less `discount`, for what was seen little was mostly seen by luck (absolute discounting: Ney et al. 1994).
+    An edit ends the worth of what is built, so the uses are shared out over as many texts as are to be expected: a
+    memory edited within its reuse time never earns its build.
     """
 
-    memory: float = Field(0.98, gt=0, lt=1)
-    """How much of a half-life's past success counts after one more use: 0.98 looks back some 50 uses."""
-    prior: float = Field(0.1, gt=0)
+    horizon: float = Field(256, gt=0)
+    lag: int = Field(32, ge=0)
+    discount: float = Field(0.5, ge=0)
+    memory: float = Field(0.998, gt=0, lt=1)
+    """How much of a half-life's past success counts after one more use: 0.998 looks back some 500 uses."""
+    prior: float = Field(1.0, gt=0)
     """Uses that every memory is credited with when half-lives are compared, so that a new one sinks none of them."""
 
     name: ClassVar[str] = "benefit_per_byte"
 
     def __post_init__(self) -> None:
         self._success = np.zeros(len(HALF_LIVES))
+        self._recent: deque[str] = deque(maxlen=self.lag)
+        ages = np.arange(self.lag, 0, -1)[:, None] - 1.0
+        self._fading = np.exp2(-ages / HALF_LIVES)  # (lag, half-lives): what each of the last uses still weighs
 
     def observed(self, table: UsageTable, row: int) -> None:
-        decay = np.exp2(-(table.now - table.weighed_at[row]) / HALF_LIVES)
-        chance = (table.use_weights[row] * decay + self.prior) / (table.totals + self.prior * len(table))
-        self._success = self.memory * self._success + np.log(chance)
+        if len(self._recent) == self.lag:
+            decay = np.exp2(-(table.now - table.weighed_at[row]) / HALF_LIVES)
+            own = [memory_id == table.ids[row] for memory_id in self._recent]
+            grown = np.exp2(self.lag / HALF_LIVES)  # back to what it weighed then
+            then = (table.use_weights[row] * decay - self._fading[own].sum(axis=0)) * grown
+            total = (table.totals - self._fading.sum(axis=0)) * grown
+            chance = (np.maximum(then, 0) + self.prior) / (np.maximum(total, 0) + self.prior * len(table))
+            self._success = self.memory * self._success + np.log(chance)
+        self._recent.append(table.ids[row])
 
     def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
         n = len(table)
@@ -49,13 +65,16 @@ class BenefitPerByte(Policy):
 
     def _expected_uses(self, table: UsageTable) -> np.ndarray:
         uses, edits = table.weights()
-        return (uses / (1 + edits)) @ self._shares()
+        seen = HALF_LIVES / np.log(2) * (1 - np.exp2(-(table.now + 1) / HALF_LIVES))  # uses that the weights stand for
+        ahead = np.minimum(1.0, self.horizon / seen)
+        return (np.maximum(uses - self.discount, 0) * ahead / (1 + edits * ahead)) @ self._shares()
 
     def state(self) -> dict[str, Any]:
-        return {"success": self._success.tolist()}
+        return {"success": self._success.tolist(), "recent": list(self._recent)}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._success = np.array(state["success"])
+        self._recent = deque(state["recent"], maxlen=self.lag)
 
     def explain(self, table: UsageTable, row: int, held: bool) -> str:
         uses = self._expected_uses(table)[row]
