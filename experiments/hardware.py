@@ -132,7 +132,7 @@ def conditions() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" where tracked files differ from it; KVMEM_COMMIT in a copy without its history."""
+    """The checkout's commit, "+" where tracked files differ from it; KVMEM_COMMIT in a copy without its history."""
     folder = Path(__file__).parents[1]
     if not (folder / ".git").exists():
         return os.environ.get("KVMEM_COMMIT")

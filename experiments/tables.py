@@ -136,8 +136,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for row in rows:
         scenarios.setdefault(row.scenario, []).append(row)
     return [
-        _ttft_table(name, group) if is_ttft(group) else _generic_table(name, group)
-        for name, group in scenarios.items()
+        _ttft_table(name, group) if is_ttft(group) else _generic_table(name, group) for name, group in scenarios.items()
     ]
 
 

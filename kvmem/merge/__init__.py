@@ -21,7 +21,9 @@ class MergeStrategy(ABC):
     exact: ClassVar[bool]
 
     @abstractmethod
-    def merge(self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel) -> DynamicCache:
+    def merge(
+        self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
+    ) -> DynamicCache:
         """A cache of exactly `merged_tokens(items, separator_ids).token_ids`; the items stay as they are."""
 
 
@@ -47,8 +49,13 @@ def joined_tokens(parts: Sequence[MemoryTokens], separator_ids: tuple[int, ...])
     first, last = parts[0], parts[-1]
     ids = first.header_ids + lead + last.body_ids
     return MemoryTokens(
-        source=last.source, template=last.template, token_ids=ids, header_tokens=first.header_tokens,
-        body_end=len(ids), rest_ids=last.rest_ids, lead_ids=lead,
+        source=last.source,
+        template=last.template,
+        token_ids=ids,
+        header_tokens=first.header_tokens,
+        body_end=len(ids),
+        rest_ids=last.rest_ids,
+        lead_ids=lead,
     )
 
 
