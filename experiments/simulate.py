@@ -101,7 +101,9 @@ def event_times(trace: Trace) -> tuple[list[list[int]], list[list[int]]]:
     return uses, edits
 
 
-def best_oracle(trace: Trace, budgets: Mapping[str, int], costs: Costs, tick_every: int = 1, max_builds: int = 1) -> Outcome:
+def best_oracle(
+    trace: Trace, budgets: Mapping[str, int], costs: Costs, tick_every: int = 1, max_builds: int = 1
+) -> Outcome:
     """The oracle whose horizon nets most on this trace."""
     uses, edits = event_times(trace)
     outcomes = [

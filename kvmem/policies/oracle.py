@@ -21,7 +21,7 @@ class Oracle(Policy):
     """Greedy by the seconds that the next `horizon` uses will save, less the build, per byte. For simulations only.
 
     uses and edits: for each row of the table the times of its events, in observed uses, ascending. An edit ends the
-    count, for what is built before it is worth nothing after. Greedy is not optimal: a trace's bound is quoted beside it.
+    count, for what is built before it is worth nothing after. Greedy is not optimal: a trace's bound stands beside it.
     """
 
     uses: Sequence[Sequence[int]] = ()
