@@ -107,7 +107,7 @@ def best_oracle(
     """The oracle whose horizon nets most on this trace."""
     uses, edits = event_times(trace)
     outcomes = [
-        simulate(trace, Oracle(uses, edits, horizon), budgets, costs, tick_every=tick_every, max_builds=max_builds)
+        simulate(trace, Oracle(horizon, uses, edits), budgets, costs, tick_every=tick_every, max_builds=max_builds)
         for horizon in HORIZONS
     ]
     return max(outcomes, key=lambda outcome: outcome.net_saved_s)

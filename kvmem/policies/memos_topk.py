@@ -22,11 +22,11 @@ class MemOSTopK(Policy):
     """
 
     top_k: int = Field(20, ge=1)
+    refresh_uses: int = Field(60, ge=1)
+    """Uses between two decisions: 300 s, at one query every 5 s."""
     rank_step: float = 0.9
     repetition_step: float = 0.05
     repetition_at_most: float = 0.35
-    refresh_uses: int = Field(60, ge=1)
-    """Uses between two decisions: 300 s, at one query every 5 s."""
 
     name: ClassVar[str] = "memos_topk"
 

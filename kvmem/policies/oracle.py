@@ -24,9 +24,9 @@ class Oracle(Policy):
     count, for what is built before it is worth nothing after. Greedy is not optimal: a trace's bound stands beside it.
     """
 
+    horizon: int = Field(512, ge=1)
     uses: Sequence[Sequence[int]] = ()
     edits: Sequence[Sequence[int]] = ()
-    horizon: int = Field(512, ge=1)
 
     name: ClassVar[str] = "oracle"
 
