@@ -140,6 +140,14 @@ def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig) ->
     return shell
 
 
+def lend_nothing(tokens: MemoryTokens, config: PreTrainedConfig) -> LentCache:
+    """An empty shell for a prompt whose memory is all text: it grows as a lent one does."""
+    shell = _shell(config, LentCache)
+    assert isinstance(shell, LentCache)
+    shell.tokens = tokens.model_copy(update={"token_ids": ()})
+    return shell
+
+
 def can_crop(cache: DynamicCache, tokens: int) -> bool:
     """False where a sliding layer has already dropped tokens that it would need behind the first `tokens`."""
     return tokens >= cache.get_seq_length() or not any(

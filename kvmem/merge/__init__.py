@@ -38,7 +38,11 @@ def merged_tokens(items: Sequence[KVCacheItem], separator_ids: tuple[int, ...]) 
                 f"Item {item.kv_cache_id} holds chat turns, and only memories of text can be merged. "
                 "Use it alone, or extract its content as a text."
             )
-    parts = [item.metadata.tokens for item in items]
+    return joined_tokens([item.metadata.tokens for item in items], separator_ids)
+
+
+def joined_tokens(parts: Sequence[MemoryTokens], separator_ids: tuple[int, ...]) -> MemoryTokens:
+    """The tokens of several text memories, one behind the other: a merge's, whether or not any of them is built."""
     lead: tuple[int, ...] = ()
     for part in parts[:-1]:
         lead += part.body_ids + part.rest_ids + separator_ids
