@@ -30,10 +30,9 @@ class Bench:
     def open(cls, config: RunConfig) -> Bench:
         """Checks that this machine is the layout that `config` names, loads the model, and calibrates the limit."""
         config.hardware.refuse_other_machines()
-        model = dataclasses.replace(config.backend, model_name_or_path=config.model.source(), seed=config.model.seed)
         memory = KVCacheMemory(
             KVCacheMemoryConfig(
-                extractor_llm={"backend": model.backend, "config": model}, memory_filename=config.storage.memory_filename,
+                extractor_llm={"backend": config.backend.backend, "config": config.backend}, memory_filename=config.storage.memory_filename,
                 merge=config.merge, template=config.template, separator=config.separator,
             )
         )

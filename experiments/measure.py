@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -72,13 +73,21 @@ def direct_prompt(backend: HFBackend, tokens: MemoryTokens, query: Query) -> Tok
 
 
 def interleaved(arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: int = 1) -> dict[str, list[Sample]]:
-    """Each arm once a round, in random order within the round, for `pairs` rounds, after `warmups` rounds not counted."""
+    """Each arm once a round, in random order within the round, for `pairs` rounds, after `warmups` rounds not counted.
+
+    The garbage collector rests meanwhile, as in timeit: its pauses would fall on either arm by chance.
+    """
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
-    for round_ in range(warmups + pairs):
-        for name in rng.sample(sorted(arms), len(arms)):
-            sample = arms[name]()
-            if round_ >= warmups:
-                samples[name].append(sample)
+    gc.collect()
+    gc.disable()
+    try:
+        for round_ in range(warmups + pairs):
+            for name in rng.sample(sorted(arms), len(arms)):
+                sample = arms[name]()
+                if round_ >= warmups:
+                    samples[name].append(sample)
+    finally:
+        gc.enable()
     return samples
 
 
@@ -104,6 +113,13 @@ def spread(seconds: Sequence[float]) -> float:
 def speedup_pct(kv_s: Sequence[float], direct_s: Sequence[float]) -> float:
     """100 × (1 − median injected / median direct)."""
     return 100 * (1 - statistics.median(kv_s) / statistics.median(direct_s))
+
+
+def paired_ratio(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Median of a / b over the pairs, and its 95% percentile bootstrap interval: drift that hits both arms cancels."""
+    ratios = np.asarray(a_s) / np.asarray(b_s)
+    result = stats.bootstrap((ratios,), np.median, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed))
+    return float(np.median(ratios)), float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int = 0) -> tuple[float, float] | None:

@@ -40,13 +40,15 @@ class LentLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         start, new = self.keys.shape[-2], key_states.shape[-2]
         end = start + new
-        if not self._owns(self.keys) or self.buffers is None or end > self.buffers[0].shape[-2]:
+        owned = self._owns(self.keys)
+        if not owned or self.buffers is None or end > self.buffers[0].shape[-2]:
+            if owned:  # full; a beam search, which owns nothing after each reorder, must not double it
+                self.headroom *= 2
             room_BHTD = key_states.new_empty(*key_states.shape[:2], self.headroom, key_states.shape[-1])
             self.buffers = (
                 torch.cat([self.keys, key_states, room_BHTD], dim=-2),
                 torch.cat([self.values, value_states, room_BHTD], dim=-2),
             )
-            self.headroom *= 2
         else:
             self.buffers[0][:, :, start:end].copy_(key_states)
             self.buffers[1][:, :, start:end].copy_(value_states)
@@ -111,6 +113,17 @@ def layers_of(cache: DynamicCache) -> list[KV]:
     return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
 
 
+def compact(layers: Iterable[KV]) -> list[KV]:
+    """The same tensors, copied where they are views into larger ones: a lent layer's buffer has room to spare, and a
+    sliding layer's tensors still hold the tokens that have left the window."""
+    return [(_alone(keys), _alone(values)) for keys, values in layers]
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    fills = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig) -> LentCache:
     """A fresh shell that shares `cache`'s tensors; growing, cropping or reordering it leaves `cache` as it is."""
     shell = _shell(config, LentCache)
@@ -120,15 +133,20 @@ def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig) ->
     return shell
 
 
+def can_crop(cache: DynamicCache, tokens: int) -> bool:
+    """False where a sliding layer has already dropped tokens that it would need behind the first `tokens`."""
+    return tokens >= cache.get_seq_length() or not any(
+        isinstance(layer, DynamicSlidingWindowLayer) and layer.cumulative_length > layer.keys.shape[-2]
+        for layer in cache.layers
+    )
+
+
 def crop(cache: DynamicCache, tokens: int) -> bool:
-    """Keeps the first `tokens` tokens, in place, by views. False, and nothing done, where a sliding layer has already
-    dropped the tokens that it would need."""
-    length = cache.get_seq_length()
-    if tokens >= length:
+    """Keeps the first `tokens` tokens, in place, by views. False, and nothing done, where `can_crop` is."""
+    if tokens >= cache.get_seq_length():
         return True
-    for layer in cache.layers:
-        if isinstance(layer, DynamicSlidingWindowLayer) and layer.cumulative_length > layer.keys.shape[-2]:
-            return False
+    if not can_crop(cache, tokens):
+        return False
     for layer in cache.layers:
         assert layer.keys is not None and layer.values is not None
         layer.keys, layer.values = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]

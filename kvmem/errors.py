@@ -80,7 +80,11 @@ def config_error(what: str, error: pydantic.ValidationError, known: Iterable[str
     for finding in error.errors():
         key = ".".join(str(part) for part in finding["loc"])
         if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            lines.append(f"{what}: unknown key {key!r}. {did_you_mean(key, known)}")
+            lines.append(f"{what}: unknown key {key!r}. {did_you_mean(str(finding['loc'][-1]), known)}")
+        elif finding["type"] in ("missing", "missing_argument"):
+            lines.append(f"{what}: {key!r} is missing.")
+        elif finding["type"] == "value_error":  # raised by a check of ours, whose sentence says it all
+            lines.append(f"{what}{'.' if key else ''}{key}: {finding['ctx']['error']}")
         else:
             lines.append(f"{what}.{key}: {finding['msg']} (got {finding['input']!r})")
     return ConfigError("\n".join(lines))

@@ -8,7 +8,6 @@ token, so a template or tokenizer that breaks the rule costs a few tokens prefil
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +28,6 @@ TemplateKind = Literal["chat", "plain"]
 # Stand-ins that no memory holds, to see where a template puts the memory and the query.
 _MEMORY_PROBE = "kvmem memory probe 5b1f"
 _QUERY_PROBE = "kvmem query probe 9d3e"
-_LAST_WORD = re.compile(r"\s*\S+\s*$")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,8 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A prompt as text and tokens, and the places in it, in characters."""
+    """A prompt as text and tokens, and the places in it, in characters. `query_start` is right for the stand-in query;
+    a real one's text may stand elsewhere in the prompt too."""
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
@@ -100,9 +99,8 @@ class PromptTemplate:
         if barriers:
             cut, body_end = barriers[-1] + 1, memory_tokens
         else:  # nothing parts memory and query, so the memory's last word is the query's to change
-            word = _LAST_WORD.search(self._text_of(source))
-            assert word is not None
-            last_word = rendered.memory_end - (word.end() - word.start())
+            text = self._text_of(source)
+            last_word = rendered.memory_end - (len(text) - len(_before_last_word(text)))
             cut = body_end = min(rendered.tokens_before(last_word), memory_tokens)
         if cut <= header:
             raise PromptError(
@@ -157,11 +155,14 @@ class PromptTemplate:
         else:
             first, last = source[0]["content"].strip(), source[-1]["content"].strip()
             start = max(text.find(first), 0)
-            end = max(text.rfind(last), start) + len(last)
-        asked = _turns(query)[0]["content"].strip()
-        query_start = text.find(asked, end)
+            if last not in text[start:]:  # a template strips thinking from the head of earlier turns
+                last = last[len(_before_last_word(last)) :].strip()
+            end = max(text.rfind(last, start), start) + len(last)
+        query_start = text.rfind(_turns(query)[0]["content"].strip())
+        if query_start < start:
+            query_start = end
         ids, spans = self._tokenize(text)
-        return _Rendered(ids, spans, start, end, query_start if query_start >= 0 else end)
+        return _Rendered(ids, spans, start, min(end, query_start), query_start)
 
     def _tokenize(self, text: str) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         # A chat template writes BOS itself; a plain text gets what the tokenizer adds.
@@ -200,6 +201,10 @@ class PromptTemplate:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _before_last_word(text: str) -> str:
+    return text.rstrip().removesuffix("".join(text.split()[-1:])).rstrip()
 
 
 def _turns(query: Query) -> list[Message]:

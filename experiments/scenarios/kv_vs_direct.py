@@ -128,9 +128,12 @@ class KVvsDirect(Scenario):
             if self.pairs >= 10:
                 extra[f"{label}_ttft_p90_s"] = float(np.percentile(seconds[name], 90))
         if "shared_tensors" in seconds:
-            recipe_s = median(seconds["shared_tensors"])
-            extra["shared_tensors_ttft_s"] = recipe_s
-            extra["injected_over_shared_tensors"] = median(seconds["injected"]) / recipe_s
+            ratio, low, high = measure.paired_ratio(seconds["injected"], seconds["shared_tensors"])
+            extra |= {
+                "shared_tensors_ttft_s": median(seconds["shared_tensors"]),
+                "shared_tensors_ttft_all_s": seconds["shared_tensors"],
+                "injected_over_shared_tensors": ratio, "injected_over_shared_tensors_interval": (low, high),
+            }
         return extra
 
 

@@ -109,10 +109,7 @@ class HFBackend(Backend):
         prefill(self.model, tokens.token_ids[cache.get_seq_length() :], cache)
         self._synchronize()
         build_s = time.perf_counter() - started
-        # A shell of plain layers; a lent one's buffers have room to spare, which a stored item should not hold.
-        layers = dynamic_cache.layers_of(cache)
-        if base is not None:
-            layers = [(keys.contiguous(), values.contiguous()) for keys, values in layers]
+        layers = dynamic_cache.compact(dynamic_cache.layers_of(cache))
         stored = dynamic_cache.from_layers(layers, self.model_config, len(tokens.token_ids))
         return KVCacheItem(
             kv_cache=stored,
@@ -135,7 +132,12 @@ class HFBackend(Backend):
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the positions."""
         prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
         self._check_length(len(prompt.ids))
-        return prompt
+        if kv_cache is None:
+            return prompt
+        held = min(len(prompt.memory_ids), kv_cache.get_seq_length())
+        if not dynamic_cache.can_crop(kv_cache, held):
+            held = 0
+        return TokenizedPrompt(prompt.ids[:held], prompt.ids[held:])
 
     def prefill(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> tuple[torch.Tensor, DynamicCache]:
         """The last token's logits, (vocab,), and the cache behind them. Only `prompt.query_ids` are computed where
@@ -152,7 +154,7 @@ class HFBackend(Backend):
         prompt = self.split(query, kv_cache)
         ids = tuple(self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()))
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Generation(text, ids, len(prompt.ids), len(prompt.memory_ids) if kv_cache is not None else 0)
+        return Generation(text, ids, len(prompt.ids), len(prompt.memory_ids))
 
     def stream(
         self, query: Query, kv_cache: LentCache | None = None, max_new_tokens: int = 128, sampling: Sampling | None = None
@@ -164,7 +166,8 @@ class HFBackend(Backend):
         for token in self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()):
             ids.append(token)
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            added = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
+            half = text.endswith("\N{REPLACEMENT CHARACTER}") and len(ids) < max_new_tokens
+            added = "" if half else text[len(shown) :]
             shown += added
             yield Token(token, added)
 

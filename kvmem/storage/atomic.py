@@ -15,7 +15,7 @@ from kvmem.errors import StorageError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[io.FileIO]:
-    """A new unbuffered file beside `path` that takes its place when the block ends well: fsynced, renamed, folder fsynced.
+    """A new unbuffered file beside `path` that takes its place when the block ends well: fsynced and renamed.
 
     If the block raises, the new file goes and `path` stays as it was. If the process dies, `path` stays as it was and
     the next write removes what is left: a partial file is locked as long as its writer lives.

@@ -44,19 +44,21 @@ def of_items(items: Sequence[KVCacheItem]) -> str:
     """The manifest of `items`, as JSON. Raises StorageError for metadata that JSON can't hold."""
     entries = tuple(
         ItemManifest(
-            kv_cache_id=item.kv_cache_id, cache_tokens=item.kv_cache.get_seq_length(),
-            layers=len(item.kv_cache.layers), metadata=item.metadata,
+            kv_cache_id=item.kv_cache_id,
+            cache_tokens=item.kv_cache.get_seq_length(),
+            layers=len(item.kv_cache.layers),
+            metadata=item.metadata,
         )
         for item in items
     )
     try:
         return Manifest(items=entries).model_dump_json()
     except PydanticSerializationError as error:
-        raise StorageError(f"An item's metadata can't be written as JSON ({error}). Keep plain values in it.") from error
+        raise StorageError(f"An item's metadata is no JSON ({error}). Keep plain values in it.") from error
 
 
 def read(text: str, path: Path) -> Manifest:
-    """The manifest in `text`, which a checksum has vouched for. Raises StorageError for another version of the format."""
+    """The manifest in `text`, which a checksum has vouched for. Raises StorageError for another format version."""
     version = json.loads(text).get("version")
     if version != FORMAT_VERSION:
         raise StorageError(
@@ -65,7 +67,7 @@ def read(text: str, path: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise DamagedFileError(f"{path} has a manifest that does not fit its version ({error}). Dump it again.") from error
+        raise DamagedFileError(f"{path} has a manifest unlike its version's ({error}). Dump it again.") from error
 
 
 def check_model(manifest: Manifest, fingerprint: ModelFingerprint, path: Path) -> None:
@@ -83,14 +85,20 @@ def check_model(manifest: Manifest, fingerprint: ModelFingerprint, path: Path) -
 def check_shape(kv_cache_id: str, layers: Sequence[KV], fingerprint: ModelFingerprint, path: Path) -> None:
     """Raises FingerprintError if tensors of unknown origin can't be of this model: layers, heads, head size, dtype."""
     ours = {
-        "layers": fingerprint.layers, "batch": 1, "kv_heads": fingerprint.kv_heads,
-        "head_dim": fingerprint.head_dim, "dtype": fingerprint.dtype,
+        "layers": fingerprint.layers,
+        "batch": 1,
+        "kv_heads": fingerprint.kv_heads,
+        "head_dim": fingerprint.head_dim,
+        "dtype": fingerprint.dtype,
     }
     for tensor in (tensor for pair in layers for tensor in pair):
-        batch, kv_heads, head_dim = (tensor.shape[0], tensor.shape[1], tensor.shape[3]) if tensor.dim() == 4 else (0, 0, 0)
+        batch, kv_heads, _, head_dim = tensor.shape if tensor.dim() == 4 else (0, 0, 0, 0)
         theirs = {
-            "layers": len(layers), "batch": batch, "kv_heads": kv_heads,
-            "head_dim": head_dim, "dtype": str(tensor.dtype).removeprefix("torch."),
+            "layers": len(layers),
+            "batch": batch,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
         }
         for name, value in theirs.items():
             if value != ours[name]:

@@ -25,6 +25,7 @@ from kvmem.fingerprint import ModelFingerprint
 from kvmem.items import KVCacheItem
 from kvmem.storage import Storage, manifest
 from kvmem.storage.atomic import replacing, write_all
+from kvmem.storage.hashing import HashingWriter
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -32,7 +33,6 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-CHUNK_BYTES = 4 << 20  # hashed while it is in the CPU's cache, then written
 ALIGN_BYTES = 64
 LENGTH_BYTES = 8
 NO_CHECKSUM = b"0" * 32
@@ -55,18 +55,14 @@ class SafetensorsFile(Storage):
         # Written here and not by safetensors' own writer, which wants every tensor contiguous and on the CPU before it
         # starts, and leaves no place to hash the bytes on their way.
         head = _head(path, items)
-        digest = xxhash.xxh3_128(head)
         with replacing(path) as file:
-            write_all(file, memoryview(head))
-            for item in items:
-                for tensor in manifest.tensors_of(item):
-                    raw = memoryview(manifest.tight_cpu(tensor).reshape(-1).view(torch.uint8).numpy())
-                    for start in range(0, len(raw), CHUNK_BYTES):
-                        chunk = raw[start : start + CHUNK_BYTES]
-                        digest.update(chunk)
-                        write_all(file, chunk)
+            with HashingWriter(file) as writer:
+                writer.write(head)
+                for item in items:
+                    for tensor in manifest.tensors_of(item):
+                        writer.write(manifest.tight_cpu(tensor).reshape(-1).view(torch.uint8).numpy())
             file.seek(CHECKSUM_AT)
-            write_all(file, memoryview(digest.hexdigest().encode()))
+            write_all(file, memoryview(writer.digest.hexdigest().encode()))
 
     def load(
         self, path: Path, fingerprint: ModelFingerprint, config: PreTrainedConfig, device: torch.device
@@ -116,10 +112,14 @@ def _head(path: Path, items: Sequence[KVCacheItem]) -> bytes:
         for layer, pair in enumerate(dynamic_cache.layers_of(item.kv_cache)):
             for kind, tensor in zip("kv", pair, strict=True):
                 if tensor.dtype not in DTYPE_NAMES:
-                    raise StorageError(f"{path}: item {item.kv_cache_id} is of dtype {tensor.dtype}. Known: {list(DTYPE_NAMES)}.")
+                    raise StorageError(
+                        f"{path}: item {item.kv_cache_id} is of dtype {tensor.dtype}. Known: {', '.join(DTYPES)}."
+                    )
                 start, end = end, end + tensor.numel() * tensor.element_size()
                 fields[f"{i}.{layer}.{kind}"] = {
-                    "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
+                    "dtype": DTYPE_NAMES[tensor.dtype],
+                    "shape": list(tensor.shape),
+                    "data_offsets": [start, end],
                 }
     header = json.dumps(fields, separators=(",", ":")).encode()
     header += b" " * (-(LENGTH_BYTES + len(header)) % ALIGN_BYTES)
@@ -132,16 +132,16 @@ def _map(path: Path) -> mmap.mmap:
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size < TENSORS_AT_LEAST:
-                raise DamagedFileError(f"{path} is too short for a memory: empty or cut off. Take another copy of the file.")
+                raise DamagedFileError(f"{path} is too short for a memory: empty or cut off. Take another copy of it.")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
-        raise StorageError(f"{path} can't be read ({error}). Dump a memory there first, or give another folder.") from error
+        raise StorageError(f"{path} can't be read ({error}). Dump a memory there, or give another folder.") from error
     mapping.madvise(mmap.MADV_WILLNEED)
     return mapping
 
 
 def _verified_header(path: Path, mapping: mmap.mmap) -> tuple[dict[str, Any], int]:
-    """The header and where the tensors start, once the checksum has vouched for every byte (and so touched every page)."""
+    """The header and where the tensors start, once the checksum has vouched for every byte (and touched every page)."""
     if mapping[LENGTH_BYTES:CHECKSUM_AT] != HEADER_START:
         raise DamagedFileError(f"{path} does not start like a memory of kvmem: another kind of file, or damaged.")
     file = memoryview(mapping)
@@ -149,7 +149,7 @@ def _verified_header(path: Path, mapping: mmap.mmap) -> tuple[dict[str, Any], in
     digest.update(NO_CHECKSUM)
     digest.update(file[TENSORS_AT_LEAST:])
     if mapping[CHECKSUM_AT:TENSORS_AT_LEAST] != digest.hexdigest().encode():
-        raise DamagedFileError(f"{path} is damaged: its checksum does not fit its content. Take another copy of the file.")
+        raise DamagedFileError(f"{path} is damaged: its checksum does not fit its content. Take another copy of it.")
     tensors_at = LENGTH_BYTES + int.from_bytes(mapping[:LENGTH_BYTES], "little")
     return json.loads(mapping[LENGTH_BYTES:tensors_at]), tensors_at
 
@@ -158,6 +158,5 @@ def _tensor(mapping: mmap.mmap, entry: dict[str, Any], tensors_at: int, device: 
     """One tensor: a view of the mapping on the CPU, else a copy on `device`."""
     count = math.prod(entry["shape"])
     at = tensors_at + entry["data_offsets"][0]
-    return torch.frombuffer(mapping, dtype=DTYPES[entry["dtype"]], count=count, offset=at).view(entry["shape"]).to(device)
-
-
+    flat = torch.frombuffer(mapping, dtype=DTYPES[entry["dtype"]], count=count, offset=at)
+    return flat.view(entry["shape"]).to(device)

@@ -1,0 +1,98 @@
+"""What a row is called, word for word the same in tables, plots and report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from experiments import units
+from experiments.row import Row
+
+Kind = Literal["ok", "invalid", "failed", "unjudged", "published"]
+GRADES = {"bitwise": "bitwise", "tokens": "tokens", "near_tie": "near-tie", "diverged": "diverged"}
+CONDITIONS = ("weights", "dtype", "backend", "attention", "hardware", "merge", "tier", "arm", "memories")
+
+
+def label(row: Row, side: Literal["context", "query"]) -> str:
+    """The published name of a cell's side ("long"), or its token count."""
+    tokens = row.context_tokens if side == "context" else row.query_tokens
+    return str(row.extra.get(side) or units.count(tokens))
+
+
+def kind(row: Row) -> Kind:
+    if row.status == "failed":
+        return "failed"
+    return {"ok": "ok", "invalid": "invalid"}.get(row.verdict or "", "unjudged")  # type: ignore[return-value]
+
+
+def shown_speedup(row: Row) -> float | None:
+    """The speed-up where it may be shown: measured, and the verdict is ok."""
+    return row.speedup_pct if kind(row) == "ok" else None
+
+
+def last_line(error: str) -> str:
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason was recorded"
+
+
+def verdict(row: Row) -> str:
+    """ok (with what is worth knowing), "invalid: reason", or "failed: the last line of the error"."""
+    match kind(row):
+        case "failed":
+            return f"failed: {last_line(row.error)}"
+        case "invalid":
+            return f"invalid: {row.verdict_reason or 'no reason was recorded'}"
+        case "unjudged":
+            return "not judged"
+        case other:
+            return f"{other}: {row.verdict_reason}" if row.verdict_reason else other
+
+
+def equality(row: Row) -> str:
+    """The grade, with the margin of a near tie and the place of a first difference."""
+    if row.equality is None:
+        return units.NONE
+    notes = []
+    if row.equality in ("near_tie", "diverged") and row.first_difference is not None:
+        notes.append(f"at token {row.first_difference}")
+    if row.equality == "near_tie" and row.near_tie_margin is not None:
+        notes.append(f"margin {units.digits(row.near_tie_margin)}")
+    return GRADES.get(row.equality, row.equality) + (f" ({', '.join(notes)})" if notes else "")
+
+
+def condition(row: Row, name: str) -> Any:
+    """A field of `CONDITIONS`, or "run", which joining runs adds to a row's conditions."""
+    return row.conditions.get("run") if name == "run" else getattr(row, name)
+
+
+def varying(rows: Sequence[Row]) -> list[str]:
+    """The conditions that are not the same in all rows; each becomes a column, the others go into the caption."""
+    return [name for name in ("run", *CONDITIONS) if len({str(condition(row, name)) for row in rows}) > 1]
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """What all rows share, in a line."""
+    shared = [name for name in CONDITIONS if name not in varying(rows) and name not in ("arm", "memories")]
+    parts = [f"{name} {condition(rows[0], name)}" for name in shared if condition(rows[0], name)]
+    pairs = sorted({row.pairs for row in rows if row.pairs})
+    if pairs:
+        parts.append(f"{units.count(pairs[0])}{f' to {units.count(pairs[-1])}' if len(pairs) > 1 else ''} pairs a cell")
+    if any(row.break_even_queries is not None and row.kv_ttft_s is not None for row in rows):
+        parts.append("break even in queries")
+    if rows[0].memories > 1 and "memories" not in varying(rows):
+        parts.append(f"{rows[0].memories} memories a cell")
+    return " · ".join(parts)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """How many rows, their verdicts and their equality grades, in a line."""
+    kinds = Counter(kind(row) for row in rows)
+    verdicts = [f"{kinds['ok']} ok", f"{kinds['invalid']} invalid", f"{kinds['failed']} failed"]
+    if kinds["unjudged"]:
+        verdicts.append(f"{kinds['unjudged']} not judged")
+    line = f"{units.plural(len(rows), 'row')}: {', '.join(verdicts)}."
+    grades = Counter(row.equality for row in rows if row.equality is not None)
+    if grades:
+        line += f" Equality: {', '.join(f'{grades[grade]} {name}' for grade, name in GRADES.items())}."
+    return line

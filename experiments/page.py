@@ -1,0 +1,164 @@
+"""report.html: rows as a page that stands alone. What is shown is chosen here, how it looks in report.html.j2."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from experiments import describe, plots, tables, units
+from experiments.row import Row
+from experiments.theme import DARK, LIGHT
+
+if TYPE_CHECKING:
+    from experiments.report import Run
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+IN_SHORT = ("machine", "cuda", "torch", "transformers", "vllm", "graphs", "commit")
+_CAPTIONS = {
+    "ttft": (
+        "Time to first token",
+        "Engine TTFT against the memory's length, one panel for each query length. Markers are medians, the faint dots "
+        "behind them every sample, dashes the least time that this hardware can take.",
+    ),
+    "speedup": (
+        "Speed-up",
+        "How much less time the first token takes with the memory injected, and as a factor. Only cells whose verdict "
+        "is ok have one.",
+    ),
+}
+_FIGURES = (
+    "pairs", "memories", "build_s", "kv_bytes", "fetch_s", "merge_s", "kv_ttft_s", "direct_ttft_s", "kv_user_ttft_s",
+    "direct_user_ttft_s", "break_even_queries", "cached_tokens", "limit_s", "mfu", "first_difference",
+    "logit_max_abs_diff", "near_tie_margin",
+)  # fmt: skip
+_CALLED = {
+    "kv_ttft_s": "engine TTFT, injected", "direct_ttft_s": "engine TTFT, direct", "kv_bytes": "KV size",
+    "kv_user_ttft_s": "user TTFT, injected", "direct_user_ttft_s": "user TTFT, direct", "limit_s": "limit, injected",
+    "direct_limit_s": "limit, direct", "mfu": "MFU, injected", "kv_ttft_p90_s": "p90, injected",
+    "direct_ttft_p90_s": "p90, direct", "logit_max_abs_diff": "largest logit difference",
+    "first_difference": "first token that differs",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plot:
+    title: str
+    caption: str
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True)
+class CellView:
+    """One row with all its figures and both answers; `bars` are (arm, seconds, limit, all as a share of the longest)."""
+
+    title: str
+    row: Row
+    kind: str
+    verdict: str
+    equality: str
+    speedup_pct: float | None
+    figures: list[tuple[str, str]]
+    bars: list[tuple[str, str, float, float | None]]
+    answers: Mapping[str, str]
+
+
+def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
+    """The page, as HTML that fetches nothing: its plots are inside."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {name: getattr(units, name) for name in ("seconds", "percent", "percent_range", "count")}
+    environment.filters["zip"] = zip
+    environment.filters["times"] = lambda percent: units.times(100 / (100 - percent))
+    shown = sorted((row for row in rows if describe.shown_speedup(row) is not None), key=_speedup)
+    breaks_even = [row.break_even_queries for row in shown if row.break_even_queries is not None]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=" · ".join(dict.fromkeys(row.model for row in rows)) or "an empty run",
+        models=list(dict.fromkeys(row.model for row in rows)), runs=runs, rows=rows, shown=shown,
+        best=cell(shown[-1]) if shown else None, worst_queries=units.digits(max(breaks_even)) if breaks_even else None,
+        kinds=Counter(describe.kind(row) for row in rows),
+        grades=[(name, Counter(row.equality for row in rows)[grade]) for grade, name in describe.GRADES.items()],
+        summary=describe.summary(rows), in_short=in_short(rows), conditions=conditions(rows),
+        tables=[tables.compact(table) for table in tables.tables(rows)], plots=_plots(rows), cells=[cell(row) for row in rows if row.status != "failed"],
+        failed=[cell(row) for row in rows if row.status == "failed"], last_line=describe.last_line,
+    )  # fmt: skip
+
+
+def _speedup(row: Row) -> float:
+    return row.speedup_pct or 0.0
+
+
+def _plots(rows: Sequence[Row]) -> list[Plot]:
+    light, dark = plots.draw(rows, LIGHT), plots.draw(rows, DARK)
+    return [
+        Plot(*_CAPTIONS[name], _uri(plots.svg(light[name], LIGHT)), _uri(plots.svg(dark[name], DARK))) for name in light
+    ]
+
+
+def _uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def cell(row: Row) -> CellView:
+    """A row as a block of the page: every figure that it has, in words and units."""
+    extra = {key: value for key, value in row.extra.items() if not isinstance(value, (dict, list, str))}
+    values: dict[str, Any] = {name: getattr(row, name) for name in _FIGURES} | extra
+    named = {key: value for key, value in values.items() if value is not None}
+    figures = [(_CALLED.get(key, units.heading(key)), units.by_name(key, value)) for key, value in named.items()]
+    longest = max((time for time in (row.kv_ttft_s, row.direct_ttft_s) if time is not None), default=0.0)
+    arms = (("direct", row.direct_ttft_s, row.extra.get("direct_limit_s")), ("injected", row.kv_ttft_s, row.limit_s))
+    bars = [
+        (arm, units.seconds(time), 100 * time / longest, 100 * limit / longest if limit is not None else None)
+        for arm, time, limit in arms if time is not None and longest > 0
+    ]  # fmt: skip
+    parts = [describe.label(row, "context"), describe.label(row, "query")]
+    sizes = f"{units.count(row.context_tokens)} tokens of memory, {units.count(row.query_tokens)} of query"
+    labels = "" if all(part.replace(",", "").isdigit() for part in parts) else f"{' / '.join(parts)}: "
+    title = f"{labels}{sizes}" if row.context_tokens or row.query_tokens else row.scenario
+    return CellView(
+        title, row, describe.kind(row), describe.verdict(row), describe.equality(row), describe.shown_speedup(row),
+        figures, bars, row.extra.get("answers") or {},
+    )  # fmt: skip
+
+
+def in_short(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The conditions that a reader needs to judge the figures by: a few, all of them in `conditions`."""
+    known = dict(conditions(rows))
+    names = ["model", *(name for name in describe.CONDITIONS if name not in ("arm", "memories")), *IN_SHORT]
+    return [(name, known[name]) for name in names if name in known]
+
+
+def conditions(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Every condition of every row: its value, the range of a number that moved, or the different values."""
+    seen: dict[str, list[Any]] = {}
+    for row in rows:
+        fields = {name: getattr(row, name) for name in ("model", *describe.CONDITIONS)}
+        for name, value in (_flat(fields) | _flat(row.conditions)).items():
+            seen.setdefault(name, []).append(value)
+    return [(name, _values(values)) for name, values in seen.items()]
+
+
+def _flat(fields: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{above}{key} ")
+        elif isinstance(value, (list, tuple)):
+            flat |= _flat({str(index): entry for index, entry in enumerate(value)}, f"{above}{key} ")
+        elif value is not None and value != "":
+            flat[f"{above}{key}"] = value
+    return flat
+
+
+def _values(values: Sequence[Any]) -> str:
+    different = list(dict.fromkeys(values))
+    if len(different) > 1 and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in different):
+        return f"{units.by_name('', min(different))} to {units.by_name('', max(different))}"
+    return ", ".join(units.by_name("", value) for value in different)

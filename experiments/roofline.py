@@ -1,0 +1,252 @@
+"""The least time that a machine needs for a prefill: its FLOP and bytes over the machine's best rates.
+
+Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 52(4), 2009. Covers dense
+decoders with gated MLPs (Llama, Qwen, Mistral, …), full and sliding-window attention.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from experiments.hardware import Hardware
+from kvmem.errors import ConfigError, ModelError
+
+CALIBRATION_S = 2.0  # for the products, and then a quarter of it for the bandwidth
+CALIBRATION_TOKENS = {"cpu": (64, 256, 1024), "cuda": (512, 2048, 8192)}  # none is best for every shape and machine
+FLOP_A_PRODUCT = {"cpu": 4e10, "cuda": 1e14}  # larger ones are left out: on two cores one would take a second
+BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class DenseShape:
+    """What a decoder's products and caches look like; read from a model's config by `of`."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    windows: tuple[int | None, ...]
+    """For each layer the tokens that it looks back on, its own included; None: all."""
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> DenseShape:
+        """Reads a config, and counts the weights of its architecture (on no device) to see that nothing was missed.
+
+        Raises ModelError where they differ: experts, latent attention, an MLP without a gate.
+        """
+        fields, heads = config.to_dict(), config.num_attention_heads
+        layers, window = config.num_hidden_layers, fields.get("sliding_window")
+        kinds = fields.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
+        shape = cls(
+            hidden=config.hidden_size, intermediate=config.intermediate_size, heads=heads,
+            kv_heads=fields.get("num_key_value_heads") or heads,
+            head_dim=fields.get("head_dim") or config.hidden_size // heads, vocab=config.vocab_size,
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+        if shape.weights != weights:
+            raise ModelError(
+                f"The roofline covers dense decoders with gated MLPs. It would count {shape.weights:,} weights in this "
+                f"{config.model_type}, which has {weights:,} in its products. Use a Llama, Qwen2, Qwen3 or Mistral."
+            )
+        return shape
+
+    @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """(out, in) features of each matrix product of a layer, and of the head."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q": (q, self.hidden), "k": (kv, self.hidden), "v": (kv, self.hidden), "o": (self.hidden, q),
+            "gate": (self.intermediate, self.hidden), "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate), "head": (self.vocab, self.hidden),
+        }  # fmt: skip
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's matrices (norms and biases are left out: thousands among millions)."""
+        return sum(out * in_ for name, (out, in_) in self.products.items() if name != "head")
+
+    @property
+    def weights(self) -> int:
+        """Elements that a prefill reads: every layer's matrices and the head; of the embeddings it reads a few rows."""
+        return len(self.windows) * self.layer_weights + self.vocab * self.hidden
+
+
+def prefill_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -> float:
+    """FLOP of a forward pass over `query_tokens` behind `cached_tokens`, with logits for the last token only.
+
+    2 a weight and token for the products; for attention 4 × heads × head_dim (scores and values) for each pair of a
+    query token and a token that it sees, causally. A last layer that works for the last token only does less (see
+    `least_flop`); this is the count that MFU is quoted with.
+    """
+    products = 2 * query_tokens * len(shape.windows) * shape.layer_weights
+    attention = sum(_attention_flop(shape, window, query_tokens, cached_tokens) for window in shape.windows)
+    return float(products + attention + 2 * shape.vocab * shape.hidden)
+
+
+def least_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -> float:
+    """The least FLOP that give the first token and the whole cache, for a limit must not be beatable.
+
+    Past its keys and values, the last layer is needed for the last token only: of 28 to 80 layers one, 1 to 3% less
+    than `prefill_flop`.
+    """
+    kv = 2 * shape.kv_heads * shape.head_dim * shape.hidden
+    spared_products = 2 * (query_tokens - 1) * (shape.layer_weights - kv)
+    last = shape.windows[-1]
+    spared_attention = _attention_flop(shape, last, query_tokens - 1, cached_tokens)
+    return prefill_flop(shape, query_tokens, cached_tokens) - spared_products - spared_attention
+
+
+def prefill_bytes(shape: DenseShape, query_tokens: int, cached_tokens: int, element_bytes: int) -> float:
+    """Bytes that a prefill moves at least: each weight once, the cached keys and values read, the new ones written."""
+    kv = 2 * shape.kv_heads * shape.head_dim
+    read = sum(cached_tokens if window is None else min(cached_tokens, window - 1) for window in shape.windows)
+    written = query_tokens * len(shape.windows)
+    return float(element_bytes * (shape.weights + kv * (read + written)))
+
+
+def _attention_flop(shape: DenseShape, window: int | None, query_tokens: int, cached_tokens: int) -> int:
+    pairs = _seen(cached_tokens + query_tokens, window) - _seen(cached_tokens, window)
+    return 4 * shape.heads * shape.head_dim * pairs
+
+
+def _seen(tokens: int, window: int | None) -> int:
+    """How many (token, token that it sees) pairs the first `tokens` tokens have."""
+    growing = tokens if window is None else min(tokens, window)
+    return growing * (growing + 1) // 2 + (tokens - growing) * (window or 0)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The best that a machine does. `how` says for people where the two figures come from."""
+
+    flop_per_s: float
+    bytes_per_s: float
+    dtype: str
+    how: str
+
+    def best(self, other: Rates) -> Rates:
+        """The higher of each: on a busy machine one calibration can read low, and honest arms would beat it."""
+        flop_per_s, bytes_per_s = max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s)
+        return Rates(flop_per_s, bytes_per_s, self.dtype, f"{self.how} | {other.how}")
+
+    @property
+    def element_bytes(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The limit of one model on one machine."""
+
+    rates: Rates
+    config: PreTrainedConfig
+
+    @cached_property
+    def shape(self) -> DenseShape:
+        return DenseShape.of(self.config)
+
+    def limit_s(self, query_tokens: int, cached_tokens: int) -> float:
+        """No prefill of `query_tokens` behind `cached_tokens` can be faster: FLOP or bytes over their rate."""
+        flop = least_flop(self.shape, query_tokens, cached_tokens)
+        moved = prefill_bytes(self.shape, query_tokens, cached_tokens, self.rates.element_bytes)
+        return max(flop / self.rates.flop_per_s, moved / self.rates.bytes_per_s)
+
+    def mfu(self, query_tokens: int, cached_tokens: int, seconds: float) -> float:
+        """Model FLOP utilisation (Chowdhery et al., PaLM, 2022, appendix B): the used share of the best rate."""
+        return prefill_flop(self.shape, query_tokens, cached_tokens) / seconds / self.rates.flop_per_s
+
+
+def datasheet(hardware: Hardware, dtype: str) -> Rates:
+    """The rates that the maker states, of all GPUs of the layout together; ConfigError where the card has none."""
+    if dtype not in hardware.peak_tflops or hardware.bandwidth_gb_s is None:
+        raise ConfigError(
+            f"hardware={hardware.name} states no peak for {dtype}. Add peak_tflops.{dtype} and bandwidth_gb_s to "
+            "its card, or calibrate on the machine itself."
+        )
+    how = f"datasheet of {hardware.gpus} × {hardware.gpu}"
+    flop_per_s, bytes_per_s = hardware.peak_tflops[dtype] * 1e12, hardware.bandwidth_gb_s * 1e9
+    return Rates(hardware.gpus * flop_per_s, hardware.gpus * bytes_per_s, dtype, how)
+
+
+@torch.inference_mode()
+def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Rates:
+    """This machine's best rates for this model, in about 3 s: the best of many timings, for a true limit.
+
+    FLOP: the model's own matrix products at several token counts (square ones read lower on a CPU). Bytes: a copy and
+    a read, of no more than the model's weights, since a small model can stay in the processor's cache.
+    """
+    shape = DenseShape.of(config)
+    flop_per_s, product = _best_flop_per_s(shape, dtype, device)
+    bytes_per_s, kind = _best_bytes_per_s(shape.weights * dtype.itemsize, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    how = f"calibrated on {name}: {product}; {kind}"
+    return Rates(flop_per_s, bytes_per_s, str(dtype).removeprefix("torch."), how)
+
+
+def _best_flop_per_s(shape: DenseShape, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
+    by_size = {size: name for name, size in shape.products.items() if name != "head"}
+    counts = CALIBRATION_TOKENS[device.type]
+    small_first = sorted((2 * tokens * out * in_, tokens, out, in_) for out, in_ in by_size for tokens in counts)
+    affordable = [case for case in small_first if case[0] <= FLOP_A_PRODUCT[device.type]] or small_first[:1]
+    weights = {size: torch.randn(size, dtype=dtype, device=device) for size in by_size}
+    best, product, deadline = 0.0, "", time.perf_counter() + CALIBRATION_S
+    # In rounds, so that a disturbance of some tenths of a second leaves other rounds whole; large products first.
+    for flop, tokens, out, in_ in itertools.cycle(reversed(affordable)):
+        if best and time.perf_counter() > deadline:
+            break
+        x_TI = torch.randn(tokens, in_, dtype=dtype, device=device)
+        seconds = _seconds(partial(F.linear, x_TI, weights[out, in_]), device, 3)
+        if flop / seconds > best:
+            best, product = flop / seconds, f"{by_size[out, in_]} product with {tokens} tokens"
+    return best, product
+
+
+def _best_bytes_per_s(weight_bytes: int, device: torch.device) -> tuple[float, str]:
+    size = min(weight_bytes, BANDWIDTH_BYTES[device.type]) // 4
+    source, target = torch.ones(size, device=device), torch.empty(size, device=device)
+    ways: dict[str, tuple[int, Callable[[], object]]] = {
+        "a copy": (2 * source.nbytes, lambda: target.copy_(source)),
+        "a read": (source.nbytes, lambda: source.sum()),
+    }
+    best, kind, deadline = 0.0, "", time.perf_counter() + CALIBRATION_S / 4
+    for name, (moved, way) in itertools.cycle(ways.items()):
+        if kind and time.perf_counter() > deadline:
+            break
+        rate = moved / _seconds(way, device, 3)
+        if rate > best:
+            best, kind = rate, f"{name} of {source.nbytes / 1e6:.0f} MB"
+    return best, kind
+
+
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The fastest of `repeats`, after one that warms up; on a GPU between two events."""
+    work()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,157 @@
+"""python -m experiments.run: compose -> instantiate -> rows -> sinks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from experiments import compose, hardware, progress, tables
+from experiments.bench import Bench
+from experiments.config import RunConfig
+from experiments.report import write_report
+from experiments.row import Row
+from experiments.sinks import Sink
+from experiments.sinks.jsonl import JSONL
+from kvmem.errors import ConfigError, KVMemError
+
+log = logging.getLogger("experiments")
+
+WRONG_COMMAND, NOT_ALL_VALID = 2, 1
+
+
+class JobFailed(Exception):
+    """A job that has told why it failed; `exit_status` is the process's."""
+
+    def __init__(self, exit_status: int, reason: str) -> None:
+        super().__init__(exit_status, reason)
+        self.exit_status = exit_status
+
+
+def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str] = ()) -> list[Row]:
+    """Measures every cell of `config`, and leaves rows, tables, plots and report in `run_dir`. Returns the rows.
+
+    A cell that raises becomes a failed row, and the others go on. Rows are written as they come.
+    """
+    _write_conditions(config, run_dir, resolved, overrides)
+    sinks: list[Sink] = [JSONL(), config.sink]
+    for sink in sinks:
+        sink.check()
+    bench = Bench.open(config)
+    cells = config.scenario.cells(bench)
+    rows: list[Row] = []
+    with ExitStack() as closing:
+        for sink in sinks:
+            sink.open(run_dir, resolved)
+            closing.callback(_close, sink, run_dir)
+        for cell in progress.over(cells):
+            for row in _measure(config, bench, cell):
+                rows.append(row)
+                for sink in sinks:
+                    sink.write(row)
+        write_report(run_dir)
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(tables.console_table(rows))
+    for name in ("report.html", "table.md", "rows.jsonl"):
+        log.info("%s", run_dir / name)
+    return rows
+
+
+def problems(rows: Iterable[Row], exact: bool) -> list[str]:
+    """What makes a run end with status 1: a failed cell, an invalid verdict, a divergence where the merge is exact."""
+    found = []
+    for row in rows:
+        cell = f"{row.model} {row.scenario} {row.context_tokens}/{row.query_tokens}"
+        if row.status == "failed":
+            found.append(f"{cell}: failed: {row.error.strip().splitlines()[-1]}")
+        elif row.verdict == "invalid":
+            found.append(f"{cell}: invalid: {row.verdict_reason}")
+        elif row.equality == "diverged" and (exact or row.memories == 1):
+            found.append(f"{cell}: the injected arm's answer diverged from the prompt's")
+    return found
+
+
+def _measure(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
+    started = time.perf_counter()
+    try:
+        rows = config.scenario.measure(bench, cell)
+    except Exception as error:  # whatever a cell raises is kept in its row, so that a long run keeps its other cells
+        log.error("%s failed: %s: %s", cell.label, type(error).__name__, error)
+        return [config.scenario.failed(bench, cell, traceback.format_exc())]
+    log.info("%s: %s (%.1f s)", cell.label, "; ".join(_figures(row) for row in rows), time.perf_counter() - started)
+    return rows
+
+
+def _figures(row: Row) -> str:
+    if row.kv_ttft_s is None or row.direct_ttft_s is None:
+        return row.verdict or row.status
+    ttft = f"TTFT {row.kv_ttft_s * 1e3:.1f} ms injected, {row.direct_ttft_s * 1e3:.1f} ms direct"
+    return ", ".join(part for part in (ttft, row.equality, row.verdict) if part)
+
+
+def _close(sink: Sink, run_dir: Path) -> None:
+    if line := sink.close(run_dir):
+        log.info("%s", line)
+
+
+def _write_conditions(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str]) -> None:
+    resolved["backend"] |= {"model_name_or_path": config.backend.model_name_or_path, "seed": config.backend.seed}
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)), encoding="utf-8")
+    machine = dataclasses.asdict(hardware.inspect())
+    environment = {"overrides": list(overrides), "machine": machine, "conditions": hardware.conditions()}
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+@hydra.main(config_path=str(compose.CONF), config_name="config", version_base=compose.VERSION_BASE)
+def job(config: DictConfig) -> None:
+    """One job of Hydra's, in the folder that it made."""
+    here = HydraConfig.get()
+    try:
+        chosen = compose.validate(config)
+        resolved = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(resolved, dict)
+        run_dir = progress.shown(Path(here.runtime.output_dir))
+        rows = run(chosen, run_dir, {str(key): value for key, value in resolved.items()}, here.overrides.task)
+    except KVMemError as error:
+        log.error("error: %s", error)
+        status = WRONG_COMMAND if isinstance(error, ConfigError) else NOT_ALL_VALID
+        raise JobFailed(status, str(error)) from error
+    if found := problems(rows, chosen.merge.exact):
+        log.error("error: %d of %d rows can't be trusted:\n  %s", len(found), len(rows), "\n  ".join(found))
+        raise JobFailed(NOT_ALL_VALID, "; ".join(found))
+
+
+def main() -> int:
+    """Checks every job of the command line before the first one loads a model, then lets Hydra run them."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands exceptions on, and does not print and exit itself
+    try:
+        compose.check(sys.argv[1:])
+        job()
+    except JobFailed as failed:
+        if wants_traceback:
+            raise
+        return failed.exit_status
+    except ConfigError as error:
+        if wants_traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_COMMAND
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

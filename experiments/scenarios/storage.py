@@ -1,0 +1,203 @@
+"""What do dump and load cost, in time and memory, beside torch.save + fsync and torch.load of the same tensors?"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from experiments import anonymous_memory
+from experiments.bench import Bench
+from experiments.row import Row
+from experiments.scenarios import Scenario
+from kvmem import KVCacheItem, dynamic_cache
+from kvmem import storage as formats
+from kvmem.items import KVCacheMetadata, MemoryTokens
+from kvmem.storage import Storage
+
+ITEMS = 8
+CPU = torch.device("cpu")
+Tensors = dict[str, torch.Tensor]
+
+
+@plain_dataclass(frozen=True)
+class StorageCell:
+    """One file format."""
+
+    label: str
+    memory_filename: str
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class StorageScenario(Scenario):
+    """Random KV of the model's shape in 8 items, written and read by both in turn, in random order within each round.
+
+    Every file is new (the old one removed, the disk synced first), and read while it is in the page cache. Our load
+    counts the checksum, which touches every page; torch.load copies every page and checks none. One round more, first
+    and not timed, warms up and watches the memory.
+    """
+
+    gigabytes: float = Field(1.0, gt=0)
+    """Size of all keys and values, in 10⁹ bytes."""
+    repeats: int = Field(5, ge=1)
+    folder: str = "outputs"
+    """Where the files are written, and removed again: choose the disk that memories will live on."""
+
+    name: ClassVar[str] = "storage"
+
+    def cells(self, bench: Bench) -> Sequence[StorageCell]:
+        filename = bench.config.storage.memory_filename
+        return [StorageCell(formats.for_filename(filename).name, filename)]
+
+    def measure(self, bench: Bench, cell: StorageCell) -> list[Row]:
+        items = random_items(bench, int(self.gigabytes * 1e9), ITEMS)
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="kvmem-storage-", dir=self.folder) as folder:
+            pair = _Pair(bench, items, formats.for_filename(cell.memory_filename), Path(folder) / cell.memory_filename)
+            peaks = pair.peaks()
+            rng = random.Random(bench.config.seed)
+            rounds = [pair.seconds(rng) for _ in range(self.repeats)]
+            equal = pair.loads_the_same_bits()
+        seconds = {name: median(taken[name] for taken in rounds) for name in rounds[0]}
+        kv_bytes = sum(dynamic_cache.nbytes(item.kv_cache) for item in items)
+        extra: dict[str, Any] = {"format": cell.label, "kv_bytes": kv_bytes}
+        for ours, theirs in (("dump", "torch_save"), ("load", "torch_load")):
+            extra |= {f"{name}_s": seconds[name] for name in (ours, theirs)}
+            extra[f"{ours}_ratio"] = seconds[ours] / seconds[theirs]
+        extra |= {f"{name}_peak_extra_pct": 100 * peak / kv_bytes for name, peak in peaks.items()}
+        extra |= {f"{name}_all_s": [taken[name] for taken in rounds] for name in seconds}
+        slower = [f"{ours} is slower than torch's" for ours in ("dump", "load") if extra[f"{ours}_ratio"] > 1]
+        return [
+            bench.row(
+                self.name,
+                arm=cell.label,
+                tier="disk",
+                context_tokens=items[0].metadata.token_count,
+                query_tokens=0,
+                memories=ITEMS,
+                pairs=self.repeats,
+                kv_bytes=kv_bytes,
+                equality="bitwise" if equal else "diverged",
+                verdict="ok" if equal else "invalid",
+                verdict_reason="; ".join(slower) if equal else "the loaded tensors are not those that were dumped",
+                conditions=bench.conditions_now(),
+                extra=extra,
+            )
+        ]
+
+
+def random_items(bench: Bench, total_bytes: int, count: int) -> list[KVCacheItem]:
+    """`count` items of together about `total_bytes`, in RAM, of the shape and dtype that the bench's model builds."""
+    fingerprint = bench.backend.fingerprint
+    dtype = getattr(torch, fingerprint.dtype)
+    token_bytes = 2 * fingerprint.layers * fingerprint.kv_heads * fingerprint.head_dim * dtype.itemsize
+    tokens = max(1, total_bytes // (token_bytes * count))
+    shape = (1, fingerprint.kv_heads, tokens, fingerprint.head_dim)
+    generator = torch.Generator().manual_seed(bench.config.seed)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, generator=generator)
+
+    items = []
+    for i in range(count):
+        cache = dynamic_cache.from_layers(
+            [(draw(), draw()) for _ in range(fingerprint.layers)], bench.backend.model_config, tokens
+        )
+        ids = tuple(range(tokens))
+        held = MemoryTokens(source=f"random {i}", template="plain", token_ids=ids, header_tokens=0, body_end=tokens)
+        kv_bytes = dynamic_cache.nbytes(cache)
+        items.append(
+            KVCacheItem(cache, KVCacheMetadata(tokens=held, build_s=0.0, kv_bytes=kv_bytes, fingerprint=fingerprint))
+        )
+    return items
+
+
+class _Pair:
+    """Both ways of writing and reading the same tensors."""
+
+    def __init__(self, bench: Bench, items: list[KVCacheItem], storage: Storage, path: Path) -> None:
+        self.bench, self.items, self.storage, self.path = bench, items, storage, path
+        self.torch_path = path.with_name("torch.pt")
+        self.steps: dict[str, Callable[[], object]] = {
+            "dump": self.dump,
+            "torch_save": self.torch_save,
+            "load": self.load,
+            "torch_load": self.torch_load,
+        }
+
+    def dump(self) -> None:
+        self.storage.dump(self.path, self.items)
+
+    def load(self) -> list[KVCacheItem]:
+        return self.storage.load(self.path, self.bench.backend.fingerprint, self.bench.backend.model_config, CPU)
+
+    def torch_save(self) -> None:
+        with open(self.torch_path, "wb") as file:
+            torch.save(_named(self.items), file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def torch_load(self) -> Tensors:
+        return torch.load(self.torch_path)
+
+    def seconds(self, rng: random.Random) -> dict[str, float]:
+        """Seconds of each step of one round."""
+        taken = {}
+        for kinds in (("dump", "torch_save"), ("load", "torch_load")):
+            for name in rng.sample(kinds, 2):
+                self._prepare(name)
+                started = time.perf_counter()
+                kept = self.steps[name]()
+                taken[name] = time.perf_counter() - started
+                del kept  # what is loaded is let go off the clock
+        return taken
+
+    def peaks(self) -> dict[str, int]:
+        """Peak of anonymous memory in each step above what there was before it, in bytes.
+
+        A dump's is what it takes beside the tensors. A load's counts what it returns, unless that is pages of a file.
+        """
+        extra = {}
+        for name, step in self.steps.items():
+            self._prepare(name)
+            kept, extra[name] = anonymous_memory.peak_extra_bytes(step)
+            del kept
+        return extra
+
+    def loads_the_same_bits(self) -> bool:
+        """Whether every loaded tensor is the dumped one to the bit, and every item's metadata is the same."""
+        loaded = self.load()
+        ours, theirs = _named(self.items), _named(loaded)
+        return (
+            ours.keys() == theirs.keys()
+            and all(torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in ours)
+            and [item.metadata for item in loaded] == [item.metadata for item in self.items]
+        )
+
+    def _prepare(self, name: str) -> None:
+        """Removes the file that a write is about to replace, lets the disk come to rest, and frees what is garbage."""
+        if name in ("dump", "torch_save"):
+            (self.path if name == "dump" else self.torch_path).unlink(missing_ok=True)
+        gc.collect()
+        os.sync()
+
+
+def _named(items: Sequence[KVCacheItem]) -> Tensors:
+    """Every tensor by "<item>.<layer>.k" or ".v"."""
+    return {
+        f"{i}.{layer}.{kind}": tensor
+        for i, item in enumerate(items)
+        for layer, pair in enumerate(dynamic_cache.layers_of(item.kv_cache))
+        for kind, tensor in zip("kv", pair, strict=True)
+    }

@@ -1,0 +1,29 @@
+"""Nothing but rows.jsonl, which every run writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from experiments.row import Row
+from experiments.sinks import Sink
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class NoSink(Sink):
+    """Takes rows and does nothing with them."""
+
+    def check(self) -> None:
+        pass
+
+    def open(self, run_dir: Path, config: dict[str, Any]) -> None:
+        pass
+
+    def write(self, row: Row) -> None:
+        pass
+
+    def close(self, run_dir: Path) -> None:
+        pass

@@ -1,0 +1,155 @@
+"""Weights & Biases: config, a scalar per metric per cell, a table, and the plots. Offline unless told otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from experiments.progress import shown
+from experiments.row import Row
+from experiments.sinks import Sink
+from experiments.sinks.jsonl import read_rows
+from kvmem.errors import ConfigError, did_you_mean
+
+Mode = Literal["offline", "online", "disabled"]
+_MODES: dict[str, Mode] = {
+    "": "offline", "offline": "offline", "dryrun": "offline",
+    "online": "online", "run": "online", "disabled": "disabled",
+}  # fmt: skip
+INIT_TIMEOUT_S = 30
+
+
+def metrics(row: Row) -> dict[str, int | float]:
+    """The numbers of a row, by field; an interval as its two ends."""
+    numbers: dict[str, int | float] = {}
+    for name, value in dataclasses.asdict(row).items():
+        if isinstance(value, (int, float)):
+            numbers[name] = value
+        elif name == "speedup_interval" and value is not None:
+            numbers["speedup_low_pct"], numbers["speedup_high_pct"] = value
+    return numbers
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class WandB(Sink):
+    """Writes to W&B beside rows.jsonl. It never asks for a login, and keeps all its files in the run's folder."""
+
+    project: str = "kvmem"
+    entity: str | None = None
+    name: str | None = None
+    """The run's name on W&B; None: W&B makes one up."""
+    mode: Literal["auto", "offline", "online", "disabled"] = "auto"
+    """auto: what WANDB_MODE says, else offline."""
+
+    def resolved_mode(self) -> Mode:
+        if self.mode != "auto":
+            return self.mode
+        asked = os.environ.get("WANDB_MODE", "").lower()
+        if asked not in _MODES:
+            raise ConfigError(f"WANDB_MODE is {asked!r}. {did_you_mean(asked, _MODES.keys() - {''})}")
+        return _MODES[asked]
+
+    def check(self) -> None:
+        if self.resolved_mode() != "online":
+            return
+        import wandb  # a second of imports, that sink=none and a misspelled override don't wait for
+
+        try:
+            with _no_prompt():
+                wandb.login()
+        except wandb.errors.UsageError as error:
+            raise ConfigError(
+                "sink.mode=online (or WANDB_MODE) needs a login to W&B, and there is none. Run `wandb login`, set "
+                "WANDB_API_KEY, or use sink.mode=offline and `wandb sync` later."
+            ) from error
+
+    def open(self, run_dir: Path, config: dict[str, Any]) -> None:
+        mode = self.resolved_mode()
+        _keep_files_in(run_dir, config_too=mode != "online")
+        import wandb
+
+        with _no_prompt():
+            self._run = wandb.init(
+                project=self.project, entity=self.entity, name=self.name, mode=mode, dir=run_dir, config=config,
+                settings=wandb.Settings(
+                    silent=True, console="off", x_disable_stats=True, disable_git=True, init_timeout=INIT_TIMEOUT_S
+                ),
+            )
+        self._rows: list[Row] = []
+
+    def write(self, row: Row) -> None:
+        """One step of W&B's history a row, called `cell`."""
+        self._run.log({"cell": len(self._rows)} | metrics(row))
+        self._rows.append(row)
+
+    def close(self, run_dir: Path) -> str | None:
+        import wandb
+
+        columns = [field.name for field in dataclasses.fields(Row)]
+        data = [[_plain(getattr(row, name)) for name in columns] for row in self._rows]
+        self._run.log({"rows": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+        for plot in sorted((run_dir / "plots").glob("*.png")):
+            self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
+        folder = shown(Path(self._run.dir).parent)  # …/wandb/offline-run-<time>-<id>/files
+        said = {
+            "online": lambda: f"W&B run: {self._run.url}",
+            "offline": lambda: f"W&B run: {folder} (send it with: wandb sync {folder})",
+            "disabled": lambda: None,
+        }[self.resolved_mode()]()
+        self._run.finish()
+        return said
+
+
+def log_run(run_dir: Path) -> str | None:
+    """Sends the rows of a finished or killed run's folder to W&B, as its config.yaml's sink says, or the default one.
+
+    Returns the line that says where it went. Raises ConfigError for an online mode without a login.
+    """
+    path = run_dir / "config.yaml"
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    card = dict(config.get("sink", {}))
+    target = card.pop("_target_", "")
+    sink = WandB(**card) if target == f"{WandB.__module__}.{WandB.__qualname__}" else WandB()
+    sink.check()
+    sink.open(run_dir, config)
+    for row in read_rows(run_dir):
+        sink.write(row)
+    return sink.close(run_dir)
+
+
+def _plain(value: Any) -> str | int | float | bool | None:
+    return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
+
+
+def _keep_files_in(run_dir: Path, config_too: bool) -> None:
+    """W&B's caches go into the run's folder, where the user's environment does not say otherwise.
+
+    Online, its settings stay in the user's home, for they name the server that the user logged in to.
+    """
+    folder = run_dir.resolve() / "wandb"
+    for name in ("CACHE", "DATA", "ARTIFACT"):
+        os.environ.setdefault(f"WANDB_{name}_DIR", str(folder / name.lower()))
+    if config_too:
+        os.environ.setdefault("WANDB_CONFIG_DIR", str(folder / "config"))
+
+
+@contextmanager
+def _no_prompt() -> Iterator[None]:
+    """W&B asks for a login only where the standard input is a terminal."""
+    stdin = sys.stdin
+    with open(os.devnull) as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = stdin

@@ -1,0 +1,208 @@
+"""Rows as tables: one `Table`, rendered as Markdown, for the terminal, or by report.html.
+
+A speed-up is shown only where the verdict is ok. Published rows of the same model and cell stand right below ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import rich.box
+import rich.console
+import rich.table
+from rich.text import Text
+
+from experiments import published, units
+from experiments.describe import (
+    Kind,
+    caption,
+    condition,
+    equality,
+    kind,
+    label,
+    shown_speedup,
+    summary,
+    varying,
+    verdict,
+)
+from experiments.published import PublishedRow
+from experiments.row import Row
+from experiments.verdict import STRAW_MAN
+
+_NOT_FIGURES = {"context", "query", "question", "answers", "truth"}
+_HEADINGS = {"arm": "Arm", "attention": "Attention", "run": "Run"}
+_TTFT_COLUMNS = ("Build", "KV TTFT", "Dir TTFT", "Speedup", "95% interval", "Equality", "Verdict", "Break even")
+_TEXT_COLUMNS = {"Model", "Ctx", "Qry", "Equality", "Verdict"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table, as text; `speedup_pct` only where it may be shown, for a bar beside it."""
+
+    kind: Kind
+    cells: tuple[str, ...]
+    speedup_pct: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One scenario's rows. `text_columns` are set flush left, all others flush right."""
+
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    text_columns: frozenset[str]
+    lines: tuple[Line, ...]
+
+
+def is_ttft(rows: Sequence[Row]) -> bool:
+    """Whether a scenario's rows are of the published kind: a TTFT of either arm, or nothing but failures."""
+    done = [row for row in rows if row.status != "failed"]
+    return not done or any(row.kv_ttft_s is not None or row.direct_ttft_s is not None for row in done)
+
+
+def _ttft_line(row: Row, extra_columns: Sequence[str]) -> Line:
+    speedup = shown_speedup(row)
+    queries = row.break_even_queries
+    pays = units.NONE if queries is None or speedup is None else units.digits(queries)
+    return Line(
+        kind(row),
+        (
+            row.model, label(row, "context"), units.count(row.context_tokens), label(row, "query"),
+            units.count(row.query_tokens), *(str(condition(row, name)) for name in extra_columns),
+            units.seconds(row.build_s), units.seconds(row.kv_ttft_s), units.seconds(row.direct_ttft_s),
+            units.percent(speedup), units.percent_range(row.speedup_interval if speedup is not None else None),
+            equality(row), verdict(row), pays,
+        ),
+        speedup,
+    )  # fmt: skip
+
+
+def _published_line(row: PublishedRow, extra_columns: Sequence[str]) -> Line:
+    known = {"hardware": row.hardware, "run": row.table}
+    remark = f"published ({row.table}), hardware {row.hardware}"
+    if row.build_s is not None and row.direct_ttft_s > STRAW_MAN * (row.build_s + row.kv_ttft_s):
+        remark += f"; its direct arm takes {units.times(row.direct_ttft_s / (row.build_s + row.kv_ttft_s))} build + KV"
+    return Line(
+        "published",
+        (
+            row.model, row.context, units.count(row.context_tokens), row.query, units.count(row.query_tokens),
+            *(known.get(name, units.NONE) for name in extra_columns), units.seconds(row.build_s),
+            units.seconds(row.kv_ttft_s), units.seconds(row.direct_ttft_s), units.percent(row.speedup_pct),
+            units.NONE, units.NONE, remark, units.NONE,
+        ),
+    )  # fmt: skip
+
+
+def _ttft_table(title: str, rows: Sequence[Row]) -> Table:
+    extra = varying(rows)
+    lines: list[Line] = []
+    for row in rows:
+        lines.append(_ttft_line(row, extra))
+        cell = (row.model, label(row, "context"), label(row, "query"))
+        lines += [_published_line(other, extra) for other in published.beside(*cell)]
+    names = [_HEADINGS.get(name, name.capitalize()) for name in extra]
+    columns = ("Model", "Ctx", "CtxTok", "Qry", "QryTok", *names, *_TTFT_COLUMNS)
+    return Table(title, caption(rows), columns, frozenset(_TEXT_COLUMNS | set(names)), tuple(lines))
+
+
+def _generic_table(title: str, rows: Sequence[Row]) -> Table:
+    """Of a scenario with figures of its own: the keys of `extra` are the columns."""
+    extra = varying(rows)
+    values = [{key: value for key, value in row.extra.items() if not isinstance(value, (dict, list))} for row in rows]
+    keys = list(dict.fromkeys(key for figures in values for key in figures if key not in _NOT_FIGURES))
+    text = {units.heading(key) for key in keys if any(isinstance(figures.get(key), str) for figures in values)}
+    names = [_HEADINGS.get(name, name.capitalize()) for name in extra]
+    lines = tuple(
+        Line(
+            kind(row),
+            (
+                row.model, *(str(condition(row, name)) for name in extra),
+                *(units.by_name(key, figures.get(key)) for key in keys), verdict(row),
+            ),
+        )
+        for row, figures in zip(rows, values, strict=True)
+    )  # fmt: skip
+    columns = ("Model", *names, *(units.heading(key) for key in keys), "Verdict")
+    return Table(title, caption(rows), columns, frozenset({"Model", "Verdict", *names} | text), lines)
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """One table a scenario, in the order in which they were run."""
+    scenarios: dict[str, list[Row]] = {}
+    for row in rows:
+        scenarios.setdefault(row.scenario, []).append(row)
+    return [
+        _ttft_table(name, group) if is_ttft(group) else _generic_table(name, group)
+        for name, group in scenarios.items()
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """All tables and the summary as GitHub's Markdown."""
+    out: list[str] = []
+    for table in tables(rows):
+        out += [f"### {_md(table.title)}", "", _md(table.caption), ""]
+        out.append("| " + " | ".join(_md(name) for name in table.columns) + " |")
+        out.append("|" + "|".join(" :-- " if name in table.text_columns else " --: " for name in table.columns) + "|")
+        out += ["| " + " | ".join(_md(cell) for cell in line.cells) + " |" for line in table.lines]
+        out.append("")
+    return "\n".join([*out, summary(rows), ""])
+
+
+def _md(text: str) -> str:
+    """Text that stays one cell, and stays text."""
+    for sign in ("\\", "|", "<", "*", "`"):
+        text = text.replace(sign, "\\" + sign)
+    return " ".join(text.split())
+
+
+def compact(table: Table) -> Table:
+    """Without the columns that tell nothing where room is short: one model, and labels that are the token counts."""
+    cells = list(zip(*(line.cells for line in table.lines), strict=True))
+    models = set(cells[0])
+    repeats = {i for i, name in enumerate(table.columns) if name in ("Ctx", "Qry") and cells[i] == cells[i + 1]}
+    drop = repeats | ({0} if len(models) == 1 else set())
+    return dataclasses.replace(
+        table,
+        title=f"{table.title}: {models.pop()}" if 0 in drop else table.title,
+        columns=tuple(name for i, name in enumerate(table.columns) if i not in drop),
+        lines=tuple(
+            dataclasses.replace(line, cells=tuple(cell for i, cell in enumerate(line.cells) if i not in drop))
+            for line in table.lines
+        ),
+    )
+
+
+_STYLE: dict[Kind, str] = {"ok": "", "invalid": "yellow", "failed": "red", "unjudged": "dim", "published": "dim italic"}
+
+
+def console_table(rows: Sequence[Row]) -> rich.console.RenderableType:
+    """All tables and the summary for a terminal; the reasons of verdicts stand below, for they are long."""
+    shown: list[rich.console.RenderableType] = []
+    for table in map(compact, tables(rows)):
+        grid = rich.table.Table(
+            title=Text(table.title, "bold"), caption=Text(table.caption), title_justify="left", caption_justify="left",
+            box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False,
+        )  # fmt: skip
+        for name in table.columns:
+            align: Literal["left", "right"] = "left" if name in table.text_columns else "right"
+            grid.add_column(Text("\n".join(name.split())), justify=align, vertical="bottom")
+        long = {name: table.columns.index(name) for name in ("Equality", "Verdict") if name in table.columns}
+        reasons: list[Text] = []
+        for line in table.lines:
+            cells = list(line.cells)
+            short, _, reason = cells[long["Verdict"]].partition(": ")
+            if line.kind == "published":
+                short, reason = "published", cells[long["Verdict"]].partition(" ")[2]
+            if reason:
+                reasons.append(Text(f"{short}: {'/'.join(cells[:2])}: {reason}", _STYLE[line.kind]))
+            cells[long["Verdict"]] = short
+            if "Equality" in long:
+                cells[long["Equality"]] = cells[long["Equality"]].partition(" (")[0]
+            grid.add_row(*map(Text, cells), style=_STYLE[line.kind])
+        shown += [grid, *reasons, Text("")]
+    return rich.console.Group(*shown, Text(summary(rows)))

@@ -1,0 +1,133 @@
+"""The user's own memories and questions, from txt, md and jsonl files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import field
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from experiments.workloads import Cell, Workload
+from experiments.workloads.cut import asked, held
+from kvmem.errors import ConfigError
+from kvmem.prompt import PromptTemplate
+
+TEXT_SUFFIXES = (".txt", ".md")
+LABEL_CHARS = 24
+
+
+class Record(NamedTuple):
+    """A memory or a question, the label that tables show for it, and a question's `truth` where the file gives one."""
+
+    label: str
+    text: str
+    truth: str | None = None
+
+
+def read_text(path: Path, knob: str) -> str:
+    """The text of a file; ConfigError, naming the knob and the file, if there is none, it is empty or it is no text."""
+    if not path.is_file():
+        raise ConfigError(
+            f"workload.{knob}: there is no file {path}. Paths are relative to the folder that you run in."
+        )
+    if path.suffix not in (*TEXT_SUFFIXES, ".jsonl"):
+        raise ConfigError(
+            f"workload.{knob}: {path} is of a kind that is not read. Choices: {', '.join(TEXT_SUFFIXES)}, .jsonl."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"workload.{knob}: {path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    if not text.strip():
+        raise ConfigError(f"workload.{knob}: {path} is empty. Put some text into it, or leave it out.")
+    return text
+
+
+def read_jsonl(path: Path, key: Literal["memory", "question"], knob: str) -> Iterator[Record]:
+    """The records of a jsonl file; ConfigError, naming file and line, for a line that is none."""
+    for number, line in enumerate(read_text(path, knob).split("\n"), start=1):
+        if not line.strip():
+            continue
+        wanted = f'A line is {{"{key}": "…"' + (', "truth": "…"}.' if key == "question" else "}.")
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"workload.{knob}: {path}, line {number} is not JSON ({error}). {wanted}") from error
+        if not isinstance(record, dict) or not isinstance(record.get(key), str) or not record[key].strip():
+            raise ConfigError(f"workload.{knob}: {path}, line {number} has no text under {key!r}. {wanted}")
+        truth = record.get("truth")
+        yield Record(f"{_stem(path)}:{number}", record[key], None if truth is None else str(truth))
+
+
+def read_memories(paths: Sequence[str]) -> list[Record]:
+    """One memory a txt or md file, one a line of a jsonl file."""
+    records: list[Record] = []
+    for path in map(Path, paths):
+        if path.suffix == ".jsonl":
+            records += read_jsonl(path, "memory", "memory")
+        else:
+            records.append(Record(_stem(path), read_text(path, "memory").strip()))
+    return records
+
+
+def read_questions(paths: Sequence[str]) -> list[Record]:
+    """One question a line."""
+    records: list[Record] = []
+    for path in map(Path, paths):
+        if path.suffix == ".jsonl":
+            records += read_jsonl(path, "question", "questions")
+        else:
+            lines = enumerate(read_text(path, "questions").split("\n"), start=1)
+            records += [Record(f"{_stem(path)}:{number}", line.strip()) for number, line in lines if line.strip()]
+    return records
+
+
+def _stem(path: Path) -> str:
+    return path.stem[:LABEL_CHARS]
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class Files(Workload):
+    """Your own texts: each memory (or each group of `memories` in turn) × each question is a cell, nothing is cut.
+
+    memory: paths of txt or md files (a memory each) and jsonl files (a {"memory": …} a line).
+    questions: paths of txt or md files (a question a line) and jsonl files ({"question": …, "truth": …} a line).
+    memories: so many are joined in a cell; the last group takes what is left.
+    """
+
+    memory: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["examples/files/memory.md"])
+    questions: Annotated[list[str], Field(min_length=1)] = field(
+        default_factory=lambda: ["examples/files/questions.txt"]
+    )
+    memories: PositiveInt = 1
+    max_cells: PositiveInt | None = None
+
+    def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
+        memories, questions = read_memories(self.memory), read_questions(self.questions)
+        groups = [memories[i : i + self.memories] for i in range(0, len(memories), self.memories)]
+        return list(islice(_cells(groups, questions, template, separator), self.max_cells))
+
+
+def _cells(
+    groups: Sequence[Sequence[Record]], questions: Sequence[Record], template: PromptTemplate, separator: str
+) -> Iterator[Cell]:
+    for group in groups:
+        texts = tuple(record.text for record in group)
+        tokens = held(template, texts, separator)
+        for question in questions:
+            text = asked(template, question.text)
+            prompt = template.split(tokens, text)
+            yield Cell(
+                context="+".join(record.label for record in group),
+                context_tokens=len(prompt.memory_ids),
+                query=question.label,
+                query_tokens=len(prompt.query_ids),
+                memories=texts,
+                question=text,
+                truth=question.truth,
+            )

@@ -1,0 +1,71 @@
+"""Models that many tests share, loaded once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from kvmem.backends.hf import HFBackend, HFConfig
+from kvmem.models import Loaded
+from tests.tiny import SHAPES, loaded, with_template
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@cache
+def _tiny(family: str) -> HFBackend:
+    return HFBackend(loaded(SHAPES[family]))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str], HFBackend]:
+    """By family: a tiny random model of it with full attention, fp32, under the chat template."""
+    return _tiny
+
+
+@pytest.fixture(params=sorted(SHAPES), scope="session")
+def family(request: pytest.FixtureRequest) -> HFBackend:
+    """Each family's tiny model in turn."""
+    return _tiny(request.param)
+
+
+@pytest.fixture(scope="session")
+def qwen3() -> HFBackend:
+    """One tiny model, where the family does not matter."""
+    return _tiny("qwen3")
+
+
+@pytest.fixture(scope="session")
+def qwen3_plain(qwen3: HFBackend) -> HFBackend:
+    return with_template(qwen3, "plain")
+
+
+@pytest.fixture(scope="session")
+def sliding(qwen3: HFBackend) -> HFBackend:
+    """A tiny Mistral whose window of 24 tokens is shorter than the tests' memories."""
+    config = MistralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=49152, max_position_embeddings=4096, sliding_window=24,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "embed" not in name:
+                parameter.mul_(12.0)
+    return HFBackend(Loaded(model, qwen3.tokenizer, "random weights, seed 0"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> HFBackend:
+    """SmolLM2-135M-Instruct, fp32 on the CPU, under the chat template."""
+    return HFBackend.open(HFConfig(device="cpu", dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_plain(smollm2: HFBackend) -> HFBackend:
+    return with_template(smollm2, "plain")

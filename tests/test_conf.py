@@ -1,0 +1,160 @@
+"""Configuration: every card is its class's name card, and what is misspelled fails before anything loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra.utils import get_class, instantiate
+from transformers import AutoModelForCausalLM
+
+from experiments import compose
+from experiments.compose import CONF, check, expand, validate
+from experiments.config import RunConfig
+from experiments.sinks.wandb import WandB
+from kvmem import models
+from kvmem.errors import ConfigError
+from kvmem.merge.ropeshift import RopeShift
+
+ROOT = CONF.parent
+CARDS = sorted(path for path in CONF.glob("*/*.yaml") if "_target_" in path.read_text())
+DATA_GROUPS = {"model", "hardware"}
+"""Their cards are figures of one thing each, and leave out what they don't know."""
+NOT_DEFAULT = {("storage", "pickle")}
+
+
+def card_id(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", CARDS, ids=card_id)
+def test_card_is_what_its_class_says(path: Path) -> None:
+    card: dict[str, Any] = yaml.safe_load(path.read_text())
+    cls = get_class(card["_target_"])
+    knobs = {field.name for field in dataclasses.fields(cls) if field.init}
+    made = instantiate(card, _convert_="all")
+    assert type(made) is cls and cls.__pydantic_config__["extra"] == "forbid"  # type: ignore[attr-defined]
+    if path.parent.name in DATA_GROUPS:
+        assert card.keys() - {"_target_"} <= knobs
+        return
+    assert card.keys() - {"_target_"} == knobs
+    if (path.parent.name, path.stem) not in NOT_DEFAULT:
+        assert made == cls()
+
+
+@pytest.mark.parametrize("path", CARDS, ids=card_id)
+def test_every_card_composes(path: Path) -> None:
+    config = validate(compose.compose([f"{path.parent.name}={path.stem}"]))
+    assert type(getattr(config, path.parent.name)) is get_class(yaml.safe_load(path.read_text())["_target_"])
+
+
+def test_the_default_run() -> None:
+    config = validate(compose.compose([]))
+    assert config.model.source() == config.backend.model_name_or_path == models.PACKAGED
+    assert (config.merge.name, config.template, config.separator) == ("Reprefill", "chat", "\n\n")
+    assert config.sink == WandB()
+
+
+def test_random_weights_reach_the_backend() -> None:
+    config = validate(compose.compose(["model=qwen3_8b", "model.weights=random", "model.seed=5", "merge=ropeshift"]))
+    assert (config.backend.model_name_or_path, config.backend.seed) == ("random:qwen3-8b", 5)
+    assert isinstance(config.merge, RopeShift)
+
+
+MISTAKES = {
+    "modle=tiny": "Unknown key 'modle'. Did you mean model? Choices: backend, experiment, hardware",
+    "modle.name=x": "Unknown key 'modle'. Did you mean model?",
+    "+modle=tiny": "Unknown key 'modle'. Did you mean model?",
+    "model=tinny": "Unknown choice model=tinny. Did you mean tiny? Choices: llama3_1_8b, ",
+    "merge=ropshift": "Did you mean ropeshift? Choices: naive_concat, reprefill, ropeshift",
+    "experiment=hf_tft_table": "Did you mean hf_ttft_table?",
+    "launcher=basik": "Did you mean basic?",
+    "model.weigths=random": "Unknown key 'model.weigths'. Did you mean weights? Choices: label, name, seed, shape, ",
+    "+model.foo=1": "model: unknown key 'foo'. Choices: label, name, seed, shape, weights.",
+    "++sink.projekt=a": "sink: unknown key 'projekt'. Did you mean project?",
+    "+sead=1": "Unknown key 'sead'. Did you mean seed?",
+    "model.weights=radom": "model.weights: Input should be 'pretrained' or 'random' (got 'radom')",
+    "model.shape=qwen3_8b": "Did you mean qwen3-8b?",
+    "backend.dtype=float3": "backend: Unknown dtype 'float3'. Did you mean float32?",
+    "backend.model_name_or_path=gpt2": "Set model.name and model.seed instead.",
+    "storage.memory_filename=a.safetensor": "unknown suffix '.safetensor'. Did you mean .safetensors?",
+    "template=chatt": "config.template: Input should be 'chat' or 'plain'",
+    "seed=one": "config.seed: Input should be a valid integer",
+    "scenario.pairs=0": "scenario.pairs: Input should be greater than or equal to 1",
+    "sink.mode=ofline": "sink.mode: Input should be 'auto', 'offline', 'online' or 'disabled'",
+    "merge._target_=kvmem.merge.Nothing": "merge: Error locating target",
+    "merge._target_=experiments.config.StorageCard": "merge",
+    "model.label=${nope}": "model.label: Interpolation key 'nope' not found",
+    "~model": "'model' is missing",
+    "model": "Error parsing override 'model'",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_error(mistake: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check([mistake])
+    assert MISTAKES[mistake] in str(raised.value)
+    assert "Traceback" not in str(raised.value) and len(str(raised.value).splitlines()) == 1
+
+
+def test_a_model_without_trained_weights() -> None:
+    with pytest.raises(ConfigError, match="tiny is a shape without trained weights"):
+        check(["model=tiny", "model.weights=pretrained"])
+
+
+def test_a_sweep_is_checked_to_its_last_job() -> None:
+    with pytest.raises(ConfigError, match=r"config.seed: .*got 'two'.*in the job model=smollm2_135m seed=two"):
+        check(["--multirun", "model=smollm2_135m", "seed=1,two"])
+
+
+def test_a_sweeps_own_params_are_expanded_and_can_be_overridden() -> None:
+    three = expand(["experiment=hf_ttft_table", "model.weights=random"])
+    assert [validate(compose.compose(job)).model.label for job in three] == ["Qwen3-8B", "Qwen3-32B", "Qwen2.5-72B"]
+    one = expand(["experiment=hf_ttft_table", "model=tiny"])
+    assert [validate(compose.compose(job)).model.label for job in one] == ["tiny"]
+
+
+@pytest.mark.parametrize("arguments", [["modle=tiny"], ["-m", "model=tiny,tinny", "sink=none"]], ids=["job", "sweep"])
+def test_the_command_ends_with_status_2_and_no_traceback(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.run", *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Unknown") and "Did you mean" in line
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_group_and_choice(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.run", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for folder in (path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"):
+        choices = sorted(path.stem for path in folder.glob("*.yaml"))
+        assert f"{folder.name}: {', '.join(choices)}\n" in shown
+
+
+PARAMETERS = {
+    "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-8b": 8_190_735_360, "qwen3-32b": 32_762_123_264,
+    "qwen2.5-72b": 72_706_203_648, "llama-3.1-8b": 8_030_261_248, "smollm2-135m": 134_515_008,
+}  # fmt: skip
+"""As published with each model's weights."""
+
+
+@pytest.mark.parametrize("shape", PARAMETERS)
+def test_shape_has_the_published_parameter_count(shape: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(models.shape_config(shape))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[shape]
+
+
+def test_root_card_lists_every_knob_of_its_own() -> None:
+    composed = compose.compose([])
+    assert {str(key) for key in composed} - {"_target_"} == {field.name for field in dataclasses.fields(RunConfig)}

@@ -1,0 +1,85 @@
+"""A configuration that is wrong is refused before any model loads, with the nearest known name."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+
+import kvmem.errors
+from kvmem import KVCacheMemoryConfig
+from kvmem.backends.hf import HFBackend, HFConfig
+from kvmem.errors import ConfigError, KVMemError, ModelError
+from kvmem.merge.naive_concat import NaiveConcat
+from kvmem.merge.reprefill import Reprefill
+from kvmem.merge.ropeshift import RopeShift
+
+LLM = {"backend": "huggingface", "config": {"model_name_or_path": "random:tiny"}}
+
+
+def test_the_published_form_and_its_defaults():
+    config = KVCacheMemoryConfig(
+        extractor_llm={"backend": "huggingface", "config": {"model_name_or_path": "Qwen/Qwen3-1.7B"}},
+        memory_filename="activation_memory.safetensors",
+    )
+    assert config.extractor_llm.config == HFConfig(model_name_or_path="Qwen/Qwen3-1.7B")
+    assert config.extractor_llm.backend_class() is HFBackend
+    assert (config.merge, config.template, config.separator) == (Reprefill(), "chat", "\n\n")
+    assert KVCacheMemoryConfig(extractor_llm=LLM).memory_filename == "activation_memory.safetensors"
+
+
+@pytest.mark.parametrize("merge", ["ropeshift", "RopeShift", RopeShift()])
+def test_a_merge_is_a_strategy_or_its_name(merge):
+    assert KVCacheMemoryConfig(extractor_llm=LLM, merge=merge).merge == RopeShift()
+    assert KVCacheMemoryConfig(extractor_llm=LLM, merge="NaiveConcat").merge == NaiveConcat()
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"memory_filname": "a.safetensors"}, "unknown key 'memory_filname'. Did you mean memory_filename?"),
+        ({"templat": "chat"}, "Did you mean template?"),
+        ({"merge": "Repreffil"}, "Unknown merge strategy 'Repreffil'. Did you mean reprefill?"),
+        ({"template": "chatt"}, "'chat' or 'plain'"),
+        ({"memory_filename": "memory.safetensor"}, "unknown suffix '.safetensor'. Did you mean .safetensors?"),
+        (
+            {"extractor_llm": {"backend": "hugingface", "config": {}}},
+            "Unknown backend 'hugingface'. Did you mean huggingface?",
+        ),
+        ({"extractor_llm": {"backnd": "huggingface", "config": {}}}, "Did you mean backend?"),
+        ({"extractor_llm": {**LLM, "config": {"devise": "cpu"}}}, "unknown key 'devise'. Did you mean device?"),
+        ({"extractor_llm": {**LLM, "config": {"dtype": "bfloat"}}}, "Unknown dtype 'bfloat'. Did you mean bfloat16?"),
+        ({"extractor_llm": {**LLM, "config": {"seed": "one"}}}, "seed"),
+        ({"extractor_llm": {**LLM, "config": None}}, "Give a dictionary, or a HFConfig"),
+        ({"extractor_llm": {"backend": "huggingface"}}, "config"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_near(fields, sentence):
+    with pytest.raises(ConfigError) as refused:
+        KVCacheMemoryConfig(**{"extractor_llm": LLM, **fields})
+    assert sentence in str(refused.value)
+
+
+def test_every_finding_is_told_at_once():
+    with pytest.raises(ConfigError) as refused:
+        KVCacheMemoryConfig(extractor_llm=LLM, templat="chat", separatr=" ")
+    assert "Did you mean template?" in str(refused.value) and "Did you mean separator?" in str(refused.value)
+
+
+def test_an_unknown_shape_or_model_names_the_way_out():
+    with pytest.raises(ModelError, match=r"Unknown shape random:tinny\. Did you mean tiny\?"):
+        HFBackend.open(HFConfig(model_name_or_path="random:tinny", device="cpu"))
+    with pytest.raises(ModelError, match=r"Can't load the model './no/such/folder'.*random:<shape>"):
+        HFBackend.open(HFConfig(model_name_or_path="./no/such/folder", device="cpu"))
+
+
+def test_every_error_is_the_packages_own():
+    errors = [
+        value for value in vars(kvmem.errors).values() if isinstance(value, type) and issubclass(value, Exception)
+    ]
+    assert len(errors) > 8 and all(issubclass(error, KVMemError) for error in errors)
+
+
+def test_the_examples_in_the_errors_docstrings():
+    result = doctest.testmod(kvmem.errors)
+    assert result.attempted > 0 and result.failed == 0

@@ -1,0 +1,162 @@
+"""Every merge strategy: what it is equal to, where it is not, and what it refuses by name."""
+
+from __future__ import annotations
+
+import pkgutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+import kvmem.merge
+from kvmem.backends.hf import HFBackend
+from kvmem.discover import classes
+from kvmem.dynamic_cache import KV, layers_of
+from kvmem.errors import ConfigError, MergeError
+from kvmem.forward import prefill
+from kvmem.merge import MergeStrategy, merged_tokens, strategy
+from kvmem.merge.naive_concat import NaiveConcat
+from kvmem.merge.reprefill import Reprefill
+from kvmem.merge.ropeshift import RopeShift
+from kvmem.models import Loaded
+from tests.tiny import last_logits, memory_on, pairs, with_template
+
+STRATEGIES = classes(kvmem.merge, MergeStrategy)
+TEXTS = [text for text, _ in pairs(3, characters=350, seed=11)]
+TOLERANCE = 1e-4
+
+
+def joint_prefill(backend: HFBackend, ids: tuple[int, ...]) -> list[KV]:
+    cache = DynamicCache(config=backend.model_config)
+    prefill(backend.model, ids, cache)
+    return layers_of(cache)
+
+
+def distance(ours: KV, theirs: KV) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+def built(backend: HFBackend, count: int = 3):
+    items = memory_on(backend).extract(TEXTS[:count])
+    separator_ids = backend.template.separator_ids("\n\n")
+    return items, separator_ids, merged_tokens(items, separator_ids).token_ids
+
+
+def test_every_file_of_the_package_is_found_and_named():
+    files = {module.name for module in pkgutil.iter_modules(kvmem.merge.__path__)}
+    assert {cls.__module__.rpartition(".")[2] for cls in STRATEGIES.values()} == files - {"concat"}  # their common base
+    assert {"reprefill", "ropeshift", "naiveconcat"} <= set(STRATEGIES)
+    assert type(strategy("RopeShift")) is type(strategy("ropeshift")) is RopeShift
+    with pytest.raises(ConfigError, match="Did you mean reprefill"):
+        strategy("Refill")
+
+
+@pytest.mark.parametrize("kind", ["chat", "plain"])
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_every_strategy_holds_the_merged_ids(qwen3, name, kind):
+    backend = with_template(qwen3, kind)
+    items, separator_ids, ids = built(backend)
+    merged = STRATEGIES[name]().merge(items, separator_ids, backend.model)
+    assert merged.get_seq_length() == len(ids)
+    assert all(layer.get_seq_length() == len(ids) for layer in merged.layers)
+    lent = backend.lend(items, STRATEGIES[name](), "\n\n")
+    assert lent.get_seq_length() == len(ids) == len(lent.tokens.token_ids)
+    assert len(backend.split("Why?", lent).memory_ids) >= len(ids) - 1
+    # The header is there once, and all the bodies in order.
+    text = backend.tokenizer.decode(ids)
+    assert text.count("<|im_start|>system") == (kind == "chat")
+    assert [text.index(source[:40]) for source in TEXTS] == sorted(text.index(source[:40]) for source in TEXTS)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, cls in STRATEGIES.items() if cls.exact))
+def test_an_exact_strategy_equals_joint_prefill(family, name):
+    items, separator_ids, ids = built(family)
+    merged = STRATEGIES[name]().merge(items, separator_ids, family.model)
+    for ours, theirs in zip(layers_of(merged), joint_prefill(family, ids), strict=True):
+        assert distance(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", sorted(name for name, cls in STRATEGIES.items() if not cls.exact))
+def test_a_strategy_that_is_not_exact_says_so_rightly(family, name):
+    items, separator_ids, ids = built(family)
+    merged = STRATEGIES[name]().merge(items, separator_ids, family.model)
+    assert distance(layers_of(merged)[-1], joint_prefill(family, ids)[-1]) > 100 * TOLERANCE
+
+
+def test_ropeshift_equals_joint_prefill_at_layer_0_where_naive_concat_does_not(family):
+    items, separator_ids, ids = built(family)
+    joint = joint_prefill(family, ids)[0]
+    shifted = layers_of(RopeShift().merge(items, separator_ids, family.model))[0]
+    naive = layers_of(NaiveConcat().merge(items, separator_ids, family.model))[0]
+    assert distance(shifted, joint) < TOLERANCE
+    assert (naive[0] - joint[0]).abs().max() > 100 * TOLERANCE  # keys
+    assert (naive[1] - joint[1]).abs().max() < TOLERANCE  # values have no position
+    first = items[0].metadata.tokens.body_end
+    assert (
+        distance(
+            (naive[0][..., :first, :], naive[1][..., :first, :]), (joint[0][..., :first, :], joint[1][..., :first, :])
+        )
+        < TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_a_single_memory_is_exact_under_every_strategy(family, name):
+    items, separator_ids, ids = built(family, count=1)
+    merged = STRATEGIES[name]().merge(items, separator_ids, family.model)
+    for ours, theirs in zip(layers_of(merged), joint_prefill(family, ids), strict=True):
+        assert distance(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["chat", "plain"])
+def test_reprefill_answers_as_the_joined_text(qwen3, kind):
+    """In `chat` the separator's tokens may differ from those of the joined text; the ids eaten by both arms do not."""
+    backend = with_template(qwen3, kind)
+    items, _, _ = built(backend)
+    lent = backend.lend(items, Reprefill(), "\n\n")
+    prompt = backend.split("What is common to all?", lent)
+    assert len(prompt.memory_ids) == lent.get_seq_length()
+    logits_V, _ = backend.prefill(prompt, lent)
+    assert (logits_V - last_logits(backend, prompt.ids)).abs().max() < TOLERANCE
+    text = backend.tokenizer.decode(prompt.ids)
+    assert "\n\n".join(TEXTS) in text and "What is common to all?" in text
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_chat_turns_are_refused_by_name(qwen3, name):
+    memory = memory_on(qwen3, merge=name)
+    turns = memory.extract([{"role": "user", "content": "Hello there, who are you?"}])
+    memory.add([memory.extract(TEXTS[0]), turns])
+    with pytest.raises(MergeError, match=rf"{turns.kv_cache_id} holds chat turns"):
+        memory.get_cache([item.kv_cache_id for item in memory.get_all()])
+
+
+@pytest.mark.parametrize("cls", [RopeShift, NaiveConcat])
+def test_a_sliding_window_is_refused_by_name(sliding, cls):
+    items, separator_ids, _ = built(sliding)
+    with pytest.raises(MergeError, match=rf"{cls.name} does not cover sliding-window attention \(mistral\).*Reprefill"):
+        cls().merge(items, separator_ids, sliding.model)
+
+
+def test_a_sliding_window_is_merged_by_reprefill(sliding):
+    items, _, ids = built(sliding)
+    lent = sliding.lend(items, Reprefill(), "\n\n")
+    assert lent.get_seq_length() == len(ids)
+    prompt = sliding.split("Why?", lent)
+    assert len(prompt.memory_ids) == len(ids)
+    logits_V, _ = sliding.prefill(prompt, lent)
+    assert (logits_V - last_logits(sliding, prompt.ids)).abs().max() < TOLERANCE
+
+
+def test_dynamic_rope_is_refused_by_name(qwen3):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=49152, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    backend = HFBackend(Loaded(model, qwen3.tokenizer, "random weights"))
+    items, separator_ids, ids = built(backend)
+    with pytest.raises(MergeError, match=r"RopeShift does not cover rope_type=dynamic.*Reprefill"):
+        RopeShift().merge(items, separator_ids, model)
+    assert Reprefill().merge(items, separator_ids, model).get_seq_length() == len(ids)

@@ -1,0 +1,135 @@
+"""The report: of one run, of several, of a killed one; and the page in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from markupsafe import escape
+
+from experiments import report, units
+from experiments.row import Row
+from kvmem.errors import ConfigError
+from tests.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
+
+
+def _run(folder: Path, rows: list[Row], tail: str = "") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text("".join(row.to_json() + "\n" for row in rows) + tail)
+    return folder
+
+
+def test_a_run_gets_table_plots_and_page(tmp_path):
+    run = _run(tmp_path / "a", [*grid(), invalid_row(), failed_row()])
+    (run / "config.yaml").write_text("model: {label: <SmolLM2>}\n")
+    (run / "environment.json").write_text('{"machine": "two cores"}')
+    assert report.write_report(run) == run / "report.html"
+    assert (run / "table.md").read_text().count("SmolLM2") == 11
+    assert (run / "plots" / "ttft.png").stat().st_size > 10_000
+    page = (run / "report.html").read_text()
+    assert "two cores" in page and "&lt;SmolLM2&gt;" in page
+    assert str(escape(failed_row().error)) in page
+
+
+def test_joined_runs_say_which_run_a_row_is_of(tmp_path):
+    runs = [_run(tmp_path / "day" / "one", grid()), _run(tmp_path / "day" / "two", [published_row(), storage_row()])]
+    out = tmp_path / "joined"
+    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+    table = (out / "table.md").read_text()
+    assert table.count("day/one") == 9 and table.count("| day/two") == 1
+    assert "### storage" in table
+    assert "15 rows" not in table and "11 rows: 11 ok" in table
+
+
+def test_killed_run_keeps_its_rows_and_counts_the_cut_line(tmp_path):
+    run = _run(tmp_path / "a", grid()[:4], tail=ttft_row().to_json()[:300])
+    assert len(report.read_run(run).rows) == 4
+    page = report.write_report(run).read_text()
+    assert "1 line of rows.jsonl could not be read and is left out" in page
+
+
+def test_killed_before_its_first_row(tmp_path):
+    assert "No row yet" in report.write_report(_run(tmp_path / "a", [])).read_text()
+
+
+def test_a_folder_that_is_no_run_is_a_friendly_error(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "is no run: it has no rows.jsonl" in capsys.readouterr().err
+
+
+def test_rows_of_another_version_are_refused(tmp_path):
+    run = _run(tmp_path / "a", [], tail=ttft_row().to_json().replace('"merge"', '"blend"') + "\n")
+    with pytest.raises(ConfigError, match="line 1, was written by another version"):
+        report.read_run(run)
+
+
+def test_log_sends_rows_to_wandb_offline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("CACHE", "DATA", "CONFIG", "ARTIFACT"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb"))
+    run = _run(tmp_path / "a", grid()[:2])
+    assert report.main([str(run), "--log"]) == 0
+    assert "W&B run" in capsys.readouterr().out
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_page_escapes_what_models_and_files_say(tmp_path):
+    evil = "</p><script>alert(1)</script>"
+    row = ttft_row(model=evil, verdict_reason=evil, extra={"question": evil, "answers": {"injected": evil, "direct": evil}})
+    page = report.write_report(_run(tmp_path / "a", [row, failed_row(error=evil)])).read_text()
+    assert "<script" not in page and str(escape(evil)) in page
+
+
+def test_page_fetches_nothing(tmp_path):
+    page = report.write_report(_run(tmp_path / "a", grid())).read_text()
+    sources = re.findall(r'(?:src|srcset|href)="([^"]{0,20})', page)
+    assert sources and all(source.startswith("data:") for source in sources)
+    assert "@import" not in page and "url(" not in page
+
+
+@pytest.fixture
+def browser():
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium and chromedriver on the PATH (Debian: chromium, chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield session
+    session.quit()
+
+
+def test_page_in_a_browser(tmp_path, browser):
+    rows = [*grid(), invalid_row(query_tokens=96), published_row(), storage_row(), failed_row()]
+    browser.get(report.write_report(_run(tmp_path / "a", rows)).as_uri())
+    assert browser.get_log("browser") == []
+    fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in fetched if not name.startswith("data:")] == []
+    images = browser.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth > 100)")
+    assert images == [True, True]
+
+    text = browser.execute_script("return document.body.textContent")
+    for row in rows[:11]:
+        figures = [units.seconds(time) for time in (row.build_s, row.kv_ttft_s, row.direct_ttft_s, row.kv_user_ttft_s)]
+        figures += [units.percent_range(row.speedup_interval)] * (row.verdict == "ok")
+        assert [figure for figure in figures if figure not in text] == []
+    assert "310 ms" in text and "9000 tokens > 8192" in text and "direct is 1.9 ×" in text
+    assert units.percent(invalid_row(query_tokens=96).speedup_pct) not in text
+
+    for width in (1280, 390):  # only the tables and plots scroll sideways, inside of their own boxes
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    grounds = set()
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        grounds.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert len(grounds) == 2

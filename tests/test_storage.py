@@ -1,0 +1,248 @@
+"""What every file format keeps: bits, and the promise that a bad file is refused and a good one survives."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvmem import storage
+from kvmem.dynamic_cache import crop, from_layers, layers_of
+from kvmem.errors import DamagedFileError, FingerprintError, StorageError
+from kvmem.items import KVCacheItem
+from kvmem.storage import manifest
+from kvmem.storage.atomic import replacing
+from tests import stored
+
+FORMATS = {cls().suffixes[0]: cls for cls in storage.discover.classes(storage, storage.Storage).values()}  # type: ignore[type-abstract]
+MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAR_PAST_THE_FILE = 1 << 40
+
+
+@pytest.fixture(params=sorted(FORMATS))
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return tmp_path / f"memory{request.param}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_round_trip_keeps_every_bit(path: Path, dtype: torch.dtype) -> None:
+    items = [stored.item("a", 6, 0, dtype), stored.item("b", 1, 1, dtype), stored.item("ü", 9, 2, dtype)]
+    loaded = stored.load(stored.dump(path, *items))
+    assert [item.kv_cache_id for item in loaded] == ["a", "b", "ü"]
+    assert all(map(stored.same, loaded, items))
+
+
+def test_not_a_number_keeps_its_bits(path: Path) -> None:
+    item = stored.item()
+    layers_of(item.kv_cache)[0][0].view(-1)[:2] = torch.tensor([float("nan"), float("-inf")])
+    assert stored.same(stored.load(stored.dump(path, item))[0], item)
+
+
+def test_an_empty_memory_is_a_file_too(path: Path) -> None:
+    assert stored.load(stored.dump(path)) == []
+
+
+def test_sliding_layers_keep_the_length_of_the_text_behind_them(path: Path) -> None:
+    whole = layers_of(stored.item(tokens=9).kv_cache)
+    layers = [(keys[..., -stored.WINDOW :, :], values[..., -stored.WINDOW :, :]) for keys, values in whole]
+    item = KVCacheItem(from_layers(layers, stored.SLIDING_CONFIG, 9), stored.metadata(9, 0), "slid")
+    (loaded,) = stored.load(stored.dump(path, item), config=stored.SLIDING_CONFIG)
+    assert loaded.kv_cache.get_seq_length() == 9
+    assert stored.same(loaded, item)
+
+
+def test_tokens_that_were_cut_off_are_not_in_the_file(path: Path) -> None:
+    item = stored.item(tokens=2000)
+    crop(item.kv_cache, 3)
+    assert not layers_of(item.kv_cache)[0][0].is_contiguous()
+    (loaded,) = stored.load(stored.dump(path, item))
+    assert stored.same_tensors(loaded.kv_cache, item.kv_cache)
+    assert path.stat().st_size < 50_000
+
+
+def test_a_dump_leaves_what_is_loaded_as_it_was(path: Path) -> None:
+    old = stored.item("old", seed=1)
+    (loaded,) = stored.load(stored.dump(path, old))
+    stored.dump(path, stored.item("new", tokens=3, seed=2))
+    assert stored.same(loaded, old)
+    assert stored.load(path)[0].kv_cache_id == "new"
+
+
+def test_writing_into_a_loaded_tensor_changes_no_file(path: Path) -> None:
+    item = stored.item()
+    (loaded,) = stored.load(stored.dump(path, item))
+    layers_of(loaded.kv_cache)[0][0].zero_()
+    assert stored.same(stored.load(path)[0], item)
+
+
+def test_another_model_is_refused_by_the_first_field_that_differs(path: Path) -> None:
+    other = stored.FINGERPRINT.model_copy(update={"weights": "w1"})
+    stored.dump(path, stored.item("a"), stored.item("b", fingerprint=other))
+    with pytest.raises(FingerprintError, match="item b was built by another model: weights: w0 here, w1 there"):
+        stored.load(path)
+
+
+def test_an_unverified_item_is_checked_by_shape(path: Path) -> None:
+    stored.dump(path, stored.item(fingerprint=None))
+    assert stored.load(path)[0].metadata.fingerprint is None
+    with pytest.raises(FingerprintError, match="kv_heads: 4 here, 2 there"):
+        stored.load(path, stored.FINGERPRINT.model_copy(update={"kv_heads": 4}))
+    with pytest.raises(FingerprintError, match="dtype: bfloat16 here, float32 there"):
+        stored.load(path, stored.FINGERPRINT.model_copy(update={"dtype": "bfloat16"}))
+
+
+def test_a_future_version_is_told_apart_from_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest.Manifest.model_fields["version"], "default", 7)
+    manifest.Manifest.model_rebuild(force=True)
+    stored.dump(path, stored.item())
+    monkeypatch.undo()
+    manifest.Manifest.model_rebuild(force=True)
+    with pytest.raises(StorageError, match=r"version 7, and this kvmem reads version 1\. Upgrade kvmem") as raised:
+        stored.load(path)
+    assert not isinstance(raised.value, DamagedFileError)
+
+
+def test_a_missing_file_is_named(path: Path) -> None:
+    with pytest.raises(StorageError, match=path.name):
+        stored.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"not a memory", bytes(range(256)) * 20, b"\x80\x04N.", b"{}" * 500])
+def test_garbage_is_refused(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=path.name):
+        stored.load(path)
+
+
+@MANY
+@given(at=st.integers(0, FAR_PAST_THE_FILE))
+def test_a_file_cut_off_anywhere_is_refused(path: Path, at: int) -> None:
+    whole = _whole(path)
+    path.write_bytes(whole[: at % len(whole)])
+    with pytest.raises(StorageError):
+        stored.load(path)
+
+
+@MANY
+@given(at=st.integers(0, FAR_PAST_THE_FILE), bit=st.integers(0, 7))
+def test_a_flipped_bit_anywhere_is_refused(path: Path, at: int, bit: int) -> None:
+    damaged = bytearray(_whole(path))
+    damaged[at % len(damaged)] ^= 1 << bit
+    path.write_bytes(damaged)
+    with pytest.raises(StorageError):
+        stored.load(path)
+
+
+def test_bytes_behind_the_end_are_refused(path: Path) -> None:
+    path.write_bytes(_whole(path) + b"\x00" * 64)
+    with pytest.raises(DamagedFileError):
+        stored.load(path)
+
+
+def test_a_folder_that_takes_no_file_is_named_and_nothing_is_lost(path: Path) -> None:
+    item = stored.item()
+    stored.dump(path, item)
+    path.with_name("folder" + path.suffix).mkdir()
+    with pytest.raises(StorageError, match="folder"):
+        stored.dump(path.with_name("folder" + path.suffix), item)
+    with pytest.raises(StorageError, match="nowhere"):
+        stored.dump(path.parent / "nowhere" / path.name, item)
+    assert stored.same(stored.load(path)[0], item)
+    assert not list(path.parent.glob(".*.partial"))
+
+
+def test_a_dump_that_fails_half_way_leaves_the_old_file(path: Path) -> None:
+    old, bad = stored.item("old"), stored.item("bad")
+    stored.dump(path, old)
+    bad.metadata.textual_memory.metadata["socket"] = object()  # type: ignore[union-attr]
+    with pytest.raises(StorageError, match="JSON"):
+        stored.dump(path, stored.item("fine"), bad)
+    assert stored.same(stored.load(path)[0], old)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_link_stays_a_link(path: Path) -> None:
+    there = path.parent / "elsewhere"
+    there.mkdir()
+    path.symlink_to(there / path.name)
+    stored.dump(path, stored.item())
+    assert path.is_symlink()
+    assert stored.same(stored.load(there / path.name)[0], stored.load(path)[0])
+
+
+def test_no_file_handle_is_left_open(path: Path) -> None:
+    stored.dump(path, stored.item())
+    stored.load(path)
+    gc.collect()
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(20):
+        stored.dump(path, stored.item())
+        stored.load(path)
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+DUMP_FOREVER = """
+import sys
+from pathlib import Path
+from tests import stored
+new = stored.item("new", tokens=200_000, seed=9)
+print("ready", flush=True)
+while True:
+    stored.dump(Path(sys.argv[1]), new)
+"""
+
+
+def test_kill_in_the_middle_of_a_dump_leaves_a_whole_file(path: Path) -> None:
+    old = stored.item("old")
+    stored.dump(path, old)
+    for _ in range(10):
+        command = [sys.executable, "-c", DUMP_FOREVER, str(path)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 60
+        while not (partials := [file for file in path.parent.glob(".*.partial") if _size(file) > 1_000_000]):
+            assert time.monotonic() < deadline, "the dump never got under way"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        if any(partial.exists() for partial in partials):
+            break
+    else:
+        pytest.fail("no kill came in the middle of a dump")
+    (kept,) = stored.load(path)
+    assert stored.same(kept, old) or kept.kv_cache_id == "new"
+    stored.dump(path, old)
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "the next dump clears what the killed one left"
+
+
+def test_a_dump_that_is_under_way_is_no_leftover(path: Path) -> None:
+    with replacing(path) as slow:
+        slow.write(b"half")
+        stored.dump(path, stored.item("quick"))
+        assert len(list(path.parent.glob(".*.partial"))) == 1
+        slow.write(b" whole")
+    assert path.read_bytes() == b"half whole"
+
+
+def _whole(path: Path) -> bytes:
+    keep = path.with_name("whole" + path.suffix)
+    if not keep.exists():
+        stored.dump(keep, stored.item("a"), stored.item("b", 3, 1))
+    return keep.read_bytes()
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0

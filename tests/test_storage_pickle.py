@@ -1,0 +1,233 @@
+"""The published pickle: both vintages of MemOS's files are read, MemOS can read ours, and no pickle runs anything."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import io
+import pickle
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.cache_utils
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import DynamicCache
+
+from kvmem.dynamic_cache import from_layers, layers_of
+from kvmem.errors import DamagedFileError, FingerprintError, StorageError, UnsafeFileError
+from kvmem.storage import inert
+from tests import stored
+
+TEXT = "The dial says seven."
+
+
+class KVCacheRecords(BaseModel):
+    """Looks like MemOS's class of this name."""
+
+    text_memories: list[str] = []
+    composed_text_memory: str = ""
+    timestamp: datetime.datetime = Field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+
+
+class KVCacheItem(BaseModel):
+    """Looks like MemOS's current class of this name."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    id: str
+    memory: Any
+    metadata: dict[str, Any] = {}
+    records: KVCacheRecords = KVCacheRecords()
+
+
+def older_class(module: str) -> type[BaseModel]:
+    """Looks like MemOS's older class, by the fields that it had."""
+
+    class OldItem(BaseModel):
+        kv_cache_id: str
+        kv_cache: Any
+        metadata: dict[str, Any] = {}
+
+    OldItem.__module__, OldItem.__qualname__ = module, "KVCacheItem"
+    return OldItem
+
+
+@pytest.fixture
+def memos(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """A module where MemOS has its items, so that pickles name them as MemOS's do."""
+    name = "memos.memories.activation.item"
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+    module = sys.modules[name]
+    for cls in (KVCacheItem, KVCacheRecords):
+        monkeypatch.setattr(cls, "__module__", name)
+        setattr(module, cls.__name__, cls)
+    yield module
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "memory.pickle"
+
+
+def cache(seed: int = 0) -> DynamicCache:
+    return stored.item(seed=seed).kv_cache
+
+
+@pytest.mark.parametrize("protocol", [pickle.DEFAULT_PROTOCOL, pickle.HIGHEST_PROTOCOL])
+@pytest.mark.parametrize("shape", ["dictionary", "list", "bare list"])
+def test_memos_current_files_load_as_unverified(memos: types.ModuleType, path: Path, shape: str, protocol: int) -> None:
+    metadata = {"source_text": TEXT, "extracted_at": "2025-07-01T12:00:00", "tags": ["dial"]}
+    items = [KVCacheItem(id=str(seed), memory=cache(seed), metadata=metadata) for seed in range(2)]
+    contents: dict[str, Any] = {
+        "dictionary": {"kv_cache_memories": {item.id: item for item in items}},
+        "list": {"kv_cache_memories": items},
+        "bare list": items,
+    }
+    path.write_bytes(pickle.dumps(contents[shape], protocol=protocol))
+    loaded = stored.load(path)
+    assert [item.kv_cache_id for item in loaded] == ["0", "1"]
+    for seed, item in enumerate(loaded):
+        assert item.metadata.fingerprint is None
+        assert item.metadata.tokens.source == TEXT and item.metadata.tokens.token_ids == ()
+        assert item.metadata.extracted_at == datetime.datetime(2025, 7, 1, 12)
+        assert item.metadata.textual_memory is not None and item.metadata.textual_memory.metadata == {"tags": ["dial"]}
+        assert item.kv_cache.get_seq_length() == 6
+        assert stored.same_tensors(item.kv_cache, cache(seed))
+
+
+def test_memos_older_files_load(memos: types.ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_item = older_class(memos.__name__)
+    monkeypatch.setattr(memos, "KVCacheItem", old_item)
+    old_cache = DynamicCache.__new__(DynamicCache)
+    pairs = layers_of(cache())
+    old_cache.__dict__.update(
+        _seen_tokens=6, key_cache=[keys for keys, _ in pairs], value_cache=[values for _, values in pairs],
+        _buffers=collections.OrderedDict(), training=True,
+    )  # fmt: skip
+    old = old_item(kv_cache_id="old", kv_cache=old_cache, metadata={"source_text": TEXT})
+    path.write_bytes(pickle.dumps({"kv_cache_memories": {"old": old}}))
+    (item,) = stored.load(path)
+    assert (item.kv_cache_id, item.metadata.source_text, item.metadata.fingerprint) == ("old", TEXT, None)
+    assert layers_of(item.kv_cache)[1][1].equal(pairs[1][1])
+
+
+def test_bfloat16_is_read_by_its_own_model(memos: types.ModuleType, path: Path) -> None:
+    half = from_layers([(k.bfloat16(), v.bfloat16()) for k, v in layers_of(cache())], stored.CONFIG)
+    path.write_bytes(pickle.dumps({"kv_cache_memories": {"h": KVCacheItem(id="h", memory=half)}}))
+    (item,) = stored.load(path, stored.FINGERPRINT.model_copy(update={"dtype": "bfloat16"}))
+    assert layers_of(item.kv_cache)[0][0].equal(layers_of(half)[0][0])
+    with pytest.raises(FingerprintError, match="dtype: float32 here, bfloat16 there"):
+        stored.load(path)
+
+
+@pytest.mark.parametrize("field", ["layers", "kv_heads", "head_dim"])
+def test_another_shape_is_refused(memos: types.ModuleType, path: Path, field: str) -> None:
+    path.write_bytes(pickle.dumps({"kv_cache_memories": {"a": KVCacheItem(id="a", memory=cache())}}))
+    with pytest.raises(FingerprintError, match=f"item a can't be of this model: {field}"):
+        stored.load(path, stored.FINGERPRINT.model_copy(update={field: 3}))
+
+
+def test_an_empty_cache_is_refused(memos: types.ModuleType, path: Path) -> None:
+    path.write_bytes(pickle.dumps({"kv_cache_memories": {"a": KVCacheItem(id="a", memory=DynamicCache())}}))
+    with pytest.raises(DamagedFileError, match="no keys and values"):
+        stored.load(path)
+
+
+def test_memos_reads_ours(memos: types.ModuleType, path: Path) -> None:
+    """By an ordinary unpickler, with look-alikes of MemOS's classes in their place and the real DynamicCache."""
+    ours = stored.item("a", seed=3)
+    stored.dump(path, ours)
+    with open(path, "rb") as file:
+        theirs = pickle.load(file)["kv_cache_memories"]["a"]
+    assert (type(theirs), type(theirs.memory), type(theirs.records)) == (KVCacheItem, DynamicCache, KVCacheRecords)
+    assert theirs.id == "a" and theirs.metadata["source_text"] == ours.metadata.source_text
+    assert theirs.records.timestamp == ours.metadata.extracted_at
+    assert theirs.memory.get_seq_length() == 6
+    assert layers_of(theirs.memory)[1][0].equal(layers_of(ours.kv_cache)[1][0])
+
+
+class Runs:
+    """A pickle that calls `function(*args)` when an ordinary unpickler reads it."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_a_pickle_that_names_anything_else_is_refused_before_it_runs(path: Path, tmp_path: Path) -> None:
+    import builtins
+    import os
+
+    proof = tmp_path / "ran"
+    calls = {
+        f"{os.system.__module__}.system": Runs(os.system, f"touch {proof}"),
+        "builtins.eval": Runs(eval, f"open({str(proof)!r}, 'w')"),
+        "builtins.getattr": Runs(getattr, "", "join"),
+        "subprocess.Popen": Runs(subprocess.Popen, ["touch", str(proof)]),
+        "torch.serialization.load": Runs(torch.load, io.BytesIO(b"")),
+        "builtins.__import__": Runs(builtins.__import__, "this"),
+    }
+    for name, call in calls.items():
+        for contents in (call, {"kv_cache_memories": {"a": call}}, {"kv_cache_memories": [], "other": [call]}):
+            path.write_bytes(pickle.dumps(contents))
+            with pytest.raises(UnsafeFileError, match=name):
+                stored.load(path)
+    assert not proof.exists()
+
+
+def test_bytes_of_a_tensor_that_run_something_are_refused(path: Path, tmp_path: Path) -> None:
+    """torch.storage._load_from_bytes as it stands unpickles whatever it is given."""
+    import os
+
+    proof = tmp_path / "ran"
+    for legacy in (True, False):
+        inner = io.BytesIO()
+        torch.save(Runs(os.system, f"touch {proof}"), inner, _use_new_zipfile_serialization=not legacy)
+        for raw in (inner.getvalue(), pickle.dumps(Runs(os.system, f"touch {proof}"))):
+            path.write_bytes(pickle.dumps(Runs(torch.storage._load_from_bytes, raw)))
+            with pytest.raises(StorageError, match="system" if raw == inner.getvalue() else None):
+                stored.load(path)
+    assert not proof.exists()
+    torch.storage._load_from_bytes(inner.getvalue())
+    assert proof.exists(), "the attack is real: torch's own function runs it"
+
+
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(path: Path) -> None:
+    """Read as it stands, it would show what lies in memory behind it."""
+    raw = torch.zeros(4).untyped_storage()
+    storage = torch.storage.TypedStorage(wrap_storage=raw, dtype=torch.float32, _internal=True)
+    for offset, size, stride in ((0, (5,), (1,)), (1, (2, 2), (2, 1)), (0, (2,), (-1,)), (-1, (1,), (1,))):
+        rebuild = Runs(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, collections.OrderedDict())
+        path.write_bytes(pickle.dumps(rebuild))
+        with pytest.raises(DamagedFileError, match="beyond its storage"):
+            stored.load(path)
+
+
+def test_a_pickle_can_not_change_what_the_next_one_meets(path: Path) -> None:
+    """BUILD on a class would set its attributes."""
+    for name in (b"transformers.cache_utils\nDynamicCache", b"torch._utils\n_rebuild_tensor_v2", b"torch\ndevice"):
+        path.write_bytes(b"\x80\x02c" + name + b"\nN}X\x06\x00\x00\x00fieldsNs\x86b.")
+        with pytest.raises(DamagedFileError):
+            stored.load(path)
+    assert isinstance(inert.Cache().fields, dict)
+
+
+def test_every_allowed_name_is_one_that_exists() -> None:
+    """So that a renamed class shows here and not at a user's file."""
+    for module, name in inert.ALLOWED:
+        if module == "transformers.cache_utils":
+            assert hasattr(transformers.cache_utils, name)
+        if module.startswith("torch"):
+            target: Any = torch
+            for part in [*module.split(".")[1:], name]:
+                target = getattr(target, part)

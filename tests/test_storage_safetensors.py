@@ -1,0 +1,59 @@
+"""What the default format promises beyond the others: any reader, and no second copy in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from experiments.anonymous_memory import peak_extra_bytes
+from kvmem.dynamic_cache import layers_of, nbytes
+from kvmem.errors import DamagedFileError
+from kvmem.items import KVCacheItem
+from kvmem.storage.safetensors_file import ALIGN_BYTES, LENGTH_BYTES
+from tests import stored
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "memory.safetensors"
+
+
+def test_safetensors_own_reader_opens_it(path: Path) -> None:
+    items = [stored.item("a"), stored.item("b", 3, 1, torch.bfloat16)]
+    stored.dump(path, *items)
+    with safe_open(path, "pt") as file:
+        assert [entry["kv_cache_id"] for entry in json.loads(file.metadata()["manifest"])["items"]] == ["a", "b"]
+        for i, item in enumerate(items):
+            for layer, (keys, values) in enumerate(layers_of(item.kv_cache)):
+                assert file.get_tensor(f"{i}.{layer}.k").equal(keys)
+                assert file.get_tensor(f"{i}.{layer}.v").equal(values)
+
+
+def test_the_tensors_are_aligned(path: Path) -> None:
+    stored.dump(path, stored.item())
+    header_bytes = int.from_bytes(path.read_bytes()[:LENGTH_BYTES], "little")
+    assert (LENGTH_BYTES + header_bytes) % ALIGN_BYTES == 0
+    assert layers_of(stored.load(path)[0].kv_cache)[0][0].data_ptr() % ALIGN_BYTES == 0
+
+
+def test_another_programs_safetensors_file_is_refused(path: Path) -> None:
+    save_file({"weight": torch.ones(64)}, path, metadata={"format": "pt"})
+    with pytest.raises(DamagedFileError, match="does not start like a memory of kvmem"):
+        stored.load(path)
+
+
+def test_no_second_copy_in_memory(path: Path) -> None:
+    caches = [stored.item(tokens=250_000).kv_cache for _ in range(4)]
+    items = [KVCacheItem(cache, stored.metadata(6, nbytes(cache)), str(i)) for i, cache in enumerate(caches)]
+    total = sum(nbytes(item.kv_cache) for item in items)
+    stored.dump(path, stored.item())  # warms up
+    _, dump_bytes = peak_extra_bytes(lambda: stored.dump(path, *items))
+    loaded, load_bytes = peak_extra_bytes(lambda: stored.load(path))
+    assert dump_bytes < 0.1 * total
+    assert load_bytes < 0.1 * total
+    assert all(map(stored.same, loaded, items))

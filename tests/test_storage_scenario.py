@@ -1,0 +1,71 @@
+"""The storage scenario at a tiny size: both formats, what a row says, and what its memory figures can see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import compose, tables
+from experiments.anonymous_memory import peak_extra_bytes
+from experiments.bench import Bench
+from kvmem.errors import StorageError
+from kvmem.storage.safetensors_file import SafetensorsFile
+
+MB = 1 << 20
+TINY = ["model=tiny", "model.weights=random", "scenario=storage", "scenario.gigabytes=0.002", "scenario.repeats=2"]
+
+
+def bench(tmp_path: Path, *overrides: str) -> Bench:
+    arguments = [*TINY, f"scenario.folder={tmp_path}", "hardware.check=false", *overrides]
+    return Bench.open(compose.validate(compose.compose(arguments)))
+
+
+@pytest.mark.parametrize("name", ["safetensors", "pickle"])
+def test_a_row_says_what_each_side_took(tmp_path: Path, name: str) -> None:
+    on = bench(tmp_path, f"storage={name}")
+    (cell,) = on.config.scenario.cells(on)
+    (row,) = on.config.scenario.measure(on, cell)
+    assert (row.arm, row.verdict, row.equality, row.pairs) == (name, "ok", "bitwise", 2)
+    assert row.kv_bytes is not None and 0.0018e9 < row.kv_bytes <= 0.002e9
+    for ours, theirs in (("dump", "torch_save"), ("load", "torch_load")):
+        assert row.extra[f"{ours}_ratio"] == pytest.approx(row.extra[f"{ours}_s"] / row.extra[f"{theirs}_s"])
+        assert len(row.extra[f"{ours}_all_s"]) == len(row.extra[f"{theirs}_all_s"]) == 2
+    assert tables.tables([row])
+    assert list(tmp_path.iterdir()) == [], "its files are gone"
+
+
+def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on = bench(tmp_path)
+    (cell,) = on.config.scenario.cells(on)
+    load = SafetensorsFile.load
+
+    def changed(*args):
+        items = load(*args)
+        items[0].kv_cache.layers[0].keys.view(-1)[0] += 1
+        return items
+
+    monkeypatch.setattr(SafetensorsFile, "load", changed)
+    (row,) = on.config.scenario.measure(on, cell)
+    assert (row.verdict, row.equality) == ("invalid", "diverged")
+
+
+def test_the_peak_sees_memory_that_is_gone_at_the_end() -> None:
+    def work() -> str:
+        del_me = torch.ones(64 * MB, dtype=torch.uint8)
+        for _ in range(20):
+            del_me.add_(1)
+        return "done"
+
+    result, extra_bytes = peak_extra_bytes(work)
+    assert result == "done"
+    assert 60 * MB < extra_bytes < 100 * MB
+
+
+def test_the_watcher_stops_when_the_work_raises() -> None:
+    def work() -> None:
+        raise StorageError("full")
+
+    with pytest.raises(StorageError, match="full"):
+        peak_extra_bytes(work)

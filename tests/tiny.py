@@ -1,0 +1,92 @@
+"""Small real models and real text for the tests: tiny shapes with random weights, pages of Python's documentation."""
+
+from __future__ import annotations
+
+import random
+from pydoc_data.topics import topics
+
+import torch
+from transformers import DynamicCache
+
+from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
+from kvmem.backends.hf import HFBackend
+from kvmem.dynamic_cache import KV, layers_of
+from kvmem.models import Loaded, load
+from kvmem.prompt import TemplateKind
+
+CPU = torch.device("cpu")
+SHAPES = {"qwen3": "tiny", "qwen2": "tiny_qwen2", "llama": "tiny_llama", "mistral": "tiny_mistral"}
+"""Family -> the shape of that family with full attention."""
+
+QUESTIONS = (
+    "What is the first rule?", "Name one exception.", "  Which names are bound here?", "Why?",
+    "Summarise it in a word.", "Does the order matter, and if so where?", "\n\nIs this allowed in a class body?",
+    "How is an error raised?",
+)  # fmt: skip
+
+
+def loaded(shape: str, seed: int = 0, gain: float = 12.0) -> Loaded:
+    """Random weights of `shape`, `gain` times as large: at the usual 0.02 an answer hardly depends on the memory."""
+    result = load(f"random:{shape}", CPU, torch.float32, seed=seed)
+    with torch.no_grad():
+        for name, parameter in result.model.named_parameters():
+            if "norm" not in name and "embed" not in name:
+                parameter.mul_(gain)
+    return result
+
+
+def memory_on(backend: HFBackend, **fields: object) -> KVCacheMemory:
+    """An empty memory on a backend that is already loaded."""
+    fields = {"template": backend.template.kind, **fields}
+    config = KVCacheMemoryConfig(extractor_llm={"backend": "huggingface", "config": {}}, **fields)
+    return KVCacheMemory(config, backend)
+
+
+def with_template(backend: HFBackend, kind: TemplateKind) -> HFBackend:
+    """The same model under another prompt template."""
+    return HFBackend(Loaded(backend.model, backend.tokenizer, backend.fingerprint.origin), kind)
+
+
+def pairs(count: int, characters: int, seed: int = 0) -> list[tuple[str, str]]:
+    """`count` memories of about `characters` characters, no two alike, each with a question."""
+    chance = random.Random(seed)
+    pages = chance.sample(sorted(topics), count)
+    lengths = [chance.randint(characters // 2, characters) for _ in pages]
+    return [
+        (topics[page].strip()[:length], chance.choice(QUESTIONS)) for page, length in zip(pages, lengths, strict=True)
+    ]
+
+
+def copy_of(item: KVCacheItem) -> list[KV]:
+    """The stored tensors as they are now, copied."""
+    return [(keys.clone(), values.clone()) for keys, values in layers_of(item.kv_cache)]
+
+
+def same_bits(item: KVCacheItem, before: list[KV]) -> bool:
+    """Whether the stored tensors are still those of `before`, to the bit."""
+    now = layers_of(item.kv_cache)
+    return len(now) == len(before) and all(
+        torch.equal(keys.view(torch.int32), old_keys.view(torch.int32))
+        and torch.equal(values.view(torch.int32), old_values.view(torch.int32))
+        for (keys, values), (old_keys, old_values) in zip(now, before, strict=True)
+    )
+
+
+@torch.inference_mode()
+def greedy_by_transformers(
+    backend: HFBackend, ids: tuple[int, ...], tokens: int, cache: DynamicCache | None = None, **more: object
+) -> list[int]:
+    """`tokens` new tokens from transformers' own generate, which takes the whole prompt; stops at the end tokens."""
+    input_ids = torch.tensor([ids])
+    out = backend.model.generate(
+        input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=cache, max_new_tokens=tokens,
+        do_sample=False, pad_token_id=0, eos_token_id=sorted(backend.end_tokens), **more,
+    )  # fmt: skip
+    answer = out[0, len(ids) :].tolist()
+    return answer[:-1] if answer and answer[-1] in backend.end_tokens else answer
+
+
+@torch.inference_mode()
+def last_logits(backend: HFBackend, ids: tuple[int, ...]) -> torch.Tensor:
+    """The logits, (vocab,), behind the whole prompt in one plain forward pass, with no cache of ours."""
+    return backend.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
