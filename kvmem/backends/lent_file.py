@@ -1,4 +1,4 @@
-"""Memories as files that an engine injects: one file an item, in a folder of the engine's own, as long as someone needs it."""
+"""Memories as files that an engine injects: one an item, in a folder of its own, as long as they are needed."""
 
 from __future__ import annotations
 
@@ -110,5 +110,5 @@ def _heads_of(parts: Sequence[KV], kv_heads: int) -> KV:
     kept = parts[::every]
     keys, values = torch.cat([keys for keys, _ in kept], dim=1), torch.cat([values for _, values in kept], dim=1)
     if keys.shape[1] != kv_heads:
-        raise StorageError(f"{len(parts)} ranks saved {keys.shape[1]} heads, and the model has {kv_heads}. Extract again.")
+        raise StorageError(f"The ranks saved {keys.shape[1]} heads, and the model has {kv_heads}. Extract again.")
     return keys, values

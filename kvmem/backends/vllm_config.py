@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -26,14 +27,14 @@ class VLLMConfig:
     """A hub name, a local folder, `smollm2-135m`, or `random:<shape>`."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: float32 on a CPU and bfloat16 on a GPU."""
-    max_model_len: int | None = Field(None, ge=16)
+    max_model_len: int | None = Field(default=None, ge=16)
     """The engine's window in tokens; None: the model's positions."""
-    kv_cache_gib: float | None = Field(None, gt=0)
+    kv_cache_gib: float | None = Field(default=None, gt=0)
     """Memory for the engine's blocks; None: 1 GiB on a CPU, and on a GPU what `gpu_memory_utilization` leaves."""
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     block_size: int | None = None
     """Tokens a block; None: the engine's choice (128 on a CPU, 16 on a GPU)."""
-    tensor_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
     enforce_eager: bool | None = None
     """No graphs and no compilation; None: so on a CPU, where compiling takes minutes, and not on a GPU."""
     on_load_failure: Literal["error", "recompute"] = "error"
@@ -69,6 +70,6 @@ class Ask:
     query: Query
     kv_cache: LentFile | None = None
     max_new_tokens: int = 128
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     cache_salt: str | None = None
     """Requests share the engine's blocks only with those of the same salt: one for each tenant."""

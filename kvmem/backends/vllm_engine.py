@@ -46,8 +46,8 @@ class VLLMBackend(Backend):
         self.config = config
         on_gpu = torch.cuda.is_available()
         self.dtype = DTYPES.get(config.dtype) or (torch.bfloat16 if on_gpu else torch.float32)
-        # For the fingerprint's sake, and gone before the engine takes its memory. Random weights are those of the device
-        # that they are made on.
+        # For the fingerprint's sake, and gone before the engine takes its memory. Random weights are those of the
+        # device that they are made on.
         made_on = torch.device("cuda" if on_gpu and config.model_name_or_path.startswith(models.RANDOM) else "cpu")
         loaded = models.load(
             config.model_name_or_path, made_on, self.dtype, seed=config.seed, tokenizer=config.tokenizer_name_or_path
@@ -80,10 +80,12 @@ class VLLMBackend(Backend):
         self._check_length(len(tokens.token_ids), BUILD_TOKENS)
         metadata = KVCacheMetadata(
             tokens=tokens, build_s=0.0, kv_bytes=self._kv_bytes(len(tokens.token_ids)), fingerprint=self.fingerprint,
-            textual_memory=textual_memory and TextualSource(id=textual_memory.id, metadata=textual_memory.metadata),
+            textual_memory=None if textual_memory is None
+            else TextualSource(id=textual_memory.id, metadata=textual_memory.metadata),
         )
         entry = ItemManifest(
-            kv_cache_id=str(uuid.uuid4()), cache_tokens=len(tokens.token_ids), layers=self.fingerprint.layers, metadata=metadata
+            kv_cache_id=str(uuid.uuid4()), cache_tokens=len(tokens.token_ids), layers=self.fingerprint.layers,
+            metadata=metadata,
         )
         name = self.store.new_name()
         params: dict[str, str] = {SAVE: name, ITEM: entry.model_dump_json()}
@@ -127,8 +129,8 @@ class VLLMBackend(Backend):
         return prompt
 
     def generate(
-        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128, sampling: Sampling | None = None,
-        cache_salt: str | None = None,
+        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
+        sampling: Sampling | None = None, cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """An answer to `query` behind an injected memory, or behind nothing. Raises InjectionError where the memory was
         not what spared the engine its tokens."""
@@ -138,7 +140,7 @@ class VLLMBackend(Backend):
         return answer
 
     def generate_batch(self, asks: Sequence[Ask]) -> list[VLLMGeneration | KVMemError]:
-        """Answers to requests that run together, in order; in place of one that failed its error, the others unharmed."""
+        """Answers to requests that run together, in order; an error in place of one that failed, the others unharmed."""
         results: dict[str, VLLMGeneration | KVMemError] = {}
         prompts: dict[str, TokenizedPrompt] = {}
         requests, ids = [], [uuid.uuid4().hex for _ in asks]
@@ -156,8 +158,8 @@ class VLLMBackend(Backend):
         return [results[request_id] for request_id in ids]
 
     def stream(
-        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128, sampling: Sampling | None = None,
-        cache_salt: str | None = None,
+        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
+        sampling: Sampling | None = None, cache_salt: str | None = None,
     ) -> Iterator[Token]:
         """The same answer as `generate`, token by token as it is made. The engine is this stream's until it ends."""
         prompt = self.split(query, kv_cache)
@@ -171,8 +173,9 @@ class VLLMBackend(Backend):
                     if token in self.end_tokens:
                         break
                     ids.append(token)
-                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                    added = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else text[len(shown) :]
+                    text = self._text(ids)
+                    half = text.endswith("\N{REPLACEMENT CHARACTER}") and len(ids) < max_new_tokens
+                    added = "" if half else text[len(shown) :]
                     shown += added
                     yield Token(token, added)
                 if output.finished:
@@ -181,15 +184,16 @@ class VLLMBackend(Backend):
                         raise answer
 
     def reset(self) -> None:
-        """Empties the engine's own prefix cache; files and items stay. Raises EngineError while requests hold blocks."""
+        """Empties the engine's own prefix cache; files and items stay. EngineError while requests hold blocks."""
         with self.lock:
             if not self.llm.reset_prefix_cache():
-                raise EngineError("The engine's prefix cache can't be emptied while a request uses it. Let it finish first.")
+                raise EngineError("The engine's prefix cache can't be emptied while a request uses it. Let it finish.")
 
     def answer_prompt(
-        self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 1, cache_salt: str | None = None
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 1,
+        cache_salt: str | None = None,
     ) -> VLLMGeneration:
-        """Greedy tokens from token ids, past end tokens: what a measurement times. With one token, its time is the TTFT."""
+        """Greedy tokens from token ids, past end tokens: what a measurement times. With one token, that is the TTFT."""
         ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt)
         request = self._request(uuid.uuid4().hex, prompt, ask, past_end=True)
         with self.lock:
@@ -209,10 +213,13 @@ class VLLMBackend(Backend):
         room = self.window - len(prompt.ids)
         return Request(
             request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {}, " ".join(salts) or None,
-            min(ask.max_new_tokens, room), ask.sampling, frozenset() if past_end else frozenset(self.end_tokens), stream,
+            min(ask.max_new_tokens, room), ask.sampling,
+            frozenset() if past_end else frozenset(self.end_tokens), stream,
         )
 
-    def _answer(self, output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None) -> VLLMGeneration | KVMemError:
+    def _answer(
+        self, output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None
+    ) -> VLLMGeneration | KVMemError:
         """What came back, once the engine's own count says that the memory spared it the tokens that it should."""
         completion = output.outputs[0]
         if completion.finish_reason == "error":
@@ -224,18 +231,25 @@ class VLLMBackend(Backend):
         )
         expected, cached = len(prompt.memory_ids), local + injected
         if failed and self.config.on_load_failure == "error":
-            return InjectionError(f"The memory was not injected: {failed} Give it anew, or use on_load_failure='recompute'.")
+            return InjectionError(f"The memory was not injected: {failed} Or use on_load_failure='recompute'.")
         if not failed and cached != counted:
-            return InjectionError(f"The engine counts {counted} cached tokens, and the connector {cached}. Don't trust this hit.")
+            return InjectionError(
+                f"The engine counts {counted} cached tokens, and the connector {cached}. Don't trust this hit."
+            )
         if not failed and lent is not None and lent.file is not None and cached < expected:
             return InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")
         ids = tuple(completion.token_ids)
         if ids and ids[-1] in self.end_tokens and completion.finish_reason == "stop":
             ids = ids[:-1]
         return VLLMGeneration(
-            self.tokenizer.decode(ids, skip_special_tokens=True), ids, len(prompt.ids), cached, local, injected,
+            self._text(ids), ids, len(prompt.ids), cached, local, injected,
             max(expected - cached, 0) if failed else 0,
         )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
 
     @cached_property
     def _merge_model(self) -> PreTrainedModel:

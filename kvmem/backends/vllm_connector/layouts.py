@@ -1,4 +1,4 @@
-"""How an engine lays keys and values out in its blocks, turned into ours and back: (tokens, kv_heads, head_dim), after RoPE."""
+"""An engine's blocks of keys and values, turned into ours and back: (tokens, kv_heads, head_dim), after RoPE."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ COVERED = ("CPU_ATTN", "FLASH_ATTN")
 
 
 class Layout(ABC):
-    """The blocks of one engine; `cache` is one layer's tensor, `slots` the places of tokens, block × block_size + offset."""
+    """The blocks of one engine. `cache`: one layer's tensor; `slots`: places of tokens, block × block_size + offset."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
 
     @abstractmethod
-    def write(self, cache: torch.Tensor, layer: Any, keys_THD: torch.Tensor, values_THD: torch.Tensor, slots: torch.Tensor) -> None:
-        """Puts tokens at `slots`; tensors and slots are on the cache's device."""
+    def write(self, cache: torch.Tensor, layer: Any, kv: KV, slots: torch.Tensor) -> None:
+        """Puts tokens at `slots`: `kv` is keys and values, each (tokens, kv_heads, head_dim), on the cache's device."""
 
     @abstractmethod
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
@@ -38,8 +38,8 @@ class Layout(ABC):
 
 
 class CPUPacked(Layout):
-    """vLLM's CPU attention: a block is (kv_heads, block_size, 2 × head_dim), its first half the keys, packed for the chip's
-    matrix instructions, its second half the values, plain.
+    """vLLM's CPU attention: a block is (kv_heads, block_size, 2 × head_dim), its first half the keys, packed for the
+    chip's matrix instructions, its second half the values, plain.
 
     How keys are packed differs from chip to chip, so it is not written down here but learned: the engine's own kernel
     packs a block whose entries say where they came from.
@@ -49,9 +49,10 @@ class CPUPacked(Layout):
         super().__init__(block_size)
         self.unpacking: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
-    def write(self, cache: torch.Tensor, layer: Any, keys_THD: torch.Tensor, values_THD: torch.Tensor, slots: torch.Tensor) -> None:
+    def write(self, cache: torch.Tensor, layer: Any, kv: KV, slots: torch.Tensor) -> None:
         keys, values = self._halves(cache)
-        self._pack(keys_THD.to(cache.dtype).contiguous(), values_THD.to(cache.dtype).contiguous(), keys, values, slots, layer.isa)
+        keys_THD, values_THD = (tensor.to(cache.dtype).contiguous() for tensor in kv)
+        self._pack((keys_THD, values_THD), (keys, values), slots, layer.isa)
 
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
         packed, values = (half[block_ids] for half in self._halves(cache))  # (blocks, kv_heads, block_size, head_dim)
@@ -59,7 +60,7 @@ class CPUPacked(Layout):
         unpacking = self._unpacking(layer.isa, head_dim, cache.dtype)
         keys = packed.reshape(blocks, kv_heads, block_size * head_dim)[..., unpacking].view_as(values)
         keys_THD, values_THD = (
-            half.transpose(1, 2).reshape(blocks * block_size, kv_heads, head_dim)[:tokens].contiguous() for half in (keys, values)
+            half.transpose(1, 2).reshape(-1, kv_heads, head_dim)[:tokens].contiguous() for half in (keys, values)
         )
         return keys_THD, values_THD
 
@@ -70,19 +71,17 @@ class CPUPacked(Layout):
         return keys, values
 
     @staticmethod
-    def _pack(keys_THD: torch.Tensor, values_THD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, isa: str) -> None:
-        ops.cpu_attn_reshape_and_cache(
-            keys_THD, values_THD, keys, values, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
-        )
+    def _pack(kv: KV, halves: KV, slots: torch.Tensor, isa: str) -> None:
+        ops.cpu_attn_reshape_and_cache(*kv, *halves, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto")
 
     def _unpacking(self, isa: str, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-        """Where each entry of a plain block lies in a packed one: packed.flatten()[unpacking] is (block_size, head_dim)."""
+        """Where a plain block's entries lie in a packed one: packed.flatten()[unpacking] is (block_size, head_dim)."""
         key = (isa, head_dim, dtype)
         if key not in self.unpacking:
             if max(self.block_size, head_dim) > 256:
                 raise EngineError(
-                    f"Blocks of {self.block_size} tokens with heads of {head_dim} can't be told apart in {dtype}: 256 is the most. "
-                    "Use block_size=128."
+                    f"Entries of blocks of {self.block_size} tokens with heads of {head_dim} can't be told apart: 256 "
+                    "is the most. Use block_size=128."
                 )
             came_from = torch.zeros(self.block_size * head_dim, dtype=torch.long)
             ones = torch.ones(self.block_size, 1, head_dim, dtype=dtype)
@@ -91,7 +90,7 @@ class CPUPacked(Layout):
                 (torch.arange(head_dim, dtype=dtype).view(1, 1, -1) * ones, 1),
             ):
                 keys, values = self._halves(torch.zeros(1, 1, self.block_size, 2 * head_dim, dtype=dtype))
-                self._pack(entries, entries, keys, values, torch.arange(self.block_size), isa)
+                self._pack((entries, entries), (keys, values), torch.arange(self.block_size), isa)
                 came_from += keys.flatten().float().long() * weight
             self.unpacking[key] = torch.argsort(came_from)
         return self.unpacking[key]
@@ -101,11 +100,10 @@ class FlashPaged(Layout):
     """FlashAttention on a GPU. vLLM 0.24: a block is (2, block_size, kv_heads, head_dim); 0.32: (kv_heads, block_size,
     2 × head_dim), keys before values. Plain indexing, so whatever strides the engine chose hold."""
 
-    def write(self, cache: torch.Tensor, layer: Any, keys_THD: torch.Tensor, values_THD: torch.Tensor, slots: torch.Tensor) -> None:
+    def write(self, cache: torch.Tensor, layer: Any, kv: KV, slots: torch.Tensor) -> None:
         keys, values = self._views(cache)
         at = (slots // self.block_size, slots % self.block_size)
-        keys[at] = keys_THD.to(cache.dtype)
-        values[at] = values_THD.to(cache.dtype)
+        keys[at], values[at] = kv[0].to(cache.dtype), kv[1].to(cache.dtype)
 
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
         keys, values = (view[block_ids].flatten(0, 1)[:tokens].contiguous() for view in self._views(cache))
@@ -122,13 +120,13 @@ class FlashPaged(Layout):
 
 
 def layout_for(layers: dict[str, torch.Tensor], config: VllmConfig) -> Layout:
-    """The layout of an engine's caches. Raises EngineError for an attention kernel or a cache dtype that is not covered."""
+    """The layout of an engine's caches. Raises EngineError for a kernel or cache dtype that is not covered."""
     modules = config.compilation_config.static_forward_context
     kernels = {modules[name].get_attn_backend().get_name() for name in layers}
     if len(kernels) != 1 or not kernels <= set(COVERED):
         raise EngineError(
-            f"The engine's attention kernels are {', '.join(sorted(kernels))}; covered are {' or '.join(COVERED)}, one for all layers. "
-            "Choose it by vLLM's attention backend setting."
+            f"The engine's attention kernels are {', '.join(sorted(kernels))}; covered: {' or '.join(COVERED)}, one "
+            "for all layers. Choose it by vLLM's attention backend setting."
         )
     if config.cache_config.cache_dtype != "auto":
         raise EngineError(f"A KV cache of {config.cache_config.cache_dtype} is not covered. Use kv_cache_dtype='auto'.")

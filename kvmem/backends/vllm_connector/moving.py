@@ -53,8 +53,9 @@ class Moving:
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def load(self, transfers: Transfers) -> None:
-        """Injects this step's files. On a GPU the copies run beside the forward, layer by layer, and `wait_for_layer` holds
-        a layer back until its own have arrived; a step of single tokens may replay one graph for all layers, so it waits."""
+        """Injects this step's files. On a GPU the copies run beside the forward, layer by layer, and `wait_for_layer`
+        holds a layer back until its own have arrived; a step of single tokens may replay one graph for all layers, so
+        it waits for all."""
         ready = []
         for transfer in transfers.loads:
             try:
@@ -111,12 +112,14 @@ class Moving:
         for transfer, layers in ready:
             blocks = torch.tensor(transfer.block_ids, device=self.device)
             slots = self.layout.slots(blocks, transfer.start, transfer.end)
-            keys_THD, values_THD = (tensor[transfer.start : transfer.end].to(self.device, non_blocking=True) for tensor in layers[layer])
-            self.layout.write(self.caches[name], self.modules[name], keys_THD, values_THD, slots)
+            keys_THD, values_THD = (
+                tensor[transfer.start : transfer.end].to(self.device, non_blocking=True) for tensor in layers[layer]
+            )
+            self.layout.write(self.caches[name], self.modules[name], (keys_THD, values_THD), slots)
 
     def _open(self, name: str) -> list[dynamic_cache.KV]:
-        """A file's layers on the host, each (tokens, kv_heads of this rank, head_dim): checked whole when its content is new
-        to this worker, then kept on hand up to `host_bytes`, pinned where there is a GPU."""
+        """A file's layers on the host, each (tokens, kv_heads of this rank, head_dim): checked whole when its content
+        is new to this worker, then kept on hand up to `host_bytes`, pinned where there is a GPU."""
         path = file_path(self.folder, name)
         try:
             stat = path.stat()
@@ -127,7 +130,8 @@ class Moving:
             for stale in [kept for kept in self.opened if kept[0] == name]:
                 del self.opened[stale]
             item = SafetensorsFile().load(path, self.fingerprint, self.model_config, CPU)[0]
-            self.opened[key] = [(self._own(keys), self._own(values)) for keys, values in dynamic_cache.layers_of(item.kv_cache)]
+            layers = dynamic_cache.layers_of(item.kv_cache)
+            self.opened[key] = [(self._own(keys), self._own(values)) for keys, values in layers]
             while len(self.opened) > 1 and sum(map(_nbytes, self.opened.values())) > self.host_bytes:
                 self.opened.popitem(last=False)
         self.opened.move_to_end(key)

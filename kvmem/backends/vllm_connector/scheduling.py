@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Tokens `start` to `end` of a request's blocks, from or to the file called `name`; `item` is what a save says of itself."""
+    """Tokens `start` to `end` of a request's blocks, from or to the file `name`. `item`: what a save says of itself."""
 
     request_id: str
     name: str
@@ -34,7 +34,7 @@ class Transfer:
 
 @dataclass
 class Transfers(KVConnectorMetadata):
-    """What the workers move in one step. `prefills`: some request computes more than one token, so layers run one by one."""
+    """What the workers move in one step. `prefills`: a request computes several tokens, so layers run one by one."""
 
     loads: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Failures(KVConnectorWorkerMetadata):
 
 @dataclass
 class Report:
-    """What became of one request. `local_tokens`: from the engine's own prefix cache; `injected_tokens`: from the file."""
+    """What became of a request. `local_tokens`: from the engine's own cache; `injected_tokens`: from the file."""
 
     local_tokens: int = 0
     injected_tokens: int = 0
@@ -113,9 +113,8 @@ class Scheduling:
         asked.block_ids = list(block_ids)
         if injected > 0:
             assert asked.load is not None
-            self.loads.append(
-                Transfer(request.request_id, asked.load, tuple(asked.block_ids), asked.computed, asked.computed + injected)
-            )
+            end = asked.computed + injected
+            self.loads.append(Transfer(request.request_id, asked.load, tuple(asked.block_ids), asked.computed, end))
 
     def step(self, output: SchedulerOutput) -> Transfers:
         """This step's transfers: loads now, and a save in the step that computes the last of its prompt."""
@@ -124,13 +123,16 @@ class Scheduling:
         self.loads = []
         computed = {request.req_id: request.num_computed_tokens for request in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
-        for request_id, blocks, done in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+        running = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
+        for request_id, blocks, done in running:
             computed[request_id] = done
             if blocks and request_id in self.asked and request_id not in cached.resumed_req_ids:
                 self.asked[request_id].block_ids += blocks[0]  # a resumed one got all its blocks in `allocated`
         for request_id, done in computed.items():
             asked = self.asked.get(request_id)
-            if asked is None or asked.save is None or asked.save_sent or done + counts[request_id] < asked.prompt_tokens:
+            if asked is None or asked.save is None or asked.save_sent:
+                continue
+            if done + counts[request_id] < asked.prompt_tokens:
                 continue
             asked.save_sent = True
             transfers.saves.append(
@@ -154,7 +156,7 @@ class Scheduling:
                 bad = next((i for i, block in enumerate(asked.block_ids) if block in output.invalid_block_ids), None)
                 if bad is not None:
                     asked.report.keep_only(bad * self.block_size)
-                    asked.report.load_error = asked.report.load_error or "It shared blocks with a request whose load failed."
+                    asked.report.load_error = asked.report.load_error or "Another request's load of its blocks failed."
 
     def finished(self, request: Request) -> dict[str, Any] | None:
         """The report, for the answer's kv_transfer_params."""
@@ -174,7 +176,7 @@ class Scheduling:
         """Tokens that file and prompt share, but for the prompt's last, whose logits are wanted."""
         assert asked.load is not None
         if prompt_ids is None:
-            asked.report.load_error = "The prompt came as embeddings, and a memory is matched by token ids. Send token ids."
+            asked.report.load_error = "The prompt came as embeddings, and a memory is matched by ids. Send token ids."
             return 0
         try:
             held = self._held_ids(asked.load)
@@ -190,7 +192,7 @@ class Scheduling:
         try:
             stat = path.stat()
         except OSError as error:
-            raise StorageError(f"{path} can't be read ({error}). The memory it held was deleted, or never saved.") from error
+            raise StorageError(f"{path} can't be read ({error}). Its memory was deleted, or never saved.") from error
         key = (name, stat.st_ino, stat.st_mtime_ns)
         if key not in self.held:
             self.held = {kept: ids for kept, ids in self.held.items() if kept[0] != name}
@@ -199,7 +201,7 @@ class Scheduling:
 
 
 def file_path(folder: Path, name: str) -> Path:
-    """Where the file called `name` lies. Raises StorageError for a name that leads out of the folder: it may come from afar."""
+    """Where the file `name` lies. Raises StorageError for a name that leads out of the folder: it may be foreign."""
     if Path(name).name != name or name in ("", ".", ".."):
-        raise StorageError(f"{name!r} is no plain file name. Name a file of the connector's folder, without its path.")
+        raise StorageError(f"{name!r} is no plain file name. Name a file of the connector's folder, without a path.")
     return folder / name
