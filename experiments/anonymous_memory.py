@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +23,20 @@ def now_bytes() -> int:
     raise OSError(f"{STATUS} has no RssAnon; it is in Linux 4.5 and later")
 
 
+def can_be_told() -> bool:
+    """Whether this system tells it (Linux does)."""
+    return STATUS.exists()
+
+
+def release() -> None:
+    """Gives back what is free: memory that malloc kept would be used again unseen, and hide a second copy."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc's, which torch's Linux wheels need anyway
+
+
 def peak_extra_bytes(work: Callable[[], T]) -> tuple[T, int]:
     """What `work` returns, and by how many bytes anonymous memory rose above its start, looked at every millisecond."""
+    release()
     done = threading.Event()
     before = highest = now_bytes()
 

@@ -32,14 +32,21 @@ class Bench:
         config.hardware.refuse_other_machines()
         memory = KVCacheMemory(
             KVCacheMemoryConfig(
-                extractor_llm={"backend": config.backend.backend, "config": config.backend}, memory_filename=config.storage.memory_filename,
-                merge=config.merge, template=config.template, separator=config.separator,
+                extractor_llm={"backend": config.backend.backend, "config": config.backend},
+                memory_filename=config.storage.memory_filename,
+                merge=config.merge,
+                template=config.template,
+                separator=config.separator,
             )
         )
         backend = memory.backend
         assert isinstance(backend, HFBackend)
         rates = roofline.calibrate(backend.model_config, backend.model.dtype, backend.device)
-        conditions = {"rates": dataclasses.asdict(rates), "origin": backend.fingerprint.origin, "graphs": "none (eager)"}
+        conditions = {
+            "rates": dataclasses.asdict(rates),
+            "origin": backend.fingerprint.origin,
+            "graphs": "none (eager)",
+        }
         return cls(config, memory, backend, Roofline(rates, backend.model_config), conditions)
 
     def conditions_now(self) -> dict[str, Any]:
@@ -50,8 +57,14 @@ class Bench:
         """A row with what is the same for all of this run filled in."""
         fingerprint = self.backend.fingerprint
         same: dict[str, Any] = {
-            "model": self.config.model.label, "weights": self.config.model.weights, "dtype": fingerprint.dtype,
-            "backend": type(self.backend).name, "attention": self.backend.model_config._attn_implementation,
-            "hardware": self.config.hardware.name, "merge": "single", "tier": self.backend.device.type, "arm": "injected",
+            "model": self.config.model.label,
+            "weights": self.config.model.weights,
+            "dtype": fingerprint.dtype,
+            "backend": type(self.backend).name,
+            "attention": self.backend.model_config._attn_implementation,
+            "hardware": self.config.hardware.name,
+            "merge": "single",
+            "tier": self.backend.device.type,
+            "arm": "injected",
         }
         return Row(scenario=scenario, **(same | fields))

@@ -131,4 +131,3 @@ def _groups() -> list[str]:
 
 def _choices(group: str) -> str:
     return did_you_mean("", (path.stem for path in (CONF / group).glob("*.yaml")))
-

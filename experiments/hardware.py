@@ -132,10 +132,12 @@ def conditions() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" where tracked files differ from it; KVMEM_COMMIT in a copy without its history."""
+    """The checkout's commit, "+" where tracked files differ from it; KVMEM_COMMIT in a copy without its history."""
+    if "KVMEM_COMMIT" in os.environ:
+        return os.environ["KVMEM_COMMIT"]
     folder = Path(__file__).parents[1]
     if not (folder / ".git").exists():
-        return os.environ.get("KVMEM_COMMIT")
+        return None
     git = ["git", "-C", str(folder)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:  # no commit yet, or git does not trust the folder's owner

@@ -118,7 +118,9 @@ def speedup_pct(kv_s: Sequence[float], direct_s: Sequence[float]) -> float:
 def paired_ratio(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """Median of a / b over the pairs, and its 95% percentile bootstrap interval: drift that hits both arms cancels."""
     ratios = np.asarray(a_s) / np.asarray(b_s)
-    result = stats.bootstrap((ratios,), np.median, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed))
+    result = stats.bootstrap(
+        (ratios,), np.median, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    )
     return float(np.median(ratios)), float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
@@ -129,7 +131,11 @@ def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int
     result = stats.bootstrap(
         (np.asarray(kv_s), np.asarray(direct_s)),
         lambda kv, direct, axis: 100 * (1 - np.median(kv, axis=axis) / np.median(direct, axis=axis)),
-        paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed),
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 

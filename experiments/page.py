@@ -56,7 +56,8 @@ class Plot:
 
 @dataclass(frozen=True)
 class CellView:
-    """One row with all its figures and both answers; `bars` are (arm, seconds, limit, all as a share of the longest)."""
+    """A row with all its figures and both answers; `bars` are (arm, its time as text, time and limit in % of the
+    longer arm's time)."""
 
     title: str
     row: Row
@@ -86,7 +87,8 @@ def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
         kinds=Counter(describe.kind(row) for row in rows),
         grades=[(name, Counter(row.equality for row in rows)[grade]) for grade, name in describe.GRADES.items()],
         summary=describe.summary(rows), in_short=in_short(rows), conditions=conditions(rows),
-        tables=[tables.compact(table) for table in tables.tables(rows)], plots=_plots(rows), cells=[cell(row) for row in rows if row.status != "failed"],
+        tables=[tables.compact(table) for table in tables.tables(rows)], plots=_plots(rows),
+        cells=[cell(row) for row in rows if row.status != "failed"],
         failed=[cell(row) for row in rows if row.status == "failed"], last_line=describe.last_line,
     )  # fmt: skip
 
@@ -159,6 +161,6 @@ def _flat(fields: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def _values(values: Sequence[Any]) -> str:
     different = list(dict.fromkeys(values))
-    if len(different) > 1 and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in different):
+    if len(different) > 1 and {type(value) for value in different} <= {int, float}:
         return f"{units.by_name('', min(different))} to {units.by_name('', max(different))}"
     return ", ".join(units.by_name("", value) for value in different)

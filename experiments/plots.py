@@ -96,7 +96,9 @@ def _scale(axes: Axes, rows: Sequence[Row]) -> None:
     times = [time for row in rows for time in (row.kv_ttft_s, row.direct_ttft_s) if time]
     if min(times) > 0 and max(times) > 5 * min(times):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        limits = [limit for row in rows for limit in (row.limit_s, row.extra.get("direct_limit_s")) if limit]
+        wide = max(times) > 300 * min(times + limits)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_minor_locator(NullLocator())
     else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import cast
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from experiments.measure import Sample, synchronize
+from kvmem import dynamic_cache
 from kvmem.backends.hf import HFBackend
 from kvmem.items import KVCacheItem
 from kvmem.prompt import TokenizedPrompt
@@ -18,9 +21,10 @@ def shared_tensors(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPromp
     """A plain DynamicCache whose layers are given the stored tensors, and transformers' own forward: nothing else."""
     started = time.perf_counter()
     cache = DynamicCache(config=backend.model_config)
-    for layer, stored in zip(cache.layers, item.kv_cache.layers, strict=True):
-        layer.keys, layer.values, layer.is_initialized = stored.keys, stored.values, True
-        layer.dtype, layer.device = stored.keys.dtype, stored.keys.device
+    layers = cast("list[DynamicLayer]", cache.layers)
+    for layer, (keys, values) in zip(layers, dynamic_cache.layers_of(item.kv_cache), strict=True):
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        layer.dtype, layer.device = keys.dtype, keys.device
     synchronize(backend.device)
     ready = time.perf_counter()
     ids_BT = torch.tensor([prompt.query_ids], device=backend.device)

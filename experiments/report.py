@@ -79,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Writes table.md, plots/ and report.html of a run, or of several runs joined.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, outputs/<date>/<time>")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where to; else the run's folder, or {JOINED} for several")
-    parser.add_argument("--log", action="store_true", help="also send the rows to W&B, offline unless WANDB_MODE says so")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: the run's folder, or {JOINED}")
+    parser.add_argument("--log", action="store_true", help="send the rows to W&B (offline unless WANDB_MODE says so)")
     chosen = parser.parse_args(arguments)
     try:
         out = chosen.out or (JOINED if len(chosen.runs) > 1 else None)

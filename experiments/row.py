@@ -44,6 +44,7 @@ class Row:
     speedup_interval: tuple[float, float] | None = None
     """95% bootstrap interval of speedup_pct over the pairs."""
     break_even_queries: float | None = None
+    """After how many queries the build has paid for itself: build_s over the user TTFT saved; None: never."""
     cached_tokens: int | None = None
     limit_s: float | None = None
     """The roofline's least time for the injected arm; the direct arm's is extra["direct_limit_s"]."""

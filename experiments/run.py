@@ -50,6 +50,7 @@ def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: S
     sinks: list[Sink] = [JSONL(), config.sink]
     for sink in sinks:
         sink.check()
+    log.info("loading %s", config.backend.model_name_or_path)
     bench = Bench.open(config)
     cells = config.scenario.cells(bench)
     rows: list[Row] = []

@@ -34,6 +34,8 @@ from experiments.verdict import STRAW_MAN
 
 _NOT_FIGURES = {"context", "query", "question", "answers", "truth"}
 _HEADINGS = {"arm": "Arm", "attention": "Attention", "run": "Run"}
+_USER_COLUMNS = ("Merge time", "KV user TTFT", "Dir user TTFT")
+"""Shown where several memories are merged, for a merge's seconds are in the user's TTFT and not in the engine's."""
 _TTFT_COLUMNS = ("Build", "KV TTFT", "Dir TTFT", "Speedup", "95% interval", "Equality", "Verdict", "Break even")
 _TEXT_COLUMNS = {"Model", "Ctx", "Qry", "Equality", "Verdict"}
 
@@ -64,7 +66,7 @@ def is_ttft(rows: Sequence[Row]) -> bool:
     return not done or any(row.kv_ttft_s is not None or row.direct_ttft_s is not None for row in done)
 
 
-def _ttft_line(row: Row, extra_columns: Sequence[str]) -> Line:
+def _ttft_line(row: Row, extra_columns: Sequence[str], merged: bool) -> Line:
     speedup = shown_speedup(row)
     queries = row.break_even_queries
     pays = units.NONE if queries is None or speedup is None else units.digits(queries)
@@ -74,6 +76,7 @@ def _ttft_line(row: Row, extra_columns: Sequence[str]) -> Line:
             row.model, label(row, "context"), units.count(row.context_tokens), label(row, "query"),
             units.count(row.query_tokens), *(str(condition(row, name)) for name in extra_columns),
             units.seconds(row.build_s), units.seconds(row.kv_ttft_s), units.seconds(row.direct_ttft_s),
+            *(map(units.seconds, (row.merge_s, row.kv_user_ttft_s, row.direct_user_ttft_s)) if merged else ()),
             units.percent(speedup), units.percent_range(row.speedup_interval if speedup is not None else None),
             equality(row), verdict(row), pays,
         ),
@@ -81,7 +84,7 @@ def _ttft_line(row: Row, extra_columns: Sequence[str]) -> Line:
     )  # fmt: skip
 
 
-def _published_line(row: PublishedRow, extra_columns: Sequence[str]) -> Line:
+def _published_line(row: PublishedRow, extra_columns: Sequence[str], merged: bool) -> Line:
     known = {"hardware": row.hardware, "run": row.table}
     remark = f"published ({row.table}), hardware {row.hardware}"
     if row.build_s is not None and row.direct_ttft_s > STRAW_MAN * (row.build_s + row.kv_ttft_s):
@@ -91,21 +94,23 @@ def _published_line(row: PublishedRow, extra_columns: Sequence[str]) -> Line:
         (
             row.model, row.context, units.count(row.context_tokens), row.query, units.count(row.query_tokens),
             *(known.get(name, units.NONE) for name in extra_columns), units.seconds(row.build_s),
-            units.seconds(row.kv_ttft_s), units.seconds(row.direct_ttft_s), units.percent(row.speedup_pct),
+            units.seconds(row.kv_ttft_s), units.seconds(row.direct_ttft_s),
+            *(units.NONE for _ in _USER_COLUMNS if merged), units.percent(row.speedup_pct),
             units.NONE, units.NONE, remark, units.NONE,
         ),
     )  # fmt: skip
 
 
 def _ttft_table(title: str, rows: Sequence[Row]) -> Table:
-    extra = varying(rows)
+    extra, merged = varying(rows), any(row.memories > 1 for row in rows)
     lines: list[Line] = []
     for row in rows:
-        lines.append(_ttft_line(row, extra))
+        lines.append(_ttft_line(row, extra, merged))
         cell = (row.model, label(row, "context"), label(row, "query"))
-        lines += [_published_line(other, extra) for other in published.beside(*cell)]
+        lines += [_published_line(other, extra, merged) for other in published.beside(*cell)]
     names = [_HEADINGS.get(name, name.capitalize()) for name in extra]
-    columns = ("Model", "Ctx", "CtxTok", "Qry", "QryTok", *names, *_TTFT_COLUMNS)
+    engine, rest = _TTFT_COLUMNS[:3], _TTFT_COLUMNS[3:]
+    columns = ("Model", "Ctx", "CtxTok", "Qry", "QryTok", *names, *engine, *(_USER_COLUMNS if merged else ()), *rest)
     return Table(title, caption(rows), columns, frozenset(_TEXT_COLUMNS | set(names)), tuple(lines))
 
 
@@ -136,8 +141,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for row in rows:
         scenarios.setdefault(row.scenario, []).append(row)
     return [
-        _ttft_table(name, group) if is_ttft(group) else _generic_table(name, group)
-        for name, group in scenarios.items()
+        _ttft_table(name, group) if is_ttft(group) else _generic_table(name, group) for name, group in scenarios.items()
     ]
 
 

@@ -8,6 +8,7 @@ reports length 0 and is silently ignored, so caches are built here and nowhere e
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
@@ -34,7 +35,7 @@ class LentLayer(DynamicLayer):
         self.buffers: KV | None = None
         self.headroom = FIRST_HEADROOM
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> KV:  # type: ignore[no-untyped-def]
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> KV:
         if not self.is_initialized:
             return super().update(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -52,7 +53,8 @@ class LentLayer(DynamicLayer):
         else:
             self.buffers[0][:, :, start:end].copy_(key_states)
             self.buffers[1][:, :, start:end].copy_(value_states)
-        self.keys, self.values = self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
+        # narrow, for it costs the host half of what a slice does, and eager prefill on a GPU waits for the host
+        self.keys, self.values = self.buffers[0].narrow(2, 0, end), self.buffers[1].narrow(2, 0, end)
         return self.keys, self.values
 
     def _owns(self, keys: torch.Tensor) -> bool:
@@ -83,14 +85,19 @@ def _shell(config: PreTrainedConfig, kind: type[DynamicCache]) -> DynamicCache:
                 cache.layers[i] = LentLayer()
         elif type(layer) is not DynamicSlidingWindowLayer:
             raise ModelError(
-                f"{config.model_type} has a layer of kind {type(layer).__name__}, whose state is no list of keys and values. "
-                "Covered: full and sliding-window attention."
+                f"{config.model_type} has a layer of kind {type(layer).__name__}, whose state is no list of keys and "
+                "values. Covered: full and sliding-window attention."
             )
     return cache
 
 
+def _attention_layers(cache: DynamicCache) -> list[DynamicLayer]:
+    """The layers of a cache that was made here: `_shell` refuses every other kind."""
+    return cast("list[DynamicLayer]", cache.layers)
+
+
 def _fill(cache: DynamicCache, layers: Iterable[KV], tokens: int) -> None:
-    for layer, (keys, values) in zip(cache.layers, layers, strict=True):
+    for layer, (keys, values) in zip(_attention_layers(cache), layers, strict=True):
         layer.keys, layer.values = keys, values
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         if isinstance(layer, DynamicSlidingWindowLayer):
@@ -110,7 +117,7 @@ def from_layers(layers: Sequence[KV], config: PreTrainedConfig, tokens: int | No
 
 def layers_of(cache: DynamicCache) -> list[KV]:
     """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied."""
-    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
+    return [(layer.keys, layer.values) for layer in _attention_layers(cache)]  # type: ignore[misc]
 
 
 def compact(layers: Iterable[KV]) -> list[KV]:
@@ -133,10 +140,20 @@ def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig) ->
     return shell
 
 
+def lend_nothing(tokens: MemoryTokens, config: PreTrainedConfig) -> LentCache:
+    """An empty shell for a prompt whose memory is all text: it grows as a lent one does."""
+    shell = _shell(config, LentCache)
+    assert isinstance(shell, LentCache)
+    shell.tokens = tokens.model_copy(update={"token_ids": ()})
+    return shell
+
+
 def can_crop(cache: DynamicCache, tokens: int) -> bool:
     """False where a sliding layer has already dropped tokens that it would need behind the first `tokens`."""
     return tokens >= cache.get_seq_length() or not any(
-        isinstance(layer, DynamicSlidingWindowLayer) and layer.cumulative_length > layer.keys.shape[-2]
+        isinstance(layer, DynamicSlidingWindowLayer)
+        and layer.keys is not None
+        and layer.cumulative_length > layer.keys.shape[-2]
         for layer in cache.layers
     )
 
@@ -147,7 +164,7 @@ def crop(cache: DynamicCache, tokens: int) -> bool:
         return True
     if not can_crop(cache, tokens):
         return False
-    for layer in cache.layers:
+    for layer in _attention_layers(cache):
         assert layer.keys is not None and layer.values is not None
         layer.keys, layer.values = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
         if isinstance(layer, DynamicSlidingWindowLayer):

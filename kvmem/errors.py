@@ -43,6 +43,14 @@ class MergeError(KVMemError, ValueError):
     """A merge strategy does not cover these items or this model."""
 
 
+class BudgetError(KVMemError, ValueError):
+    """An item does not fit what is left of a tier's budget."""
+
+
+class BuildCancelled(KVMemError):
+    """A build was called off on purpose: its text changed, or the scheduler is closing."""
+
+
 class StorageError(KVMemError):
     """A file can't be read or written; the memory in place is as it was."""
 

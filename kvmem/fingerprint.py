@@ -34,7 +34,7 @@ class ModelFingerprint(BaseModel):
     tokenizer: str
     template: str
     origin: str
-    """Where the weights came from, for people: hub, folder, packaged (quantized as Q4_1), or random (shape, seed, device)."""
+    """Where the weights came from, for people: hub, folder, packaged (how quantized), random (shape, seed, device)."""
 
     def difference(self, other: ModelFingerprint) -> str | None:
         """The first field in which `other` is not the same model, as "field: ours, theirs"; None if it is the same."""
@@ -74,7 +74,9 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, orig
     config = model.config
     fields = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
     heads = config.num_attention_heads
-    tokens = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    tokens = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
     return ModelFingerprint(
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),

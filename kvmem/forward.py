@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-    """Computes `token_ids` behind what `cache` holds, which grows by them. Returns the last token's logits, (vocab,)."""
+    """Computes `token_ids` behind what `cache` holds, which grows by them. Gives the last token's logits, (vocab,)."""
     ids_BT = torch.tensor([token_ids], device=model.device)
     return model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 

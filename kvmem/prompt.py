@@ -75,7 +75,9 @@ class PromptTemplate:
         if not tokenizer.is_fast:
             raise PromptError("The tokenizer has no character offsets, which the seam needs. Load its fast version.")
         if kind == "chat" and not tokenizer.chat_template:
-            raise PromptError("The tokenizer has no chat template. Use template='plain', or set tokenizer.chat_template.")
+            raise PromptError(
+                "The tokenizer has no chat template. Use template='plain', or set tokenizer.chat_template."
+            )
         self.tokenizer = tokenizer
         self.kind = kind
 
@@ -91,7 +93,8 @@ class PromptTemplate:
         rendered = self._render(source, "" if self.kind == "plain" else _QUERY_PROBE)
         added = self.tokenizer.added_tokens_decoder
         barriers = [
-            i for i, (token, (start, end)) in enumerate(zip(rendered.ids, rendered.spans, strict=True))
+            i
+            for i, (token, (start, end)) in enumerate(zip(rendered.ids, rendered.spans, strict=True))
             if token in added and start >= rendered.memory_end and end <= rendered.query_start and end > start
         ]
         header = rendered.tokens_before(rendered.memory_start)
@@ -104,12 +107,16 @@ class PromptTemplate:
             cut = body_end = min(rendered.tokens_before(last_word), memory_tokens)
         if cut <= header:
             raise PromptError(
-                f"A memory of {memory_tokens - header} tokens can't be stored under template={self.kind!r}: its last word "
-                "belongs to the query. Give it more text, or send it as part of the query."
+                f"A memory of {memory_tokens - header} tokens can't be stored under template={self.kind!r}: its last "
+                "word belongs to the query. Give it more text, or send it as part of the query."
             )
         return MemoryTokens(
-            source=source, template=self.kind, token_ids=rendered.ids[:cut], header_tokens=header,
-            body_end=min(body_end, cut), rest_ids=rendered.ids[body_end:memory_tokens],
+            source=source,
+            template=self.kind,
+            token_ids=rendered.ids[:cut],
+            header_tokens=header,
+            body_end=min(body_end, cut),
+            rest_ids=rendered.ids[body_end:memory_tokens],
         )
 
     def split(self, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
@@ -188,10 +195,12 @@ class PromptTemplate:
 
     def _apply(self, messages: list[Message]) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise PromptError(f"The chat template refuses turns of the roles {roles}: {error}") from error
+        assert isinstance(text, str)  # tokenize=False
+        return text
 
     @staticmethod
     def _text_of(source: Source) -> str:

@@ -22,7 +22,8 @@ def check_rotatable(config: PreTrainedConfig, strategy: str) -> None:
     rope_type = config.rope_parameters.get("rope_type", "default")
     if config.model_type not in HALF_ROTATION:
         raise MergeError(
-            f"{strategy} does not cover {config.model_type}; it covers {', '.join(sorted(HALF_ROTATION))}. Use merge=Reprefill."
+            f"{strategy} does not cover {config.model_type}; it covers {', '.join(sorted(HALF_ROTATION))}. "
+            "Use merge=Reprefill."
         )
     if rope_type not in FIXED_FREQUENCIES:
         raise MergeError(
@@ -37,7 +38,7 @@ def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor:
 
 
 def rotate(keys_BHTD: torch.Tensor, offset: int, inverse_frequencies_F: torch.Tensor) -> torch.Tensor:
-    """Keys (batch, kv_heads, tokens, head_dim) moved `offset` positions on; computed in fp32, returned in their dtype."""
+    """Keys (batch, kv_heads, tokens, head_dim) moved `offset` positions on, in fp32, and returned in their dtype."""
     if offset == 0:
         return keys_BHTD
     angles_F = offset * inverse_frequencies_F.double()

@@ -40,7 +40,7 @@ def test_card_is_what_its_class_says(path: Path) -> None:
     cls = get_class(card["_target_"])
     knobs = {field.name for field in dataclasses.fields(cls) if field.init}
     made = instantiate(card, _convert_="all")
-    assert type(made) is cls and cls.__pydantic_config__["extra"] == "forbid"  # type: ignore[attr-defined]
+    assert type(made) is cls and cls.__pydantic_config__["extra"] == "forbid"
     if path.parent.name in DATA_GROUPS:
         assert card.keys() - {"_target_"} <= knobs
         return

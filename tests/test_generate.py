@@ -94,11 +94,16 @@ def test_stream_holds_back_half_a_character(qwen3):
         streamed = list(qwen3.stream("Name it.", None, 40, sampling))
         whole = qwen3.generate("Name it.", None, 40, sampling)
         assert "".join(token.text for token in streamed) == whole.text
-        if any(not token.text for token in streamed[:-1]):
+        held = [i for i, token in enumerate(streamed[:-1]) if not token.text]
+        if held:
             break
     else:
         pytest.fail("no answer of 60 had a token inside a character")
     assert not any(token.text.endswith("\N{REPLACEMENT CHARACTER}") for token in streamed[:-1])
+    # Where the answer is cut there, its last token gives what generate gives.
+    cut = [token.text for token in qwen3.stream("Name it.", None, held[0] + 1, sampling)]
+    assert "".join(cut) == qwen3.generate("Name it.", None, held[0] + 1, sampling).text
+    assert cut[-1].endswith("\N{REPLACEMENT CHARACTER}")
 
 
 def test_an_end_token_stops_and_is_not_part_of_the_answer(qwen3, lend):

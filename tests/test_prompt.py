@@ -101,6 +101,8 @@ def test_a_split_is_the_whole_prompt(qwen3, name, source):
         assert prompt.memory_ids == tokens.token_ids[: len(prompt.memory_ids)]
         assert len(tokens.token_ids) - len(prompt.memory_ids) <= 4, (query, tokenizer.decode(tokens.token_ids))
         assert template.bare(query).ids == whole(tokenizer, [{"role": "user", "content": query}])
+    if name not in WITHOUT_BARRIER:  # all that no query can reach is stored: to the user turn's own opening token
+        assert tokenizer.decode(tokens.token_ids[-1:]) == "<|im_start|>"
     # Most of the memory is stored, not some of it.
     unstored = len(template.split(tokens, "?").query_ids)
     assert unstored <= len(whole(tokenizer, [{"role": "user", "content": "?"}])) + 8

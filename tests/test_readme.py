@@ -37,6 +37,8 @@ def test_readme_snippet_answers_as_the_prompt_does(tmp_path: Path, monkeypatch: 
 def test_readme_map_names_every_room() -> None:
     readme = README.read_text()
     root = README.parent
-    rooms = [path for folder in ("kvmem", "experiments") for path in (root / folder).glob("*.py") if path.stem != "__init__"]
+    rooms = [
+        path for folder in ("kvmem", "experiments") for path in (root / folder).glob("*.py") if path.stem != "__init__"
+    ]
     missing = [str(path.relative_to(root)) for path in rooms if path.name not in readme]
     assert not missing

@@ -20,12 +20,14 @@ def _has_color(path, color: str) -> bool:
 
 
 DIALOGUE = [ttft_row(100 + 40 * turn, 17 + 3 * turn, extra={"context": f"turn {turn}"}) for turn in range(8)]
-WITH_GAPS = [ttft_row(limit_s=None, extra={"direct_limit_s": None, "kv_ttft_all_s": None}), ttft_row(direct_ttft_s=None)]
+NO_LIMIT = ttft_row(limit_s=None, extra={"direct_limit_s": None, "kv_ttft_all_s": None})
+WITH_GAPS = [NO_LIMIT, ttft_row(direct_ttft_s=None)]
+NOT_OK = [invalid_row(), failed_row(query_tokens=64)]
 
 
 @pytest.mark.parametrize(
     "rows",
-    [grid(), [ttft_row()], [*grid(), published_row()], [invalid_row(), failed_row(query_tokens=64)], DIALOGUE, WITH_GAPS],
+    [grid(), [ttft_row()], [*grid(), published_row()], NOT_OK, DIALOGUE, WITH_GAPS],
     ids=["grid", "one", "two models", "invalid and failed", "dialogue", "gaps"],
 )
 def test_plots_show_the_injected_arm(rows, tmp_path):
@@ -41,18 +43,18 @@ def test_rows_without_a_ttft_have_no_plots(tmp_path):
 
 
 def test_one_panel_a_query_length():
-    titles = [axes.get_title("left") for axes in plots.ttft(grid()).axes]
+    titles = [axes.get_title("left") for axes in plots.draw(grid())["ttft"].axes]
     assert titles == ["32-token query", "64-token query", "128-token query"]
 
 
 def test_heat_map_says_why_a_cell_has_no_speedup():
     rows = grid()
     rows[0], rows[1] = invalid_row(context_tokens=256), failed_row(context_tokens=256, query_tokens=64)
-    texts = [text.get_text() for text in plots.speedup(rows).axes[0].texts]
+    texts = [text.get_text() for text in plots.draw(rows)["speedup"].axes[0].texts]
     assert texts[:2] == ["invalid", "failed"]
     assert texts[-1] == "83.9%\n6.20×"
     slower = dataclasses.replace(ttft_row(), speedup_pct=-5.0)
-    assert plots.speedup([slower]).axes[0].texts[0].get_text() == "−5.0%"
+    assert plots.draw([slower])["speedup"].axes[0].texts[0].get_text() == "−5.0%"
 
 
 def test_svg_is_the_same_twice_and_follows_the_theme():

@@ -10,6 +10,7 @@ import torch
 from experiments import compose, tables
 from experiments.anonymous_memory import peak_extra_bytes
 from experiments.bench import Bench
+from kvmem.dynamic_cache import layers_of
 from kvmem.errors import StorageError
 from kvmem.storage.safetensors_file import SafetensorsFile
 
@@ -43,7 +44,7 @@ def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch:
 
     def changed(*args):
         items = load(*args)
-        items[0].kv_cache.layers[0].keys.view(-1)[0] += 1
+        layers_of(items[0].kv_cache)[0][0].view(-1)[0] += 1
         return items
 
     monkeypatch.setattr(SafetensorsFile, "load", changed)

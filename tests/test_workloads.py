@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from experiments.workloads import Cell, Workload
 from experiments.workloads.cut import cut, held
@@ -37,7 +38,7 @@ HEADED_TEMPLATE = (
 )
 
 
-def smollm2_tokenizer() -> PreTrainedTokenizerFast:
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(packaged_folder() or PACKAGED_HUB_NAME)
 
 
@@ -66,7 +67,7 @@ def trained_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "smollm2": smollm2_tokenizer,
     "bpe_4000": lambda: trained_tokenizer(4000),
     "bpe_400": lambda: trained_tokenizer(400),
@@ -75,18 +76,18 @@ TEMPLATES = [(name, kind) for name in TOKENIZERS for kind in ("chat", "plain")]
 
 
 @pytest.fixture(scope="session", params=TEMPLATES, ids="-".join)
-def template(request: pytest.FixtureRequest, tokenizers: dict[str, PreTrainedTokenizerFast]) -> PromptTemplate:
+def template(request: pytest.FixtureRequest, tokenizers: dict[str, PreTrainedTokenizerBase]) -> PromptTemplate:
     name, kind = request.param
     return PromptTemplate(tokenizers[name], kind)
 
 
 @pytest.fixture(scope="session")
-def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
     return {name: load() for name, load in TOKENIZERS.items()}
 
 
 @pytest.fixture(scope="session")
-def chat(tokenizers: dict[str, PreTrainedTokenizerFast]) -> PromptTemplate:
+def chat(tokenizers: dict[str, PreTrainedTokenizerBase]) -> PromptTemplate:
     return PromptTemplate(tokenizers["smollm2"], "chat")
 
 
@@ -117,7 +118,7 @@ def test_counts_are_exact(template: PromptTemplate, kind: type[PythonDocs] | typ
 @pytest.mark.parametrize("kind", ["chat", "plain"])
 @pytest.mark.parametrize("memories", [1, 4])
 def test_default_lengths_on_the_packaged_tokenizer(
-    tokenizers: dict[str, PreTrainedTokenizerFast], kind: TemplateKind, memories: int
+    tokenizers: dict[str, PreTrainedTokenizerBase], kind: TemplateKind, memories: int
 ) -> None:
     template = PromptTemplate(tokenizers["smollm2"], kind)
     for workload in (PythonDocs(memories=memories), Faq(memories=memories)):
@@ -212,7 +213,7 @@ def test_every_topic_with_questions_exists() -> None:
 def test_faq_asks_for_a_fact_that_its_memories_hold(chat: PromptTemplate, seed: int, memories: int) -> None:
     for cell in Faq(context_tokens=[400], query_tokens=[40, 90], memories=memories, seed=seed).cells(chat, SEPARATOR):
         assert cell.truth is not None
-        entries = [entry for memory in cell.memories for entry in memory.split("\n\n") if entry.startswith("Q: ")]
+        entries = [entry for memory in cell.memories for entry in str(memory).split("\n\n") if entry.startswith("Q: ")]
         answering = [
             entry for entry in entries if entry.removeprefix("Q: ").split("\n")[0] in cell.question and "?\n" in entry
         ]
@@ -245,7 +246,7 @@ def test_dialogue_extends_turn_by_turn(chat: PromptTemplate, topic: str, system:
     assert (cells[0].memories[0][0] == {"role": "system", "content": system}) is (system is not None)
 
 
-def test_dialogue_needs_turns_and_a_template_with_turns(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+def test_dialogue_needs_turns_and_a_template_with_turns(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     assert len(TRIP) == len(DEBUGGING) == 10
     with pytest.raises(ValidationError, match=r"turns=10: .* has 9"):
         Dialogue(turns=10)

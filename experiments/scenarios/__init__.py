@@ -28,6 +28,9 @@ class Scenario(ABC):
     def failed(self, bench: Bench, cell: Any, error: str) -> Row:
         """The row of a cell that raised, with its traceback."""
         return bench.row(
-            self.name, context_tokens=getattr(cell, "context_tokens", 0), query_tokens=getattr(cell, "query_tokens", 0),
-            status="failed", error=error,
+            self.name,
+            context_tokens=getattr(cell, "context_tokens", 0),
+            query_tokens=getattr(cell, "query_tokens", 0),
+            status="failed",
+            error=error,
         )

@@ -26,9 +26,9 @@ from kvmem.items import KVCacheItem, Source
 class KVvsDirect(Scenario):
     """Both arms eat the same token ids, in interleaved pairs, and answer greedily."""
 
-    pairs: int = Field(5, ge=1)
+    pairs: int = Field(default=5, ge=1)
     """Interleaved pairs a cell; 30 for a figure to publish."""
-    answer_tokens: int = Field(16, ge=1)
+    answer_tokens: int = Field(default=16, ge=1)
     """Greedy tokens of each arm that are compared."""
     beside_recipe: bool = False
     """Also time a plain shared-tensors recipe in the same rounds (one memory only)."""
@@ -76,7 +76,8 @@ class KVvsDirect(Scenario):
         kv_trace = measure.trace(backend, kv, memory.get_cache(ids), self.answer_tokens)
         direct_trace = measure.trace(backend, direct, None, self.answer_tokens)
         equality = grade(
-            direct_trace, kv_trace,
+            direct_trace,
+            kv_trace,
             lambda step: measure.rounding_noise(backend, direct.ids + direct_trace.token_ids[:step]),
         )
 
@@ -87,40 +88,72 @@ class KVvsDirect(Scenario):
         direct_limit_s = bench.roofline.limit_s(len(direct.ids), 0)
         merge = bench.config.merge
         verdict = judge(
-            direct_digest=direct.digest, injected_digest=kv.digest, cached_tokens=len(kv.memory_ids),
-            expected_tokens=cell.context_tokens, kv_ttft_s=kv_s, direct_ttft_s=direct_s, kv_limit_s=limit_s,
-            direct_limit_s=direct_limit_s, build_s=build_s, equality=equality.grade,
+            direct_digest=direct.digest,
+            injected_digest=kv.digest,
+            cached_tokens=len(kv.memory_ids),
+            expected_tokens=cell.context_tokens,
+            kv_ttft_s=kv_s,
+            direct_ttft_s=direct_s,
+            kv_limit_s=limit_s,
+            direct_limit_s=direct_limit_s,
+            build_s=build_s,
+            equality=equality.grade,
             exact=len(items) == 1 or merge.exact,
         )
         cache_s = median(sample.cache_s for sample in samples["injected"])
+        kv_user_s = median(sample.user_s for sample in samples["injected"])
+        direct_user_s = median(sample.user_s for sample in samples["direct"])
         return bench.row(
-            self.name, context_tokens=cell.context_tokens, query_tokens=cell.query_tokens, memories=len(items),
-            merge=merge.name if len(items) > 1 else "single", pairs=self.pairs,
-            build_s=build_s, kv_bytes=sum(item.metadata.kv_bytes for item in items),
-            fetch_s=cache_s if len(items) == 1 else None, merge_s=cache_s if len(items) > 1 else None,
-            kv_ttft_s=kv_s, direct_ttft_s=direct_s,
-            kv_user_ttft_s=median(sample.user_s for sample in samples["injected"]),
-            direct_user_ttft_s=median(sample.user_s for sample in samples["direct"]),
+            self.name,
+            context_tokens=cell.context_tokens,
+            query_tokens=cell.query_tokens,
+            memories=len(items),
+            merge=merge.name if len(items) > 1 else "single",
+            pairs=self.pairs,
+            build_s=build_s,
+            kv_bytes=sum(item.metadata.kv_bytes for item in items),
+            fetch_s=cache_s if len(items) == 1 else None,
+            merge_s=cache_s if len(items) > 1 else None,
+            kv_ttft_s=kv_s,
+            direct_ttft_s=direct_s,
+            kv_user_ttft_s=kv_user_s,
+            direct_user_ttft_s=direct_user_s,
             speedup_pct=measure.speedup_pct(seconds["injected"], seconds["direct"]),
             speedup_interval=measure.speedup_interval(seconds["injected"], seconds["direct"]),
-            break_even_queries=build_s / (direct_s - kv_s) if direct_s > kv_s else None,
-            cached_tokens=len(kv.memory_ids), limit_s=limit_s,
+            break_even_queries=build_s / (direct_user_s - kv_user_s) if direct_user_s > kv_user_s else None,
+            cached_tokens=len(kv.memory_ids),
+            limit_s=limit_s,
             mfu=bench.roofline.mfu(len(kv.query_ids), len(kv.memory_ids), kv_s),
-            equality=equality.grade, first_difference=equality.first_difference,
-            logit_max_abs_diff=equality.logit_max_abs_diff, near_tie_margin=equality.near_tie_margin,
-            verdict=verdict.verdict, verdict_reason=verdict.reason, conditions=conditions,
+            equality=equality.grade,
+            first_difference=equality.first_difference,
+            logit_max_abs_diff=equality.logit_max_abs_diff,
+            near_tie_margin=equality.near_tie_margin,
+            verdict=verdict.verdict,
+            verdict_reason=verdict.reason,
+            conditions=conditions,
             extra=self._extra(bench, cell, samples, seconds, direct_limit_s, runs, kv_trace, direct_trace),
         )
 
     def _extra(
-        self, bench: Bench, cell: Cell, samples: dict[str, list[Sample]], seconds: dict[str, list[float]],
-        direct_limit_s: float, runs: int, kv_trace: Trace, direct_trace: Trace,
+        self,
+        bench: Bench,
+        cell: Cell,
+        samples: dict[str, list[Sample]],
+        seconds: dict[str, list[float]],
+        direct_limit_s: float,
+        runs: int,
+        kv_trace: Trace,
+        direct_trace: Trace,
     ) -> dict[str, Any]:
         decode = bench.backend.tokenizer.decode
         extra: dict[str, Any] = {
-            "context": cell.context, "query": cell.query, "question": cell.question, "truth": cell.truth,
-            "answers": {"injected": decode(kv_trace.token_ids), "direct": decode(direct_trace.token_ids)},
-            "direct_limit_s": direct_limit_s, "measured_times": runs,
+            "context": cell.context,
+            "query": cell.query,
+            "question": cell.question,
+            "truth": cell.truth,
+            "answers": {"injected": decode(list(kv_trace.token_ids)), "direct": decode(list(direct_trace.token_ids))},
+            "direct_limit_s": direct_limit_s,
+            "measured_times": runs,
             "spread": {name: measure.spread(taken) for name, taken in seconds.items()},
         }
         for name, label in (("injected", "kv"), ("direct", "direct")):
@@ -132,7 +165,8 @@ class KVvsDirect(Scenario):
             extra |= {
                 "shared_tensors_ttft_s": median(seconds["shared_tensors"]),
                 "shared_tensors_ttft_all_s": seconds["shared_tensors"],
-                "injected_over_shared_tensors": ratio, "injected_over_shared_tensors_interval": (low, high),
+                "injected_over_shared_tensors": ratio,
+                "injected_over_shared_tensors_interval": (low, high),
             }
         return extra
 

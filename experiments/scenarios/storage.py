@@ -164,11 +164,13 @@ class _Pair:
         return taken
 
     def peaks(self) -> dict[str, int]:
-        """Peak of anonymous memory in each step above what there was before it, in bytes.
+        """Peak of anonymous memory in each step above what there was before it, in bytes; nothing where none is told.
 
         A dump's is what it takes beside the tensors. A load's counts what it returns, unless that is pages of a file.
         """
-        extra = {}
+        extra: dict[str, int] = {}
+        if not anonymous_memory.can_be_told():
+            return extra
         for name, step in self.steps.items():
             self._prepare(name)
             kept, extra[name] = anonymous_memory.peak_extra_bytes(step)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +80,12 @@ class WandB(Sink):
 
         with _no_prompt():
             self._run = wandb.init(
-                project=self.project, entity=self.entity, name=self.name, mode=mode, dir=run_dir, config=config,
+                project=self.project,
+                entity=self.entity,
+                name=self.name,
+                mode=mode,
+                dir=run_dir,
+                config=config,
                 settings=wandb.Settings(
                     silent=True, console="off", x_disable_stats=True, disable_git=True, init_timeout=INIT_TIMEOUT_S
                 ),
@@ -95,8 +100,8 @@ class WandB(Sink):
     def close(self, run_dir: Path) -> str | None:
         import wandb
 
-        columns = [field.name for field in dataclasses.fields(Row)]
-        data = [[_plain(getattr(row, name)) for name in columns] for row in self._rows]
+        columns: list[str | int] = [field.name for field in dataclasses.fields(Row)]
+        data: list[Iterable[Any]] = [[_plain(getattr(row, str(name))) for name in columns] for row in self._rows]
         self._run.log({"rows": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
         for plot in sorted((run_dir / "plots").glob("*.png")):
             self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})

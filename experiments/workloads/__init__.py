@@ -15,7 +15,7 @@ class Cell:
     """One cell: `memories` are stored, `question` is asked behind them.
 
     `context_tokens` and `query_tokens` are the two halves of the verified split of the whole prompt, template included.
-    `context` and `query` are labels for the tables ("long", "short"); `truth` is the checkable fact, where there is one.
+    `context` and `query` are labels for the tables ("long", "short"); `truth` is the checkable fact, if there is one.
     """
 
     context: str

@@ -91,7 +91,11 @@ class HFBackend(Backend):
         available = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(available if config.device == "auto" else config.device)
         loaded = models.load(
-            config.model_name_or_path, device, DTYPES.get(config.dtype), config.attn_implementation, config.seed,
+            config.model_name_or_path,
+            device,
+            DTYPES.get(config.dtype),
+            config.attn_implementation,
+            config.seed,
             config.tokenizer_name_or_path,
         )
         return cls(loaded, template)
@@ -114,9 +118,11 @@ class HFBackend(Backend):
         return KVCacheItem(
             kv_cache=stored,
             metadata=KVCacheMetadata(
-                tokens=tokens, build_s=build_s, kv_bytes=dynamic_cache.nbytes(stored), fingerprint=self.fingerprint,
-                textual_memory=textual_memory
-                and TextualSource(id=textual_memory.id, metadata=textual_memory.metadata),
+                tokens=tokens,
+                build_s=build_s,
+                kv_bytes=dynamic_cache.nbytes(stored),
+                fingerprint=self.fingerprint,
+                textual_memory=_textual_source(textual_memory),
             ),
         )
 
@@ -129,7 +135,7 @@ class HFBackend(Backend):
         return dynamic_cache.lend(merge.merge(items, separator_ids, self.model), tokens, self.model_config)
 
     def split(self, query: Query, kv_cache: LentCache | None = None) -> TokenizedPrompt:
-        """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the positions."""
+        """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it exceeds the positions."""
         prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
         self._check_length(len(prompt.ids))
         if kv_cache is None:
@@ -148,16 +154,23 @@ class HFBackend(Backend):
         return prefill(self.model, prompt.ids[cache.get_seq_length() :], cache), cache
 
     def generate(
-        self, query: Query, kv_cache: LentCache | None = None, max_new_tokens: int = 128, sampling: Sampling | None = None
+        self,
+        query: Query,
+        kv_cache: LentCache | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
     ) -> Generation:
         """An answer to `query` (text or chat turns) behind a lent cache, or behind nothing."""
         prompt = self.split(query, kv_cache)
         ids = tuple(self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()))
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Generation(text, ids, len(prompt.ids), len(prompt.memory_ids))
+        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids))
 
     def stream(
-        self, query: Query, kv_cache: LentCache | None = None, max_new_tokens: int = 128, sampling: Sampling | None = None
+        self,
+        query: Query,
+        kv_cache: LentCache | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
     ) -> Iterator[Token]:
         """The same answer as `generate`, token by token as it is made."""
         prompt = self.split(query, kv_cache)
@@ -165,11 +178,16 @@ class HFBackend(Backend):
         shown = ""
         for token in self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()):
             ids.append(token)
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = self._text(ids)
             half = text.endswith("\N{REPLACEMENT CHARACTER}") and len(ids) < max_new_tokens
             added = "" if half else text[len(shown) :]
             shown += added
             yield Token(token, added)
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        assert isinstance(text, str)  # one answer in, one text out
+        return text
 
     def _decode(
         self, prompt: TokenizedPrompt, kv_cache: LentCache | None, max_new_tokens: int, sampling: Sampling
@@ -194,9 +212,14 @@ class HFBackend(Backend):
         positions = self.model_config.max_position_embeddings
         if tokens > positions:
             raise PromptError(
-                f"A text of {tokens} tokens does not fit the model's {positions} positions. Shorten it, or split it into memories."
+                f"A text of {tokens} tokens does not fit the model's {positions} positions. "
+                "Shorten it, or split it into memories."
             )
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _textual_source(memory: TextualMemoryItem | None) -> TextualSource | None:
+    return None if memory is None else TextualSource(id=memory.id, metadata=memory.metadata)

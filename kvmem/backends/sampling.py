@@ -12,9 +12,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 class Sampling:
     """temperature 0: greedy. Otherwise temperature, then top_k (0: all), then top_p (1: all), drawn with `seed`."""
 
-    temperature: float = Field(0.0, ge=0.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=0)
+    temperature: float = Field(default=0.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
     seed: int = 0
 
 
@@ -37,5 +37,5 @@ class Sampler:
         if self.greedy:
             return int(logits_V.argmax())
         none_BT = torch.empty(1, 0, dtype=torch.long, device=logits_V.device)  # warpers take ids and don't read them
-        probabilities_V = self.warpers(none_BT, logits_V[None].float())[0].softmax(-1)
+        probabilities_V = self.warpers(none_BT, logits_V[None].float())[0].softmax(-1)  # type: ignore[arg-type]
         return int(torch.multinomial(probabilities_V, 1, generator=self.generator))

@@ -21,7 +21,9 @@ class MergeStrategy(ABC):
     exact: ClassVar[bool]
 
     @abstractmethod
-    def merge(self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel) -> DynamicCache:
+    def merge(
+        self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
+    ) -> DynamicCache:
         """A cache of exactly `merged_tokens(items, separator_ids).token_ids`; the items stay as they are."""
 
 
@@ -36,15 +38,24 @@ def merged_tokens(items: Sequence[KVCacheItem], separator_ids: tuple[int, ...]) 
                 f"Item {item.kv_cache_id} holds chat turns, and only memories of text can be merged. "
                 "Use it alone, or extract its content as a text."
             )
-    parts = [item.metadata.tokens for item in items]
+    return joined_tokens([item.metadata.tokens for item in items], separator_ids)
+
+
+def joined_tokens(parts: Sequence[MemoryTokens], separator_ids: tuple[int, ...]) -> MemoryTokens:
+    """The tokens of several text memories, one behind the other: a merge's, whether or not any of them is built."""
     lead: tuple[int, ...] = ()
     for part in parts[:-1]:
         lead += part.body_ids + part.rest_ids + separator_ids
     first, last = parts[0], parts[-1]
     ids = first.header_ids + lead + last.body_ids
     return MemoryTokens(
-        source=last.source, template=last.template, token_ids=ids, header_tokens=first.header_tokens,
-        body_end=len(ids), rest_ids=last.rest_ids, lead_ids=lead,
+        source=last.source,
+        template=last.template,
+        token_ids=ids,
+        header_tokens=first.header_tokens,
+        body_end=len(ids),
+        rest_ids=last.rest_ids,
+        lead_ids=lead,
     )
 
 

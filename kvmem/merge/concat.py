@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -25,7 +26,9 @@ class ConcatStrategy(MergeStrategy):
     def move(self, keys_BHTD: torch.Tensor, offset: int, model: PreTrainedModel) -> torch.Tensor:
         """The keys of a body that now stands `offset` tokens further on than it was built."""
 
-    def merge(self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel) -> DynamicCache:
+    def merge(
+        self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
+    ) -> DynamicCache:
         if dynamic_cache.has_sliding_layers(model.config):
             raise MergeError(
                 f"{type(self).name} does not cover sliding-window attention ({model.config.model_type}), whose stored "
@@ -33,7 +36,7 @@ class ConcatStrategy(MergeStrategy):
             )
         first = items[0].metadata.tokens
         joined = dynamic_cache.from_layers(dynamic_cache.cut(items[0].kv_cache, 0, first.body_end), model.config)
-        for before, item in zip(items, items[1:], strict=False):
+        for before, item in pairwise(items):
             tokens = item.metadata.tokens
             glue = before.metadata.tokens.rest_ids + separator_ids
             if glue:
@@ -43,5 +46,7 @@ class ConcatStrategy(MergeStrategy):
                 (self.move(keys, offset, model), values)
                 for keys, values in dynamic_cache.cut(item.kv_cache, tokens.header_tokens, tokens.body_end)
             ]
-            joined = dynamic_cache.from_layers(dynamic_cache.join([dynamic_cache.layers_of(joined), body]), model.config)
+            joined = dynamic_cache.from_layers(
+                dynamic_cache.join([dynamic_cache.layers_of(joined), body]), model.config
+            )
         return joined

@@ -24,7 +24,9 @@ class Reprefill(MergeStrategy):
     name: ClassVar[str] = "Reprefill"
     exact: ClassVar[bool] = True
 
-    def merge(self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel) -> DynamicCache:
+    def merge(
+        self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
+    ) -> DynamicCache:
         cache = DynamicCache(config=model.config)
         prefill(model, merged_tokens(items, separator_ids).token_ids, cache)
         return cache

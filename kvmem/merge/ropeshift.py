@@ -20,13 +20,15 @@ class RopeShift(ConcatStrategy):
     """Concatenates the stored values, and the keys turned by R(Δ) (PromptCache, Gim et al. 2024, and others since).
 
     Equal to a joint prefill at layer 0, and for a single memory. Not exact beyond: a block did not see those before it.
-    Covers full attention of the Llama, Mistral, Qwen2 and Qwen3 families with frequencies that don't change with length.
+    Covers full attention of the Llama, Mistral, Qwen2 and Qwen3 families whose frequencies don't change with length.
     """
 
     name: ClassVar[str] = "RopeShift"
     exact: ClassVar[bool] = False
 
-    def merge(self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel) -> DynamicCache:
+    def merge(
+        self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
+    ) -> DynamicCache:
         check_rotatable(model.config, self.name)
         return super().merge(items, separator_ids, model)
 

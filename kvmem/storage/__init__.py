@@ -41,5 +41,7 @@ def for_filename(filename: str) -> Storage:
     by_suffix = {suffix: cls for cls in formats.values() for suffix in cls.suffixes}
     suffix = Path(filename).suffix
     if suffix not in by_suffix:
-        raise ConfigError(f"memory_filename {filename!r} has an unknown suffix {suffix!r}. {did_you_mean(suffix, by_suffix)}")
+        raise ConfigError(
+            f"memory_filename {filename!r} has an unknown suffix {suffix!r}. {did_you_mean(suffix, by_suffix)}"
+        )
     return by_suffix[suffix]()

@@ -1,0 +1,55 @@
+"""One family of traces, one file: who asks about which memory, in which order, and which texts change in between."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Event:
+    """A use of a memory by a query, or an edit of its text. `memory` is a number below the trace's `memories`."""
+
+    kind: Literal["use", "edit"]
+    memory: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """events in order; tokens: the length of each memory; query_tokens: of every query."""
+
+    family: str
+    seed: int
+    tokens: tuple[int, ...]
+    query_tokens: int
+    events: tuple[Event, ...]
+
+    @property
+    def uses(self) -> int:
+        return sum(event.kind == "use" for event in self.events)
+
+
+class TraceFamily(ABC):
+    """A kind of traffic; its knobs are set before any trace is drawn."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def events(self, memories: int, uses: int, rng: np.random.Generator) -> list[Event]:
+        """`uses` uses of `memories` memories, with the edits that this family has."""
+
+    def draw(self, memories: int, uses: int, seed: int, query_tokens: int) -> Trace:
+        """A trace that `seed` determines, with lengths that are log-uniform from 128 to 1024 tokens."""
+        rng = np.random.default_rng([seed, sum(self.name.encode())])
+        tokens = tuple(int(length) for length in np.exp(rng.uniform(np.log(128), np.log(1024), memories)))
+        return Trace(self.name, seed, tokens, query_tokens, tuple(self.events(memories, uses, rng)))
+
+
+def zipf_shares(memories: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
+    """(memories,): popularity ~ rank^-exponent, ranks dealt at random; sums to 1."""
+    shares = np.arange(1, memories + 1, dtype=float) ** -exponent
+    rng.shuffle(shares)
+    return shares / shares.sum()

@@ -1,0 +1,96 @@
+"""What prefilling and loading cost on this machine: measured, so that a benefit is in seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from kvmem.backends.hf import HFBackend
+from kvmem.errors import ConfigError
+from kvmem.forward import prefill
+
+Number = Any
+"""int, float, or a numpy array of them."""
+
+CALIBRATION_TOKENS = (32, 128, 384, 1024)
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a prefill: `base_s` + `token_s` a new token + `pair_s` a pair of a new token and one that it sees.
+
+    `load_s_a_byte`: by tier, what a use pays to bring a byte from there in front of the model.
+    """
+
+    base_s: float
+    token_s: float
+    pair_s: float
+    kv_bytes_a_token: int
+    load_s_a_byte: Mapping[str, float] = field(default_factory=dict)
+
+    def prefill_s(self, new: Number, behind: Number = 0) -> Number:
+        """`new` tokens computed behind `behind` tokens that are there already; numbers, or arrays of them."""
+        return self.base_s + self.token_s * new + self.pair_s * new * (behind + new / 2)
+
+    def load_s(self, nbytes: Number, tier: str) -> Number:
+        return self.load_s_a_byte.get(tier, 0.0) * nbytes
+
+    def saved_s(self, tokens: Number, query_tokens: float, tier: str = "") -> Number:
+        """What a use of a memory of `tokens` saves: the whole prefill less the query's and the load; at least 0."""
+        with_it_s = self.prefill_s(query_tokens, tokens) + self.load_s(tokens * self.kv_bytes_a_token, tier)
+        return np.maximum(0.0, self.prefill_s(tokens + query_tokens) - with_it_s)
+
+    @classmethod
+    def fitted(
+        cls, samples: Sequence[tuple[int, int, float]], kv_bytes_a_token: int,
+        load_s_a_byte: Mapping[str, float] | None = None,
+    ) -> Costs:
+        """Least squares over (new tokens, tokens behind, seconds), relative to each sample's seconds; no term below 0.
+
+        Raises ConfigError for fewer than 3 samples.
+        """
+        if len(samples) < 3:
+            raise ConfigError(f"Costs need 3 measured prefills or more, and got {len(samples)}. Measure more lengths.")
+        new, behind, seconds = np.array(samples, dtype=float).T
+        terms = np.stack([np.ones_like(new), new, new * (behind + new / 2)], axis=1) / seconds[:, None]
+        kept = [0, 1, 2]
+        while True:  # a term that noise made negative is left out, and the others are fitted again
+            found = np.linalg.lstsq(terms[:, kept], np.ones_like(new), rcond=None)[0]
+            if (found >= 0).all():
+                break
+            kept.remove(kept[int(found.argmin())])
+        base_s, token_s, pair_s = (float(found[kept.index(term)]) if term in kept else 0.0 for term in range(3))
+        return cls(base_s, token_s, pair_s, kv_bytes_a_token, load_s_a_byte or {})
+
+    @classmethod
+    def measured(cls, backend: HFBackend, load_s_a_byte: Mapping[str, float] | None = None) -> Costs:
+        """Prefills a few lengths, the fastest of three each: some seconds for a small model on a CPU."""
+        longest = backend.model_config.max_position_embeddings - 1
+        samples = []
+        for tokens in CALIBRATION_TOKENS:
+            if tokens > longest:
+                break
+            samples.append((tokens, 0, min(_prefill_s(backend, tokens) for _ in range(REPEATS))))
+        return cls.fitted(samples, kv_bytes_a_token(backend), load_s_a_byte)
+
+
+def kv_bytes_a_token(backend: HFBackend) -> int:
+    """Bytes of keys and values of one token, all layers."""
+    is_of = backend.fingerprint
+    return 2 * is_of.layers * is_of.kv_heads * is_of.head_dim * backend.model.dtype.itemsize
+
+
+def _prefill_s(backend: HFBackend, tokens: int) -> float:
+    ids = [10 + i % 1000 for i in range(tokens)]
+    started = time.perf_counter()
+    logits_V = prefill(backend.model, ids, DynamicCache(config=backend.model_config))
+    if logits_V.device.type == "cuda":
+        torch.cuda.synchronize(logits_V.device)
+    return time.perf_counter() - started

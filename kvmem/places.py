@@ -1,0 +1,101 @@
+"""Where the bytes of a tier lie: a device's memory, or a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+
+from kvmem import dynamic_cache
+from kvmem.backends import Backend
+from kvmem.errors import FingerprintError, StorageError
+from kvmem.items import KVCacheItem
+from kvmem.storage.safetensors_file import SafetensorsFile
+
+
+class Place(ABC):
+    """Where one tier's bytes lie."""
+
+    @abstractmethod
+    def take(self, item: KVCacheItem) -> None:
+        """Copies the item here; what it was made of is not touched."""
+
+    @abstractmethod
+    def read(self, item_id: str) -> KVCacheItem:
+        """The item, usable by the model or by another place."""
+
+    @abstractmethod
+    def drop(self, item_id: str) -> None:
+        """Forgets the item."""
+
+    def close(self) -> None:  # noqa: B027 - memory has nothing to hand back
+        """Hands back what another process could use."""
+
+
+class MemoryPlace(Place):
+    """Tensors on a device; `pinned`: in host memory that a GPU reads at full speed."""
+
+    def __init__(self, backend: Backend, device: torch.device, pinned: bool) -> None:
+        self._backend, self._device, self._pinned = backend, device, pinned
+        self._items: dict[str, KVCacheItem] = {}
+
+    def take(self, item: KVCacheItem) -> None:
+        layers = [(self._copy(keys), self._copy(values)) for keys, values in dynamic_cache.layers_of(item.kv_cache)]
+        cache = dynamic_cache.from_layers(layers, self._backend.model_config, item.kv_cache.get_seq_length())
+        self._items[item.kv_cache_id] = KVCacheItem(cache, item.metadata, item.kv_cache_id)
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device, pin_memory=self._pinned)
+        return copy.copy_(tensor)
+
+    def read(self, item_id: str) -> KVCacheItem:
+        return self._items[item_id]
+
+    def drop(self, item_id: str) -> None:
+        del self._items[item_id]
+
+
+class DiskPlace(Place):
+    """One safetensors file an item, written beside and renamed; read by mapping it, checksum first."""
+
+    def __init__(self, backend: Backend, folder: Path) -> None:
+        self._backend, self._folder, self._format = backend, folder, SafetensorsFile()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held as long as the place is
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(f"{folder} is another process's tier. Give this one a folder of its own.") from error
+        for partial in folder.glob(".*.partial"):  # of a writer that was killed; the lock says that it is gone
+            partial.unlink()
+
+    def path(self, item_id: str) -> Path:
+        return self._folder / f"{hashlib.sha256(item_id.encode()).hexdigest()[:32]}.safetensors"
+
+    def take(self, item: KVCacheItem) -> None:
+        self._format.dump(self.path(item.kv_cache_id), [item])
+
+    def read(self, item_id: str) -> KVCacheItem:
+        return self._load(self.path(item_id))
+
+    def drop(self, item_id: str) -> None:
+        self.path(item_id).unlink()
+
+    def found(self) -> tuple[list[KVCacheItem], dict[str, str]]:
+        """The items that an earlier process left, and by file name the reason why the others were refused."""
+        items, refused = [], {}
+        for path in sorted(self._folder.glob("*.safetensors")):
+            try:
+                items.append(self._load(path))
+            except (StorageError, FingerprintError) as error:
+                refused[path.name] = str(error)
+        return items, refused
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _load(self, path: Path) -> KVCacheItem:
+        return self._format.load(path, self._backend.fingerprint, self._backend.model_config, self._backend.device)[0]

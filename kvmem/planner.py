@@ -1,0 +1,170 @@
+"""From a policy's ranking to moves: what to build, promote, demote and evict, in an order that keeps the budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from kvmem.costs import Costs
+from kvmem.errors import ConfigError
+from kvmem.policies import Policy
+from kvmem.usage import UsageTable
+
+
+@dataclass(frozen=True)
+class Move:
+    """One step. `source` is None for a build, `target` None for an eviction; tiers by name."""
+
+    kind: Literal["build", "promote", "demote", "evict"]
+    memory_id: str
+    source: str | None
+    target: str | None
+
+
+class Planner:
+    """Counts uses and edits, prices every memory, and fills the tiers in the policy's order, fastest first.
+
+    It holds no KV and reads no clock: the scheduler carries its moves out, and the simulator books what they cost.
+    Nothing leaves before its place is needed, so a plan cut short after any move has lost nothing for nothing.
+    """
+
+    def __init__(self, policy: Policy, budgets: Mapping[str, int], costs: Costs) -> None:
+        """budgets: bytes by tier, fastest first."""
+        if not budgets or min(budgets.values()) < 0:
+            raise ConfigError(f"budget is {dict(budgets)!r}. Give bytes by tier, fastest first: {{'ram': 1 << 30}}.")
+        self.policy, self.budgets, self.costs = policy, dict(budgets), costs
+        self.level = {name: level for level, name in enumerate(self.budgets)}
+        self.table = UsageTable()
+        self.query_tokens = 0.0
+        """Mean length of the queries seen."""
+
+    def used(self, memory_id: str, query_tokens: int) -> None:
+        """One use of a memory by a query of `query_tokens`."""
+        row = self.table.track(memory_id)
+        self.policy.observed(self.table, row)
+        self.table.used(memory_id)
+        self.query_tokens += (query_tokens - self.query_tokens) / self.table.now
+
+    def edited(self, memory_id: str) -> None:
+        self.table.edited(memory_id)
+
+    def sized(self, memory_id: str, tokens: int) -> None:
+        """The length of a memory as it now is; 0: it can't be stored."""
+        row = self.table.track(memory_id)
+        self.table.tokens[row], self.table.nbytes[row] = tokens, tokens * self.costs.kv_bytes_a_token
+
+    def price(self) -> None:
+        """Sets what each memory costs to build and what a use of it saves, for the queries seen so far."""
+        n = len(self.table)
+        tokens = self.table.tokens[:n]
+        self.table.build_s[:n] = self.costs.prefill_s(tokens)
+        self.table.saved_s[:n] = self.costs.saved_s(tokens, self.query_tokens)
+
+    def plan(self, tier_of: Mapping[str, str], max_builds: int, barred: Collection[str] = ()) -> list[Move]:
+        """The moves from where things are (`tier_of`: memory -> tier) towards where the policy wants them.
+
+        barred: memories that are not to be built now.
+        """
+        self.price()
+        table = self.table
+        held = self._held(tier_of)
+        order = self.policy.rank(table, held, sum(self.budgets.values()))
+        if barred:
+            order = order[[held[row] or table.ids[row] not in barred for row in order.tolist()]]
+        wanted = self._fill(table, order)
+        place = dict(tier_of)
+        free = dict(self.budgets)
+        for memory_id, tier in place.items():
+            free[tier] -= int(table.nbytes[table.row_of[memory_id]])
+        rank = {table.ids[row]: at for at, row in enumerate(order)}
+        moves: list[Move] = []
+        builds = 0
+        for memory_id, tier in wanted.items():
+            source = place.get(memory_id)
+            if source == tier or (source is None and builds == max_builds):
+                continue
+            nbytes = int(table.nbytes[table.row_of[memory_id]])
+            moves += self._make_room(table, tier, nbytes, wanted, place, free, rank)
+            if free[tier] < nbytes:
+                continue
+            builds += source is None
+            moves.append(self._move(memory_id, nbytes, tier, place, free))
+        return moves
+
+    def explain(self, memory_id: str, tier_of: Mapping[str, str]) -> str:
+        """The numbers behind a memory's place, and its rank among all."""
+        self.price()
+        held = self._held(tier_of)
+        row = self.table.row_of[memory_id]
+        order = self.policy.rank(self.table, held, sum(self.budgets.values())).tolist()
+        rank = f"rank {order.index(row) + 1} of {len(self.table)}" if row in order else "not worth its bytes"
+        return f"{rank}: {self.policy.explain(self.table, row, bool(held[row]))}"
+
+    def state(self) -> dict[str, Any]:
+        """Counts and what the policy has learned, as plain values."""
+        return {
+            "policy": self.policy.name, "learned": self.policy.state(), "query_tokens": self.query_tokens,
+            "table": self.table.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes back what `state` gave; what another policy had learned is left out, its counts are not."""
+        self.table, self.query_tokens = UsageTable.of_state(state["table"]), state["query_tokens"]
+        if state["policy"] == self.policy.name:
+            self.policy.restore(state["learned"])
+
+    def _held(self, tier_of: Mapping[str, str]) -> np.ndarray:
+        held = np.zeros(len(self.table), dtype=bool)
+        held[[self.table.row_of[memory_id] for memory_id in tier_of]] = True
+        return held
+
+    def _fill(self, table: UsageTable, order: np.ndarray) -> dict[str, str]:
+        """Memory -> the tier where it should be, best first."""
+        room = dict(self.budgets)
+        wanted: dict[str, str] = {}
+        least = table.nbytes[order].min(initial=np.inf)
+        for row in order.tolist():
+            if max(room.values()) < least:
+                break
+            nbytes = table.nbytes[row]
+            tier = next((name for name, left in room.items() if nbytes <= left), None)
+            if tier is not None:
+                room[tier] -= nbytes
+                wanted[table.ids[row]] = tier
+        return wanted
+
+    def _make_room(
+        self, table: UsageTable, tier: str, nbytes: int, wanted: Mapping[str, str], place: dict[str, str],
+        free: dict[str, int], rank: Mapping[str, int],
+    ) -> list[Move]:
+        """Moves that free `nbytes` of `tier`: out of it goes what is not wanted there, worst first, down or away."""
+        moves: list[Move] = []
+        if free[tier] >= nbytes:
+            return moves
+        strangers = [memory_id for memory_id, at in place.items() if at == tier and wanted.get(memory_id) != tier]
+        for victim in sorted(strangers, key=lambda memory_id: rank.get(memory_id, len(rank)), reverse=True):
+            victim_bytes = int(table.nbytes[table.row_of[victim]])
+            below = wanted.get(victim)
+            fits = below is not None and self.level[below] > self.level[tier] and free[below] >= victim_bytes
+            moves.append(self._move(victim, victim_bytes, below if fits else None, place, free))
+            if free[tier] >= nbytes:
+                break
+        return moves
+
+    def _move(
+        self, memory_id: str, nbytes: int, target: str | None, place: dict[str, str], free: dict[str, int]
+    ) -> Move:
+        """Books the move, and says what kind it is."""
+        source = place.pop(memory_id, None)
+        if source is not None:
+            free[source] += nbytes
+        if target is None:
+            return Move("evict", memory_id, source, None)
+        place[memory_id] = target
+        free[target] -= nbytes
+        if source is None:
+            return Move("build", memory_id, None, target)
+        return Move("promote" if self.level[target] < self.level[source] else "demote", memory_id, source, target)

@@ -1,0 +1,86 @@
+"""Expected seconds saved, less the build, per byte: the default."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from kvmem.policies import Policy
+from kvmem.usage import HALF_LIVES, UsageTable
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class BenefitPerByte(Policy):
+    """(expected uses × seconds saved a use − build seconds where it is not built) ÷ bytes.
+
+    Expected uses: over the next `horizon` uses of all memories, at the rate of the decayed past. How fast the past
+    should fade depends on the traffic, so several half-lives are kept and mixed by how well each has lately foretold,
+    `lag` uses ahead, which memory is used (weighted forecasters: Vovk 1990; Littlestone & Warmuth 1994). Ahead,
+    because the next use is mostly the same session's, while a build pays off over those that follow. Each memory's
+    count is less `discount`, for what was seen little was mostly seen by luck (absolute discounting: Ney et al. 1994).
+    An edit ends the worth of what is built, so the uses are shared out over as many texts as are to be expected: a
+    memory edited within its reuse time never earns its build.
+    """
+
+    horizon: float = Field(256, gt=0)
+    lag: int = Field(32, ge=0)
+    discount: float = Field(0.5, ge=0)
+    memory: float = Field(0.998, gt=0, lt=1)
+    """How much of a half-life's past success counts after one more use: 0.998 looks back some 500 uses."""
+    prior: float = Field(1.0, gt=0)
+    """Uses that every memory is credited with when half-lives are compared, so that a new one sinks none of them."""
+
+    name: ClassVar[str] = "benefit_per_byte"
+
+    def __post_init__(self) -> None:
+        self._success = np.zeros(len(HALF_LIVES))
+        self._recent: deque[str] = deque(maxlen=self.lag)
+        ages = np.arange(self.lag, 0, -1)[:, None] - 1.0
+        self._fading = np.exp2(-ages / HALF_LIVES)  # (lag, half-lives): what each of the last uses still weighs
+
+    def observed(self, table: UsageTable, row: int) -> None:
+        if len(self._recent) == self.lag:
+            decay = np.exp2(-(table.now - table.weighed_at[row]) / HALF_LIVES)
+            own = [memory_id == table.ids[row] for memory_id in self._recent]
+            grown = np.exp2(self.lag / HALF_LIVES)  # back to what it weighed then
+            then = (table.use_weights[row] * decay - self._fading[own].sum(axis=0)) * grown
+            total = (table.totals - self._fading.sum(axis=0)) * grown
+            chance = (np.maximum(then, 0) + self.prior) / (np.maximum(total, 0) + self.prior * len(table))
+            self._success = self.memory * self._success + np.log(chance)
+        self._recent.append(table.ids[row])
+
+    def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
+        n = len(table)
+        net_s = self._expected_uses(table) * table.saved_s[:n] - np.where(held, 0.0, table.build_s[:n])
+        return np.divide(net_s, table.nbytes[:n], out=np.zeros(n), where=table.nbytes[:n] > 0)
+
+    def _shares(self) -> np.ndarray:
+        """(half-lives,): how much each one's forecast counts; sums to 1."""
+        odds = np.exp(self._success - self._success.max())
+        return odds / odds.sum()
+
+    def _expected_uses(self, table: UsageTable) -> np.ndarray:
+        uses, edits = table.weights()
+        seen = HALF_LIVES / np.log(2) * (1 - np.exp2(-(table.now + 1) / HALF_LIVES))  # uses that the weights stand for
+        ahead = np.minimum(1.0, self.horizon / seen)
+        return (np.maximum(uses - self.discount, 0) * ahead / (1 + edits * ahead)) @ self._shares()
+
+    def state(self) -> dict[str, Any]:
+        return {"success": self._success.tolist(), "recent": list(self._recent)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._success = np.array(state["success"])
+        self._recent = deque(state["recent"], maxlen=self.lag)
+
+    def explain(self, table: UsageTable, row: int, held: bool) -> str:
+        uses = self._expected_uses(table)[row]
+        half_life = float(HALF_LIVES @ self._shares())
+        build = "built" if held else f"to build in {table.build_s[row]:.3f} s"
+        return (
+            f"{uses:.2f} uses expected (half-life about {half_life:.0f} uses, {int(table.edits[row])} edits) x "
+            f"{table.saved_s[row]:.3f} s saved each, {build}, {table.nbytes[row] / 1e6:.1f} MB"
+        )

@@ -1,0 +1,24 @@
+"""Least frequently used goes first."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from kvmem.policies import Policy
+from kvmem.usage import UsageTable
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class LFU(Policy):
+    """Keeps what was used most often since the beginning; among equals, what was used last."""
+
+    name: ClassVar[str] = "lfu"
+
+    def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
+        n = len(table)
+        recency = np.maximum(table.last_use[:n], 0.0) / (table.now + 1)  # below 1: only breaks ties
+        return np.where((table.uses[:n] > 0) & (table.nbytes[:n] > 0), table.uses[:n] + recency, 0.0)

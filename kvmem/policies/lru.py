@@ -1,0 +1,23 @@
+"""Least recently used goes first."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from kvmem.policies import Policy
+from kvmem.usage import UsageTable
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class LRU(Policy):
+    """Keeps what was used last, whatever its size, cost or edits; any use of a text that is not built has it built."""
+
+    name: ClassVar[str] = "lru"
+
+    def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
+        n = len(table)
+        return np.where((table.uses[:n] > 0) & (table.nbytes[:n] > 0), table.last_use[:n], 0.0)

@@ -1,0 +1,47 @@
+"""MemOS's score: retrieval order decides, use can't outrank it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from kvmem.policies import Policy
+from kvmem.usage import UsageTable
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class MemOSTopK(Policy):
+    """Keeps the `top_k` highest by 0.9 × rank in retrieval + what keywords and repetition add, 0.35 at most.
+
+    The published baseline's choice, with its kinder sides: retrieval finds the memory that is used, so the rank is that
+    of the last use; what stays among the top is not built again (MemOS builds all of it anew, as one prompt, and has
+    nothing if that fails).
+    """
+
+    top_k: int = Field(20, ge=1)
+    refresh_uses: int = Field(60, ge=1)
+    """Uses between two decisions: 300 s, at one query every 5 s."""
+    rank_step: float = 0.9
+    repetition_step: float = 0.05
+    repetition_at_most: float = 0.35
+
+    name: ClassVar[str] = "memos_topk"
+
+    def __post_init__(self) -> None:
+        self._decided: np.ndarray = np.zeros(0)
+        self._decided_at = -self.refresh_uses
+
+    def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
+        n = len(table)
+        if table.now - self._decided_at >= self.refresh_uses:
+            rank = np.argsort(np.argsort(table.last_use[:n], kind="stable"), kind="stable")  # 0: longest unused
+            score = self.rank_step * rank + np.minimum(self.repetition_at_most, self.repetition_step * table.uses[:n])
+            keep = (table.uses[:n] > 0) & (table.nbytes[:n] > 0)
+            top = np.argsort(-np.where(keep, score, -1.0), kind="stable")[: self.top_k]
+            self._decided = np.zeros(n)
+            self._decided[top] = np.where(keep[top], score[top] + 1.0, 0.0)
+            self._decided_at = table.now
+        return np.concatenate([self._decided, np.zeros(n - len(self._decided))])

@@ -1,0 +1,256 @@
+"""MemScheduler: which text memories are kept as KV, and where, ahead of the queries that will want them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvmem.backends.hf import Generation, HFBackend
+from kvmem.backends.sampling import Sampling
+from kvmem.costs import Costs
+from kvmem.dynamic_cache import LentCache
+from kvmem.errors import (
+    BudgetError,
+    BuildCancelled,
+    ConfigError,
+    KVMemError,
+    PromptError,
+    StorageError,
+    UnknownMemoryError,
+)
+from kvmem.items import TextualMemoryItem
+from kvmem.journal import Journal
+from kvmem.memory import KVCacheMemory
+from kvmem.planner import Move, Planner
+from kvmem.policies import Policy
+from kvmem.policies import policy as policy_by_name
+from kvmem.polite import BuildGate
+from kvmem.prompt import Query
+from kvmem.shelf import Shelf
+from kvmem.tiers import TieredItems
+
+SNAPSHOT_EVERY = 1000
+"""Events between two snapshots of the state."""
+FIRST_RETRY_USES = 16
+"""What failed is tried again after so many uses of any memory, then after twice as many, and so on."""
+
+
+@dataclass
+class Failure:
+    """Builds or moves of one memory that failed since one succeeded or its text changed."""
+
+    count: int
+    reason: str
+    retry_at: int
+
+
+class MemScheduler:
+    """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`."""
+
+    def __init__(
+        self, memory: KVCacheMemory, policy: Policy | str, budget: Mapping[str, int],
+        folder: str | Path | None = None, costs: Costs | None = None, max_builds: int = 1,
+    ) -> None:
+        """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`). folder: for the state and the disk tier; None:
+        the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one tick.
+        """
+        if not isinstance(memory.backend, HFBackend):
+            raise ConfigError(f"MemScheduler needs the backend huggingface, and has {type(memory.backend).name}.")
+        self.backend = memory.backend
+        chosen = policy_by_name(policy) if isinstance(policy, str) else policy
+        self.planner = Planner(chosen, budget, costs or Costs.measured(self.backend))
+        self.journal = Journal(Path(folder)) if folder is not None else None
+        self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv")
+        self.shelf = Shelf(self.backend, self.items, memory.config.separator)
+        self.failures: dict[str, Failure] = {}
+        self.builds = self.cancelled_builds = 0
+        self.gate = BuildGate()
+        self._max_builds = max_builds
+        self._seen: deque[tuple[str, str, int]] = deque()
+        self._building: str | None = None
+        self._observing, self._ticking = threading.Lock(), threading.Lock()
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        if self.journal is not None:
+            self._restore(self.journal)
+        self.shelf.adopt()
+
+    def observe(self, text_memory: TextualMemoryItem, query: Query) -> None:
+        """A query used this text memory. Returns at once; what follows from it is done in `tick`."""
+        text = query if isinstance(query, str) else "\n".join(turn["content"] for turn in query)
+        query_tokens = len(self.backend.tokenizer(text, add_special_tokens=False).input_ids)
+        with self._observing:
+            self._hold(text_memory)
+            self._note("use", text_memory.id, query_tokens)
+        self._wake.set()
+
+    def update(self, text_memory: TextualMemoryItem) -> None:
+        """A text changed: its KV is served no more from here on, and a running build of it is called off."""
+        with self._observing:
+            self._hold(text_memory)
+        self._wake.set()
+
+    def answer(
+        self, query: Query, text_memories: Sequence[TextualMemoryItem], max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+    ) -> Generation:
+        """Answers behind the longest stored prefix, prefills the rest as text, and observes each memory's use."""
+        with self.lend(text_memories) as cache:
+            generation = self.backend.generate(query, cache, max_new_tokens, sampling)
+        for memory in text_memories:
+            self.observe(memory, query)
+        return generation
+
+    @contextmanager
+    def lend(self, text_memories: Sequence[TextualMemoryItem]) -> Iterator[LentCache]:
+        """The cache that `answer` uses, for a block in which builds stand aside. Observes nothing."""
+        with self.gate.request(), self.shelf.lend(text_memories) as cache:
+            yield cache
+
+    def tick(self) -> list[Move]:
+        """Takes in what was observed, plans, and carries the plan out; the moves that were made. One tick at a time."""
+        with self._ticking:
+            self._take_in()
+            now = self.planner.table.now
+            barred = {memory_id for memory_id, failure in self.failures.items() if failure.retry_at > now}
+            made = []
+            for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred):
+                if not self._closing.is_set() and self._carry_out(move):
+                    made.append(move)
+            if self.journal is not None and self.journal.appended >= SNAPSHOT_EVERY:
+                self._snapshot(self.journal)
+            return made
+
+    def explain(self, memory_id: str) -> str:
+        """Why a memory is where it is, in one line with its numbers. Raises UnknownMemoryError."""
+        with self._ticking:
+            self._take_in()
+            if memory_id not in self.shelf.texts:
+                raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.shelf.texts)} memories.")
+            tiers = self.shelf.tiers()
+            failure = self.failures.get(memory_id)
+            failed = f"; failed {failure.count} times, lately: {failure.reason}" if failure else ""
+            place = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
+            return f"{memory_id} is {place}. {self.planner.explain(memory_id, tiers)}{failed}"
+
+    def start(self, interval_s: float = 0.5) -> None:
+        """Ticks in a thread of its own: after an observation, and every `interval_s` at least."""
+
+        def loop() -> None:
+            while not self._closing.is_set():
+                self._wake.wait(interval_s)
+                self._wake.clear()
+                if not self._closing.is_set():
+                    self.tick()
+
+        self._thread = threading.Thread(target=loop, name="MemScheduler", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Calls off a running build, ends the thread, and writes the state."""
+        self._closing.set()
+        self._wake.set()
+        self.gate.cancel()
+        if self._thread is not None:
+            self._thread.join()
+        with self._ticking:
+            self._take_in()
+            if self.journal is not None:
+                self._snapshot(self.journal)
+                self.journal.close()
+            self.items.close()
+
+    def _hold(self, memory: TextualMemoryItem) -> None:
+        if self.shelf.hold(memory):
+            if self._building == memory.id:
+                self.gate.cancel()
+            self._note("text", memory.id, 0, memory.model_dump(mode="json"))
+
+    def _note(self, kind: str, memory_id: str, query_tokens: int, memory: dict[str, Any] | None = None) -> None:
+        self._seen.append((kind, memory_id, query_tokens))
+        if self.journal is not None:
+            self.journal.append({"kind": kind, "id": memory_id, "query_tokens": query_tokens, "memory": memory})
+
+    def _take_in(self) -> None:
+        """Counts what was observed since the last tick."""
+        while self._seen:
+            kind, memory_id, query_tokens = self._seen.popleft()
+            if kind == "use":
+                self.planner.used(memory_id, query_tokens)
+                continue
+            if memory_id in self.planner.table.row_of:  # a text that was there before: an edit
+                self.planner.edited(memory_id)
+            self.failures.pop(memory_id, None)
+            try:
+                tokens = len(self.shelf.tokens(self.shelf.texts[memory_id]).token_ids)
+            except PromptError as error:
+                tokens = 0
+                self._failed(memory_id, error)
+            self.planner.sized(memory_id, tokens)
+
+    def _carry_out(self, move: Move) -> bool:
+        if move.target is None:
+            return self.shelf.evict(move.memory_id)
+        if move.source is None:
+            return self._build(move.memory_id, move.target)
+        try:
+            return self.shelf.move(move.memory_id, move.target)
+        except BudgetError:  # what should have left is in use; the next tick plans anew
+            return False
+        except StorageError as error:
+            self._failed(move.memory_id, error)
+            return False
+
+    def _build(self, memory_id: str, tier: str) -> bool:
+        text = self.shelf.texts[memory_id]
+        nbytes = self.planner.table.nbytes[self.planner.table.row_of[memory_id]]
+        if nbytes > self.items.budgets[tier] - self.items.used_bytes()[tier]:
+            return False  # what should have left is in use; the next tick plans anew
+        self._building = memory_id
+        try:
+            with self.gate.build(self.backend.model):
+                item = self.backend.build(text.memory, textual_memory=text)
+            stored = self.shelf.store(text, item, tier)
+        except BuildCancelled:
+            self.cancelled_builds += 1
+            return False
+        except (KVMemError, RuntimeError, OSError) as error:  # RuntimeError: torch's own, out of memory among them
+            self._failed(memory_id, error)
+            return False
+        finally:
+            self._building = None
+        self.builds += 1
+        self.failures.pop(memory_id, None)
+        return stored
+
+    def _failed(self, memory_id: str, error: Exception) -> None:
+        before = self.failures.get(memory_id)
+        count = before.count + 1 if before else 1
+        retry_at = self.planner.table.now + FIRST_RETRY_USES * 2 ** (count - 1)
+        self.failures[memory_id] = Failure(count, f"{type(error).__name__}: {error}", retry_at)
+
+    def _snapshot(self, journal: Journal) -> None:
+        with self._observing:  # nothing is noted between the counts and the new journal
+            self._take_in()
+            texts = [memory.model_dump(mode="json") for memory in self.shelf.texts.values()]
+            failures = {memory_id: asdict(failure) for memory_id, failure in self.failures.items()}
+            journal.snapshot({"planner": self.planner.state(), "texts": texts, "failures": failures})
+
+    def _restore(self, journal: Journal) -> None:
+        state, events = journal.read()
+        if state is not None:
+            self.planner.restore(state["planner"])
+            for memory in state["texts"]:
+                self.shelf.hold(TextualMemoryItem(**memory))
+            self.failures = {memory_id: Failure(**failure) for memory_id, failure in state["failures"].items()}
+        for event in events:
+            if event["memory"] is not None:
+                self.shelf.hold(TextualMemoryItem(**event["memory"]))
+            self._seen.append((event["kind"], event["id"], event["query_tokens"]))
+        self._take_in()
+        self._snapshot(journal)

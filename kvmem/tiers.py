@@ -1,0 +1,197 @@
+"""Items in tiers (GPU, host memory, disk) behind one mapping, with a byte budget each. A move keeps every bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from kvmem import dynamic_cache
+from kvmem.backends import Backend
+from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
+from kvmem.items import KVCacheItem, KVCacheMetadata
+from kvmem.places import DiskPlace, MemoryPlace, Place
+
+
+@dataclass
+class _Entry:
+    tier: str
+    nbytes: int
+    metadata: KVCacheMetadata
+    leases: int = 0
+    moving: bool = False
+    gone: bool = False
+    """Dropped while in use or on its way: hidden, and freed with the last lease or the end of the move."""
+
+
+class TieredItems:
+    """id -> item, wherever its bytes are. Budgets count keys and values, to the byte, and hold at every moment.
+
+    budgets: bytes by tier, fastest first: `gpu` (where the model is), `ram` (host memory, pinned where the model is on
+    a GPU), `disk` (in `folder`, one process at a time). A move has its place in the new tier booked before a byte is
+    copied, and its old place freed after. An item in use is neither moved nor freed. Safe from several threads.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk")
+
+    def __init__(self, backend: Backend, budgets: Mapping[str, int], folder: str | Path | None = None) -> None:
+        """Takes up what an earlier process left on disk. Raises ConfigError for a tier that there is none of here."""
+        self.budgets = dict(budgets)
+        self.refused: dict[str, str] = {}
+        """Files of an earlier process that were not taken up, by name, with the reason."""
+        self._backend = backend
+        self._entries: dict[str, _Entry] = {}
+        self._coming: set[str] = set()
+        self._used = dict.fromkeys(self.budgets, 0)
+        self._lock = threading.Lock()
+        self._places = {name: self._open(name, folder) for name in self.budgets}
+
+    def _open(self, name: str, folder: str | Path | None) -> Place:
+        on_gpu = self._backend.device.type == "cuda"
+        if name not in self.NAMES:
+            raise ConfigError(f"Unknown tier {name!r}. {did_you_mean(name, self.NAMES)}")
+        if name == "ram":
+            return MemoryPlace(self._backend, torch.device("cpu"), pinned=on_gpu)
+        if name == "gpu":
+            if not on_gpu:
+                raise ConfigError("The tier 'gpu' needs a model on a GPU, and this one is on a CPU. Use 'ram'.")
+            return MemoryPlace(self._backend, self._backend.device, pinned=False)
+        if folder is None:
+            raise ConfigError("The tier 'disk' needs a folder. Give one, or leave the tier out.")
+        disk = DiskPlace(self._backend, Path(folder))
+        found, self.refused = disk.found()
+        for item in found:
+            nbytes = dynamic_cache.nbytes(item.kv_cache)
+            if self._used[name] + nbytes > self.budgets[name]:
+                self.refused[disk.path(item.kv_cache_id).name] = f"over the tier's {self.budgets[name]} bytes; deleted"
+                disk.drop(item.kv_cache_id)
+                continue
+            self._entries[item.kv_cache_id] = _Entry(name, nbytes, item.metadata)
+            self._used[name] += nbytes
+        return disk
+
+    def put(self, item: KVCacheItem, tier: str) -> None:
+        """Copies a new item into `tier`. Raises BudgetError if it does not fit, DuplicateMemoryError for a known id."""
+        item_id, nbytes = item.kv_cache_id, dynamic_cache.nbytes(item.kv_cache)
+        with self._lock:
+            if item_id in self._entries or item_id in self._coming:
+                raise DuplicateMemoryError(f"The id {item_id} is already in the tiers. Drop it first.")
+            self._book(item_id, tier, nbytes)
+            self._coming.add(item_id)
+        stored = False
+        try:
+            self._places[tier].take(item)
+            stored = True
+        finally:
+            with self._lock:
+                self._coming.remove(item_id)
+                if stored:
+                    self._entries[item_id] = _Entry(tier, nbytes, item.metadata)
+                else:
+                    self._used[tier] -= nbytes
+
+    @contextmanager
+    def use(self, item_id: str) -> Iterator[KVCacheItem]:
+        """The item, where the model can use it; neither moved nor freed inside the block. Raises UnknownMemoryError.
+
+        From a tier that is not the model's, the bytes are mapped or copied for this use, beside the budgets.
+        """
+        with self._lock:
+            entry = self._entry(item_id)
+            entry.leases += 1
+            place = self._places[entry.tier]
+        try:
+            item = place.read(item_id)
+            cache = dynamic_cache.to_device(item.kv_cache, self._backend.device, self._backend.model_config)
+            yield KVCacheItem(cache, item.metadata, item.kv_cache_id)
+        finally:
+            with self._lock:
+                entry.leases -= 1
+                self._free_if_gone(item_id, entry)
+
+    def move(self, item_id: str, tier: str) -> bool:
+        """Copies the bytes to `tier` and frees them where they were. False, and nothing changed, where the item is in
+        use or on its way, or was put to use or dropped meanwhile. Raises BudgetError if it does not fit there."""
+        with self._lock:
+            entry = self._entry(item_id)
+            if entry.leases or entry.moving:
+                return False
+            if entry.tier == tier:
+                return True
+            self._book(item_id, tier, entry.nbytes)
+            entry.moving = True
+        source, target = self._places[entry.tier], self._places[tier]
+        copied = moved = False
+        try:
+            target.take(source.read(item_id))
+            copied = True
+        finally:
+            with self._lock:
+                entry.moving = False
+                moved = copied and not entry.leases and not entry.gone
+                if moved:
+                    entry.tier, tier = tier, entry.tier  # what is freed below is the old place
+                self._used[tier] -= entry.nbytes
+                if copied:
+                    self._places[tier].drop(item_id)
+                self._free_if_gone(item_id, entry)
+        return moved
+
+    def drop(self, item_id: str) -> bool:
+        """Forgets the item; at once hidden, and its bytes freed when its last use ends. False if there was none."""
+        with self._lock:
+            entry = self._entries.get(item_id)
+            if entry is None or entry.gone:
+                return False
+            entry.gone = True
+            self._free_if_gone(item_id, entry)
+        return True
+
+    def ids(self) -> list[str]:
+        with self._lock:
+            return [item_id for item_id, entry in self._entries.items() if not entry.gone]
+
+    def tier_of(self, item_id: str) -> str:
+        with self._lock:
+            return self._entry(item_id).tier
+
+    def metadata(self, item_id: str) -> KVCacheMetadata:
+        with self._lock:
+            return self._entry(item_id).metadata
+
+    def used_bytes(self) -> dict[str, int]:
+        """Booked bytes by tier: of what is there, hidden but still in use, or on its way there."""
+        with self._lock:
+            return dict(self._used)
+
+    def close(self) -> None:
+        """Leaves the disk tier to the next process."""
+        for place in self._places.values():
+            place.close()
+
+    def _entry(self, item_id: str) -> _Entry:
+        entry = self._entries.get(item_id)
+        if entry is None or entry.gone:
+            raise UnknownMemoryError(f"Not in the tiers: {item_id}. There are {len(self._entries)} items, see ids().")
+        return entry
+
+    def _book(self, item_id: str, tier: str, nbytes: int) -> None:
+        if tier not in self.budgets:
+            raise ConfigError(f"Unknown tier {tier!r}. {did_you_mean(tier, self.budgets)}")
+        free = self.budgets[tier] - self._used[tier]
+        if nbytes > free:
+            raise BudgetError(
+                f"Item {item_id} has {nbytes} bytes, and the tier {tier!r} has {free} left. Drop or demote others."
+            )
+        self._used[tier] += nbytes
+
+    def _free_if_gone(self, item_id: str, entry: _Entry) -> None:
+        if entry.gone and not entry.leases and not entry.moving and self._entries.get(item_id) is entry:
+            del self._entries[item_id]
+            self._used[entry.tier] -= entry.nbytes
+            self._places[entry.tier].drop(item_id)

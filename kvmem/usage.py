@@ -1,0 +1,115 @@
+"""What has been seen of each text memory: uses and edits, decayed at several half-lives; its costs and its worth.
+
+Time is counted in observed uses, not in seconds: a decision then needs no knowledge of how busy the service is, is the
+same after a restart, and can be replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+HALF_LIVES = np.array([32.0, 128.0, 512.0, 2048.0])
+"""In observed uses, of all memories together."""
+
+_GROWTH = 2
+
+
+@dataclass
+class UsageTable:
+    """One row a text memory; a column is a numpy array whose first `len(table)` entries count.
+
+    `use_weights` and `edit_weights` are (rows, half-lives): each event counts 1 and halves every half-life. They are as
+    of the row's `weighed_at`; `weights()` brings them to now.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    now: int = 0
+    totals: np.ndarray = field(default_factory=lambda: np.zeros(len(HALF_LIVES)))
+    """Sum of all rows' use weights, as of now."""
+
+    def __post_init__(self) -> None:
+        self.row_of = {memory_id: row for row, memory_id in enumerate(self.ids)}
+        self._room(max(16, len(self.ids)))
+
+    def _room(self, rows: int) -> None:
+        def zeros(*more: int) -> np.ndarray:
+            return np.zeros((rows, *more))
+
+        self.uses, self.edits, self.first_use, self.last_use, self.weighed_at = (zeros() for _ in range(5))
+        self.tokens, self.nbytes, self.build_s, self.saved_s = (zeros() for _ in range(4))
+        self.use_weights, self.edit_weights = zeros(len(HALF_LIVES)), zeros(len(HALF_LIVES))
+
+    _COLUMNS = (
+        "uses", "edits", "first_use", "last_use", "weighed_at", "tokens", "nbytes", "build_s", "saved_s", "use_weights",
+        "edit_weights",
+    )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def track(self, memory_id: str) -> int:
+        """The row of `memory_id`, made if it is new."""
+        if memory_id not in self.row_of:
+            row = len(self.ids)
+            if row == len(self.uses):
+                old = {name: getattr(self, name) for name in self._COLUMNS}
+                self._room(row * _GROWTH)
+                for name, column in old.items():
+                    getattr(self, name)[:row] = column
+            self.ids.append(memory_id)
+            self.row_of[memory_id] = row
+            self.weighed_at[row] = self.first_use[row] = self.now
+            self.last_use[row] = -np.inf
+        return self.row_of[memory_id]
+
+    def used(self, memory_id: str) -> int:
+        """One use; time goes on by one. Returns the row."""
+        row = self.track(memory_id)
+        self.now += 1
+        self.totals = self.totals * np.exp2(-1 / HALF_LIVES) + 1
+        self._weigh(row)
+        self.use_weights[row] += 1
+        self.uses[row] += 1
+        self.last_use[row] = self.now
+        return row
+
+    def edited(self, memory_id: str) -> int:
+        """One edit. Returns the row."""
+        row = self.track(memory_id)
+        self._weigh(row)
+        self.edit_weights[row] += 1
+        self.edits[row] += 1
+        return row
+
+    def weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """Use and edit weights of every row as of now, each (rows, half-lives)."""
+        n = len(self)
+        decay = np.exp2(-(self.now - self.weighed_at[:n, None]) / HALF_LIVES)
+        return self.use_weights[:n] * decay, self.edit_weights[:n] * decay
+
+    def _weigh(self, row: int) -> None:
+        decay = np.exp2(-(self.now - self.weighed_at[row]) / HALF_LIVES)
+        self.use_weights[row] *= decay
+        self.edit_weights[row] *= decay
+        self.weighed_at[row] = self.now
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain values, for a file."""
+        n = len(self)
+        columns = {name: getattr(self, name)[:n].tolist() for name in self._COLUMNS}
+        columns["last_use"] = [None if np.isinf(last) else last for last in columns["last_use"]]  # JSON has no infinity
+        return {"ids": self.ids, "now": self.now, "totals": self.totals.tolist(), "columns": columns}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> UsageTable:
+        table = cls(list(state["ids"]), state["now"], np.array(state["totals"]))
+        n = len(table)
+        for name, values in state["columns"].items():
+            if name == "last_use":
+                values = [-np.inf if last is None else last for last in values]
+            if n:
+                getattr(table, name)[:n] = values
+        return table
