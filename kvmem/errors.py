@@ -63,6 +63,14 @@ class UnsafeFileError(StorageError):
     """A pickle names something that the allow-list does not hold; nothing of it was run."""
 
 
+class EngineError(KVMemError):
+    """An inference engine is not installed, is of a version or kind that is not covered, or refused a request."""
+
+
+class InjectionError(EngineError):
+    """An engine did not reuse the memory that it was given: its file was damaged or gone, or the hit did not happen."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """A sentence that names the nearest choice and then all of them.
 

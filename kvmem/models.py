@@ -90,22 +90,26 @@ def packaged_folder() -> Path | None:
     folder = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model.hf_quantizer = None  # type: ignore[assignment] # it was dequantized while loading, and saves as plain tensors
-        del model.config.quantization_config
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        try:
-            Path(beside).rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
-        else:
-            Path(beside).mkdir()  # for TemporaryDirectory to remove
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.hf_quantizer = None  # type: ignore[assignment] # it was dequantized while loading, and saves as plain tensors
+    del model.config.quantization_config
+    _save_once(model, tokenizer, folder)
     return folder
+
+
+def engine_folder(name: str, loaded: Loaded) -> str:
+    """Where an engine that loads by itself finds the weights of `loaded`, which `name` gave: a folder, or a hub name.
+
+    Random weights are saved once, under what makes them: shape, seed, dtype, device.
+    """
+    if not name.startswith(RANDOM):
+        return str(packaged_folder() or PACKAGED_HUB_NAME) if name == PACKAGED else name
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    folder = cache_folder() / f"{loaded.origin} {dtype}".replace(",", "").replace(" ", "-")
+    if not folder.is_dir():
+        _save_once(loaded.model, loaded.tokenizer, folder)
+    return str(folder)
 
 
 def shapes() -> list[str]:
@@ -120,6 +124,21 @@ def shape_config(shape: str) -> PreTrainedConfig:
         raise ModelError(f"Unknown shape random:{shape}. {did_you_mean(shape, shapes())}")
     fields = json.loads(path.read_text())
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _save_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves beside `folder` and renames, so that a folder of that name is always whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        try:
+            Path(beside).rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+        else:
+            Path(beside).mkdir()  # for TemporaryDirectory to remove
 
 
 def _packaged_gguf() -> Path:

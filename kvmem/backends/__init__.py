@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from kvmem import discover
+from kvmem.backends.lent_file import LentFile
 from kvmem.fingerprint import ModelFingerprint
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy
@@ -41,8 +42,8 @@ class Backend(ABC):
         """Prefills `source` into a new item; behind `base`, only the tokens that it does not hold."""
 
     @abstractmethod
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache:
-        """A cache for one item, or for several through `merge`, that can be used without changing them."""
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache | LentFile:
+        """What the engine injects for one item, or for several through `merge`; using it leaves them as they are."""
 
 
 def backend_class(name: str) -> type[Backend]:

@@ -1,0 +1,114 @@
+"""Memories as files that an engine injects: one an item, in a folder of its own, as long as they are needed."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import uuid
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from kvmem import dynamic_cache
+from kvmem.dynamic_cache import KV
+from kvmem.errors import StorageError
+from kvmem.fingerprint import ModelFingerprint
+from kvmem.items import KVCacheItem, MemoryTokens
+from kvmem.storage.safetensors_file import SafetensorsFile
+
+CPU = torch.device("cpu")
+
+
+class StoredFile:
+    """A file that goes with the last one who holds this; what is mapped from it stays readable."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class LentFile:
+    """What `get_cache` gives where the engine holds the KV: which tokens, and the file that they are injected from.
+
+    file None: an exact merge, which the engine prefills as a prefix of the prompt and then finds in its own cache.
+    salt: not None keeps the engine's blocks apart from those of the same ids, because this KV is not what a prefill of
+    the ids gives (an inexact merge, a cache of unknown origin).
+    """
+
+    tokens: MemoryTokens
+    file: StoredFile | None
+    salt: str | None = None
+
+
+class FileStore:
+    """The folder. Each item is written at first need, and once; what is lent keeps its file alive."""
+
+    def __init__(self, parent: Path | None = None) -> None:
+        """parent: where the folder is made; None takes the system's folder for temporary files."""
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = tempfile.TemporaryDirectory(prefix="kvmem-", dir=parent, ignore_cleanup_errors=True)
+        self.folder = Path(self.temporary.name)
+        self.files: weakref.WeakKeyDictionary[KVCacheItem, StoredFile] = weakref.WeakKeyDictionary()
+        self.lock = threading.Lock()
+
+    def new_name(self) -> str:
+        return f"{uuid.uuid4()}.safetensors"
+
+    def file_of(self, item: KVCacheItem) -> StoredFile:
+        """The item's file, written now if it has none yet."""
+        with self.lock:
+            if item not in self.files:
+                self.files[item] = self.write(item)
+            return self.files[item]
+
+    def write(self, item: KVCacheItem) -> StoredFile:
+        name = self.new_name()
+        SafetensorsFile().dump(self.folder / name, [item])
+        return StoredFile(self.folder / name)
+
+    def adopt(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> KVCacheItem:
+        """The item that an engine has just saved as `name`, its tensors mapped from the file and so read when they are
+        used. The ranks of a tensor-parallel engine each wrote their heads; they are put together here.
+
+        Raises StorageError or FingerprintError if what was saved is not whole.
+        """
+        path = self.folder / name
+        if ranks > 1:
+            SafetensorsFile().dump(path, [self._joined(name, fingerprint, config, ranks)])
+        (item,) = SafetensorsFile().load(path, fingerprint, config, CPU)
+        with self.lock:
+            self.files[item] = StoredFile(path)
+        return item
+
+    def _joined(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> KVCacheItem:
+        from kvmem.backends.vllm_connector import part_name
+
+        paths = [self.folder / part_name(name, rank, ranks) for rank in range(ranks)]
+        parts = [SafetensorsFile().load(path, fingerprint, config, CPU)[0] for path in paths]
+        layers = [
+            _heads_of(pairs, fingerprint.kv_heads)
+            for pairs in zip(*(dynamic_cache.layers_of(part.kv_cache) for part in parts), strict=True)
+        ]
+        for path in paths:
+            path.unlink()
+        return KVCacheItem(dynamic_cache.from_layers(layers, config), parts[0].metadata, parts[0].kv_cache_id)
+
+
+def _heads_of(parts: Sequence[KV], kv_heads: int) -> KV:
+    """One layer's keys and values with all heads; with more ranks than heads, neighbours hold the same one."""
+    every = max(len(parts) // kv_heads, 1)
+    kept = parts[::every]
+    keys, values = torch.cat([keys for keys, _ in kept], dim=1), torch.cat([values for _, values in kept], dim=1)
+    if keys.shape[1] != kv_heads:
+        raise StorageError(f"The ranks saved {keys.shape[1]} heads, and the model has {kv_heads}. Extract again.")
+    return keys, values

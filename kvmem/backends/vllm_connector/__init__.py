@@ -1,0 +1,28 @@
+"""Our side of vLLM's KV connector: saves a memory's keys and values to one of our files, and injects one from there.
+
+Importing this package does not import vLLM; `connector` does, and vLLM loads that by its module path. A request asks
+through `SamplingParams(extra_args={"kv_transfer_params": {…}})` with the keys below, and the answer's own
+`kv_transfer_params` carry a report of what was really reused. Files are named, not pathed: they lie in one folder.
+"""
+
+CONNECTOR_MODULE = "kvmem.backends.vllm_connector.connector"
+CONNECTOR_CLASS = "KVMemConnector"
+
+LOAD = "kvmem_load"
+"""Name of the file to inject: as many leading tokens as file and prompt have in common, all but the prompt's last."""
+SAVE = "kvmem_save"
+"""Name of the file to write: the whole prompt's keys and values."""
+ITEM = "kvmem_item"
+"""What the saved file says of itself: an ItemManifest as JSON."""
+REPORT = "kvmem"
+"""In the answer: local_tokens, injected_tokens, load_error, save_error."""
+
+FOLDER = "kvmem_folder"
+FINGERPRINT = "kvmem_fingerprint"
+HOST_BYTES = "kvmem_host_bytes"
+"""Keys of `kv_connector_extra_config`: the folder, the model's fingerprint as JSON, how much opened KV to keep."""
+
+
+def part_name(name: str, rank: int, ranks: int) -> str:
+    """The file that one tensor-parallel rank writes: its own heads. With one rank it is the whole file."""
+    return name if ranks == 1 else f"{name}.rank{rank}of{ranks}"

@@ -1,0 +1,268 @@
+"""vLLM in this process: memories are built and injected through our KV connector, and lie in files."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from kvmem import models
+from kvmem.backends import Backend, vllm_start
+from kvmem.backends.hf import DTYPES, Token
+from kvmem.backends.lent_file import FileStore, LentFile
+from kvmem.backends.sampling import Sampling
+from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
+from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
+from kvmem.backends.vllm_start import Request
+from kvmem.errors import ConfigError, EngineError, InjectionError, KVMemError, PromptError
+from kvmem.fingerprint import fingerprint
+from kvmem.items import KVCacheItem, KVCacheMetadata, Source, TextualMemoryItem, TextualSource
+from kvmem.merge import MergeStrategy, merged_tokens
+from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
+from kvmem.storage.manifest import ItemManifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from vllm import RequestOutput
+
+BUILD_TOKENS = 2
+"""A build generates two tokens, for a failed save is known one step after the prompt's last."""
+
+
+class VLLMBackend(Backend):
+    """A vLLM engine with our KV connector. One batch at a time; calls from several threads wait for one another."""
+
+    name: ClassVar[str] = VLLMConfig.backend
+    config_class: ClassVar[type] = VLLMConfig
+
+    def __init__(self, config: VLLMConfig, template: TemplateKind = "chat") -> None:
+        vllm_start.check_installed()
+        self.config = config
+        on_gpu = torch.cuda.is_available()
+        self.dtype = DTYPES.get(config.dtype) or (torch.bfloat16 if on_gpu else torch.float32)
+        # For the fingerprint's sake, and gone before the engine takes its memory. Random weights are those of the
+        # device that they are made on.
+        made_on = torch.device("cuda" if on_gpu and config.model_name_or_path.startswith(models.RANDOM) else "cpu")
+        loaded = models.load(
+            config.model_name_or_path, made_on, self.dtype, seed=config.seed, tokenizer=config.tokenizer_name_or_path
+        )
+        self.folder = models.engine_folder(config.model_name_or_path, loaded)
+        self.tokenizer = loaded.tokenizer
+        self.template = PromptTemplate(loaded.tokenizer, template)
+        self.fingerprint = fingerprint(loaded.model, loaded.tokenizer, loaded.origin)
+        self.model_config = loaded.model.config
+        self.device = torch.device("cpu")  # where loaded items lie; the engine takes them from files
+        ends = loaded.model.generation_config.eos_token_id
+        tokens = ends if isinstance(ends, list) else [ends]
+        self.end_tokens = {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
+        del loaded
+        if on_gpu:
+            torch.cuda.empty_cache()
+        self.window = config.max_model_len or self.model_config.max_position_embeddings
+        self.store = FileStore(Path(config.store_dir) if config.store_dir else None)
+        self.llm = vllm_start.start(config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint)
+        self.lock = threading.RLock()
+
+    @classmethod
+    def open(cls, config: VLLMConfig, template: TemplateKind = "chat") -> VLLMBackend:
+        return cls(config, template)
+
+    def build(
+        self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+    ) -> KVCacheItem:
+        tokens = self.template.memory_tokens(source)
+        self._check_length(len(tokens.token_ids), BUILD_TOKENS)
+        metadata = KVCacheMetadata(
+            tokens=tokens, build_s=0.0, kv_bytes=self._kv_bytes(len(tokens.token_ids)), fingerprint=self.fingerprint,
+            textual_memory=None if textual_memory is None
+            else TextualSource(id=textual_memory.id, metadata=textual_memory.metadata),
+        )
+        entry = ItemManifest(
+            kv_cache_id=str(uuid.uuid4()), cache_tokens=len(tokens.token_ids), layers=self.fingerprint.layers,
+            metadata=metadata,
+        )
+        name = self.store.new_name()
+        params: dict[str, str] = {SAVE: name, ITEM: entry.model_dump_json()}
+        held = None if base is None else self.store.file_of(base)
+        if held is not None:
+            params[LOAD] = held.name
+        started = time.perf_counter()
+        # A salt of its own: the build is a real prefill, and not a hit on what an earlier one left in the engine.
+        request = Request(uuid.uuid4().hex, tokens.token_ids, params, name, BUILD_TOKENS)
+        with self.lock:
+            (output,) = vllm_start.run(self.llm, [request])
+        report = (output.kv_transfer_params or {})[REPORT]
+        if report["save_error"] or (report["load_error"] and self.config.on_load_failure == "error"):
+            raise EngineError(f"The memory was not saved: {report['save_error'] or report['load_error']}")
+        item = self.store.adopt(name, self.fingerprint, self.model_config, self.config.tensor_parallel_size)
+        item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
+        return item
+
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentFile:
+        """One item's file; an exact merge as a joined prefix; any other merge as KV, built on the Hugging Face side."""
+        if len(items) == 1:
+            verified = items[0].metadata.fingerprint is not None
+            file = self.store.file_of(items[0])
+            return LentFile(items[0].metadata.tokens, file, None if verified else file.name)
+        separator_ids = self.template.separator_ids(separator)
+        tokens = merged_tokens(items, separator_ids)
+        self._check_length(len(tokens.token_ids), 1)
+        if merge.exact:
+            return LentFile(tokens, None)
+        metadata = items[0].metadata.model_copy(
+            update={"tokens": tokens, "kv_bytes": self._kv_bytes(len(tokens.token_ids)), "textual_memory": None}
+        )
+        merged = merge.merge(items, separator_ids, self._merge_model)
+        file = self.store.write(KVCacheItem(merged, metadata))
+        return LentFile(tokens, file, file.name)
+
+    def split(self, query: Query, kv_cache: LentFile | None = None) -> TokenizedPrompt:
+        """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the window."""
+        prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
+        self._check_length(len(prompt.ids), 1)
+        return prompt
+
+    def generate(
+        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
+        sampling: Sampling | None = None, cache_salt: str | None = None,
+    ) -> VLLMGeneration:
+        """An answer to `query` behind an injected memory, or behind nothing. Raises InjectionError where the memory was
+        not what spared the engine its tokens."""
+        (answer,) = self.generate_batch([Ask(query, kv_cache, max_new_tokens, sampling or Sampling(), cache_salt)])
+        if isinstance(answer, KVMemError):
+            raise answer
+        return answer
+
+    def generate_batch(self, asks: Sequence[Ask]) -> list[VLLMGeneration | KVMemError]:
+        """Answers to requests that run together, in order; an error in place of each that failed, others unharmed."""
+        results: dict[str, VLLMGeneration | KVMemError] = {}
+        prompts: dict[str, TokenizedPrompt] = {}
+        requests, ids = [], [uuid.uuid4().hex for _ in asks]
+        for request_id, ask in zip(ids, asks, strict=True):
+            try:
+                prompt = self.split(ask.query, ask.kv_cache)
+                requests.append(self._request(request_id, prompt, ask))
+                prompts[request_id] = prompt
+            except (PromptError, ConfigError) as error:
+                results[request_id] = error
+        lent = {request_id: ask.kv_cache for request_id, ask in zip(ids, asks, strict=True)}
+        with self.lock:
+            for output in vllm_start.run(self.llm, requests):
+                results[output.request_id] = self._answer(output, prompts[output.request_id], lent[output.request_id])
+        return [results[request_id] for request_id in ids]
+
+    def stream(
+        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
+        sampling: Sampling | None = None, cache_salt: str | None = None,
+    ) -> Iterator[Token]:
+        """The same answer as `generate`, token by token as it is made. The engine is this stream's until it ends."""
+        prompt = self.split(query, kv_cache)
+        ask = Ask(query, kv_cache, max_new_tokens, sampling or Sampling(), cache_salt)
+        request = self._request(uuid.uuid4().hex, prompt, ask, stream=True)
+        ids: list[int] = []
+        shown = ""
+        with self.lock:
+            for output in vllm_start.run(self.llm, [request]):
+                for token in output.outputs[0].token_ids:
+                    if token in self.end_tokens:
+                        break
+                    ids.append(token)
+                    text = self._text(ids)
+                    half = text.endswith("\N{REPLACEMENT CHARACTER}") and len(ids) < max_new_tokens
+                    added = "" if half else text[len(shown) :]
+                    shown += added
+                    yield Token(token, added)
+                if output.finished:
+                    answer = self._answer(output, prompt, kv_cache)
+                    if isinstance(answer, KVMemError):
+                        raise answer
+
+    def reset(self) -> None:
+        """Empties the engine's own prefix cache; files and items stay. EngineError while requests hold blocks."""
+        with self.lock:
+            if not self.llm.reset_prefix_cache():
+                raise EngineError("The engine's prefix cache can't be emptied while a request uses it. Let it finish.")
+
+    def answer_prompt(
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 1,
+        cache_salt: str | None = None,
+    ) -> VLLMGeneration:
+        """Greedy tokens from token ids, past end tokens: what a measurement times. With one token, that is the TTFT."""
+        ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt)
+        request = self._request(uuid.uuid4().hex, prompt, ask, past_end=True)
+        with self.lock:
+            (output,) = vllm_start.run(self.llm, [request])
+        answer = self._answer(output, prompt, kv_cache)
+        if isinstance(answer, KVMemError):
+            raise answer
+        return answer
+
+    def _request(
+        self, request_id: str, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False, stream: bool = False
+    ) -> Request:
+        if ask.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {ask.max_new_tokens}. Ask for 1 or more.")
+        lent = ask.kv_cache
+        salts = [salt for salt in (ask.cache_salt, lent.salt if lent else None) if salt]
+        room = self.window - len(prompt.ids)
+        return Request(
+            request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {}, " ".join(salts) or None,
+            min(ask.max_new_tokens, room), ask.sampling,
+            frozenset() if past_end else frozenset(self.end_tokens), stream,
+        )
+
+    def _answer(
+        self, output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None
+    ) -> VLLMGeneration | KVMemError:
+        """What came back, once the engine's own count says that the memory spared it the tokens that it should."""
+        completion = output.outputs[0]
+        if completion.finish_reason == "error":
+            return EngineError("The engine gave up the request; its log says why.")
+        report = (output.kv_transfer_params or {}).get(REPORT)
+        counted = output.num_cached_tokens or 0
+        local, injected, failed = (
+            (report["local_tokens"], report["injected_tokens"], report["load_error"]) if report else (counted, 0, "")
+        )
+        expected, cached = len(prompt.memory_ids), local + injected
+        if failed and self.config.on_load_failure == "error":
+            return InjectionError(f"The memory was not injected: {failed} Or use on_load_failure='recompute'.")
+        if not failed and cached != counted:
+            return InjectionError(
+                f"The engine counts {counted} cached tokens, and the connector {cached}. Don't trust this hit."
+            )
+        if not failed and lent is not None and lent.file is not None and cached < expected:
+            return InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")
+        ids = tuple(completion.token_ids)
+        if ids and ids[-1] in self.end_tokens and completion.finish_reason == "stop":
+            ids = ids[:-1]
+        return VLLMGeneration(
+            self._text(ids), ids, len(prompt.ids), cached, local, injected,
+            max(expected - cached, 0) if failed else 0,
+        )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    @cached_property
+    def _merge_model(self) -> PreTrainedModel:
+        """The same weights in transformers, on the CPU, for merges that are not a prefix; loaded at first need."""
+        return models.load(self.folder, torch.device("cpu"), self.dtype).model
+
+    def _kv_bytes(self, tokens: int) -> int:
+        ours = self.fingerprint
+        return 2 * ours.layers * ours.kv_heads * ours.head_dim * tokens * self.dtype.itemsize
+
+    def _check_length(self, tokens: int, room: int) -> None:
+        if tokens + room > self.window:
+            raise PromptError(
+                f"A text of {tokens} tokens, and {room} to generate, do not fit the engine's window of {self.window}. "
+                "Shorten it, split it into memories, or raise max_model_len."
+            )

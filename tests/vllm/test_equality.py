@@ -1,0 +1,132 @@
+"""One memory, two engines, four ways to the same tokens; and each way is proven by the engine's own count."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvmem import KVCacheMemory
+from kvmem.backends.hf import HFBackend
+from kvmem.backends.vllm_config import Ask, VLLMGeneration
+from kvmem.backends.vllm_engine import VLLMBackend
+from kvmem.dynamic_cache import layers_of
+from tests.tiny import memory_on, pairs
+from tests.vllm.conftest import SETTINGS, on_engine
+
+NEW_TOKENS = 32
+BLOCK_TOKENS = 128
+
+IN_A_FRESH_PROCESS = """
+import json, sys
+from kvmem import KVCacheMemory, KVCacheMemoryConfig
+folder, settings, query = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm", "config": settings}))
+memory.load(folder)
+(item,) = memory.get_all()
+answer = memory.backend.generate(query, memory.get_cache(item.kv_cache_id), 32)
+print(json.dumps([answer.token_ids, answer.local_tokens, answer.injected_tokens, item.metadata.token_count]))
+"""
+
+
+def as_turns(text: str, query: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}, {"role": "user", "content": query}]
+
+
+def answers(engine: VLLMBackend, asks: list[Ask]) -> list[VLLMGeneration]:
+    results = engine.generate_batch(asks)
+    assert all(isinstance(result, VLLMGeneration) for result in results), results
+    return results
+
+
+def injected(memory: KVCacheMemory, queries: list[str], salt: str) -> list[VLLMGeneration]:
+    items = memory.get_all()
+    asks = [
+        Ask(query, memory.get_cache(item.kv_cache_id), NEW_TOKENS, cache_salt=salt)
+        for item, query in zip(items, queries, strict=True)
+    ]
+    results = answers(memory.backend, asks)
+    for item, result in zip(items, results, strict=True):
+        assert (result.injected_tokens, result.local_tokens) == (item.metadata.token_count, 0)
+    return results
+
+
+def test_direct_native_injected_and_from_the_other_engine(
+    engine: VLLMBackend, memory: KVCacheMemory, smollm2: HFBackend, tmp_path: Path
+) -> None:
+    asked = pairs(20, 1200)
+    texts, queries = [text for text, _ in asked], [query for _, query in asked]
+    wholes = [Ask(as_turns(text, query), None, NEW_TOKENS, cache_salt="direct") for text, query in asked]
+
+    direct = answers(engine, wholes)
+    assert all(answer.cached_tokens == 0 for answer in direct)
+    native = answers(engine, wholes)
+    for answer in native:
+        assert answer.local_tokens == (answer.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert answer.injected_tokens == 0
+    assert sum(answer.local_tokens for answer in native) > 0
+
+    memory.add(memory.extract(texts))
+    ours = injected(memory, queries, "injected")
+
+    theirs = memory_on(smollm2)
+    theirs.add(theirs.extract(texts))
+    theirs.dump(tmp_path / "hf")
+    other = on_engine(engine)
+    other.load(tmp_path / "hf")
+    from_theirs = injected(other, queries, "from Hugging Face")
+
+    memory.dump(tmp_path / "vllm")
+    theirs.load(tmp_path / "vllm")
+    for i, item in enumerate(theirs.get_all()):
+        reference = tuple(smollm2.generate(as_turns(*asked[i]), max_new_tokens=NEW_TOKENS).token_ids)
+        back = smollm2.generate(queries[i], theirs.get_cache(item.kv_cache_id), NEW_TOKENS)
+        assert back.cached_tokens == item.metadata.token_count
+        assert direct[i].prompt_tokens == ours[i].prompt_tokens == back.prompt_tokens
+        for answer in (direct[i], native[i], ours[i], from_theirs[i], back):
+            assert answer.token_ids == reference
+
+
+def test_what_vllm_saves_is_what_transformers_computes(
+    memory: KVCacheMemory, smollm2: HFBackend
+) -> None:
+    text = pairs(1, 1200, seed=5)[0][0]
+    mine, theirs = memory.extract(text), memory_on(smollm2).extract(text)
+    assert mine.metadata.fingerprint == theirs.metadata.fingerprint
+    assert mine.metadata.tokens == theirs.metadata.tokens
+    assert mine.metadata.kv_bytes == theirs.metadata.kv_bytes
+    for ours, reference in zip(layers_of(mine.kv_cache), layers_of(theirs.kv_cache), strict=True):
+        for a, b in zip(ours, reference, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_of_sixteen_answers_as_one_by_one(engine: VLLMBackend, memory: KVCacheMemory) -> None:
+    asked = pairs(16, 700, seed=3)
+    memory.add(memory.extract([text for text, _ in asked]))
+    queries = [query for _, query in asked]
+    together = injected(memory, queries, "together")
+    for item, query, answer in list(zip(memory.get_all(), queries, together, strict=True))[::4]:
+        alone = engine.generate(query, memory.get_cache(item.kv_cache_id), NEW_TOKENS, cache_salt="alone")
+        assert alone == answer
+
+
+@pytest.mark.timeout(600)
+def test_a_fresh_process_computes_no_token_of_a_dumped_memory(
+    engine: VLLMBackend, memory: KVCacheMemory, tmp_path: Path
+) -> None:
+    ((text, query),) = pairs(1, 1200, seed=4)
+    item = memory.extract(text)
+    memory.add(item)
+    here = engine.generate(query, memory.get_cache(item.kv_cache_id), NEW_TOKENS)
+    memory.dump(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path), json.dumps(SETTINGS), query],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    ids, local_tokens, injected_tokens, memory_tokens = json.loads(done.stdout.splitlines()[-1])
+    assert tuple(ids) == here.token_ids
+    assert (local_tokens, injected_tokens) == (0, memory_tokens)
