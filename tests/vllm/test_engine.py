@@ -12,7 +12,6 @@ from kvmem import KVCacheMemory, TextualMemoryItem
 from kvmem.backends.hf import HFBackend
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.vllm_config import Ask, VLLMGeneration
-from kvmem.backends.vllm_connector.scheduling import file_path
 from kvmem.backends.vllm_engine import VLLMBackend
 from kvmem.errors import ConfigError, InjectionError, PromptError, StorageError
 from kvmem.items import KVCacheItem
@@ -197,6 +196,8 @@ def test_a_request_that_does_not_fit_names_both_lengths(engine: VLLMBackend, mem
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(engine: VLLMBackend) -> None:
+    from kvmem.backends.vllm_connector.scheduling import file_path  # imports vLLM
+
     for name in ("../elsewhere.safetensors", "/etc/passwd", "", ".."):
         with pytest.raises(StorageError, match="plain file name"):
             file_path(engine.store.folder, name)
