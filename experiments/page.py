@@ -7,16 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
 from experiments import describe, plots, tables, units
 from experiments.row import Row
+from experiments.run_folder import Run
 from experiments.theme import DARK, LIGHT
-
-if TYPE_CHECKING:
-    from experiments.report import Run
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 IN_SHORT = ("machine", "cuda", "torch", "transformers", "vllm", "graphs", "commit")
