@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import field
-from itertools import islice, product
-from typing import Annotated, NamedTuple
+from itertools import product
+from typing import NamedTuple
 
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from experiments.workloads import Cell, Workload
-from experiments.workloads.grid import Ask, Texts, grid
+from experiments.workloads.grid import Ask, GridWorkload, Texts
 from kvmem.errors import PromptError
-from kvmem.prompt import PromptTemplate
 
 # fmt: off
 COMPANIES = (
@@ -208,26 +205,8 @@ def _whole(text: str, entries: Sequence[Entry]) -> Iterator[Entry]:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class Faq(Workload):
-    """An invented company's FAQ as memory, one of its questions as query; `truth` is the fact that answers it.
+class Faq(GridWorkload):
+    """An invented company's FAQ as memory, one of its questions as query; `truth` is the fact that answers it."""
 
-    context_tokens, query_tokens: the verified split of the whole prompt, template included; every pair is a cell.
-    memories: how many parts of the FAQ hold the context together; the fact asked for stands in one of them.
-    """
-
-    context_tokens: Annotated[list[PositiveInt], Field(min_length=1)] = field(default_factory=lambda: [256, 512, 1024])
-    query_tokens: Annotated[list[PositiveInt], Field(min_length=1)] = field(default_factory=lambda: [32, 64, 128])
-    memories: PositiveInt = 1
-    seed: int = 0
-    max_cells: PositiveInt | None = None
-
-    def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
-        cells = grid(
-            self.context_tokens,
-            self.query_tokens,
-            lambda i: faq_texts(self.seed, i, self.memories),
-            template,
-            separator,
-            "workload",
-        )
-        return list(islice(cells, self.max_cells))
+    def texts(self, context: int) -> Texts:
+        return faq_texts(self.seed, context, self.memories)

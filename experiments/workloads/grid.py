@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Annotated
 
-from experiments.workloads import Cell
+from pydantic import ConfigDict, Field, PositiveInt
+from pydantic.dataclasses import dataclass as card
+
+from experiments.workloads import Cell, Workload
 from experiments.workloads.cut import cut_memories, cut_question, held
 from kvmem.prompt import PromptTemplate
 
@@ -69,3 +75,26 @@ def grid(
                 truth=ask.truth,
                 question=cut_question(ask.variants, source.passage, query, context, tokens, template, what),
             )
+
+
+@card(config=ConfigDict(extra="forbid"))
+class GridWorkload(Workload):
+    """A workload of exact token counts, every context with every query.
+
+    context_tokens, query_tokens: the verified split of the whole prompt, template included; every pair is a cell.
+    memories: how many memories hold the context together, joined by the configured merge.
+    """
+
+    context_tokens: Annotated[list[PositiveInt], Field(min_length=1)] = field(default_factory=lambda: [256, 512, 1024])
+    query_tokens: Annotated[list[PositiveInt], Field(min_length=1)] = field(default_factory=lambda: [32, 64, 128])
+    memories: PositiveInt = 1
+    seed: int = 0
+    max_cells: PositiveInt | None = None
+
+    @abstractmethod
+    def texts(self, context: int) -> Texts:
+        """The text that the cells of the `context`-th context are cut from."""
+
+    def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
+        cells = grid(self.context_tokens, self.query_tokens, self.texts, template, separator, "workload")
+        return list(islice(cells, self.max_cells))

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import field
 from functools import cache
-from itertools import islice
 from pydoc_data.topics import topics
-from typing import Annotated
 
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from experiments.workloads import Cell, Workload
-from experiments.workloads.grid import Ask, Texts, grid
-from kvmem.prompt import PromptTemplate
+from experiments.workloads.grid import Ask, GridWorkload, Texts
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "assert": ("What does assert do?", "When does an assert statement raise an error, and when is it skipped?"),
@@ -99,26 +93,8 @@ def docs_texts(seed: int, context: int, memories: int) -> Texts:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class PythonDocs(Workload):
-    """CPython's documentation as memory, a question about its topic as query, both of exact token counts.
+class PythonDocs(GridWorkload):
+    """CPython's documentation as memory, a question about its topic as query, both of exact token counts."""
 
-    context_tokens, query_tokens: the verified split of the whole prompt, template included; every pair is a cell.
-    memories: how many memories hold the context together, joined by the configured merge.
-    """
-
-    context_tokens: Annotated[list[PositiveInt], Field(min_length=1)] = field(default_factory=lambda: [256, 512, 1024])
-    query_tokens: Annotated[list[PositiveInt], Field(min_length=1)] = field(default_factory=lambda: [32, 64, 128])
-    memories: PositiveInt = 1
-    seed: int = 0
-    max_cells: PositiveInt | None = None
-
-    def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
-        cells = grid(
-            self.context_tokens,
-            self.query_tokens,
-            lambda i: docs_texts(self.seed, i, self.memories),
-            template,
-            separator,
-            "workload",
-        )
-        return list(islice(cells, self.max_cells))
+    def texts(self, context: int) -> Texts:
+        return docs_texts(self.seed, context, self.memories)
