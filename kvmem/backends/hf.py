@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kvmem import dynamic_cache, models
 from kvmem.backends import Backend
 from kvmem.backends.sampling import Sampler, Sampling
+from kvmem.backends.streaming import Token, as_text
 from kvmem.dynamic_cache import LentCache
 from kvmem.errors import ConfigError, PromptError, did_you_mean
 from kvmem.fingerprint import fingerprint
@@ -49,14 +50,6 @@ class HFConfig:
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError(f"Unknown dtype {self.dtype!r}. {did_you_mean(self.dtype, ['auto', *DTYPES])}")
-
-
-@plain_dataclass(frozen=True)
-class Token:
-    """One token of an answer as it is streamed: `text` is what it adds (empty inside a character of several tokens)."""
-
-    id: int
-    text: str
 
 
 @plain_dataclass(frozen=True)
@@ -174,15 +167,8 @@ class HFBackend(Backend):
     ) -> Iterator[Token]:
         """The same answer as `generate`, token by token as it is made."""
         prompt = self.split(query, kv_cache)
-        ids: list[int] = []
-        shown = ""
-        for token in self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()):
-            ids.append(token)
-            text = self._text(ids)
-            half = text.endswith("\N{REPLACEMENT CHARACTER}") and len(ids) < max_new_tokens
-            added = "" if half else text[len(shown) :]
-            shown += added
-            yield Token(token, added)
+        tokens = self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling())
+        return as_text(tokens, self._text, max_new_tokens)
 
     def _text(self, token_ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,9 +15,10 @@ import torch
 
 from kvmem import models
 from kvmem.backends import Backend, vllm_start
-from kvmem.backends.hf import DTYPES, Token
+from kvmem.backends.hf import DTYPES
 from kvmem.backends.lent_file import FileStore, LentFile
 from kvmem.backends.sampling import Sampling
+from kvmem.backends.streaming import Token, as_text
 from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
 from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
 from kvmem.backends.vllm_start import Request
@@ -165,23 +167,17 @@ class VLLMBackend(Backend):
         prompt = self.split(query, kv_cache)
         ask = Ask(query, kv_cache, max_new_tokens, sampling or Sampling(), cache_salt)
         request = self._request(uuid.uuid4().hex, prompt, ask, stream=True)
-        ids: list[int] = []
-        shown = ""
-        with self.lock:
-            for output in vllm_start.run(self.llm, [request]):
-                for token in output.outputs[0].token_ids:
-                    if token in self.end_tokens:
-                        break
-                    ids.append(token)
-                    text = self._text(ids)
-                    half = text.endswith("\N{REPLACEMENT CHARACTER}") and len(ids) < max_new_tokens
-                    added = "" if half else text[len(shown) :]
-                    shown += added
-                    yield Token(token, added)
-                if output.finished:
-                    answer = self._answer(output, prompt, kv_cache)
-                    if isinstance(answer, KVMemError):
-                        raise answer
+
+        def token_ids() -> Iterator[int]:
+            with self.lock:
+                for output in vllm_start.run(self.llm, [request]):
+                    yield from takewhile(lambda token: token not in self.end_tokens, output.outputs[0].token_ids)
+                    if output.finished:
+                        answer = self._answer(output, prompt, kv_cache)
+                        if isinstance(answer, KVMemError):
+                            raise answer
+
+        return as_text(token_ids(), self._text, max_new_tokens)
 
     def reset(self) -> None:
         """Empties the engine's own prefix cache; files and items stay. EngineError while requests hold blocks."""

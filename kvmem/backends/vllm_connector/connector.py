@@ -51,8 +51,11 @@ class KVMemConnector(KVConnectorBase_V1):
             from vllm.distributed import get_tensor_model_parallel_rank
 
             self.moving = Moving(
-                folder, ModelFingerprint.model_validate_json(extra[FINGERPRINT]), vllm_config,
-                get_tensor_model_parallel_rank(), int(extra.get(HOST_BYTES, DEFAULT_HOST_BYTES)),
+                folder,
+                ModelFingerprint.model_validate_json(extra[FINGERPRINT]),
+                vllm_config,
+                get_tensor_model_parallel_rank(),
+                int(extra.get(HOST_BYTES, DEFAULT_HOST_BYTES)),
             )
 
     # The scheduler's half.
