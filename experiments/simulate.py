@@ -43,8 +43,13 @@ class Outcome:
 
 
 def simulate(
-    trace: Trace, policy: Policy, budgets: Mapping[str, int], costs: Costs, planning: Costs | None = None,
-    tick_every: int = 1, max_builds: int = 1,
+    trace: Trace,
+    policy: Policy,
+    budgets: Mapping[str, int],
+    costs: Costs,
+    planning: Costs | None = None,
+    tick_every: int = 1,
+    max_builds: int = 1,
 ) -> Outcome:
     """Runs `trace`: a use, and after every `tick_every` of them a tick with at most `max_builds` builds.
 

@@ -84,8 +84,10 @@ class KVvsDirect(Scenario):
         seconds = {name: [sample.engine_s for sample in taken] for name, taken in samples.items()}
         kv_s, direct_s = median(seconds["injected"]), median(seconds["direct"])
         build_s = sum(_build_s(bench, item) for item in items)
-        limit_s = bench.roofline.limit_s(len(kv.query_ids), len(kv.memory_ids))
-        direct_limit_s = bench.roofline.limit_s(len(direct.ids), 0)
+        limit_s, direct_limit_s = bench.limits_s(kv, direct)
+        if kv_s < limit_s or direct_s < direct_limit_s:
+            bench.recalibrate()
+            limit_s, direct_limit_s = bench.limits_s(kv, direct)
         merge = bench.config.merge
         verdict = judge(
             direct_digest=direct.digest,
@@ -130,7 +132,7 @@ class KVvsDirect(Scenario):
             near_tie_margin=equality.near_tie_margin,
             verdict=verdict.verdict,
             verdict_reason=verdict.reason,
-            conditions=conditions,
+            conditions=conditions | bench.conditions,  # the rates may have been calibrated anew
             extra=self._extra(bench, cell, samples, seconds, direct_limit_s, runs, kv_trace, direct_trace),
         )
 
