@@ -36,6 +36,11 @@ class ModelFingerprint(BaseModel):
     origin: str
     """Where the weights came from, for people: hub, folder, packaged (how quantized), random (shape, seed, device)."""
 
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of `tokens` tokens, on all layers."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
+
     def difference(self, other: ModelFingerprint) -> str | None:
         """The first field in which `other` is not the same model, as "field: ours, theirs"; None if it is the same."""
         for name in type(self).model_fields:

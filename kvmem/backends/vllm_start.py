@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvmem import models
+from kvmem.backends.hf import DTYPES
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER
@@ -52,6 +54,29 @@ def check_installed() -> None:
         )
 
 
+def load_to_fingerprint(config: VLLMConfig) -> models.Loaded:
+    """The model in transformers, for the fingerprint's sake: to be let go before an engine takes its memory. Random
+    weights are those of the device that they are made on."""
+    on_gpu = torch.cuda.is_available()
+    dtype = DTYPES.get(config.dtype) or (torch.bfloat16 if on_gpu else torch.float32)
+    made_on = torch.device("cuda" if on_gpu and config.model_name_or_path.startswith(models.RANDOM) else "cpu")
+    return models.load(
+        config.model_name_or_path, made_on, dtype, seed=config.seed, tokenizer=config.tokenizer_name_or_path
+    )
+
+
+def transfer_config(store: Path, fingerprint: ModelFingerprint) -> dict[str, Any]:
+    """vLLM's kv_transfer_config with our connector, as plain JSON."""
+    return {
+        "kv_connector": CONNECTOR_CLASS,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_both",
+        # A request whose load failed is computed and its report says so; "fail" would end it without a reason.
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {FOLDER: str(store), FINGERPRINT: fingerprint.model_dump_json()},
+    }
+
+
 def start(
     config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint
 ) -> LLM:
@@ -80,12 +105,7 @@ def start(
             # Off, as on a CPU anyway: with it, vLLM 0.24 has sent a request's next step before it learns that a load
             # failed, and does not take that step back.
             async_scheduling=False,
-            kv_transfer_config=KVTransferConfig(
-                kv_connector=CONNECTOR_CLASS, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both",
-                # A request whose load failed is computed and its report says so; "fail" would end it without a reason.
-                kv_load_failure_policy="recompute",
-                kv_connector_extra_config={FOLDER: str(store), FINGERPRINT: fingerprint.model_dump_json()},
-            ),
+            kv_transfer_config=KVTransferConfig(**transfer_config(store, fingerprint)),
             **optional,
         )
     except ValueError as error:
