@@ -37,7 +37,10 @@ class ModelFingerprint(BaseModel):
     """Where the weights came from, for people: hub, folder, packaged (how quantized), random (shape, seed, device)."""
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of the keys and values of `tokens` tokens, on all layers."""
+        """Bytes of the keys and values of `tokens` tokens, on all layers; 0 where the layers are not known (a served
+        model)."""
+        if self.layers == 0:
+            return 0
         itemsize: int = getattr(torch, self.dtype).itemsize
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
 
@@ -70,6 +73,14 @@ def hash_weights(model: PreTrainedModel) -> str:
     return sha256(*names, values.numpy().tobytes())
 
 
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The fingerprint's fields `tokenizer` and `template`."""
+    tokens = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    return {"tokenizer": sha256(tokens), "template": sha256(tokenizer.chat_template or "")}
+
+
 # Written by whoever saved the model, and without effect on a cache.
 _WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"}
 
@@ -79,9 +90,6 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, orig
     config = model.config
     fields = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
     heads = config.num_attention_heads
-    tokens = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
     return ModelFingerprint(
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -92,7 +100,6 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, orig
         config=sha256(json.dumps(fields, sort_keys=True, default=str)),
         weights=hash_weights(model),
         adapters=tuple(model.active_adapters()) if model._hf_peft_config_loaded else (),
-        tokenizer=sha256(tokens),
-        template=sha256(tokenizer.chat_template or ""),
+        **hash_tokenizer(tokenizer),
         origin=origin,
     )

@@ -74,6 +74,18 @@ def load(
     )
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a hub name or `smollm2-135m`, without any weights. Raises ModelError."""
+    where = str(packaged_folder() or PACKAGED_HUB_NAME) if name == PACKAGED else name
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:  # transformers' own for "not found", and for a folder that holds none
+        raise ModelError(
+            f"Can't load the tokenizer {where!r}: {str(error).splitlines()[0]} Name the model's own as "
+            "tokenizer_name_or_path: a folder, or a hub name that this machine reaches."
+        ) from error
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: KVMEM_CACHE, else the user's cache folder."""
     return Path(os.environ.get("KVMEM_CACHE") or platformdirs.user_cache_dir("kvmem"))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from kvmem.errors import ServerError
-from kvmem.fingerprint import ModelFingerprint
+from kvmem.errors import FingerprintError, ServerError
+from kvmem.fingerprint import ModelFingerprint, hash_tokenizer, sha256
 
 CARD_NAME = "kvmem_server.json"
 
@@ -45,5 +45,25 @@ class ServerCard(BaseModel):
                 "python -m kvmem.backends.vllm_serve --store FOLDER, or none: memories are then prefixes on the server."
             ) from error
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises FingerprintError for a tokenizer or chat template that is not the server's."""
+        for name, ours in hash_tokenizer(tokenizer).items():
+            theirs = getattr(self.fingerprint, name)
+            if ours != theirs:
+                raise FingerprintError(
+                    f"{name}: {ours} here ({tokenizer.name_or_path}), {theirs} on the server ({self.model}). Name the "
+                    "server's own as tokenizer_name_or_path."
+                )
+
     def pretrained_config(self) -> PreTrainedConfig:
         return AutoConfig.for_model(**self.config)
+
+
+def of_a_served_model(server: str, model: str, tokenizer: PreTrainedTokenizerBase) -> ModelFingerprint:
+    """What is known of a model behind a server without a card: the name that it is served by, and the tokenizer. Equal
+    to no model's that is loaded: a memory of one is a prefix of ids, and holds no tensors for the other."""
+    hashes = hash_tokenizer(tokenizer)
+    return ModelFingerprint(
+        architecture="served", dtype="unknown", layers=0, kv_heads=0, head_dim=0, rope={}, config="unknown",
+        weights=sha256(model), tokenizer=hashes["tokenizer"], template=hashes["template"], origin=server,
+    )  # fmt: skip

@@ -19,7 +19,9 @@ def announced(
 ) -> ItemManifest:
     """What the saved file says of itself; how long the build took is not known yet."""
     count = len(tokens.token_ids)
-    source = textual_memory and TextualSource(id=textual_memory.id, metadata=textual_memory.metadata)
+    source = None
+    if textual_memory is not None:
+        source = TextualSource(id=textual_memory.id, metadata=textual_memory.metadata)
     metadata = KVCacheMetadata(
         tokens=tokens, build_s=0.0, kv_bytes=fingerprint.kv_bytes(count), fingerprint=fingerprint,
         textual_memory=source,

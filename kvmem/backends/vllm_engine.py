@@ -24,7 +24,7 @@ from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
 from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
 from kvmem.backends.vllm_pins import PinningEngine, Pins
 from kvmem.backends.vllm_start import Request
-from kvmem.errors import ConfigError, EngineError, KVMemError, PromptError
+from kvmem.errors import ConfigError, KVMemError, PromptError
 from kvmem.fingerprint import fingerprint
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy, merged_tokens
