@@ -104,6 +104,7 @@ class VLLMBackend(PinningEngine, Backend):
             (output,) = self._run([request])
         report = (output.kv_transfer_params or {})[REPORT]
         if report["save_error"] or (report["load_error"] and self.config.on_load_failure == "error"):
+            self.store.discard(name, self.config.tensor_parallel_size)
             raise EngineError(f"The memory was not saved: {report['save_error'] or report['load_error']}")
         item = self.store.adopt(name, self.fingerprint, self.model_config, self.config.tensor_parallel_size)
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
@@ -204,7 +205,7 @@ class VLLMBackend(PinningEngine, Backend):
         return Request(
             request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {},
             salt_of(ask.cache_salt, lent), min(ask.max_new_tokens, room), ask.sampling,
-            frozenset() if past_end else frozenset(self.end_tokens), stream,
+            frozenset() if past_end or ask.past_end else frozenset(self.end_tokens), stream,
         )
 
     def _answer(
