@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvmem import models
+from kvmem.backends import BackendConfig
 from kvmem.backends.hf import DTYPES, Generation
 from kvmem.backends.lent_file import LentFile
 from kvmem.backends.sampling import Sampling
@@ -18,7 +19,7 @@ from kvmem.prompt import Query
 
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
-class VLLMConfig:
+class VLLMConfig(BackendConfig):
     """The keys of `extractor_llm["config"]` for the backend `vllm`."""
 
     backend: ClassVar[str] = "vllm"

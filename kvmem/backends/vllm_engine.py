@@ -9,14 +9,15 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from kvmem import models
-from kvmem.backends import Backend, vllm_start
+from kvmem.backends import vllm_measured, vllm_start
 from kvmem.backends.hf import DTYPES
 from kvmem.backends.lent_file import FileStore, LentFile
+from kvmem.backends.measured import FirstToken, GreedyAnswer, MeasuredBackend
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.streaming import Token, as_text
 from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
@@ -37,11 +38,12 @@ BUILD_TOKENS = 2
 """A build generates two tokens, for a failed save is known one step after the prompt's last."""
 
 
-class VLLMBackend(Backend):
+class VLLMBackend(MeasuredBackend):
     """A vLLM engine with our KV connector. One batch at a time; calls from several threads wait for one another."""
 
     name: ClassVar[str] = VLLMConfig.backend
     config_class: ClassVar[type] = VLLMConfig
+    prefix_block_tokens: int
 
     def __init__(self, config: VLLMConfig, template: TemplateKind = "chat") -> None:
         vllm_start.check_installed()
@@ -69,6 +71,10 @@ class VLLMBackend(Backend):
         self.window = config.max_model_len or self.model_config.max_position_embeddings
         self.store = FileStore(Path(config.store_dir) if config.store_dir else None)
         self.llm = vllm_start.start(config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint)
+        self.compute_device = torch.device("cuda" if on_gpu else "cpu")
+        self.ranks = config.tensor_parallel_size
+        self.attention = vllm_measured.attention(self.llm)
+        self.prefix_block_tokens = vllm_measured.block_tokens(self.llm)
         self.lock = threading.RLock()
 
     @classmethod
@@ -107,7 +113,8 @@ class VLLMBackend(Backend):
         return item
 
     def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentFile:
-        """One item's file; an exact merge as a joined prefix; any other merge as KV, built on the Hugging Face side."""
+        """One item's file; an exact merge as a joined prefix, which the engine then holds; any other merge as KV, built
+        on the Hugging Face side."""
         if len(items) == 1:
             verified = items[0].metadata.fingerprint is not None
             file = self.store.file_of(items[0])
@@ -116,6 +123,7 @@ class VLLMBackend(Backend):
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids), 1)
         if merge.exact:
+            self.first_token(TokenizedPrompt((), tokens.token_ids))  # prefilled now, if the engine holds it no more
             return LentFile(tokens, None)
         metadata = items[0].metadata.model_copy(
             update={"tokens": tokens, "kv_bytes": self._kv_bytes(len(tokens.token_ids)), "textual_memory": None}
@@ -190,17 +198,57 @@ class VLLMBackend(Backend):
         cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """Greedy tokens from token ids, past end tokens: what a measurement times. With one token, that is the TTFT."""
+        return self._answer_prompt(prompt, kv_cache, max_new_tokens, cache_salt)[0]
+
+    def first_token(self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None) -> FirstToken:
+        answer = self.answer_prompt(prompt, kv_cache)
+        return FirstToken(answer.token_ids[0], answer.cached_tokens, answer.local_tokens)
+
+    def greedy(self, prompt: TokenizedPrompt, kv_cache: LentFile | None, steps: int) -> GreedyAnswer:
+        _, output = self._answer_prompt(prompt, kv_cache, steps, top_logprobs=vllm_measured.TOP_LOGPROBS)
+        return vllm_measured.greedy_answer(output, self.model_config.vocab_size)
+
+    def two_chunkings(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second part is computed behind the first one's blocks, which lie in the engine's prefix cache."""
+        ids = tuple(token_ids)
+        whole, first_part = TokenizedPrompt((), ids), TokenizedPrompt((), ids[: self._half(len(ids))])
+        self.reset()
+        at_once = self.greedy(whole, None, 1).logits_SV[0]
+        self.reset()
+        if first_part.ids:
+            self.first_token(first_part)
+        return at_once, self.greedy(whole, None, 1).logits_SV[0]
+
+    def held_tokens(self, prompt: TokenizedPrompt, kv_cache: LentFile) -> int:
+        """A memory's file to the token; a joined prefix in whole blocks."""
+        if kv_cache.file is not None:
+            return len(prompt.memory_ids)
+        return len(prompt.memory_ids) // self.prefix_block_tokens * self.prefix_block_tokens
+
+    def conditions(self) -> dict[str, Any]:
+        return vllm_measured.conditions(self.llm)
+
+    def _half(self, tokens: int) -> int:
+        """About half of so many tokens, in whole blocks."""
+        blocks = max(round(tokens / 2 / self.prefix_block_tokens), 1)
+        return min(blocks, (tokens - 1) // self.prefix_block_tokens) * self.prefix_block_tokens
+
+    def _answer_prompt(
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None, max_new_tokens: int, cache_salt: str | None = None,
+        top_logprobs: int | None = None,
+    ) -> tuple[VLLMGeneration, RequestOutput]:
         ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt)
-        request = self._request(uuid.uuid4().hex, prompt, ask, past_end=True)
+        request = self._request(uuid.uuid4().hex, prompt, ask, past_end=True, top_logprobs=top_logprobs)
         with self.lock:
             (output,) = vllm_start.run(self.llm, [request])
         answer = self._answer(output, prompt, kv_cache)
         if isinstance(answer, KVMemError):
             raise answer
-        return answer
+        return answer, output
 
     def _request(
-        self, request_id: str, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False, stream: bool = False
+        self, request_id: str, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False, stream: bool = False,
+        top_logprobs: int | None = None,
     ) -> Request:
         if ask.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {ask.max_new_tokens}. Ask for 1 or more.")
@@ -210,7 +258,7 @@ class VLLMBackend(Backend):
         return Request(
             request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {}, " ".join(salts) or None,
             min(ask.max_new_tokens, room), ask.sampling,
-            frozenset() if past_end else frozenset(self.end_tokens), stream,
+            frozenset() if past_end else frozenset(self.end_tokens), stream, top_logprobs,
         )
 
     def _answer(

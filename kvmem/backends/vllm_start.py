@@ -31,7 +31,8 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Request:
-    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them."""
+    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them.
+    `top_logprobs`: how many log-probabilities to tell of each token, from the largest."""
 
     id: str
     token_ids: tuple[int, ...]
@@ -41,6 +42,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     end_tokens: frozenset[int] = frozenset()
     stream: bool = False
+    top_logprobs: int | None = None
 
 
 def check_installed() -> None:
@@ -105,7 +107,7 @@ def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
             params = SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
                 max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True,
-                detokenize=False,
+                detokenize=False, logprobs=request.top_logprobs,
                 extra_args={"kv_transfer_params": request.transfer} if request.transfer else None,
                 output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
             )
