@@ -46,6 +46,9 @@ class VLLMConfig(BackendConfig):
     """None: the model's own; for random weights the packaged model's."""
     seed: int = 0
     """Seed of random weights."""
+    random_weights: Literal["auto", "saved", "in_engine"] = "auto"
+    """Random weights are saved to disk, as those of Hugging Face; or made by the engine's workers, each its own shard,
+    which no other engine has. auto: saved up to 4 GB."""
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:

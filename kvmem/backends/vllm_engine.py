@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm import RequestOutput
 
+MADE_IN = "vLLM's {} workers"
+SAVED_BYTES = 4e9
+"""Larger random weights are made by the engine, for it would take longer to save them than to measure."""
 BUILD_TOKENS = 2
 """A build generates two tokens, for a failed save is known one step after the prompt's last."""
 
@@ -50,12 +53,8 @@ class VLLMBackend(MeasuredBackend):
         self.config = config
         on_gpu = torch.cuda.is_available()
         self.dtype = DTYPES.get(config.dtype) or (torch.bfloat16 if on_gpu else torch.float32)
-        # For the fingerprint's sake, and gone before the engine takes its memory. Random weights are those of the
-        # device that they are made on.
-        made_on = torch.device("cuda" if on_gpu and config.model_name_or_path.startswith(models.RANDOM) else "cpu")
-        loaded = models.load(
-            config.model_name_or_path, made_on, self.dtype, seed=config.seed, tokenizer=config.tokenizer_name_or_path
-        )
+        loaded = _loaded(config, self.dtype)
+        self.own_weights = loaded.model.device.type == "meta"
         self.folder = models.engine_folder(config.model_name_or_path, loaded)
         self.tokenizer = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template)
@@ -70,7 +69,9 @@ class VLLMBackend(MeasuredBackend):
             torch.cuda.empty_cache()
         self.window = config.max_model_len or self.model_config.max_position_embeddings
         self.store = FileStore(Path(config.store_dir) if config.store_dir else None)
-        self.llm = vllm_start.start(config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint)
+        self.llm = vllm_start.start(
+            config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint, self.own_weights
+        )
         self.compute_device = torch.device("cuda" if on_gpu else "cpu")
         self.ranks = config.tensor_parallel_size
         self.attention = vllm_measured.attention(self.llm)
@@ -298,6 +299,11 @@ class VLLMBackend(MeasuredBackend):
     @cached_property
     def _merge_model(self) -> PreTrainedModel:
         """The same weights in transformers, on the CPU, for merges that are not a prefix; loaded at first need."""
+        if self.own_weights:
+            raise ConfigError(
+                "This merge needs the weights in transformers too, and the engine made its own. "
+                "Use random_weights='saved', or merge=Reprefill."
+            )
         return models.load(self.folder, torch.device("cpu"), self.dtype).model
 
     def _kv_bytes(self, tokens: int) -> int:
@@ -310,3 +316,17 @@ class VLLMBackend(MeasuredBackend):
                 f"A text of {tokens} tokens, and {room} to generate, do not fit the engine's window of {self.window}. "
                 "Shorten it, split it into memories, or raise max_model_len."
             )
+
+
+def _loaded(config: VLLMConfig, dtype: torch.dtype) -> models.Loaded:
+    """The model as transformers has it, for its fingerprint, tokenizer and config; gone before the engine takes its
+    memory. Random weights are those of the device that they are made on, or the engine's own."""
+    name, tokenizer = config.model_name_or_path, config.tokenizer_name_or_path
+    random = name.startswith(models.RANDOM)
+    if random and config.random_weights != "saved":
+        skeleton = models.skeleton(name, dtype, config.seed, tokenizer, MADE_IN.format(config.tensor_parallel_size))
+        size = sum(parameter.nbytes for parameter in skeleton.model.parameters())
+        if config.random_weights == "in_engine" or size > SAVED_BYTES:
+            return skeleton
+    device = torch.device("cuda" if torch.cuda.is_available() and random else "cpu")
+    return models.load(name, device, dtype, seed=config.seed, tokenizer=tokenizer)

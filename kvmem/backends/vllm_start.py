@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvmem.backends import vllm_weights
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER
@@ -55,9 +56,13 @@ def check_installed() -> None:
 
 
 def start(
-    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint
+    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint,
+    own_weights: bool = False,
 ) -> LLM:
-    """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason."""
+    """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason.
+
+    own_weights: its workers make seeded random weights, and `model_folder` holds a config only.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
@@ -73,8 +78,10 @@ def start(
         optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if config.block_size is not None:
         optional["block_size"] = config.block_size
+    if own_weights:
+        optional |= {"load_format": "dummy", "worker_extension_cls": vllm_weights.EXTENSION}
     try:
-        return LLM(
+        llm = LLM(
             model=model_folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=window,
             tensor_parallel_size=config.tensor_parallel_size, gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
@@ -89,6 +96,9 @@ def start(
         )
     except ValueError as error:
         raise EngineError(f"vLLM refuses to start: {error}") from error
+    if own_weights:
+        llm.collective_rpc("fill_with_random_weights", args=(config.seed,))
+    return llm
 
 
 def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
