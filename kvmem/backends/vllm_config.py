@@ -65,6 +65,8 @@ class VLLMGeneration(Generation):
     """From the memory's file."""
     recomputed_tokens: int = 0
     """Computed after all, because a load failed and `on_load_failure` is recompute."""
+    preemptions: int = 0
+    """How often the engine, short of blocks, put the request aside and loaded and computed it again."""
 
 
 @plain_dataclass(frozen=True)

@@ -9,21 +9,23 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from kvmem import models
 from kvmem.backends import vllm_measured, vllm_start
 from kvmem.backends.hf import DTYPES
-from kvmem.backends.lent_file import FileStore, LentFile
-from kvmem.backends.measured import FirstToken, GreedyAnswer, MeasuredBackend
+from kvmem.backends.lent_file import FileStore, LentFile, salt_of
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.streaming import Token, as_text
+from kvmem.backends.vllm_answer import verified
 from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
 from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
+from kvmem.backends.vllm_measured import MeasuredEngine
+from kvmem.backends.vllm_pins import PinningEngine, Pins
 from kvmem.backends.vllm_start import Request
-from kvmem.errors import ConfigError, EngineError, InjectionError, KVMemError, PromptError
+from kvmem.errors import ConfigError, EngineError, KVMemError, PromptError
 from kvmem.fingerprint import fingerprint
 from kvmem.items import KVCacheItem, KVCacheMetadata, Source, TextualMemoryItem, TextualSource
 from kvmem.merge import MergeStrategy, merged_tokens
@@ -41,12 +43,11 @@ BUILD_TOKENS = 2
 """A build generates two tokens, for a failed save is known one step after the prompt's last."""
 
 
-class VLLMBackend(MeasuredBackend):
+class VLLMBackend(PinningEngine, MeasuredEngine):
     """A vLLM engine with our KV connector. One batch at a time; calls from several threads wait for one another."""
 
     name: ClassVar[str] = VLLMConfig.backend
     config_class: ClassVar[type] = VLLMConfig
-    prefix_block_tokens: int
 
     def __init__(self, config: VLLMConfig, template: TemplateKind = "chat") -> None:
         vllm_start.check_installed()
@@ -76,6 +77,7 @@ class VLLMBackend(MeasuredBackend):
         self.ranks = config.tensor_parallel_size
         self.attention = vllm_measured.attention(self.llm)
         self.prefix_block_tokens = vllm_measured.block_tokens(self.llm)
+        self.pins = Pins()
         self.lock = threading.RLock()
 
     @classmethod
@@ -105,7 +107,7 @@ class VLLMBackend(MeasuredBackend):
         # A salt of its own: the build is a real prefill, and not a hit on what an earlier one left in the engine.
         request = Request(uuid.uuid4().hex, tokens.token_ids, params, name, BUILD_TOKENS)
         with self.lock:
-            (output,) = vllm_start.run(self.llm, [request])
+            (output,) = self._run([request])
         report = (output.kv_transfer_params or {})[REPORT]
         if report["save_error"] or (report["load_error"] and self.config.on_load_failure == "error"):
             raise EngineError(f"The memory was not saved: {report['save_error'] or report['load_error']}")
@@ -117,9 +119,7 @@ class VLLMBackend(MeasuredBackend):
         """One item's file; an exact merge as a joined prefix, which the engine then holds; any other merge as KV, built
         on the Hugging Face side."""
         if len(items) == 1:
-            verified = items[0].metadata.fingerprint is not None
-            file = self.store.file_of(items[0])
-            return LentFile(items[0].metadata.tokens, file, None if verified else file.name)
+            return self.store.lend(items[0])
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids), 1)
@@ -164,7 +164,7 @@ class VLLMBackend(MeasuredBackend):
                 results[request_id] = error
         lent = {request_id: ask.kv_cache for request_id, ask in zip(ids, asks, strict=True)}
         with self.lock:
-            for output in vllm_start.run(self.llm, requests):
+            for output in self._run(requests):
                 results[output.request_id] = self._answer(output, prompts[output.request_id], lent[output.request_id])
         return [results[request_id] for request_id in ids]
 
@@ -179,7 +179,7 @@ class VLLMBackend(MeasuredBackend):
 
         def token_ids() -> Iterator[int]:
             with self.lock:
-                for output in vllm_start.run(self.llm, [request]):
+                for output in self._run([request]):
                     yield from takewhile(lambda token: token not in self.end_tokens, output.outputs[0].token_ids)
                     if output.finished:
                         answer = self._answer(output, prompt, kv_cache)
@@ -188,51 +188,12 @@ class VLLMBackend(MeasuredBackend):
 
         return as_text(token_ids(), self._text, max_new_tokens)
 
-    def reset(self) -> None:
-        """Empties the engine's own prefix cache; files and items stay. EngineError while requests hold blocks."""
-        with self.lock:
-            if not self.llm.reset_prefix_cache():
-                raise EngineError("The engine's prefix cache can't be emptied while a request uses it. Let it finish.")
-
     def answer_prompt(
         self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 1,
         cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """Greedy tokens from token ids, past end tokens: what a measurement times. With one token, that is the TTFT."""
         return self._answer_prompt(prompt, kv_cache, max_new_tokens, cache_salt)[0]
-
-    def first_token(self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None) -> FirstToken:
-        answer = self.answer_prompt(prompt, kv_cache)
-        return FirstToken(answer.token_ids[0], answer.cached_tokens, answer.local_tokens)
-
-    def greedy(self, prompt: TokenizedPrompt, kv_cache: LentFile | None, steps: int) -> GreedyAnswer:
-        _, output = self._answer_prompt(prompt, kv_cache, steps, top_logprobs=vllm_measured.TOP_LOGPROBS)
-        return vllm_measured.greedy_answer(output, self.model_config.vocab_size)
-
-    def two_chunkings(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The second part is computed behind the first one's blocks, which lie in the engine's prefix cache."""
-        ids = tuple(token_ids)
-        whole, first_part = TokenizedPrompt((), ids), TokenizedPrompt((), ids[: self._half(len(ids))])
-        self.reset()
-        at_once = self.greedy(whole, None, 1).logits_SV[0]
-        self.reset()
-        if first_part.ids:
-            self.first_token(first_part)
-        return at_once, self.greedy(whole, None, 1).logits_SV[0]
-
-    def held_tokens(self, prompt: TokenizedPrompt, kv_cache: LentFile) -> int:
-        """A memory's file to the token; a joined prefix in whole blocks."""
-        if kv_cache.file is not None:
-            return len(prompt.memory_ids)
-        return len(prompt.memory_ids) // self.prefix_block_tokens * self.prefix_block_tokens
-
-    def conditions(self) -> dict[str, Any]:
-        return vllm_measured.conditions(self.llm)
-
-    def _half(self, tokens: int) -> int:
-        """About half of so many tokens, in whole blocks."""
-        blocks = max(round(tokens / 2 / self.prefix_block_tokens), 1)
-        return min(blocks, (tokens - 1) // self.prefix_block_tokens) * self.prefix_block_tokens
 
     def _answer_prompt(
         self, prompt: TokenizedPrompt, kv_cache: LentFile | None, max_new_tokens: int, cache_salt: str | None = None,
@@ -241,7 +202,7 @@ class VLLMBackend(MeasuredBackend):
         ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt)
         request = self._request(uuid.uuid4().hex, prompt, ask, past_end=True, top_logprobs=top_logprobs)
         with self.lock:
-            (output,) = vllm_start.run(self.llm, [request])
+            (output,) = self._run([request])
         answer = self._answer(output, prompt, kv_cache)
         if isinstance(answer, KVMemError):
             raise answer
@@ -254,42 +215,18 @@ class VLLMBackend(MeasuredBackend):
         if ask.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {ask.max_new_tokens}. Ask for 1 or more.")
         lent = ask.kv_cache
-        salts = [salt for salt in (ask.cache_salt, lent.salt if lent else None) if salt]
         room = self.window - len(prompt.ids)
         return Request(
-            request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {}, " ".join(salts) or None,
-            min(ask.max_new_tokens, room), ask.sampling,
+            request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {},
+            salt_of(ask.cache_salt, lent), min(ask.max_new_tokens, room), ask.sampling,
             frozenset() if past_end else frozenset(self.end_tokens), stream, top_logprobs,
         )
 
     def _answer(
         self, output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None
     ) -> VLLMGeneration | KVMemError:
-        """What came back, once the engine's own count says that the memory spared it the tokens that it should."""
-        completion = output.outputs[0]
-        if completion.finish_reason == "error":
-            return EngineError("The engine gave up the request; its log says why.")
-        report = (output.kv_transfer_params or {}).get(REPORT)
-        counted = output.num_cached_tokens or 0
-        local, injected, failed = (
-            (report["local_tokens"], report["injected_tokens"], report["load_error"]) if report else (counted, 0, "")
-        )
-        expected, cached = len(prompt.memory_ids), local + injected
-        if failed and self.config.on_load_failure == "error":
-            return InjectionError(f"The memory was not injected: {failed} Or use on_load_failure='recompute'.")
-        if not failed and cached != counted:
-            return InjectionError(
-                f"The engine counts {counted} cached tokens, and the connector {cached}. Don't trust this hit."
-            )
-        if not failed and lent is not None and lent.file is not None and cached < expected:
-            return InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")
-        ids = tuple(completion.token_ids)
-        if ids and ids[-1] in self.end_tokens and completion.finish_reason == "stop":
-            ids = ids[:-1]
-        return VLLMGeneration(
-            self._text(ids), ids, len(prompt.ids), cached, local, injected,
-            max(expected - cached, 0) if failed else 0,
-        )
+        may_recompute = self.config.on_load_failure == "recompute"
+        return verified(output, prompt, lent, may_recompute, self.end_tokens, self._text)
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -309,13 +246,6 @@ class VLLMBackend(MeasuredBackend):
     def _kv_bytes(self, tokens: int) -> int:
         ours = self.fingerprint
         return 2 * ours.layers * ours.kv_heads * ours.head_dim * tokens * self.dtype.itemsize
-
-    def _check_length(self, tokens: int, room: int) -> None:
-        if tokens + room > self.window:
-            raise PromptError(
-                f"A text of {tokens} tokens, and {room} to generate, do not fit the engine's window of {self.window}. "
-                "Shorten it, split it into memories, or raise max_model_len."
-            )
 
 
 def _loaded(config: VLLMConfig, dtype: torch.dtype) -> models.Loaded:

@@ -37,7 +37,7 @@ class Request:
 
     id: str
     token_ids: tuple[int, ...]
-    transfer: dict[str, str]
+    transfer: dict[str, Any]
     salt: str | None
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
@@ -86,6 +86,9 @@ def start(
             tensor_parallel_size=config.tensor_parallel_size, gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
             enable_prefix_caching=True, disable_log_stats=True, seed=0,
+            # Off, as on a CPU anyway: with it, vLLM 0.24 has sent a request's next step before it learns that a load
+            # failed, and does not take that step back.
+            async_scheduling=False,
             kv_transfer_config=KVTransferConfig(
                 kv_connector=CONNECTOR_CLASS, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both",
                 # A request whose load failed is computed and its report says so; "fail" would end it without a reason.
