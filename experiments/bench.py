@@ -8,11 +8,11 @@ from typing import Any
 
 from experiments import hardware, roofline
 from experiments.config import RunConfig
-from experiments.roofline import Roofline
+from experiments.roofline import Rates, Roofline
 from experiments.row import Row
 from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
-from kvmem.backends.hf import HFBackend
-from kvmem.prompt import TokenizedPrompt
+from kvmem.backends.measured import MeasuredBackend
+from kvmem.errors import ConfigError
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Bench:
 
     config: RunConfig
     memory: KVCacheMemory
-    backend: HFBackend
+    backend: MeasuredBackend
     roofline: Roofline
     conditions: dict[str, Any]
     built: list[KVCacheItem] = field(default_factory=list)
@@ -41,27 +41,24 @@ class Bench:
             )
         )
         backend = memory.backend
-        assert isinstance(backend, HFBackend)
-        rates = roofline.calibrate(backend.model_config, backend.model.dtype, backend.device)
+        if not isinstance(backend, MeasuredBackend):
+            raise ConfigError(f"backend={config.backend.backend} answers, and can't be measured. Use another backend.")
+        rates = _rates(backend)
         conditions = {
             "rates": dataclasses.asdict(rates),
             "origin": backend.fingerprint.origin,
-            "graphs": "none (eager)",
+            **backend.conditions(),
         }
         return cls(config, memory, backend, Roofline(rates, backend.model_config), conditions)
 
-    def limits_s(self, injected: TokenizedPrompt, direct: TokenizedPrompt) -> tuple[float, float]:
-        """The least seconds of the injected and of the direct arm."""
-        limit_s = self.roofline.limit_s
-        return limit_s(len(injected.query_ids), len(injected.memory_ids)), limit_s(len(direct.ids), 0)
+    def limit_s(self, computed_tokens: int, cached_tokens: int) -> float:
+        """The least seconds in which this machine prefills so many tokens behind so many."""
+        return self.roofline.limit_s(computed_tokens, cached_tokens)
 
     def recalibrate(self) -> None:
         """Once more, and the higher rates: a machine that was busy when the run opened read low, and an honest arm then
         seems to beat the limit. An arm that did not do the work still does."""
-        model = self.backend.model
-        rates = self.roofline.rates.best(
-            roofline.calibrate(self.backend.model_config, model.dtype, self.backend.device)
-        )
+        rates = self.roofline.rates.best(_rates(self.backend))
         self.roofline = Roofline(rates, self.backend.model_config)
         self.conditions["rates"] = dataclasses.asdict(rates)
 
@@ -77,10 +74,15 @@ class Bench:
             "weights": self.config.model.weights,
             "dtype": fingerprint.dtype,
             "backend": type(self.backend).name,
-            "attention": self.backend.model_config._attn_implementation,
-            "hardware": self.config.hardware.name,
+            "attention": self.backend.attention,
+            "hardware": self.config.hardware.label(),
             "merge": "single",
             "tier": self.backend.device.type,
             "arm": "injected",
         }
         return Row(scenario=scenario, **(same | fields))
+
+
+def _rates(backend: MeasuredBackend) -> Rates:
+    """What the backend's device can do at best, and its ranks together."""
+    return roofline.calibrate(backend.model_config, backend.dtype, backend.compute_device).times(backend.ranks)

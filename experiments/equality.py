@@ -24,6 +24,8 @@ class Trace:
 
     token_ids: tuple[int, ...]
     logits_SV: torch.Tensor
+    complete: bool = True
+    """False: the largest log-probabilities only, -inf for all others; such an answer is at best `tokens` equal."""
 
     def __post_init__(self) -> None:
         if not self.token_ids or self.logits_SV.ndim != 2 or len(self.token_ids) != self.logits_SV.shape[0]:
@@ -76,7 +78,7 @@ def grade(direct: Trace, injected: Trace, rounding_noise: Callable[[int], float]
                 f"One answer ends after {steps} equal tokens and the other goes on: trace both for "
                 "as many steps, or keep the end token in the trace."
             )
-        same = _same_bits(direct.logits_SV, injected.logits_SV)
+        same = direct.complete and injected.complete and _same_bits(direct.logits_SV, injected.logits_SV)
         return Equality("bitwise" if same else "tokens", None, _max_abs_diff(direct, injected, steps))
     logits_V = direct.logits_SV[step].double()
     margin = float(logits_V[direct.token_ids[step]] - logits_V[injected.token_ids[step]])
@@ -107,4 +109,6 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _max_abs_diff(direct: Trace, injected: Trace, steps: int) -> float:
-    return float((direct.logits_SV[:steps].double() - injected.logits_SV[:steps].double()).abs().max())
+    a_SV, b_SV = direct.logits_SV[:steps].double(), injected.logits_SV[:steps].double()
+    told_SV = a_SV.isfinite() & b_SV.isfinite()
+    return float((a_SV[told_SV] - b_SV[told_SV]).abs().max())

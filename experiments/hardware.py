@@ -83,20 +83,34 @@ class Hardware:
                 f"{self.pipeline_parallel} is not gpus {self.gpus}. Change one of them."
             )
 
+    def is_met_by(self, machine: Machine) -> bool:
+        """Whether `machine` is (a node of) this layout."""
+        if self.gpu is None:
+            return True
+        here = sum(gpu.name == self.gpu for gpu in machine.gpus)
+        return here >= self.gpus // self.nodes and machine.memory_gb >= (self.host_memory_gb or 0)
+
+    def is_here(self) -> bool:
+        """Whether a run may take this machine for the layout: by a check that is still to come, or by what is found."""
+        return self.check or self.is_met_by(inspect())
+
     def refuse_other_machines(self) -> None:
         """ConfigError where `check` is set and this machine is not the layout: call it before a model loads."""
         if self.check:
             self.refuse(inspect())
 
+    def label(self) -> str:
+        """Its name in tables; where the check is off and this machine is another, that too."""
+        if self.check:
+            return self.name
+        machine = inspect()
+        return self.name if self.is_met_by(machine) else f"{self.name} (not it: {machine})"
+
     def refuse(self, machine: Machine) -> None:
         """ConfigError that says what `machine` is, where it is not (a node of) this layout."""
-        if self.gpu is None:
+        if self.is_met_by(machine):
             return
         a_node = self.gpus // self.nodes
-        here = sum(gpu.name == self.gpu for gpu in machine.gpus)
-        little_memory = self.host_memory_gb is not None and machine.memory_gb < self.host_memory_gb
-        if here >= a_node and not little_memory:
-            return
         memory = f" and {self.host_memory_gb:.0f} GB of memory" if self.host_memory_gb is not None else ""
         raise ConfigError(
             f"hardware={self.name} is {a_node} × {self.gpu}{memory} a node, and this machine is {machine} "

@@ -14,9 +14,7 @@ import torch
 from scipy import stats
 
 from experiments.equality import Trace
-from kvmem.backends.hf import HFBackend
-from kvmem.dynamic_cache import LentCache
-from kvmem.forward import decode_one_token, prefill
+from kvmem.backends.measured import FirstToken, Lent, MeasuredBackend
 from kvmem.items import MemoryTokens
 from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query, TokenizedPrompt
@@ -36,38 +34,75 @@ class Sample:
     engine_s: float
     user_s: float
     cache_s: float
-    token_id: int
+    token: FirstToken
     prompt: TokenizedPrompt
+    expected_tokens: int = 0
+    """How many tokens the engine must have spared itself: `token.cached_tokens` says how many it did."""
 
 
 Arm = Callable[[], Sample]
 
 
-def injected(memory: KVCacheMemory, backend: HFBackend, ids: Sequence[str], query: Query) -> Sample:
+def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str], query: Query) -> Sample:
     """The memory's cache is lent, and only what it does not cover is prefilled."""
+    backend.reset()
     started = time.perf_counter()
     cache = memory.get_cache(ids)
     synchronize(backend.device)
     lent = time.perf_counter()
     prompt = backend.split(query, cache)
     ready = time.perf_counter()
-    token_id = int(backend.prefill(prompt, cache)[0].argmax())
+    token = backend.first_token(prompt, cache)
     done = time.perf_counter()
-    return Sample(done - ready, done - started, lent - started, token_id, prompt)
+    return Sample(
+        done - ready, done - started, lent - started, token, prompt, backend.held_tokens(prompt, cache)
+    )
 
 
-def direct(backend: HFBackend, tokens: MemoryTokens, query: Query) -> Sample:
+def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Sample:
     """The same memory as prompt text: rendered and tokenised whole, and prefilled whole."""
+    backend.reset()
     started = time.perf_counter()
     prompt = direct_prompt(backend, tokens, query)
     synchronize(backend.device)
     ready = time.perf_counter()
-    token_id = int(backend.prefill(prompt)[0].argmax())
+    token = backend.first_token(prompt)
     done = time.perf_counter()
-    return Sample(done - ready, done - started, 0.0, token_id, prompt)
+    return Sample(done - ready, done - started, 0.0, token, prompt)
 
 
-def direct_prompt(backend: HFBackend, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
+def native_hit(
+    backend: MeasuredBackend,
+    tokens: MemoryTokens,
+    query: Query,
+    first_token: Callable[[TokenizedPrompt], FirstToken] | None = None,
+) -> Sample:
+    """The prompt whole, behind an engine whose own prefix cache holds the memory in whole blocks, and no more.
+
+    `first_token`: another way through the same engine; None is the backend's own.
+    """
+    hold(backend, tokens.token_ids)
+    started = time.perf_counter()
+    prompt = backend.template.split(tokens, query)
+    ready = time.perf_counter()
+    token = (first_token or backend.first_token)(TokenizedPrompt((), prompt.ids))
+    done = time.perf_counter()
+    return Sample(done - ready, done - started, 0.0, token, prompt, whole_blocks(backend, len(prompt.memory_ids)))
+
+
+def hold(backend: MeasuredBackend, token_ids: Sequence[int]) -> None:
+    """The engine's prefix cache, emptied, and then filled by a prefill of these ids."""
+    backend.reset()
+    backend.first_token(TokenizedPrompt((), tuple(token_ids)))
+
+
+def whole_blocks(backend: MeasuredBackend, tokens: int) -> int:
+    """How many of so many tokens the engine's own prefix cache can hold."""
+    block = backend.prefix_block_tokens
+    return tokens // block * block if block else 0
+
+
+def direct_prompt(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
     """The whole prompt with nothing cached, made from the text anew and not from what the cache says."""
     return backend.template.split(tokens.model_copy(update={"token_ids": ()}), query)
 
@@ -110,6 +145,11 @@ def spread(seconds: Sequence[float]) -> float:
     return float((high - low) / median)
 
 
+def missed(samples: Sequence[Sample]) -> Sample:
+    """The sample whose hit was furthest from what was expected: one miss among many would be a slow sample only."""
+    return max(samples, key=lambda sample: abs(sample.token.cached_tokens - sample.expected_tokens))
+
+
 def speedup_pct(kv_s: Sequence[float], direct_s: Sequence[float]) -> float:
     """100 × (1 − median injected / median direct)."""
     return 100 * (1 - statistics.median(kv_s) / statistics.median(direct_s))
@@ -140,28 +180,23 @@ def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-@torch.inference_mode()
-def trace(backend: HFBackend, prompt: TokenizedPrompt, cache: LentCache | None, steps: int) -> Trace:
+def trace(
+    backend: MeasuredBackend, prompt: TokenizedPrompt, lend: Callable[[], Lent] | None, steps: int
+) -> Trace:
     """`steps` greedy tokens and the logits, (steps, vocab), that gave each; end tokens don't stop it."""
-    logits_V, grown = backend.prefill(prompt, cache)
-    token_ids, logits = [int(logits_V.argmax())], [logits_V.float().cpu()]
-    for _ in range(steps - 1):
-        logits_V = decode_one_token(backend.model, token_ids[-1], grown)
-        token_ids.append(int(logits_V.argmax()))
-        logits.append(logits_V.float().cpu())
-    return Trace(tuple(token_ids), torch.stack(logits))
+    backend.reset()
+    answer = backend.greedy(prompt, lend() if lend else None, steps)
+    return Trace(answer.token_ids, answer.logits_SV, answer.complete)
 
 
-def rounding_noise(backend: HFBackend, token_ids: Sequence[int]) -> float:
-    """How far rounding alone moves the direct arm's last logits: whole against two halves, largest absolute difference.
+def rounding_noise(backend: MeasuredBackend, token_ids: Sequence[int]) -> float:
+    """How far rounding alone moves the direct arm's last logits: whole against two parts, largest absolute difference.
 
     The injected arm has no part in it.
     """
-    whole_V = backend.prefill(TokenizedPrompt((), tuple(token_ids)))[0]
-    half = len(token_ids) // 2
-    _, cache = backend.prefill(TokenizedPrompt((), tuple(token_ids[:half])))
-    halves_V = prefill(backend.model, token_ids[half:], cache)
-    return float((whole_V.float() - halves_V.float()).abs().max())
+    whole_V, parts_V = backend.two_chunkings(token_ids)
+    told_V = whole_V.isfinite() & parts_V.isfinite()
+    return float((whole_V[told_V] - parts_V[told_V]).abs().max())
 
 
 def synchronize(device: torch.device) -> None:

@@ -144,6 +144,11 @@ class Rates:
         flop_per_s, bytes_per_s = max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s)
         return Rates(flop_per_s, bytes_per_s, self.dtype, f"{self.how} | {other.how}")
 
+    def times(self, ranks: int) -> Rates:
+        """Of so many GPUs together, which nothing that they share the work of can beat."""
+        how = self.how if ranks == 1 else f"{ranks} × ({self.how})"
+        return Rates(ranks * self.flop_per_s, ranks * self.bytes_per_s, self.dtype, how)
+
     @property
     def element_bytes(self) -> int:
         return getattr(torch, self.dtype).itemsize

@@ -34,11 +34,13 @@ class Verdict:
 def judge(
     *, direct_digest: str, injected_digest: str, cached_tokens: int, expected_tokens: int, kv_ttft_s: float,
     direct_ttft_s: float, kv_limit_s: float, direct_limit_s: float, build_s: float, equality: str, exact: bool,
+    direct_cached_tokens: int = 0,
 ) -> Verdict:  # fmt: skip
     """Judges one cell of the direct arm against the injected one.
 
     1. Both arms ate the same token ids (`*_digest`: hash of all of them).
-    2. The cache hit was the expected one: less is no injection, more is a query that was cached too.
+    2. The cache hit was the expected one: less is no injection, more is a query that was cached too. The direct arm had
+       none.
     3. No arm beats the hardware's limit: then it did not do the work.
     4. The direct arm is no straw man: direct <= 1.2 × (build + injected).
     5. The answers do not diverge, where the strategy is `exact`; for another one, divergence is its price, and is told.
@@ -48,6 +50,8 @@ def judge(
         failed.append(f"the arms ate different token ids ({direct_digest} direct, {injected_digest} injected)")
     if cached_tokens != expected_tokens:
         failed.append(f"{cached_tokens} tokens came from the cache, {expected_tokens} were expected")
+    if direct_cached_tokens:
+        failed.append(f"{direct_cached_tokens} tokens of the direct arm came from a cache: it was not cold")
     failed += filter(
         None, [_beats_limit("injected", kv_ttft_s, kv_limit_s), _beats_limit("direct", direct_ttft_s, direct_limit_s)]
     )

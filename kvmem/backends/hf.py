@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kvmem import dynamic_cache, models
-from kvmem.backends import Backend
+from kvmem.backends import BackendConfig
+from kvmem.backends.measured import FirstToken, GreedyAnswer, MeasuredBackend
 from kvmem.backends.sampling import Sampler, Sampling
 from kvmem.backends.streaming import Token, as_text
 from kvmem.dynamic_cache import LentCache
@@ -29,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
-class HFConfig:
+class HFConfig(BackendConfig):
     """The keys of `extractor_llm["config"]` for the backend `huggingface`."""
 
     backend: ClassVar[str] = "huggingface"
@@ -62,7 +63,7 @@ class Generation:
     cached_tokens: int
 
 
-class HFBackend(Backend):
+class HFBackend(MeasuredBackend):
     """A transformers model with its tokenizer and prompt template."""
 
     name: ClassVar[str] = HFConfig.backend
@@ -74,7 +75,9 @@ class HFBackend(Backend):
         self.template = PromptTemplate(loaded.tokenizer, template)
         self.fingerprint = fingerprint(loaded.model, loaded.tokenizer, loaded.origin)
         self.model_config = loaded.model.config
-        self.device = loaded.model.device
+        self.device = self.compute_device = loaded.model.device
+        self.dtype = loaded.model.dtype
+        self.attention = self.model_config._attn_implementation
         ends = self.model.generation_config.eos_token_id
         tokens = ends if isinstance(ends, list) else [ends]
         self.end_tokens = {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
@@ -146,6 +149,33 @@ class HFBackend(Backend):
             cache = DynamicCache(config=self.model_config)
         return prefill(self.model, prompt.ids[cache.get_seq_length() :], cache), cache
 
+    def first_token(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> FirstToken:
+        logits_V, _ = self.prefill(prompt, kv_cache)
+        return FirstToken(int(logits_V.argmax()), len(prompt.memory_ids))
+
+    @torch.inference_mode()
+    def greedy(self, prompt: TokenizedPrompt, kv_cache: LentCache | None, steps: int) -> GreedyAnswer:
+        logits_V, cache = self.prefill(prompt, kv_cache)
+        token_ids, logits = [int(logits_V.argmax())], [logits_V.float().cpu()]
+        for _ in range(steps - 1):
+            logits_V = self.decode_one_token(token_ids[-1], cache)
+            token_ids.append(int(logits_V.argmax()))
+            logits.append(logits_V.float().cpu())
+        return GreedyAnswer(tuple(token_ids), torch.stack(logits))
+
+    def two_chunkings(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, half = tuple(token_ids), len(token_ids) // 2
+        whole_V = self.prefill(TokenizedPrompt((), ids))[0].float()
+        _, cache = self.prefill(TokenizedPrompt((), ids[:half]))
+        return whole_V, prefill(self.model, ids[half:], cache).float()
+
+    def conditions(self) -> dict[str, Any]:
+        return {"graphs": "none (eager)"}
+
+    def decode_one_token(self, token_id: int, cache: DynamicCache) -> torch.Tensor:
+        """The logits, (vocab,), that follow `token_id` behind `cache`, which grows by it."""
+        return decode_one_token(self.model, token_id, cache)
+
     def generate(
         self,
         query: Query,
@@ -188,7 +218,7 @@ class HFBackend(Backend):
                 return
             yield token
             if step + 1 < max_new_tokens:
-                logits_V = decode_one_token(self.model, token, cache)
+                logits_V = self.decode_one_token(token, cache)
 
     def _lend_prefix(self, cache: DynamicCache, tokens: MemoryTokens, length: int) -> DynamicCache:
         lent = dynamic_cache.lend(cache, tokens, self.model_config)

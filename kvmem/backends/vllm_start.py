@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvmem.backends import vllm_weights
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER
@@ -33,7 +34,8 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Request:
-    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them."""
+    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them.
+    `top_logprobs`: how many log-probabilities to tell of each token, from the largest."""
 
     id: str
     token_ids: tuple[int, ...]
@@ -43,6 +45,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     end_tokens: frozenset[int] = frozenset()
     stream: bool = False
+    top_logprobs: int | None = None
 
 
 def check_installed() -> None:
@@ -55,10 +58,14 @@ def check_installed() -> None:
 
 
 def start(
-    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint
+    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint,
+    own_weights: bool = False,
 ) -> LLM:
     """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason, and
-    ConfigError where its blocks can't hold a request of the whole window."""
+    ConfigError where its blocks can't hold a request of the whole window.
+
+    own_weights: its workers make seeded random weights, and `model_folder` holds a config only.
+    """
     on_gpu = torch.cuda.is_available()
     cache_gib = config.kv_cache_gib or (None if on_gpu else CPU_KV_CACHE_GIB)
     block_size = config.block_size or (GPU_BLOCK_SIZE if on_gpu else CPU_BLOCK_SIZE)
@@ -79,8 +86,10 @@ def start(
         optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if config.block_size is not None:
         optional["block_size"] = config.block_size
+    if own_weights:
+        optional |= {"load_format": "dummy", "worker_extension_cls": vllm_weights.EXTENSION}
     try:
-        return LLM(
+        llm = LLM(
             model=model_folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=window,
             tensor_parallel_size=config.tensor_parallel_size, gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
@@ -98,6 +107,9 @@ def start(
         )
     except ValueError as error:
         raise EngineError(f"vLLM refuses to start: {error}") from error
+    if own_weights:
+        llm.collective_rpc("fill_with_random_weights", args=(config.seed,))
+    return llm
 
 
 def _check_budget(
@@ -140,7 +152,7 @@ def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
             params = SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
                 max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True,
-                detokenize=False,
+                detokenize=False, logprobs=request.top_logprobs,
                 extra_args={"kv_transfer_params": request.transfer} if request.transfer else None,
                 output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
             )

@@ -1,0 +1,136 @@
+"""One arm against the prompt sent whole, as a row: the same figures, equality and verdict in every scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from experiments import measure
+from experiments.bench import Bench
+from experiments.equality import Trace, grade
+from experiments.measure import Sample
+from experiments.row import Row
+from experiments.verdict import judge
+from experiments.workloads import Cell
+
+ENOUGH_FOR_P90 = 10
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm was measured to do: its samples, and a longer answer with its logits."""
+
+    samples: list[Sample]
+    trace: Trace
+
+    @property
+    def engine_s(self) -> list[float]:
+        return [sample.engine_s for sample in self.samples]
+
+    @property
+    def user_s(self) -> float:
+        return median(sample.user_s for sample in self.samples)
+
+
+def compare(
+    bench: Bench, scenario: str, cell: Cell, arm: str, reused: Arm, direct: Arm, *,
+    build_s: float, kv_bytes: int, memories: int = 1, conditions: dict[str, Any], extra: dict[str, Any],
+) -> Row:  # fmt: skip
+    """The row of `arm`, which reuses a memory, beside the direct one; both were sampled in the same rounds."""
+    hit, plain = measure.missed(reused.samples), measure.missed(direct.samples)
+    kv_s, direct_s = median(reused.engine_s), median(direct.engine_s)
+    cached, whole = hit.token.cached_tokens, len(hit.prompt.ids)
+    equality = grade(
+        direct.trace,
+        reused.trace,
+        lambda step: measure.rounding_noise(bench.backend, plain.prompt.ids + direct.trace.token_ids[:step]),
+    )
+    limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain.prompt.ids), 0)
+    if kv_s < limit_s or direct_s < direct_limit_s:
+        bench.recalibrate()
+        limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain.prompt.ids), 0)
+    merge = bench.config.merge
+    verdict = judge(
+        direct_digest=plain.prompt.digest,
+        injected_digest=hit.prompt.digest,
+        direct_cached_tokens=plain.token.cached_tokens,
+        cached_tokens=cached,
+        # What an engine holds in whole blocks only is short of the cell's memory by the rest of the last one.
+        expected_tokens=cell.context_tokens - (len(hit.prompt.memory_ids) - hit.expected_tokens),
+        kv_ttft_s=kv_s,
+        direct_ttft_s=direct_s,
+        kv_limit_s=limit_s,
+        direct_limit_s=direct_limit_s,
+        build_s=build_s,
+        equality=equality.grade,
+        exact=memories == 1 or merge.exact,
+    )
+    cache_s = median(sample.cache_s for sample in reused.samples)
+    saved_s = direct.user_s - reused.user_s
+    return bench.row(
+        scenario,
+        arm=arm,
+        context_tokens=cell.context_tokens,
+        query_tokens=cell.query_tokens,
+        memories=memories,
+        merge=merge.name if memories > 1 else "single",
+        pairs=len(reused.samples),
+        build_s=build_s,
+        kv_bytes=kv_bytes,
+        fetch_s=cache_s if memories == 1 else None,
+        merge_s=cache_s if memories > 1 else None,
+        kv_ttft_s=kv_s,
+        direct_ttft_s=direct_s,
+        kv_user_ttft_s=reused.user_s,
+        direct_user_ttft_s=direct.user_s,
+        speedup_pct=measure.speedup_pct(reused.engine_s, direct.engine_s),
+        speedup_interval=measure.speedup_interval(reused.engine_s, direct.engine_s),
+        break_even_queries=build_s / saved_s if saved_s > 0 else None,
+        cached_tokens=cached,
+        limit_s=limit_s,
+        mfu=bench.roofline.mfu(whole - cached, cached, kv_s),
+        equality=equality.grade,
+        first_difference=equality.first_difference,
+        logit_max_abs_diff=equality.logit_max_abs_diff,
+        near_tie_margin=equality.near_tie_margin,
+        verdict=verdict.verdict,
+        verdict_reason=verdict.reason,
+        conditions=conditions | bench.conditions,  # the rates may have been calibrated anew
+        extra=_told(bench, cell, reused, direct) | {"direct_limit_s": direct_limit_s} | extra,
+    )
+
+
+def _told(bench: Bench, cell: Cell, reused: Arm, direct: Arm) -> dict[str, Any]:
+    decode = bench.backend.tokenizer.decode
+    told: dict[str, Any] = {
+        "context": cell.context,
+        "query": cell.query,
+        "question": cell.question,
+        "truth": cell.truth,
+        "answers": {
+            "injected": decode(list(reused.trace.token_ids)),
+            "direct": decode(list(direct.trace.token_ids)),
+        },
+        "spread": {"injected": measure.spread(reused.engine_s), "direct": measure.spread(direct.engine_s)},
+    }
+    for label, arm in (("kv", reused), ("direct", direct)):
+        told |= every_sample(f"{label}_ttft", arm.engine_s)
+    return told
+
+
+def every_sample(name: str, seconds: Sequence[float]) -> dict[str, Any]:
+    """All samples of an arm, and their 90th percentile where there are enough of them."""
+    samples: dict[str, Any] = {f"{name}_all_s": list(seconds)}
+    if len(seconds) >= ENOUGH_FOR_P90:
+        samples[f"{name}_p90_s"] = float(np.percentile(seconds, 90))
+    return samples
+
+
+def ratio(name: str, a_s: Sequence[float], b_s: Sequence[float]) -> dict[str, Any]:
+    """The paired ratio of two arms and its 95% interval, under `name`."""
+    middle, low, high = measure.paired_ratio(a_s, b_s)
+    return {name: middle, f"{name}_interval": (low, high)}
