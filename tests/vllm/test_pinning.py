@@ -9,14 +9,13 @@ from pydoc_data.topics import topics
 import pytest
 
 from kvmem import KVCacheMemory
-from kvmem.backends.lent_file import LentFile
 from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
 from kvmem.backends.vllm_engine import VLLMBackend
 from kvmem.errors import ConfigError, EngineError, UnknownMemoryError
-from tests.tiny import pairs
+from kvmem.items import KVCacheItem
 from tests.vllm.conftest import SETTINGS, on_engine
 
-TEXTS = [text for text, _ in pairs(4, 2400, seed=7)]
+TEXTS = [topics[page][:1200] for page in sorted(topics) if len(topics[page]) > 1200][:4]
 QUERY = "Which rule is the first?"
 BLOCK_TOKENS = 128
 WINDOW_BLOCKS = 12
@@ -30,18 +29,18 @@ def memory(engine: VLLMBackend) -> Iterator[KVCacheMemory]:
 
 
 @pytest.fixture(scope="module")
-def filler(engine: VLLMBackend) -> LentFile:
+def filler(engine: VLLMBackend) -> KVCacheItem:
     """A memory that fills nearly the whole window: under each salt it takes eleven blocks."""
     ids = engine.tokenizer.encode(max(topics.values(), key=len))[:1350]
     item = on_engine(engine).extract(engine.tokenizer.decode(ids))
     assert 10 * BLOCK_TOKENS < item.metadata.token_count < 11 * BLOCK_TOKENS
-    return engine.store.lend(item)
+    return item
 
 
-def evict(engine: VLLMBackend, filler: LentFile) -> None:
-    """Traffic that takes every block that is not held."""
-    for i in range(17):
-        engine.generate(QUERY, filler, 1, cache_salt=f"traffic {i}")
+def evict(engine: VLLMBackend, filler: KVCacheItem) -> None:
+    """Traffic that takes every block that is not held: each request leaves ten full ones behind."""
+    for i in range(19):
+        engine.generate(QUERY, engine.store.lend(filler), 1, cache_salt=f"traffic {i}")
 
 
 def whole_blocks(tokens: int) -> int:
@@ -49,7 +48,7 @@ def whole_blocks(tokens: int) -> int:
 
 
 def test_what_is_pinned_outlasts_the_traffic_that_evicts_the_rest(
-    engine: VLLMBackend, memory: KVCacheMemory, filler: LentFile
+    engine: VLLMBackend, memory: KVCacheMemory, filler: KVCacheItem
 ) -> None:
     pinned, control = memory.extract(TEXTS[:2])
     memory.add([pinned, control])
@@ -96,7 +95,7 @@ def test_a_deleted_memory_is_unpinned(engine: VLLMBackend, memory: KVCacheMemory
     engine.reset()
 
 
-def test_a_pin_is_of_one_salt(engine: VLLMBackend, memory: KVCacheMemory, filler: LentFile) -> None:
+def test_a_pin_is_of_one_salt(engine: VLLMBackend, memory: KVCacheMemory, filler: KVCacheItem) -> None:
     item = memory.extract(TEXTS[0])
     memory.add(item)
     held = engine.pin(item, cache_salt="tenant a")
@@ -118,25 +117,24 @@ def test_what_can_not_be_pinned_says_why(engine: VLLMBackend, memory: KVCacheMem
 
 
 def test_pins_leave_room_and_short_of_blocks_answers_stay_equal(
-    engine: VLLMBackend, memory: KVCacheMemory, filler: LentFile
+    engine: VLLMBackend, memory: KVCacheMemory, filler: KVCacheItem
 ) -> None:
-    big = next(item for item in engine.store.files if engine.store.files[item] is filler.file)
     total = engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
     most = (total - WINDOW_BLOCKS) // 10
     for i in range(most):
-        assert engine.pin(big, cache_salt=f"pin {i}") == 10 * BLOCK_TOKENS
+        assert engine.pin(filler, cache_salt=f"pin {i}") == 10 * BLOCK_TOKENS
     numbers = rf"10 blocks more than the {10 * most} pinned.*{total} blocks {WINDOW_BLOCKS}"
     with pytest.raises(EngineError, match=numbers):
-        engine.pin(big, cache_salt="one too many")
+        engine.pin(filler, cache_salt="one too many")
 
     # What is left holds each of these while its answer is short, and not all of them when they grow past a block.
     left = total - 10 * most
     small = memory.extract(TEXTS[0][:280])
     memory.add(small)
     lent = memory.get_cache(small.kv_cache_id)
-    words = " ".join(["please"] * (BLOCK_TOKENS - 8 - len(engine.split("", lent).ids)))
-    assert BLOCK_TOKENS - 16 < len(engine.split(words, lent).ids) < BLOCK_TOKENS
-    asks = [Ask(f"{i} {words}", lent, 24, cache_salt=str(i), past_end=True) for i in range(left)]
+    words = " please" * (BLOCK_TOKENS - 8 - len(engine.split("10", lent).ids))
+    assert BLOCK_TOKENS - 16 < len(engine.split(f"10{words}", lent).ids) < BLOCK_TOKENS
+    asks = [Ask(f"{i}{words}", lent, 24, cache_salt=str(i), past_end=True) for i in range(left)]
     together = engine.generate_batch(asks)
     assert all(isinstance(answer, VLLMGeneration) for answer in together), together
     put_aside = [i for i, answer in enumerate(together) if answer.preemptions]
