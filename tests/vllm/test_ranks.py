@@ -87,7 +87,7 @@ def test_tensor_parallel_on_gpus_two_ranks_to_one_and_back(tmp_path: Path) -> No
         pytest.skip(f"{torch.cuda.device_count()} GPUs are here, and tensor parallel needs 2 of one host")
     config = {
         "model_name_or_path": "random:qwen3-0.6b", "random_weights": "saved", "dtype": "bfloat16",
-        "max_model_len": 4096, "kv_cache_gib": 4.0,
+        "max_model_len": 4096, "kv_cache_gib": 4.0, "enforce_eager": True,
     }  # fmt: skip
     of_one, of_two = tmp_path / "of one", tmp_path / "of two"
     finish(engine(config, 2, [("build", of_two)]))
