@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from kvmem.errors import EngineError
 from kvmem.fingerprint import ModelFingerprint
 from kvmem.items import KVCacheMetadata, MemoryTokens, TextualMemoryItem, TextualSource
 from kvmem.storage.manifest import ItemManifest
@@ -31,7 +30,6 @@ def announced(
     )
 
 
-def check_saved(report: dict[str, Any], may_recompute: bool) -> None:
-    """Raises EngineError with the connector's reason if the file was not saved, or its base was not loaded."""
-    if report["save_error"] or (report["load_error"] and not may_recompute):
-        raise EngineError(f"The memory was not saved: {report['save_error'] or report['load_error']}")
+def not_saved(report: dict[str, Any], may_recompute: bool) -> str:
+    """The connector's reason, if the file was not saved or its base was not loaded; else nothing."""
+    return str(report["save_error"] or (not may_recompute and report["load_error"]) or "")

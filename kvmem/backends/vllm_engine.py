@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from kvmem import models
-from kvmem.backends import Backend, vllm_start
+from kvmem.backends import vllm_measured, vllm_start
 from kvmem.backends.lent_file import FileStore, LentFile, salt_of
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.streaming import Token, as_text
 from kvmem.backends.vllm_answer import answer_of, verified
-from kvmem.backends.vllm_build import BUILD_TOKENS, announced, check_saved
+from kvmem.backends.vllm_build import BUILD_TOKENS, announced, not_saved
 from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
 from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
+from kvmem.backends.vllm_measured import MeasuredEngine
+from kvmem.backends.vllm_model import described, dtype_of
 from kvmem.backends.vllm_pins import PinningEngine, Pins
 from kvmem.backends.vllm_start import Request
-from kvmem.errors import ConfigError, KVMemError, PromptError
+from kvmem.errors import ConfigError, EngineError, KVMemError, PromptError
 from kvmem.fingerprint import fingerprint
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy, merged_tokens
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm import RequestOutput
 
-class VLLMBackend(PinningEngine, Backend):
+
+class VLLMBackend(PinningEngine, MeasuredEngine):
     """A vLLM engine with our KV connector. One batch at a time; calls from several threads wait for one another."""
 
     name: ClassVar[str] = VLLMConfig.backend
@@ -43,8 +46,10 @@ class VLLMBackend(PinningEngine, Backend):
     def __init__(self, config: VLLMConfig, template: TemplateKind = "chat") -> None:
         vllm_start.check_installed()
         self.config = config
-        loaded = vllm_start.load_to_fingerprint(config)
-        self.dtype = loaded.model.dtype
+        on_gpu = torch.cuda.is_available()
+        self.dtype = dtype_of(config)
+        loaded = described(config, self.dtype)
+        self.own_weights = loaded.model.device.type == "meta"
         self.folder = models.engine_folder(config.model_name_or_path, loaded)
         self.tokenizer = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template)
@@ -55,11 +60,17 @@ class VLLMBackend(PinningEngine, Backend):
         tokens = ends if isinstance(ends, list) else [ends]
         self.end_tokens = {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
         del loaded
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.empty_cache()
         self.window = config.max_model_len or self.model_config.max_position_embeddings
         self.store = FileStore(Path(config.store_dir) if config.store_dir else None)
-        self.llm = vllm_start.start(config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint)
+        self.llm = vllm_start.start(
+            config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint, self.own_weights
+        )
+        self.compute_device = torch.device("cuda" if on_gpu else "cpu")
+        self.ranks = config.tensor_parallel_size
+        self.attention = vllm_measured.attention(self.llm)
+        self.prefix_block_tokens = vllm_measured.block_tokens(self.llm)
         self.pins = Pins()
         self.lock = threading.RLock()
 
@@ -84,19 +95,24 @@ class VLLMBackend(PinningEngine, Backend):
         with self.lock:
             (output,) = self._run([request])
         report = (output.kv_transfer_params or {})[REPORT]
-        check_saved(report, self.config.on_load_failure == "recompute")
+        reason = not_saved(report, self.config.on_load_failure == "recompute")
+        if reason:
+            self.store.discard(name, self.config.tensor_parallel_size)
+            raise EngineError(f"The memory was not saved: {reason}")
         item = self.store.adopt(name, self.fingerprint, self.model_config, self.config.tensor_parallel_size)
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
         return item
 
     def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentFile:
-        """One item's file; an exact merge as a joined prefix; any other merge as KV, built on the Hugging Face side."""
+        """One item's file; an exact merge as a joined prefix, which the engine then holds; any other merge as KV, built
+        on the Hugging Face side."""
         if len(items) == 1:
             return self.store.lend(items[0])
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids), 1)
         if merge.exact:
+            self.first_token(TokenizedPrompt((), tokens.token_ids))  # prefilled now, if the engine holds it no more
             return LentFile(tokens, None)
         return self.store.lend_merged(items, tokens, separator_ids, merge, self._merge_model)
 
@@ -160,17 +176,23 @@ class VLLMBackend(PinningEngine, Backend):
         cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """Greedy tokens from token ids, past end tokens: what a measurement times. With one token, that is the TTFT."""
-        ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt)
-        request = self._request(uuid.uuid4().hex, prompt, ask, past_end=True)
+        return self._answer_prompt(prompt, kv_cache, max_new_tokens, cache_salt)[0]
+
+    def _answer_prompt(
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None, max_new_tokens: int, cache_salt: str | None = None,
+        top_logprobs: int | None = None,
+    ) -> tuple[VLLMGeneration, RequestOutput]:
+        ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt, past_end=True)
+        request = self._request(uuid.uuid4().hex, prompt, ask, top_logprobs=top_logprobs)
         with self.lock:
             (output,) = self._run([request])
         answer = self._answer(output, prompt, kv_cache)
         if isinstance(answer, KVMemError):
             raise answer
-        return answer
+        return answer, output
 
     def _request(
-        self, request_id: str, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False, stream: bool = False
+        self, request_id: str, prompt: TokenizedPrompt, ask: Ask, stream: bool = False, top_logprobs: int | None = None
     ) -> Request:
         if ask.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {ask.max_new_tokens}. Ask for 1 or more.")
@@ -179,7 +201,7 @@ class VLLMBackend(PinningEngine, Backend):
         return Request(
             request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {},
             salt_of(ask.cache_salt, lent), min(ask.max_new_tokens, room), ask.sampling,
-            frozenset() if past_end else frozenset(self.end_tokens), stream,
+            frozenset() if ask.past_end else frozenset(self.end_tokens), stream, top_logprobs,
         )
 
     def _answer(
@@ -196,4 +218,9 @@ class VLLMBackend(PinningEngine, Backend):
     @cached_property
     def _merge_model(self) -> PreTrainedModel:
         """The same weights in transformers, on the CPU, for merges that are not a prefix; loaded at first need."""
+        if self.own_weights:
+            raise ConfigError(
+                "This merge needs the weights in transformers too, and the engine made its own. "
+                "Use random_weights='saved', or merge=Reprefill."
+            )
         return models.load(self.folder, torch.device("cpu"), self.dtype).model

@@ -33,9 +33,8 @@ class Prefixes:
         return build_s
 
     def check_warm(self, lent: LentFile, salt: str | None) -> None:
-        """Raises InjectionError for a prefix that this client has not warmed up for this tenant; not for a merge, whose
-        first answer is what prefills it."""
-        if lent.file is None and not lent.tokens.lead_ids and (lent.tokens.token_ids, salt) not in self.held:
+        """Raises InjectionError for a prefix that this client has not warmed up for this tenant."""
+        if lent.file is None and (lent.tokens.token_ids, salt) not in self.held:
             tenant = f"the cache_salt {salt!r}" if salt else "requests without a cache_salt"
             raise InjectionError(
                 f"This memory was not warmed up on {self.client.name} for {tenant}, so it would be computed. "

