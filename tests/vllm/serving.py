@@ -27,8 +27,11 @@ MODEL = "smollm2-135m"
 KEY_VARIABLE, KEY = "KVMEM_TEST_KEY", "a key of the tests"
 WINDOW = 1536
 START_S = 280
+CACHE_BYTES = 192 << 20
+CACHE_TOKENS = CACHE_BYTES // 46_080
+"""Little, so that traffic soon evicts; a token of this model takes 46,080 bytes in fp32."""
 FLAGS = (
-    "--host", "127.0.0.1", "--max-model-len", str(WINDOW), "--kv-cache-memory-bytes", str(512 << 20),
+    "--host", "127.0.0.1", "--max-model-len", str(WINDOW), "--kv-cache-memory-bytes", str(CACHE_BYTES),
     "--distributed-executor-backend", "uni",
 )  # fmt: skip
 ENVIRONMENT = {"VLLM_API_KEY": KEY, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
