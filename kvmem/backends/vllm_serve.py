@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pydantic
 import torch
 
 from kvmem import models
@@ -22,7 +23,7 @@ from kvmem.backends import vllm_start
 from kvmem.backends.server_card import ServerCard
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_model import described, dtype_of
-from kvmem.errors import KVMemError
+from kvmem.errors import KVMemError, config_error
 from kvmem.fingerprint import fingerprint
 
 CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(int(vllm_start.CPU_KV_CACHE_GIB * 2**30)))
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         vllm_start.check_installed()
         command = serve_command(_parser().parse_args(given[:at]), given[at + 1 :])
+    except pydantic.ValidationError as error:
+        raise SystemExit(str(config_error("vllm_serve", error, ()))) from error
     except KVMemError as error:
         raise SystemExit(f"vllm_serve: {error}") from error
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

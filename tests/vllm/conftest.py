@@ -11,6 +11,7 @@ import pytest
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_engine import VLLMBackend
+from kvmem.backends.vllm_server import VLLMServerBackend
 from tests.vllm.serving import KEY, KEY_VARIABLE, MODEL, Connect, running
 
 SETTINGS = {"dtype": "float32", "max_model_len": 1536, "kv_cache_gib": 1.0}
@@ -64,3 +65,13 @@ def connect(url: str) -> Connect:
         return KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm_server", "config": config}))
 
     return connected
+
+
+@pytest.fixture(scope="session")
+def files(connect: Connect, store: Path) -> VLLMServerBackend:
+    return connect(store_dir=str(store)).backend
+
+
+@pytest.fixture(scope="session")
+def prefixes(connect: Connect) -> VLLMServerBackend:
+    return connect(cache_salt="prefixes").backend

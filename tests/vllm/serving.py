@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from kvmem import KVCacheMemory
+from kvmem import KVCacheMemory, KVCacheMemoryConfig
+from kvmem.backends.vllm_server import VLLMServerBackend
+from tests.tiny import pairs
 
 Connect = Callable[..., KVCacheMemory]
 
@@ -27,7 +29,7 @@ MODEL = "smollm2-135m"
 KEY_VARIABLE, KEY = "KVMEM_TEST_KEY", "a key of the tests"
 WINDOW = 1536
 START_S = 280
-CACHE_BYTES = 192 << 20
+CACHE_BYTES = 96 << 20
 CACHE_TOKENS = CACHE_BYTES // 46_080
 """Little, so that traffic soon evicts; a token of this model takes 46,080 bytes in fp32."""
 FLAGS = (
@@ -36,6 +38,24 @@ FLAGS = (
 )  # fmt: skip
 ENVIRONMENT = {"VLLM_API_KEY": KEY, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The latter, with the executor `uni`, spares the server a process for its only worker, and a start of 15 s."""
+
+NEW_TOKENS = 16
+BLOCK_TOKENS = 128
+QUERY = "Which rule is the first?"
+TEXTS = [text[:800] for text, _ in pairs(6, 1600, seed=11)]
+
+
+def on_server(backend: VLLMServerBackend, **fields: object) -> KVCacheMemory:
+    """An empty memory on a backend that is already connected."""
+    return KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm_server", "config": {}}, **fields), backend)
+
+
+def as_turns(text: str, query: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}, {"role": "user", "content": query}]
+
+
+def whole_blocks(tokens: int) -> int:
+    return tokens // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 def free_port() -> int:
