@@ -33,7 +33,7 @@ def engine(config: dict[str, Any], ranks: int, steps: list[Step]) -> subprocess.
     }
     return subprocess.Popen(
         [sys.executable, "-m", "tests.vllm.ranks", json.dumps(order)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
 
