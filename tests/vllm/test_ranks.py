@@ -17,7 +17,7 @@ from tests.vllm.conftest import skip_without_vllm
 from tests.vllm.ranks import BUILT
 
 ROOT = Path(__file__).parents[2]
-ASKED = pairs(4, 1200, seed=11)
+ASKED = pairs(2, 1200, seed=11)
 TURNS = [
     [{"role": "user", "content": text}, {"role": "assistant", "content": "I have read it."}] for text, _ in ASKED
 ]  # fmt: skip
