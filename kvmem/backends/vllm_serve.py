@@ -34,14 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Becomes vLLM's server; returns only by raising."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     at = given.index("--") if "--" in given else len(given)
+    options = _parser().parse_args(given[:at])
     try:
         vllm_start.check_installed()
-        command = serve_command(_parser().parse_args(given[:at]), given[at + 1 :])
+        command = serve_command(options, given[at + 1 :])
     except pydantic.ValidationError as error:
         raise SystemExit(str(config_error("vllm_serve", error, ()))) from error
     except KVMemError as error:
         raise SystemExit(f"vllm_serve: {error}") from error
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if options.tensor_parallel_size > 1 and not torch.cuda.is_available():
+        cores = vllm_start.cores_by_rank(options.tensor_parallel_size)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
     # What `vllm serve` runs, by its module: the script does not look for kvmem in the current folder, and in the CPU
     # build it fails, for the package is of another name there.
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command])

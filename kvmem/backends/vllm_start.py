@@ -92,7 +92,7 @@ def start(
 
     check_version()
     if config.tensor_parallel_size > 1 and not on_gpu:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(config.tensor_parallel_size))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_by_rank(config.tensor_parallel_size))
     optional: dict[str, Any] = {}
     if cache_gib is not None:
         optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
@@ -134,7 +134,7 @@ def _check_budget(
         )
 
 
-def _cores_by_rank(ranks: int) -> str:
+def cores_by_rank(ranks: int) -> str:
     """This process's cores shared out, as vLLM reads it ("0,1|2,3"): left to itself it wants a NUMA node for each."""
     cores = sorted(os.sched_getaffinity(0))
     each = len(cores) // ranks

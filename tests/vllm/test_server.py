@@ -11,7 +11,7 @@ import pytest
 from kvmem.backends.hf import HFBackend
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.vllm_config import Ask, VLLMGeneration
-from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT_TO, SAVE
+from kvmem.backends.vllm_connector import ITEM, LOAD, PIN, REPORT_TO, SAVE, UNPIN
 from kvmem.backends.vllm_server import VLLMServerBackend
 from kvmem.backends.vllm_server_client import ServerRequest
 from kvmem.errors import ConfigError, InjectionError, PromptError
@@ -173,6 +173,7 @@ def test_what_a_stranger_asks_of_the_connector_does_not_hurt_the_server(files: V
     for transfer in (
         {LOAD: "../../etc/passwd"}, {LOAD: 7}, {SAVE: "../escaped.safetensors", ITEM: "{}"}, {SAVE: "a", ITEM: "no"},
         {LOAD: "none", REPORT_TO: "../escaped"}, {SAVE: ["a"], ITEM: {}},
+        {LOAD: {"name": 1}, UNPIN: 7}, {LOAD: 1.5, UNPIN: [[]], PIN: []},
     ):  # fmt: skip
         answer = files.client.complete(ServerRequest(ids, 2, transfer=transfer, salt="stranger"))
         assert answer.report is not None and (answer.report["load_error"] or answer.report["save_error"])

@@ -106,7 +106,8 @@ class Scheduling:
 
     def arrived(self, request: Request) -> None:
         """A new request, before it gets any block: what it unpins makes room."""
-        self.pinning.release((request.kv_transfer_params or {}).get(UNPIN, ()))
+        names = (request.kv_transfer_params or {}).get(UNPIN)
+        self.pinning.release(map(str, names) if isinstance(names, list) else ())
 
     def matched_tokens(self, request: Request, computed: int) -> int:
         """How many tokens behind the `computed` ones the request's file can give. May be asked more than once."""
