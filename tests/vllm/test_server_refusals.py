@@ -61,7 +61,7 @@ def test_counts_that_a_server_hides_or_leaves_out_at_zero(connect: Connect, url:
     assert re.search(rf"{hiding} does not tell .*--enable-prompt-tokens-details", str(refused.value))
     with without_counts(url, zeros_only=True) as sparing:
         backend = connect(base_url=sparing).backend
-        turns = [{"role": "system", "content": "A rule. " * 100}, {"role": "user", "content": "Which?"}]
+        turns = [{"role": "system", "content": "A rule. " * 50}, {"role": "user", "content": "Which?"}]
         cold, hit = (backend.generate(turns, None, 2, cache_salt="zeros") for _ in range(2))
         assert (cold.cached_tokens, hit.cached_tokens) == (0, (hit.prompt_tokens - 1) // 128 * 128)
 
