@@ -29,7 +29,7 @@ MODEL = "smollm2-135m"
 KEY_VARIABLE, KEY = "KVMEM_TEST_KEY", "a key of the tests"
 WINDOW = 1536
 START_S = 280
-CACHE_BYTES = 96 << 20
+CACHE_BYTES = 80 << 20
 CACHE_TOKENS = CACHE_BYTES // 46_080
 """Little, so that traffic soon evicts; a token of this model takes 46,080 bytes in fp32."""
 FLAGS = (
@@ -39,10 +39,10 @@ FLAGS = (
 ENVIRONMENT = {"VLLM_API_KEY": KEY, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The latter, with the executor `uni`, spares the server a process for its only worker, and a start of 15 s."""
 
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 BLOCK_TOKENS = 128
 QUERY = "Which rule is the first?"
-TEXTS = [text[:800] for text, _ in pairs(6, 1600, seed=11)]
+TEXTS = [text[:700] for text, _ in pairs(6, 1400, seed=11)]
 
 
 def on_server(backend: VLLMServerBackend, **fields: object) -> KVCacheMemory:

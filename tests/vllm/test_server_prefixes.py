@@ -70,8 +70,8 @@ def test_a_prefix_that_was_evicted_is_a_miss_and_not_slow(prefixes: VLLMServerBa
     first, second = memory.get_all()
     lax = connect(cache_salt="prefixes", on_miss="recompute").backend
     lax.warm_up(second)
-    for round_ in range(CACHE_TOKENS // 1400 + 1):
-        prefixes.answer_prompt(prefixes.template.bare("word " * 1400), cache_salt=f"traffic {round_}")
+    for round_ in range(CACHE_TOKENS // 1000 + 1):
+        prefixes.answer_prompt(prefixes.template.bare("word " * 1000), cache_salt=f"traffic {round_}")
     with pytest.raises(InjectionError, match=r"reused 0: it was evicted.*warm_up"):
         prefixes.generate(QUERY, memory.get_cache(first.kv_cache_id), 2)
     answer = lax.generate(QUERY, memory.get_cache(second.kv_cache_id), 2)
