@@ -1,0 +1,92 @@
+"""A Hugging Face model's own weights on the fast engine: in-place caches and, on a GPU, CUDA graphs.
+
+Items are Hugging Face's: a memory that backend=huggingface built is placed here, and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from transformers import DynamicCache
+
+from kvmem import dynamic_cache, models
+from kvmem.backends.hf import HFBackend, HFConfig, held_by
+from kvmem.backends.measured import FirstToken
+from kvmem.dynamic_cache import LentCache
+from kvmem.graph.engine import Engine, Underway
+from kvmem.graph.knobs import Knobs
+from kvmem.items import KVCacheItem
+from kvmem.merge import MergeStrategy
+from kvmem.prompt import TemplateKind, TokenizedPrompt
+
+
+@dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
+class HFGraphConfig(Knobs, HFConfig):
+    """The keys of `extractor_llm["config"]` for the backend `hf_graph`: those of `huggingface`, and the engine's.
+
+    `attn_implementation` is for what transformers itself computes: merges.
+    """
+
+    backend: ClassVar[str] = "hf_graph"
+
+
+class HFGraphBackend(HFBackend):
+    """`HFBackend` with another forward pass."""
+
+    name: ClassVar[str] = HFGraphConfig.backend
+    config_class: ClassVar[type] = HFGraphConfig
+
+    def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat", knobs: Knobs | None = None) -> None:
+        super().__init__(loaded, template)
+        self.engine = Engine(loaded.model, knobs or Knobs())
+        self.attention = self.engine.kernel
+
+    @classmethod
+    def open(cls, config: HFGraphConfig, template: TemplateKind = "chat") -> HFGraphBackend:  # type: ignore[override]
+        return cls(cls.loaded(config), template, config)
+
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentCache:
+        lent = super().lend(items, merge, separator)
+        self.engine.place(lent)
+        return lent
+
+    def prefill(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> tuple[torch.Tensor, Underway]:
+        """The last token's logits, (vocab,), and the answer under way. `kv_cache` stays as it is."""
+        return self.engine.begin(kv_cache, len(prompt.memory_ids) if kv_cache else 0, _new_ids(prompt, kv_cache))
+
+    def first_token(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> FirstToken:
+        held = len(prompt.memory_ids) if kv_cache else 0
+        return FirstToken(self.engine.first_token(kv_cache, held, _new_ids(prompt, kv_cache)), held)
+
+    def extend(self, token_ids: Sequence[int], grown: Underway) -> torch.Tensor:
+        return self.engine.extend(grown, token_ids)
+
+    def decode_one_token(self, token_id: int, grown: Underway) -> torch.Tensor:
+        return self.engine.extend(grown, (token_id,))
+
+    def conditions(self) -> dict[str, Any]:
+        engine = self.engine
+        return {
+            "graphs": f"one a query length, up to {engine.graph_up_to} tokens" if engine.graph_up_to else "none",
+            "left_out": ", ".join(engine.left_out) or "nothing",
+            "compile": engine.compile,
+            "pad_to": engine.pad_to,
+            "pad_up_to": engine.knobs.pad_up_to,
+            "capacity_tokens": engine.knobs.capacity_tokens,
+            "buffers": engine.knobs.buffers,
+            "warm_up": dataclasses.asdict(engine.warm_up),
+        }
+
+    def _prefilled(self, token_ids: tuple[int, ...], base: KVCacheItem | None) -> DynamicCache:
+        cache, held = (None, 0) if base is None else (base.kv_cache, held_by(base, token_ids))
+        _, answer = self.engine.begin(cache, held, token_ids[held:])
+        return dynamic_cache.from_layers(self.engine.read(answer), self.model_config)
+
+
+def _new_ids(prompt: TokenizedPrompt, kv_cache: LentCache | None) -> tuple[int, ...]:
+    return prompt.ids if kv_cache is None else prompt.query_ids
