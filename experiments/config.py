@@ -13,7 +13,7 @@ from experiments.scenarios import Scenario
 from experiments.sinks import Sink
 from experiments.workloads import Workload
 from kvmem import models, storage
-from kvmem.backends.hf import HFConfig
+from kvmem.backends import BackendConfig
 from kvmem.errors import ConfigError, did_you_mean
 from kvmem.merge import MergeStrategy
 from kvmem.prompt import TemplateKind
@@ -66,7 +66,7 @@ class RunConfig:
     """A whole run: the root of conf/config.yaml, one field a group."""
 
     model: ModelCard
-    backend: HFConfig
+    backend: BackendConfig
     hardware: Hardware
     merge: MergeStrategy
     storage: StorageCard
@@ -78,11 +78,17 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """The model card names the model; the backend card, which is the library's own, takes it from there."""
-        source, seed = self.model.source(), self.model.seed
-        if self.backend.model_name_or_path not in (models.PACKAGED, source) or self.backend.seed not in (0, seed):
-            raise ConfigError(
-                "backend.model_name_or_path and backend.seed come from the model card. "
-                "Set model.name and model.seed instead."
-            )
-        self.backend = dataclasses.replace(self.backend, model_name_or_path=source, seed=seed)
+        """The model card names the model, and the layout the ranks; the backend card, which is the library's own, takes
+        them from there."""
+        given = {"model_name_or_path": (models.PACKAGED, self.model.source()), "seed": (0, self.model.seed)}
+        knobs = {field.name for field in dataclasses.fields(self.backend)}  # type: ignore[arg-type]
+        for knob, (default, chosen) in given.items():
+            if knob in knobs and getattr(self.backend, knob) not in (default, chosen):
+                raise ConfigError(
+                    "backend.model_name_or_path and backend.seed come from the model card. "
+                    "Set model.name and model.seed instead."
+                )
+        taken = {knob: chosen for knob, (_, chosen) in given.items() if knob in knobs}
+        if getattr(self.backend, "tensor_parallel_size", None) == 1 and self.hardware.is_here():
+            taken["tensor_parallel_size"] = self.hardware.tensor_parallel
+        self.backend = dataclasses.replace(self.backend, **taken)  # type: ignore[type-var]

@@ -90,6 +90,10 @@ class Hardware:
         here = sum(gpu.name == self.gpu for gpu in machine.gpus)
         return here >= self.gpus // self.nodes and machine.memory_gb >= (self.host_memory_gb or 0)
 
+    def is_here(self) -> bool:
+        """Whether a run may take this machine for the layout: by a check that is still to come, or by what is found."""
+        return self.check or self.is_met_by(inspect())
+
     def refuse_other_machines(self) -> None:
         """ConfigError where `check` is set and this machine is not the layout: call it before a model loads."""
         if self.check:

@@ -71,6 +71,37 @@ def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Samp
     return Sample(done - ready, done - started, 0.0, token, prompt)
 
 
+def native_hit(
+    backend: MeasuredBackend,
+    tokens: MemoryTokens,
+    query: Query,
+    first_token: Callable[[TokenizedPrompt], FirstToken] | None = None,
+) -> Sample:
+    """The prompt whole, behind an engine whose own prefix cache holds the memory in whole blocks, and no more.
+
+    `first_token`: another way through the same engine; None is the backend's own.
+    """
+    hold(backend, tokens.token_ids)
+    started = time.perf_counter()
+    prompt = backend.template.split(tokens, query)
+    ready = time.perf_counter()
+    token = (first_token or backend.first_token)(TokenizedPrompt((), prompt.ids))
+    done = time.perf_counter()
+    return Sample(done - ready, done - started, 0.0, token, prompt, whole_blocks(backend, len(prompt.memory_ids)))
+
+
+def hold(backend: MeasuredBackend, token_ids: Sequence[int]) -> None:
+    """The engine's prefix cache, emptied, and then filled by a prefill of these ids."""
+    backend.reset()
+    backend.first_token(TokenizedPrompt((), tuple(token_ids)))
+
+
+def whole_blocks(backend: MeasuredBackend, tokens: int) -> int:
+    """How many of so many tokens the engine's own prefix cache can hold."""
+    block = backend.prefix_block_tokens
+    return tokens // block * block if block else 0
+
+
 def direct_prompt(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
     """The whole prompt with nothing cached, made from the text anew and not from what the cache says."""
     return backend.template.split(tokens.model_copy(update={"token_ids": ()}), query)

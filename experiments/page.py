@@ -18,18 +18,6 @@ from experiments.theme import DARK, LIGHT
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 IN_SHORT = ("machine", "cuda", "torch", "transformers", "vllm", "graphs", "commit")
-_CAPTIONS = {
-    "ttft": (
-        "Time to first token",
-        "Engine TTFT against the memory's length, one panel for each query length. Markers are medians, the faint dots "
-        "behind them every sample, dashes the least time that this hardware can take.",
-    ),
-    "speedup": (
-        "Speed-up",
-        "How much less time the first token takes with the memory injected, and as a factor. Only cells whose verdict "
-        "is ok have one.",
-    ),
-}
 _FIGURES = (
     "pairs", "memories", "build_s", "kv_bytes", "fetch_s", "merge_s", "kv_ttft_s", "direct_ttft_s", "kv_user_ttft_s",
     "direct_user_ttft_s", "break_even_queries", "cached_tokens", "limit_s", "mfu", "first_difference",
@@ -98,7 +86,9 @@ def _speedup(row: Row) -> float:
 def _plots(rows: Sequence[Row]) -> list[Plot]:
     light, dark = plots.draw(rows, LIGHT), plots.draw(rows, DARK)
     return [
-        Plot(*_CAPTIONS[name], _uri(plots.svg(light[name], LIGHT)), _uri(plots.svg(dark[name], DARK))) for name in light
+        Plot(plot.title, plot.caption, _uri(plots.svg(light[plot.name], LIGHT)), _uri(plots.svg(dark[plot.name], DARK)))
+        for plot in plots.every()
+        if plot.name in light
     ]
 
 

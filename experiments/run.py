@@ -50,7 +50,7 @@ def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: S
     sinks: list[Sink] = [JSONL(), config.sink]
     for sink in sinks:
         sink.check()
-    log.info("loading %s", config.backend.model_name_or_path)
+    log.info("loading %s on %s", config.model.source(), config.backend.backend)
     bench = Bench.open(config)
     cells = config.scenario.cells(bench)
     rows: list[Row] = []
@@ -109,7 +109,8 @@ def _close(sink: Sink, run_dir: Path) -> None:
 
 
 def _write_conditions(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str]) -> None:
-    resolved["backend"] |= {"model_name_or_path": config.backend.model_name_or_path, "seed": config.backend.seed}
+    card = dataclasses.asdict(config.backend)  # type: ignore[call-overload]
+    resolved["backend"] |= card  # what it took from the model and the layout
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)), encoding="utf-8")
     machine = dataclasses.asdict(hardware.inspect())
     environment = {"overrides": list(overrides), "machine": machine, "conditions": hardware.conditions()}

@@ -104,10 +104,11 @@ def _published_line(row: PublishedRow, extra_columns: Sequence[str], merged: boo
 def _ttft_table(title: str, rows: Sequence[Row]) -> Table:
     extra, merged = varying(rows), any(row.memories > 1 for row in rows)
     lines: list[Line] = []
-    for row in rows:
+    cells = [(row.model, label(row, "context"), label(row, "query")) for row in rows]
+    for row, cell, following in zip(rows, cells, [*cells[1:], None], strict=True):
         lines.append(_ttft_line(row, extra, merged))
-        cell = (row.model, label(row, "context"), label(row, "query"))
-        lines += [_published_line(other, extra, merged) for other in published.beside(*cell)]
+        if cell != following:  # below the last arm of a cell
+            lines += [_published_line(other, extra, merged) for other in published.beside(*cell)]
     names = [_HEADINGS.get(name, name.capitalize()) for name in extra]
     engine, rest = _TTFT_COLUMNS[:3], _TTFT_COLUMNS[3:]
     columns = ("Model", "Ctx", "CtxTok", "Qry", "QryTok", *names, *engine, *(_USER_COLUMNS if merged else ()), *rest)

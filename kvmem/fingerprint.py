@@ -54,15 +54,19 @@ def sha256(*parts: str | bytes) -> str:
 
 def hash_weights(model: PreTrainedModel) -> str:
     """Hash of every parameter's name, shape, dtype and `SAMPLES_PER_TENSOR` of its values, evenly spread."""
-    names, samples = [], []
-    for name, tensor in sorted(model.named_parameters(remove_duplicate=False)):
-        names.append(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}")
+    names, samples = _names(model), []
+    for _, tensor in sorted(model.named_parameters(remove_duplicate=False)):
         flat = tensor.detach().reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
         samples.append(flat[at.to(flat.device)].float())
     by_device = [sample.cpu() for sample in samples] if len({s.device for s in samples}) > 1 else samples
     values = torch.cat(by_device).cpu()  # one transfer, not one a tensor
     return sha256(*names, values.numpy().tobytes())
+
+
+def _names(model: PreTrainedModel) -> list[str]:
+    parameters = sorted(model.named_parameters(remove_duplicate=False))
+    return [f"{name}:{tuple(tensor.shape)}:{tensor.dtype}" for name, tensor in parameters]
 
 
 # Written by whoever saved the model, and without effect on a cache.
@@ -85,7 +89,8 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, orig
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         rope=json.loads(json.dumps(getattr(config, "rope_parameters", None) or {}, default=str)),
         config=sha256(json.dumps(fields, sort_keys=True, default=str)),
-        weights=hash_weights(model),
+        # Weights that an engine makes by itself are named by how it does.
+        weights=sha256(*_names(model), origin) if model.device.type == "meta" else hash_weights(model),
         adapters=tuple(model.active_adapters()) if model._hf_peft_config_loaded else (),
         tokenizer=sha256(tokens),
         template=sha256(tokenizer.chat_template or ""),

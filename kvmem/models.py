@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -74,6 +75,11 @@ def load(
     )
 
 
+def skeleton(name: str, dtype: torch.dtype, seed: int, tokenizer: str | None, made_in: str) -> Loaded:
+    """`random:<shape>` without its weights (they lie on torch's meta device), for an engine that makes them itself."""
+    return _random(name.removeprefix(RANDOM), torch.device("meta"), dtype, "sdpa", seed, tokenizer, made_in)
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: KVMEM_CACHE, else the user's cache folder."""
     return Path(os.environ.get("KVMEM_CACHE") or platformdirs.user_cache_dir("kvmem"))
@@ -101,12 +107,13 @@ def packaged_folder() -> Path | None:
 def engine_folder(name: str, loaded: Loaded) -> str:
     """Where an engine that loads by itself finds the weights of `loaded`, which `name` gave: a folder, or a hub name.
 
-    Random weights are saved once, under what makes them: shape, seed, dtype, device.
+    Random weights are saved once, under what makes them: shape, seed, dtype, device. Of a skeleton, only its config.
     """
     if not name.startswith(RANDOM):
         return str(packaged_folder() or PACKAGED_HUB_NAME) if name == PACKAGED else name
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    folder = cache_folder() / f"{loaded.origin} {dtype}".replace(",", "").replace(" ", "-")
+    shape = hashlib.sha256(loaded.model.config.to_json_string().encode()).hexdigest()[:8]
+    folder = cache_folder() / f"{loaded.origin} {dtype} {shape}".replace(",", "").replace(" ", "-")
     if not folder.is_dir():
         _save_once(loaded.model, loaded.tokenizer, folder)
     return str(folder)
@@ -130,7 +137,11 @@ def _save_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Saves beside `folder` and renames, so that a folder of that name is always whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        model.save_pretrained(beside)
+        if model.device.type == "meta":
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(beside)
+        else:
+            model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         try:
             Path(beside).rename(folder)
@@ -165,24 +176,38 @@ def _pretrained(
 
 
 def _random(
-    shape: str, device: torch.device, dtype: torch.dtype, attention: str, seed: int, tokenizer_name: str | None
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    seed: int,
+    tokenizer_name: str | None,
+    made_in: str | None = None,
 ) -> Loaded:
     config = shape_config(shape)
     config._attn_implementation = attention
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = model.to_empty(device=device).eval()
-    generator = torch.Generator(device=device).manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, RANDOM_WEIGHT_STD, generator=generator)
-    decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its buffers are not among the parameters
-    model.tie_weights()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if device.type != "meta":
+        model = _filled(model, device, seed)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or packaged_folder() or PACKAGED_HUB_NAME)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(f"random:{shape} has {config.vocab_size} tokens, fewer than the tokenizer's {len(tokenizer)}.")
-    return Loaded(model, tokenizer, f"random weights of {shape}, seed {seed}, made on {device.type}")
+    made = f"made in {made_in}" if made_in else f"made on {device.type}"
+    return Loaded(model, tokenizer, f"random weights of {shape}, seed {seed}, {made}")
+
+
+@torch.no_grad()
+def _filled(model: PreTrainedModel, device: torch.device, seed: int) -> PreTrainedModel:
+    """A model on the meta device with seeded weights, on `device`."""
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, RANDOM_WEIGHT_STD, generator=generator)
+    decoder = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(device)  # its buffers are not among the parameters
+    model.tie_weights()
+    return model

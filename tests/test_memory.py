@@ -64,7 +64,7 @@ def test_extract_a_text_is_one_item_not_stored(memory, qwen3):
     meta = item.metadata
     assert meta.source_text == TEXTS[0] and meta.build_s > 0 and meta.extracted_at.tzinfo is not None
     assert meta.token_count == item.kv_cache.get_seq_length() == len(meta.tokens.token_ids)
-    assert meta.kv_bytes == 2 * 2 * 2 * meta.token_count * 16 * 4  # K and V, layers, kv_heads, tokens, head_dim, fp32
+    assert meta.kv_bytes == 2 * 2 * 2 * meta.token_count * 32 * 4  # K and V, layers, kv_heads, tokens, head_dim, fp32
     assert meta.fingerprint == qwen3.fingerprint and meta.textual_memory is None
     assert memory.get_all() == [] and memory.get(item.kv_cache_id) is None
 

@@ -12,11 +12,12 @@ from pydantic.dataclasses import dataclass
 
 from experiments import measure, recipes
 from experiments.bench import Bench
+from experiments.builds import build_s, built_once
 from experiments.compare import Arm, compare, ratio
 from experiments.row import Row
 from experiments.scenarios import Scenario
 from experiments.workloads import Cell
-from kvmem.items import KVCacheItem, Source
+from kvmem.items import KVCacheItem
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -37,23 +38,12 @@ class KVvsDirect(Scenario):
         return config.workload.cells(bench.backend.template, config.separator)
 
     def measure(self, bench: Bench, cell: Cell) -> list[Row]:
-        items = [self._item(bench, source) for source in cell.memories]
+        items = [built_once(bench, source) for source in cell.memories]
         bench.memory.add(items)
         try:
             return [self._compare(bench, cell, items)]
         finally:
             bench.memory.delete([item.kv_cache_id for item in items])
-
-    def _item(self, bench: Bench, source: Source) -> KVCacheItem:
-        """Built once a source, after one build that warms up; earlier turns are extended by those that follow them."""
-        for item in bench.built:
-            if item.metadata.tokens.source == source:
-                return item
-        base = next((item for item in reversed(bench.built) if _goes_on(item.metadata.tokens.source, source)), None)
-        turns = source if base is None else source[len(base.metadata.tokens.source) :]
-        bench.memory.extract(turns, base=base)  # warms up this shape
-        bench.built.append(bench.memory.extract(turns, base=base))
-        return bench.built[-1]
 
     def _compare(self, bench: Bench, cell: Cell, items: list[KVCacheItem]) -> Row:
         memory, backend = bench.memory, bench.backend
@@ -81,22 +71,7 @@ class KVvsDirect(Scenario):
         return compare(
             bench, self.name, cell, "injected", injected,
             Arm(samples["direct"], measure.trace(backend, direct, None, self.answer_tokens)),
-            build_s=sum(_build_s(bench, item) for item in items),
+            build_s=sum(build_s(bench, item) for item in items),
             kv_bytes=sum(item.metadata.kv_bytes for item in items),
             memories=len(items), conditions=conditions, extra=extra,
         )  # fmt: skip
-
-
-def _goes_on(earlier: Source, source: Source) -> bool:
-    """True where `source` is a dialogue that `earlier` begins."""
-    if isinstance(earlier, str) or isinstance(source, str):
-        return False
-    return len(earlier) < len(source) and source[: len(earlier)] == earlier
-
-
-def _build_s(bench: Bench, item: KVCacheItem) -> float:
-    """Seconds that the item took in all: an extended one stands on those built before it."""
-    source = item.metadata.tokens.source
-    return item.metadata.build_s + sum(
-        built.metadata.build_s for built in bench.built if _goes_on(built.metadata.tokens.source, source)
-    )

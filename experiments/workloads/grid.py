@@ -54,6 +54,7 @@ def grid(
     template: PromptTemplate,
     separator: str,
     what: str,
+    labels: Callable[[Sequence[int]], dict[int, str]] = labels,
 ) -> Iterator[Cell]:
     """The cells, context by context in the given order; the cells of one context share their memories.
 

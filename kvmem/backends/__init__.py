@@ -18,6 +18,13 @@ from kvmem.merge import MergeStrategy
 from kvmem.prompt import PromptTemplate, TemplateKind
 
 
+class BackendConfig:
+    """The base of what configures an engine: a pydantic dataclass whose fields are its knobs."""
+
+    backend: ClassVar[str]
+    """The engine's name."""
+
+
 class Backend(ABC):
     """What `KVCacheMemory` asks of an engine."""
 

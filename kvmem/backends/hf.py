@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kvmem import dynamic_cache, models
+from kvmem.backends import BackendConfig
 from kvmem.backends.measured import FirstToken, GreedyAnswer, MeasuredBackend
 from kvmem.backends.sampling import Sampler, Sampling
 from kvmem.backends.streaming import Token, as_text
@@ -29,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
-class HFConfig:
+class HFConfig(BackendConfig):
     """The keys of `extractor_llm["config"]` for the backend `huggingface`."""
 
     backend: ClassVar[str] = "huggingface"

@@ -49,6 +49,11 @@ class LentFile:
     salt: str | None = None
 
 
+def salt_of(cache_salt: str | None, lent: LentFile | None) -> str | None:
+    """The salt of the engine's blocks: the tenant's, and that of KV which is not what a prefill of its ids gives."""
+    return " ".join(salt for salt in (cache_salt, lent.salt if lent else None) if salt) or None
+
+
 class FileStore:
     """The folder. Each item is written at first need, and once; what is lent keeps its file alive."""
 
@@ -70,6 +75,11 @@ class FileStore:
             if item not in self.files:
                 self.files[item] = self.write(item)
             return self.files[item]
+
+    def lend(self, item: KVCacheItem) -> LentFile:
+        """What is injected for one item; KV of unknown origin is kept apart from what a prefill of its ids gives."""
+        file = self.file_of(item)
+        return LentFile(item.metadata.tokens, file, file.name if item.metadata.fingerprint is None else None)
 
     def write(self, item: KVCacheItem) -> StoredFile:
         name = self.new_name()

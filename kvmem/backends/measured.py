@@ -53,6 +53,8 @@ class MeasuredBackend(Backend):
     """Where it computes; `device` is where items lie."""
     ranks: int = 1
     """GPUs that share the work."""
+    prefix_block_tokens: int | None = None
+    """Tokens of a block of the engine's own prefix cache; None: it has none."""
     attention: str
     """The attention kernel's name."""
 

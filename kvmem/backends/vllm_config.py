@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvmem import models
+from kvmem.backends import BackendConfig
 from kvmem.backends.hf import DTYPES, Generation
 from kvmem.backends.lent_file import LentFile
 from kvmem.backends.sampling import Sampling
@@ -18,7 +19,7 @@ from kvmem.prompt import Query
 
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
-class VLLMConfig:
+class VLLMConfig(BackendConfig):
     """The keys of `extractor_llm["config"]` for the backend `vllm`."""
 
     backend: ClassVar[str] = "vllm"
@@ -45,6 +46,9 @@ class VLLMConfig:
     """None: the model's own; for random weights the packaged model's."""
     seed: int = 0
     """Seed of random weights."""
+    random_weights: Literal["auto", "saved", "in_engine"] = "auto"
+    """Random weights are saved to disk, as those of Hugging Face; or made by the engine's workers, each its own shard,
+    which no other engine has. auto: saved up to 4 GB."""
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -61,6 +65,8 @@ class VLLMGeneration(Generation):
     """From the memory's file."""
     recomputed_tokens: int = 0
     """Computed after all, because a load failed and `on_load_failure` is recompute."""
+    preemptions: int = 0
+    """How often the engine, short of blocks, put the request aside and loaded and computed it again."""
 
 
 @plain_dataclass(frozen=True)

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from kvmem import models
-from kvmem.backends import Backend, vllm_start
+from kvmem.backends import vllm_measured, vllm_start
 from kvmem.backends.hf import DTYPES
-from kvmem.backends.lent_file import FileStore, LentFile
+from kvmem.backends.lent_file import FileStore, LentFile, salt_of
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.streaming import Token, as_text
+from kvmem.backends.vllm_answer import verified
 from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
 from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
+from kvmem.backends.vllm_measured import MeasuredEngine
+from kvmem.backends.vllm_pins import PinningEngine, Pins
 from kvmem.backends.vllm_start import Request
-from kvmem.errors import ConfigError, EngineError, InjectionError, KVMemError, PromptError
+from kvmem.errors import ConfigError, EngineError, KVMemError, PromptError
 from kvmem.fingerprint import fingerprint
 from kvmem.items import KVCacheItem, KVCacheMetadata, Source, TextualMemoryItem, TextualSource
 from kvmem.merge import MergeStrategy, merged_tokens
@@ -33,11 +36,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm import RequestOutput
 
+MADE_IN = "vLLM's {} workers"
+SAVED_BYTES = 4e9
+"""Larger random weights are made by the engine, for it would take longer to save them than to measure."""
 BUILD_TOKENS = 2
 """A build generates two tokens, for a failed save is known one step after the prompt's last."""
 
 
-class VLLMBackend(Backend):
+class VLLMBackend(PinningEngine, MeasuredEngine):
     """A vLLM engine with our KV connector. One batch at a time; calls from several threads wait for one another."""
 
     name: ClassVar[str] = VLLMConfig.backend
@@ -48,12 +54,8 @@ class VLLMBackend(Backend):
         self.config = config
         on_gpu = torch.cuda.is_available()
         self.dtype = DTYPES.get(config.dtype) or (torch.bfloat16 if on_gpu else torch.float32)
-        # For the fingerprint's sake, and gone before the engine takes its memory. Random weights are those of the
-        # device that they are made on.
-        made_on = torch.device("cuda" if on_gpu and config.model_name_or_path.startswith(models.RANDOM) else "cpu")
-        loaded = models.load(
-            config.model_name_or_path, made_on, self.dtype, seed=config.seed, tokenizer=config.tokenizer_name_or_path
-        )
+        loaded = _loaded(config, self.dtype)
+        self.own_weights = loaded.model.device.type == "meta"
         self.folder = models.engine_folder(config.model_name_or_path, loaded)
         self.tokenizer = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template)
@@ -68,7 +70,14 @@ class VLLMBackend(Backend):
             torch.cuda.empty_cache()
         self.window = config.max_model_len or self.model_config.max_position_embeddings
         self.store = FileStore(Path(config.store_dir) if config.store_dir else None)
-        self.llm = vllm_start.start(config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint)
+        self.llm = vllm_start.start(
+            config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint, self.own_weights
+        )
+        self.compute_device = torch.device("cuda" if on_gpu else "cpu")
+        self.ranks = config.tensor_parallel_size
+        self.attention = vllm_measured.attention(self.llm)
+        self.prefix_block_tokens = vllm_measured.block_tokens(self.llm)
+        self.pins = Pins()
         self.lock = threading.RLock()
 
     @classmethod
@@ -98,7 +107,7 @@ class VLLMBackend(Backend):
         # A salt of its own: the build is a real prefill, and not a hit on what an earlier one left in the engine.
         request = Request(uuid.uuid4().hex, tokens.token_ids, params, name, BUILD_TOKENS)
         with self.lock:
-            (output,) = vllm_start.run(self.llm, [request])
+            (output,) = self._run([request])
         report = (output.kv_transfer_params or {})[REPORT]
         if report["save_error"] or (report["load_error"] and self.config.on_load_failure == "error"):
             raise EngineError(f"The memory was not saved: {report['save_error'] or report['load_error']}")
@@ -107,15 +116,15 @@ class VLLMBackend(Backend):
         return item
 
     def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentFile:
-        """One item's file; an exact merge as a joined prefix; any other merge as KV, built on the Hugging Face side."""
+        """One item's file; an exact merge as a joined prefix, which the engine then holds; any other merge as KV, built
+        on the Hugging Face side."""
         if len(items) == 1:
-            verified = items[0].metadata.fingerprint is not None
-            file = self.store.file_of(items[0])
-            return LentFile(items[0].metadata.tokens, file, None if verified else file.name)
+            return self.store.lend(items[0])
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids), 1)
         if merge.exact:
+            self.first_token(TokenizedPrompt((), tokens.token_ids))  # prefilled now, if the engine holds it no more
             return LentFile(tokens, None)
         metadata = items[0].metadata.model_copy(
             update={"tokens": tokens, "kv_bytes": self._kv_bytes(len(tokens.token_ids)), "textual_memory": None}
@@ -155,7 +164,7 @@ class VLLMBackend(Backend):
                 results[request_id] = error
         lent = {request_id: ask.kv_cache for request_id, ask in zip(ids, asks, strict=True)}
         with self.lock:
-            for output in vllm_start.run(self.llm, requests):
+            for output in self._run(requests):
                 results[output.request_id] = self._answer(output, prompts[output.request_id], lent[output.request_id])
         return [results[request_id] for request_id in ids]
 
@@ -170,7 +179,7 @@ class VLLMBackend(Backend):
 
         def token_ids() -> Iterator[int]:
             with self.lock:
-                for output in vllm_start.run(self.llm, [request]):
+                for output in self._run([request]):
                     yield from takewhile(lambda token: token not in self.end_tokens, output.outputs[0].token_ids)
                     if output.finished:
                         answer = self._answer(output, prompt, kv_cache)
@@ -179,68 +188,45 @@ class VLLMBackend(Backend):
 
         return as_text(token_ids(), self._text, max_new_tokens)
 
-    def reset(self) -> None:
-        """Empties the engine's own prefix cache; files and items stay. EngineError while requests hold blocks."""
-        with self.lock:
-            if not self.llm.reset_prefix_cache():
-                raise EngineError("The engine's prefix cache can't be emptied while a request uses it. Let it finish.")
-
     def answer_prompt(
         self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 1,
         cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """Greedy tokens from token ids, past end tokens: what a measurement times. With one token, that is the TTFT."""
+        return self._answer_prompt(prompt, kv_cache, max_new_tokens, cache_salt)[0]
+
+    def _answer_prompt(
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None, max_new_tokens: int, cache_salt: str | None = None,
+        top_logprobs: int | None = None,
+    ) -> tuple[VLLMGeneration, RequestOutput]:
         ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt)
-        request = self._request(uuid.uuid4().hex, prompt, ask, past_end=True)
+        request = self._request(uuid.uuid4().hex, prompt, ask, past_end=True, top_logprobs=top_logprobs)
         with self.lock:
-            (output,) = vllm_start.run(self.llm, [request])
+            (output,) = self._run([request])
         answer = self._answer(output, prompt, kv_cache)
         if isinstance(answer, KVMemError):
             raise answer
-        return answer
+        return answer, output
 
     def _request(
-        self, request_id: str, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False, stream: bool = False
+        self, request_id: str, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False, stream: bool = False,
+        top_logprobs: int | None = None,
     ) -> Request:
         if ask.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {ask.max_new_tokens}. Ask for 1 or more.")
         lent = ask.kv_cache
-        salts = [salt for salt in (ask.cache_salt, lent.salt if lent else None) if salt]
         room = self.window - len(prompt.ids)
         return Request(
-            request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {}, " ".join(salts) or None,
-            min(ask.max_new_tokens, room), ask.sampling,
-            frozenset() if past_end else frozenset(self.end_tokens), stream,
+            request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {},
+            salt_of(ask.cache_salt, lent), min(ask.max_new_tokens, room), ask.sampling,
+            frozenset() if past_end else frozenset(self.end_tokens), stream, top_logprobs,
         )
 
     def _answer(
         self, output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None
     ) -> VLLMGeneration | KVMemError:
-        """What came back, once the engine's own count says that the memory spared it the tokens that it should."""
-        completion = output.outputs[0]
-        if completion.finish_reason == "error":
-            return EngineError("The engine gave up the request; its log says why.")
-        report = (output.kv_transfer_params or {}).get(REPORT)
-        counted = output.num_cached_tokens or 0
-        local, injected, failed = (
-            (report["local_tokens"], report["injected_tokens"], report["load_error"]) if report else (counted, 0, "")
-        )
-        expected, cached = len(prompt.memory_ids), local + injected
-        if failed and self.config.on_load_failure == "error":
-            return InjectionError(f"The memory was not injected: {failed} Or use on_load_failure='recompute'.")
-        if not failed and cached != counted:
-            return InjectionError(
-                f"The engine counts {counted} cached tokens, and the connector {cached}. Don't trust this hit."
-            )
-        if not failed and lent is not None and lent.file is not None and cached < expected:
-            return InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")
-        ids = tuple(completion.token_ids)
-        if ids and ids[-1] in self.end_tokens and completion.finish_reason == "stop":
-            ids = ids[:-1]
-        return VLLMGeneration(
-            self._text(ids), ids, len(prompt.ids), cached, local, injected,
-            max(expected - cached, 0) if failed else 0,
-        )
+        may_recompute = self.config.on_load_failure == "recompute"
+        return verified(output, prompt, lent, may_recompute, self.end_tokens, self._text)
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -250,15 +236,27 @@ class VLLMBackend(Backend):
     @cached_property
     def _merge_model(self) -> PreTrainedModel:
         """The same weights in transformers, on the CPU, for merges that are not a prefix; loaded at first need."""
+        if self.own_weights:
+            raise ConfigError(
+                "This merge needs the weights in transformers too, and the engine made its own. "
+                "Use random_weights='saved', or merge=Reprefill."
+            )
         return models.load(self.folder, torch.device("cpu"), self.dtype).model
 
     def _kv_bytes(self, tokens: int) -> int:
         ours = self.fingerprint
         return 2 * ours.layers * ours.kv_heads * ours.head_dim * tokens * self.dtype.itemsize
 
-    def _check_length(self, tokens: int, room: int) -> None:
-        if tokens + room > self.window:
-            raise PromptError(
-                f"A text of {tokens} tokens, and {room} to generate, do not fit the engine's window of {self.window}. "
-                "Shorten it, split it into memories, or raise max_model_len."
-            )
+
+def _loaded(config: VLLMConfig, dtype: torch.dtype) -> models.Loaded:
+    """The model as transformers has it, for its fingerprint, tokenizer and config; gone before the engine takes its
+    memory. Random weights are those of the device that they are made on, or the engine's own."""
+    name, tokenizer = config.model_name_or_path, config.tokenizer_name_or_path
+    random = name.startswith(models.RANDOM)
+    if random and config.random_weights != "saved":
+        skeleton = models.skeleton(name, dtype, config.seed, tokenizer, MADE_IN.format(config.tensor_parallel_size))
+        size = sum(parameter.nbytes for parameter in skeleton.model.parameters())
+        if config.random_weights == "in_engine" or size > SAVED_BYTES:
+            return skeleton
+    device = torch.device("cuda" if torch.cuda.is_available() and random else "cpu")
+    return models.load(name, device, dtype, seed=config.seed, tokenizer=tokenizer)

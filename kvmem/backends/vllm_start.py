@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvmem.backends import vllm_weights
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER
@@ -31,16 +32,18 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Request:
-    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them."""
+    """One request, in token ids. `transfer`: what it asks of the connector. No end tokens: go past them.
+    `top_logprobs`: how many log-probabilities to tell of each token, from the largest."""
 
     id: str
     token_ids: tuple[int, ...]
-    transfer: dict[str, str]
+    transfer: dict[str, Any]
     salt: str | None
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     end_tokens: frozenset[int] = frozenset()
     stream: bool = False
+    top_logprobs: int | None = None
 
 
 def check_installed() -> None:
@@ -53,9 +56,13 @@ def check_installed() -> None:
 
 
 def start(
-    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint
+    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint,
+    own_weights: bool = False,
 ) -> LLM:
-    """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason."""
+    """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason.
+
+    own_weights: its workers make seeded random weights, and `model_folder` holds a config only.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
@@ -71,12 +78,17 @@ def start(
         optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if config.block_size is not None:
         optional["block_size"] = config.block_size
+    if own_weights:
+        optional |= {"load_format": "dummy", "worker_extension_cls": vllm_weights.EXTENSION}
     try:
-        return LLM(
+        llm = LLM(
             model=model_folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=window,
             tensor_parallel_size=config.tensor_parallel_size, gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
             enable_prefix_caching=True, disable_log_stats=True, seed=0,
+            # Off, as on a CPU anyway: with it, vLLM 0.24 has sent a request's next step before it learns that a load
+            # failed, and does not take that step back.
+            async_scheduling=False,
             kv_transfer_config=KVTransferConfig(
                 kv_connector=CONNECTOR_CLASS, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both",
                 # A request whose load failed is computed and its report says so; "fail" would end it without a reason.
@@ -87,6 +99,9 @@ def start(
         )
     except ValueError as error:
         raise EngineError(f"vLLM refuses to start: {error}") from error
+    if own_weights:
+        llm.collective_rpc("fill_with_random_weights", args=(config.seed,))
+    return llm
 
 
 def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
@@ -105,7 +120,7 @@ def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
             params = SamplingParams(
                 temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
                 max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True,
-                detokenize=False,
+                detokenize=False, logprobs=request.top_logprobs,
                 extra_args={"kv_transfer_params": request.transfer} if request.transfer else None,
                 output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
             )

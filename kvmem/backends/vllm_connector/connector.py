@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvmem.backends.vllm_connector import FINGERPRINT, FOLDER, HOST_BYTES
 from kvmem.backends.vllm_connector.moving import Moving
+from kvmem.backends.vllm_connector.pinning import Pinning
 from kvmem.backends.vllm_connector.scheduling import Scheduling, Transfers
 from kvmem.errors import EngineError
 from kvmem.fingerprint import ModelFingerprint
@@ -18,6 +19,7 @@ from kvmem.fingerprint import ModelFingerprint
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
 TRIED = ("0.24.", "0.32.")
 """The connector interface is experimental and moves; these are the ones that were read."""
-DEFAULT_HOST_BYTES = 8 << 30
 
 
 class KVMemConnector(KVConnectorBase_V1):
@@ -46,7 +47,9 @@ class KVMemConnector(KVConnectorBase_V1):
             raise EngineError(f"kv_connector_extra_config lacks {', '.join(missing)}. VLLMBackend gives them.")
         folder = Path(extra[FOLDER])
         if role is KVConnectorRole.SCHEDULER:
-            self.scheduling = Scheduling(folder, vllm_config.cache_config.block_size)
+            block_size = vllm_config.cache_config.block_size
+            self.pinning = Pinning(-(-vllm_config.model_config.max_model_len // block_size))
+            self.scheduling = Scheduling(folder, block_size, self.pinning)
         else:
             from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -55,10 +58,16 @@ class KVMemConnector(KVConnectorBase_V1):
                 ModelFingerprint.model_validate_json(extra[FINGERPRINT]),
                 vllm_config,
                 get_tensor_model_parallel_rank(),
-                int(extra.get(HOST_BYTES, DEFAULT_HOST_BYTES)),
+                extra.get(HOST_BYTES),
             )
 
     # The scheduler's half.
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self.pinning.pool = gpu_block_pool
+
+    def on_new_request(self, request: Request) -> None:
+        self.scheduling.arrived(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         return self.scheduling.matched_tokens(request, num_computed_tokens), False  # False: loaded within the step
@@ -73,7 +82,7 @@ class KVMemConnector(KVConnectorBase_V1):
         self.scheduling.workers_said(connector_output)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return False, self.scheduling.finished(request)
+        return False, self.scheduling.finished(request, block_ids)
 
     # The worker's half.
 

@@ -23,9 +23,10 @@ class Layout(ABC):
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
 
-    @abstractmethod
     def write(self, cache: torch.Tensor, layer: Any, kv: KV, slots: torch.Tensor) -> None:
-        """Puts tokens at `slots`: `kv` is keys and values, each (tokens, kv_heads, head_dim), on the cache's device."""
+        """Puts tokens at `slots`: `kv` is keys and values, each (tokens, kv_heads, head_dim), each token contiguous, on
+        the cache's device and of its dtype. By the engine's own kernel: the call that stores what it computes."""
+        layer.impl.do_kv_cache_update(layer, *kv, cache, slots)
 
     @abstractmethod
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
@@ -48,11 +49,6 @@ class CPUPacked(Layout):
     def __init__(self, block_size: int) -> None:
         super().__init__(block_size)
         self.unpacking: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
-
-    def write(self, cache: torch.Tensor, layer: Any, kv: KV, slots: torch.Tensor) -> None:
-        keys, values = self._halves(cache)
-        keys_THD, values_THD = (tensor.to(cache.dtype).contiguous() for tensor in kv)
-        self._pack((keys_THD, values_THD), (keys, values), slots, layer.isa)
 
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
         packed, values = (half[block_ids] for half in self._halves(cache))  # (blocks, kv_heads, block_size, head_dim)
@@ -98,12 +94,7 @@ class CPUPacked(Layout):
 
 class FlashPaged(Layout):
     """FlashAttention on a GPU. vLLM 0.24: a block is (2, block_size, kv_heads, head_dim); 0.32: (kv_heads, block_size,
-    2 × head_dim), keys before values. Plain indexing, so whatever strides the engine chose hold."""
-
-    def write(self, cache: torch.Tensor, layer: Any, kv: KV, slots: torch.Tensor) -> None:
-        keys, values = self._views(cache)
-        at = (slots // self.block_size, slots % self.block_size)
-        keys[at], values[at] = kv[0].to(cache.dtype), kv[1].to(cache.dtype)
+    2 × head_dim), keys before values. Views, so whatever strides the engine chose hold."""
 
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
         keys, values = (view[block_ids].flatten(0, 1)[:tokens].contiguous() for view in self._views(cache))
@@ -130,5 +121,12 @@ def layout_for(layers: dict[str, torch.Tensor], config: VllmConfig) -> Layout:
         )
     if config.cache_config.cache_dtype != "auto":
         raise EngineError(f"A KV cache of {config.cache_config.cache_dtype} is not covered. Use kv_cache_dtype='auto'.")
+    block_size = config.cache_config.block_size
+    other = [name for name, cache in layers.items() if cache.shape[2] != block_size]
+    if other:
+        raise EngineError(
+            f"The engine's blocks are of {block_size} tokens, but {layers[other[0]].shape[2]} for the attention kernel "
+            f"of {other[0]}. Use a block_size that the kernel takes whole."
+        )
     kind = CPUPacked if kernels == {"CPU_ATTN"} else FlashPaged
-    return kind(config.cache_config.block_size)
+    return kind(block_size)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
+from kvmem.backends.vllm_connector import ITEM, LOAD, PIN, REPORT, SAVE, UNPIN
+from kvmem.backends.vllm_connector.pinning import Pinning
 from kvmem.errors import StorageError
 from kvmem.prompt import common_prefix
 from kvmem.storage.safetensors_file import read_token_ids
@@ -55,12 +56,16 @@ class Failures(KVConnectorWorkerMetadata):
 
 @dataclass
 class Report:
-    """What became of a request. `local_tokens`: from the engine's own cache; `injected_tokens`: from the file."""
+    """What became of a request. `local_tokens`: from the engine's own cache; `injected_tokens`: from the file;
+    `preemptions`: how often the engine took its blocks away, and gave it others later."""
 
     local_tokens: int = 0
     injected_tokens: int = 0
     load_error: str = ""
     save_error: str = ""
+    pinned_tokens: int = 0
+    pin_error: str = ""
+    preemptions: int = 0
 
     def keep_only(self, tokens: int) -> None:
         """Nothing behind the first `tokens` tokens was reused after all."""
@@ -76,6 +81,7 @@ class _Asked:
 
     load: str | None
     save: str | None
+    pin: str | None
     item: str
     prompt_tokens: int
     report: Report = field(default_factory=Report)
@@ -87,12 +93,17 @@ class _Asked:
 class Scheduling:
     """One for the engine; keyed by request id."""
 
-    def __init__(self, folder: Path, block_size: int) -> None:
+    def __init__(self, folder: Path, block_size: int, pinning: Pinning) -> None:
         self.folder = folder
         self.block_size = block_size
+        self.pinning = pinning
         self.asked: dict[str, _Asked] = {}
         self.loads: list[Transfer] = []
         self.held: dict[tuple[str, int, int], tuple[int, ...]] = {}
+
+    def arrived(self, request: Request) -> None:
+        """A new request, before it gets any block: what it unpins makes room."""
+        self.pinning.release((request.kv_transfer_params or {}).get(UNPIN, ()))
 
     def matched_tokens(self, request: Request, computed: int) -> int:
         """How many tokens behind the `computed` ones the request's file can give. May be asked more than once."""
@@ -158,18 +169,27 @@ class Scheduling:
                     asked.report.keep_only(bad * self.block_size)
                     asked.report.load_error = asked.report.load_error or "Another request's load of its blocks failed."
 
-    def finished(self, request: Request) -> dict[str, Any] | None:
-        """The report, for the answer's kv_transfer_params."""
+    def finished(self, request: Request, block_ids: Sequence[int]) -> dict[str, Any] | None:
+        """The report, for the answer's kv_transfer_params. The blocks are still the request's, and can be pinned."""
         asked = self.asked.pop(request.request_id, None)
-        return None if asked is None else {REPORT: asdict(asked.report)}
+        if asked is None:
+            return None
+        report = asked.report
+        report.preemptions = request.num_preemptions
+        if asked.pin is not None and not report.load_error:
+            whole = min(request.num_computed_tokens, asked.prompt_tokens) // self.block_size
+            report.pin_error = self.pinning.hold(asked.pin, block_ids[:whole])
+            report.pinned_tokens = 0 if report.pin_error else whole * self.block_size
+        return {REPORT: asdict(report)}
 
     def _asked(self, request: Request) -> _Asked | None:
         if request.request_id not in self.asked:
             params = request.kv_transfer_params or {}
-            load, save = params.get(LOAD), params.get(SAVE)
-            if load is None and save is None:
+            load, save, pin = params.get(LOAD), params.get(SAVE), params.get(PIN)
+            if load is None and save is None and pin is None:
                 return None
-            self.asked[request.request_id] = _Asked(load, save, params.get(ITEM, ""), request.num_prompt_tokens)
+            item, tokens = params.get(ITEM, ""), request.num_prompt_tokens
+            self.asked[request.request_id] = _Asked(load, save, pin, item, tokens)
         return self.asked[request.request_id]
 
     def _covered(self, asked: _Asked, prompt_ids: Sequence[int] | None) -> int:

@@ -1,0 +1,140 @@
+"""TTFT against context, one panel a query length.
+
+Blue circles are the injected arm, orange squares the direct one, dashes the roofline's limit: told apart by shape as
+well as by colour (Okabe and Ito's palette, safe for colour-blind readers). Invalid cells are hollow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from experiments import describe, units
+from experiments.plots import Plot, groups, measured, tick
+from experiments.row import Row
+from experiments.theme import Theme, style
+
+MOST_PANELS = 6
+"""Query lengths with a panel of their own; beyond that (a dialogue, say) all share one."""
+
+
+class TTFT(Plot):
+    """Engine TTFT against context tokens: one panel a query length, one line of panels a model and run."""
+
+    name = "ttft"
+    title = "Time to first token"
+    caption = (
+        "Engine TTFT against the memory's length, one panel for each query length. Markers are medians, the faint dots "
+        "behind them every sample, dashes the least time that this hardware can take."
+    )
+    place = 1
+
+    def draw(self, rows: Sequence[Row], theme: Theme) -> Figure | None:
+        lines_of = {name: _queries(group) for name, group in groups(measured(rows)).items()}
+        if not lines_of:
+            return None
+        wide = max(len(queries) for queries in lines_of.values())
+        with style(theme):
+            figure = Figure(figsize=(max(3.3 * wide, 5.6) + 0.4, 2.75 * len(lines_of) + 0.75), layout="constrained")
+            lines = figure.subfigures(len(lines_of), 1, squeeze=False, hspace=0.02)[:, 0]
+            for number, (subfigure, (name, queries)) in enumerate(zip(lines, lines_of.items(), strict=True)):
+                subfigure.set_facecolor("none")
+                subfigure.suptitle(name, x=0.01, ha="left", fontsize=9.5, color=theme.ink)
+                panels = subfigure.subplots(1, wide, squeeze=False, sharey=True)[0]
+                for axes, (query, group) in zip(panels, queries.items(), strict=False):
+                    _arm(axes, group, "direct_ttft_s", theme.direct, "s")
+                    _arm(axes, group, "kv_ttft_s", theme.injected, "o")
+                    axes.set_title(query)
+                    axes.tick_params(labelleft=True)
+                    if number == len(lines_of) - 1:
+                        axes.set_xlabel("memory, tokens")
+                _scale(panels[0], [row for group in queries.values() for row in group])
+                for axes, group in list(zip(panels, queries.values(), strict=False))[1:]:
+                    _scale(axes, [row for group in queries.values() for row in group])
+                for axes in panels[len(queries) :]:
+                    axes.set_axis_off()
+                panels[0].set_ylabel("time to first token")
+            figure.legend(handles=_legend(rows, theme), loc="outside upper left", ncols=5, columnspacing=1.6)
+        return figure
+
+
+def _queries(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by query length, shortest first; under one name where there are more than `MOST_PANELS` of them."""
+    by_query: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.query_tokens):
+        tokens, name = units.count(row.query_tokens), describe.label(row, "query")
+        by_query.setdefault(f"{tokens}-token query" + (f" ({name})" if name != tokens else ""), []).append(row)
+    if len(by_query) <= MOST_PANELS:
+        return by_query
+    least, most = (units.count(limit(row.query_tokens for row in rows)) for limit in (min, max))
+    return {f"queries of {least} to {most} tokens": list(rows)}
+
+
+def _arm(axes: Axes, rows: Sequence[Row], field: str, color: str, marker: str) -> None:
+    """One arm: its median over the contexts with every sample faint behind it, and its limit dashed."""
+    timed = sorted((row for row in rows if getattr(row, field) is not None), key=lambda row: row.context_tokens)
+    contexts = [row.context_tokens for row in timed]
+    axes.plot(contexts, [getattr(row, field) for row in timed], color=color, linewidth=1.8, zorder=3)
+    for row in timed:
+        samples = row.extra.get(field.replace("_s", "_all_s")) or []
+        axes.scatter([row.context_tokens] * len(samples), samples, s=9, color=color, alpha=0.28, linewidths=0, zorder=2)
+        face = "none" if describe.kind(row) == "invalid" else color
+        axes.plot(
+            row.context_tokens, getattr(row, field), marker, color=color, markerfacecolor=face, markersize=6, zorder=4
+        )
+    limits = [(row.context_tokens, limit) for row in timed if (limit := _limit_s(row, field)) is not None]
+    if limits:
+        at, least_s = zip(*limits, strict=True)
+        axes.plot(at, least_s, color=color, linewidth=1.2, linestyle=(0, (4, 3)), marker="_", markersize=7, zorder=2)
+
+
+def _limit_s(row: Row, field: str) -> float | None:
+    return row.limit_s if field == "kv_ttft_s" else row.extra.get("direct_limit_s")
+
+
+def _scale(axes: Axes, rows: Sequence[Row]) -> None:
+    """Logarithmic where a linear axis would squeeze the small ones; a tick at every context that was measured."""
+    contexts = sorted({row.context_tokens for row in rows})
+    if len(contexts) == 1:
+        axes.set_xlim(contexts[0] * 0.7, contexts[0] * 1.3 + 1)
+    log = contexts[0] > 0 and contexts[-1] > 3 * contexts[0]
+    at = [math.log(tokens) if log else tokens for tokens in contexts]
+    if all(right - left > 0.12 * (at[-1] - at[0]) for left, right in itertools.pairwise(at)):
+        axes.set_xscale("log" if log else "linear")
+        axes.xaxis.set_major_locator(FixedLocator(contexts))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: units.count(round(tokens))))
+    axes.margins(x=0.08)
+    times = [time for row in rows for time in (row.kv_ttft_s, row.direct_ttft_s) if time]
+    if min(times) > 0 and max(times) > 5 * min(times):
+        axes.set_yscale("log")
+        limits = [limit for row in rows for limit in (row.limit_s, row.extra.get("direct_limit_s")) if limit]
+        wide = max(times) > 300 * min(times + limits)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: tick(time)))
+
+
+def _legend(rows: Sequence[Row], theme: Theme) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=theme.direct, marker="s", label="sent as prompt text"),
+        Line2D([], [], color=theme.injected, marker="o", label="memory injected"),
+    ]
+    if any(row.limit_s is not None for row in rows):
+        handles.append(Line2D([], [], color=theme.ink, linestyle=(0, (4, 3)), linewidth=1.2, label="hardware's limit"))
+    if any(describe.kind(row) == "invalid" for row in rows):
+        hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "linestyle": "none"}
+        handles.append(Line2D([], [], color=theme.ink, label="invalid", **hollow))
+    return handles

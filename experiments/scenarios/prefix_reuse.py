@@ -1,0 +1,118 @@
+"""What does an injected memory buy over the engine's own prefix cache, and over nothing?"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from statistics import median
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from experiments import measure
+from experiments.bench import Bench
+from experiments.builds import built_once
+from experiments.compare import Arm, compare, every_sample, ratio
+from experiments.equality import Trace
+from experiments.row import Row
+from experiments.scenarios import Scenario
+from experiments.transfer import transfer_s
+from experiments.workloads import Cell
+from kvmem.backends.measured import MeasuredBackend
+from kvmem.errors import ConfigError
+from kvmem.items import KVCacheItem
+from kvmem.prompt import TokenizedPrompt
+
+NATIVE = "native hit"
+GENERATE = "LLM.generate hit"
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class PrefixReuse(Scenario):
+    """Three arms in interleaved rounds, each behind an engine whose prefix cache was emptied.
+
+    direct      nothing is held: all tokens are computed
+    native hit  the memory alone was prefilled before, untimed; the engine finds its whole blocks
+    injected    the memory's file is loaded into the engine's blocks, to the token
+    """
+
+    pairs: int = Field(default=5, ge=1)
+    """Interleaved rounds a cell; 30 for a figure to publish."""
+    answer_tokens: int = Field(default=16, ge=1)
+    """Greedy tokens of each arm that are compared."""
+    beside_generate: bool = True
+    """On a GPU, also time the native hit through vLLM's own LLM.generate: what our layer adds to it."""
+
+    name: ClassVar[str] = "prefix_reuse"
+
+    def cells(self, bench: Bench) -> Sequence[Cell]:
+        if bench.backend.prefix_block_tokens is None:
+            raise ConfigError(
+                f"scenario=prefix_reuse asks for an engine with a prefix cache of its own, and "
+                f"backend={type(bench.backend).name} has none. Use backend=vllm, or scenario=kv_vs_direct."
+            )
+        if bench.config.workload.memories > 1:  # type: ignore[attr-defined]
+            raise ConfigError("scenario=prefix_reuse is about one memory a cell. Use scenario=kv_vs_direct for merges.")
+        config = bench.config
+        return config.workload.cells(bench.backend.template, config.separator)
+
+    def measure(self, bench: Bench, cell: Cell) -> list[Row]:
+        item = built_once(bench, cell.memories[0])
+        bench.memory.add(item)
+        try:
+            return self._compare(bench, cell, item)
+        finally:
+            bench.memory.delete(item.kv_cache_id)
+
+    def _compare(self, bench: Bench, cell: Cell, item: KVCacheItem) -> list[Row]:
+        memory, backend, ids = bench.memory, bench.backend, [item.kv_cache_id]
+        tokens = item.metadata.tokens
+        arms: dict[str, measure.Arm] = {
+            "injected": lambda: measure.injected(memory, backend, ids, cell.question),
+            NATIVE: lambda: measure.native_hit(backend, tokens, cell.question),
+            "direct": lambda: measure.direct(backend, tokens, cell.question),
+        }
+        if self.beside_generate and backend.compute_device.type == "cuda":
+            from experiments.vllm_generate import first_token  # imports vLLM
+
+            theirs = partial(first_token, backend.llm)  # type: ignore[attr-defined]
+            arms[GENERATE] = lambda: measure.native_hit(backend, tokens, cell.question, theirs)
+        samples, runs = measure.interleaved_calm(arms, self.pairs, random.Random(bench.config.seed))
+        conditions = bench.conditions_now()
+        prompt = samples["direct"][0].prompt
+        split = samples["injected"][0].prompt
+        direct = Arm(samples["direct"], measure.trace(backend, prompt, None, self.answer_tokens))
+        injected = Arm(
+            samples["injected"],
+            measure.trace(backend, split, lambda: memory.get_cache(ids), self.answer_tokens),
+        )
+        native = Arm(samples[NATIVE], self._native_trace(backend, split))
+        shared = {"measured_times": runs}
+        rows = []
+        for name, arm in (("injected", injected), (NATIVE, native)):
+            extra: dict[str, Any] = dict(shared)
+            if name == "injected":
+                extra |= ratio("injected_over_native_hit", injected.engine_s, native.engine_s)
+                if moved_s := transfer_s(item.metadata.kv_bytes // backend.ranks, backend.compute_device):
+                    extra["transfer_s"] = moved_s
+                    extra["over_transfer_or_native_hit"] = median(injected.engine_s) / max(
+                        moved_s, median(native.engine_s)
+                    )
+            elif GENERATE in samples:
+                generate_s = [sample.engine_s for sample in samples[GENERATE]]
+                extra |= {"generate_ttft_s": median(generate_s)} | every_sample("generate_ttft", generate_s)
+                extra |= ratio("native_hit_over_generate", native.engine_s, generate_s)
+            rows.append(
+                compare(
+                    bench, self.name, cell, name, arm, direct, build_s=item.metadata.build_s,
+                    kv_bytes=item.metadata.kv_bytes, conditions=conditions, extra=extra,
+                )
+            )
+        return rows
+
+    def _native_trace(self, backend: MeasuredBackend, prompt: TokenizedPrompt) -> Trace:
+        measure.hold(backend, prompt.memory_ids)
+        answer = backend.greedy(TokenizedPrompt((), prompt.ids), None, self.answer_tokens)
+        return Trace(answer.token_ids, answer.logits_SV, answer.complete)

@@ -1,0 +1,16 @@
+"""vLLM's own `LLM.generate` on token ids, to stand beside our way through the same engine in one run."""
+
+from __future__ import annotations
+
+from vllm import LLM, SamplingParams
+
+from kvmem.backends.measured import FirstToken
+from kvmem.prompt import TokenizedPrompt
+
+
+def first_token(llm: LLM, prompt: TokenizedPrompt) -> FirstToken:
+    """The first greedy token of `prompt`, behind whatever the engine's prefix cache holds."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True)
+    (output,) = llm.generate([{"prompt_token_ids": list(prompt.ids)}], params, use_tqdm=False)
+    cached = output.num_cached_tokens or 0
+    return FirstToken(output.outputs[0].token_ids[0], cached, cached)

@@ -1,0 +1,59 @@
+"""The published vLLM table's token counts on a GPU, and twelve cells of a size for a processor elsewhere."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from pydantic import ConfigDict, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from experiments import units
+from experiments.workloads import Cell, Workload
+from experiments.workloads.grid import grid
+from experiments.workloads.python_docs import docs_texts
+from kvmem.prompt import PromptTemplate
+
+TABLE = Path(__file__).parent.parent / "published" / "vllm_ttft.csv"
+CPU_COUNTS = [128, 256, 512], [32, 64, 128, 256]
+"""Memory and prompt tokens that two cores prefill in about a second."""
+
+
+def published_counts() -> tuple[list[int], list[int]]:
+    """Memory and prompt token counts in the table's order."""
+    with TABLE.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    memories = dict.fromkeys(int(row["memory_tokens"]) for row in rows)
+    return list(memories), list(dict.fromkeys(int(row["prompt_tokens"]) for row in rows))
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class PublishedVLLM(Workload):
+    """Twelve cells, cut from CPython's documentation, named by their token counts as the published table names them.
+
+    context_tokens, query_tokens: null is the published counts (500/1000/2000 × 500/1000/2000/4000) where there is a
+    GPU, and 128/256/512 × 32/64/128/256 where there is none.
+    """
+
+    context_tokens: list[PositiveInt] | None = field(default=None)
+    query_tokens: list[PositiveInt] | None = field(default=None)
+    memories: PositiveInt = 1
+    seed: int = 0
+    max_cells: PositiveInt | None = None
+
+    def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
+        contexts, queries = published_counts() if torch.cuda.is_available() else CPU_COUNTS
+        cells = grid(
+            self.context_tokens or contexts,
+            self.query_tokens or queries,
+            lambda i: docs_texts(self.seed, i, self.memories),
+            template,
+            separator,
+            "published_vllm",
+            lambda counts: {count: units.count(count) for count in counts},
+        )
+        return list(islice(cells, self.max_cells))

@@ -1,0 +1,78 @@
+"""Opened files, one rank's heads of them, kept in host memory: an injection then only copies from there."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvmem import dynamic_cache
+from kvmem.backends.vllm_connector.scheduling import file_path
+from kvmem.errors import StorageError
+from kvmem.fingerprint import ModelFingerprint
+from kvmem.storage.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+CPU = torch.device("cpu")
+PINNED_BYTES, PAGED_BYTES = 8 << 30, 1 << 30
+"""How much is kept: beside a GPU in pinned memory, and beside a CPU engine, whose disk cache holds the files too."""
+
+Opened = tuple[str, int, int]
+"""A state of a file: its name, inode and time of change."""
+
+
+@dataclass
+class HostFiles:
+    """Each layer of a file as one tensor (tokens, 2, kv_heads of this rank, head_dim), keys before values, so that any
+    run of tokens is one copy. What was opened longest ago goes first when `most_bytes` are full."""
+
+    folder: Path
+    fingerprint: ModelFingerprint
+    config: PreTrainedConfig
+    rank: int
+    ranks: int
+    dtype: torch.dtype
+    pinned: bool
+    most_bytes: int | None = None
+    opened: OrderedDict[Opened, list[torch.Tensor]] = field(default_factory=OrderedDict)
+
+    def layers(self, name: str) -> list[torch.Tensor]:
+        """The layers of the file `name`, checked whole when its content is new to this worker.
+
+        Raises StorageError for a file that is gone or damaged, FingerprintError for one of another model.
+        """
+        path = file_path(self.folder, name)
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise StorageError(f"{path} can't be read ({error}). The memory it held was deleted.") from error
+        key = (name, stat.st_ino, stat.st_mtime_ns)
+        if key not in self.opened:
+            for old in [old for old in self.opened if old[0] == name or not (self.folder / old[0]).exists()]:
+                del self.opened[old]
+            item = SafetensorsFile().load(path, self.fingerprint, self.config, CPU)[0]
+            self.opened[key] = [self._own(kv) for kv in dynamic_cache.layers_of(item.kv_cache)]
+            most = self.most_bytes or (PINNED_BYTES if self.pinned else PAGED_BYTES)
+            while len(self.opened) > 1 and sum(map(_nbytes, self.opened.values())) > most:
+                self.opened.popitem(last=False)
+        self.opened.move_to_end(key)
+        return self.opened[key]
+
+    def _own(self, kv: dynamic_cache.KV) -> torch.Tensor:
+        """This rank's heads of one stored layer. With more ranks than heads, neighbours share one."""
+        _, heads, tokens, head_dim = kv[0].shape
+        count = max(heads // self.ranks, 1)
+        first = self.rank * heads // self.ranks
+        kv_T2HD = torch.empty(tokens, 2, count, head_dim, dtype=self.dtype, pin_memory=self.pinned)
+        for i, tensor_BHTD in enumerate(kv):
+            kv_T2HD[:, i] = tensor_BHTD[0, first : first + count].transpose(0, 1)
+        return kv_T2HD
+
+
+def _nbytes(layers: list[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in layers)
