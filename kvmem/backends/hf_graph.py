@@ -15,14 +15,17 @@ from pydantic.dataclasses import dataclass
 from transformers import DynamicCache
 
 from kvmem import dynamic_cache, models
-from kvmem.backends.hf import HFBackend, HFConfig, held_by
+from kvmem.backends.hf import Generation, HFBackend, HFConfig, held_by
 from kvmem.backends.measured import FirstToken
+from kvmem.backends.sampling import Sampler, Sampling
 from kvmem.dynamic_cache import LentCache
+from kvmem.errors import ConfigError
+from kvmem.graph.branches import Branches
 from kvmem.graph.engine import Engine, Underway
 from kvmem.graph.knobs import Knobs
 from kvmem.items import KVCacheItem
 from kvmem.merge import MergeStrategy
-from kvmem.prompt import TemplateKind, TokenizedPrompt
+from kvmem.prompt import Query, TemplateKind, TokenizedPrompt
 
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
@@ -68,6 +71,39 @@ class HFGraphBackend(HFBackend):
 
     def decode_one_token(self, token_id: int, grown: Underway) -> torch.Tensor:
         return self.engine.extend(grown, (token_id,))
+
+    def answer_batch(
+        self,
+        queries: Sequence[Query],
+        kv_cache: LentCache,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+    ) -> list[Generation]:
+        """An answer to each query behind the same memory, as `generate` gives it; the memory lies in place once."""
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}. Ask for 1 or more.")
+        prompts = [self.split(query, kv_cache) for query in queries]
+        held = min(len(prompt.memory_ids) for prompt in prompts)
+        if held == 0:
+            return [self.generate(query, kv_cache, max_new_tokens, sampling) for query in queries]
+        new = [prompt.ids[held:] for prompt in prompts]
+        branches = Branches(self.engine, kv_cache, held, len(new), max(map(len, new)) + max_new_tokens)
+        samplers = [Sampler(sampling or Sampling(), self.device) for _ in prompts]
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = set(range(len(prompts)))
+        logits_BV = branches.extend(new)
+        for step in range(max_new_tokens):
+            tokens = [sampler.pick(logits_V) for sampler, logits_V in zip(samplers, logits_BV, strict=True)]
+            going -= {i for i in going if tokens[i] in self.end_tokens}
+            for i in going:
+                answers[i].append(tokens[i])
+            if not going or step + 1 == max_new_tokens:
+                break
+            logits_BV = branches.extend([(token,) for token in tokens])
+        return [
+            Generation(self._text(answer), tuple(answer), len(prompt.ids), held)
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
 
     def conditions(self) -> dict[str, Any]:
         engine = self.engine

@@ -18,7 +18,9 @@ class Buffer:
     Heads lie apart, as in a stored cache, so that placing a memory copies whole stretches.
     """
 
-    def __init__(self, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         size = (layers, 1, kv_heads, rows, head_dim)
         # Zeros and not whatever lay there: a kernel multiplies rows that it masks by zero, and NaN would stay NaN.
         self.k_LBTKD = torch.zeros(size, dtype=dtype, device=device).transpose(2, 3)

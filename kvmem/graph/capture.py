@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class WarmUp:
 class Captured:
     """The pass over a fixed count of new tokens in one buffer; how many rows are held, and the ids, are data."""
 
-    def __init__(self, run: Pass, buffer: Buffer, inputs: torch.Tensor, pool: tuple[int, int], warm_up: WarmUp) -> None:
+    def __init__(self, run: Pass, buffer: Buffer, inputs: torch.Tensor, pool: Any, warm_up: WarmUp) -> None:
         """inputs: those of the request at hand, for warming up writes its rows."""
         started = time.perf_counter()
         torch.cuda.synchronize(inputs.device)

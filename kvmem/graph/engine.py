@@ -72,7 +72,7 @@ class Engine:
         return tuple(name for name, is_absent in absent.items() if is_absent)
 
     def place(self, cache: DynamicCache) -> None:
-        """Puts a memory at the head of a buffer, so that it is there when a query comes. On a GPU this only starts it."""
+        """Puts a memory at the head of a buffer, so that it is there when a query comes. A GPU is not waited for."""
         with self.lock:
             length = cache.get_seq_length()
             self._check_room(length)
@@ -81,7 +81,7 @@ class Engine:
     def first_token(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> int:
         """The greedy token, on the host, behind the first `held` tokens of `cache` and `ids`."""
         with self.lock:
-            token, _ = self._run(self._take(Underway(cache, held, held)), held, ids)
+            token, _ = self._run(self.take(Underway(cache, held, held)), held, ids)
             return int(token)
 
     def begin(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, Underway]:
@@ -92,38 +92,20 @@ class Engine:
     def extend(self, answer: Underway, ids: Sequence[int]) -> torch.Tensor:
         """The logits, (vocab,), behind `ids`, which the answer grows by."""
         with self.lock:
-            _, logits_V = self._run(self._take(answer), answer.length, ids)
+            _, logits_V = self._run(self.take(answer), answer.length, ids)
             answer.length += len(ids)
             return logits_V.clone()
 
     def read(self, answer: Underway) -> list[KV]:
         """Copies of all of an answer's keys and values, (1, kv_heads, tokens, head_dim) a layer."""
         with self.lock:
-            return self._take(answer).buffer.read(0, answer.length)
+            return self.take(answer).buffer.read(0, answer.length)
 
-    def _run(self, seat: Seat, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_room(held + len(ids))
-        new = self._padded(len(ids))
-        inputs = torch.tensor([held, len(ids), *ids, *(0 for _ in range(new - len(ids)))])
-        seat.buffer.written_from(held)
-        if new > self.graph_up_to:
-            return self.run(inputs.to(self.device), seat.buffer)
-        return self._captured(seat.buffer, inputs)(inputs)
-
-    def _padded(self, tokens: int) -> int:
+    def padded(self, tokens: int) -> int:
+        """How many tokens a prefill of so many is run as."""
         return tokens if tokens == 1 or tokens > self.knobs.pad_up_to else tokens + -tokens % self.pad_to
 
-    def _captured(self, buffer: Buffer, inputs: torch.Tensor) -> Captured:
-        key = (buffer, len(inputs))
-        if key not in self.graphs:
-            assert self.pool is not None
-            self.graphs[key] = Captured(self.run, buffer, inputs.to(self.device), self.pool, self.warm_up)
-            if len(self.graphs) > self.knobs.graphs:
-                self.graphs.popitem(last=False)
-        self.graphs.move_to_end(key)
-        return self.graphs[key]
-
-    def _take(self, answer: Underway) -> Seat:
+    def take(self, answer: Underway) -> Seat:
         """The seat in which all rows of `answer` lie, put there if need be."""
         for seat in self.seats:
             if seat.answer is answer:
@@ -138,6 +120,25 @@ class Engine:
             answer.tail = None
         seat.guest = weakref.ref(answer)
         return seat
+
+    def _run(self, seat: Seat, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check_room(held + len(ids))
+        new = self.padded(len(ids))
+        inputs = torch.tensor([held, len(ids), *ids, *(0 for _ in range(new - len(ids)))])
+        seat.buffer.written_from(held)
+        if new > self.graph_up_to:
+            return self.run(inputs.to(self.device), seat.buffer)
+        return self._captured(seat.buffer, inputs)(inputs)
+
+    def _captured(self, buffer: Buffer, inputs: torch.Tensor) -> Captured:
+        key = (buffer, len(inputs))
+        if key not in self.graphs:
+            assert self.pool is not None
+            self.graphs[key] = Captured(self.run, buffer, inputs.to(self.device), self.pool, self.warm_up)
+            if len(self.graphs) > self.knobs.graphs:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(key)
+        return self.graphs[key]
 
     def _seat_for(self, cache: DynamicCache | None) -> Seat:
         """A seat for a memory, or for none: its own if that is free, else a free one, else the one used longest ago,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from kvmem.graph.buffers import Buffer
-from kvmem.graph.layer import LayerShape, layer, rms_norm
+from kvmem.graph.layer import LayerShape, layer, layer_of_branches, rms_norm
 from kvmem.graph.weights import check_covered, stack
 
 Compile = Literal["auto", "none", "all_lengths", "each_length"]
@@ -37,7 +37,9 @@ class Pass:
             cos_1TD, sin_1TD = decoder.rotary_emb(self.embed[:1], torch.arange(rows, device=self.embed.device)[None])
         self.cos_TD, self.sin_TD = cos_1TD[0], sin_1TD[0]
         self.compile = compile
-        self.layer = layer if compile == "none" else torch.compile(layer, dynamic=False)
+        compiled = compile != "none"
+        self.layer = torch.compile(layer, dynamic=False) if compiled else layer
+        self.layer_of_branches = torch.compile(layer_of_branches) if compiled else layer_of_branches
 
     @torch.inference_mode()
     def __call__(self, inputs: torch.Tensor, buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,9 +57,7 @@ class Pass:
                     for tensor, dim in ((x_BSC, 1), (added_BSC, 1), (cos, 1), (sin, 1), (at_S, 0)):
                         torch._dynamo.maybe_mark_dynamic(tensor, dim)
                 last = last_1 if i == len(self.layers) - 1 else None
-                x_BSC, added_BSC = self.layer(
-                    x_BSC, added_BSC, cos, sin, k, v, at_S, length_1, last, w, self.shape
-                )
+                x_BSC, added_BSC = self.layer(x_BSC, added_BSC, cos, sin, k, v, at_S, length_1, last, w, self.shape)
         hidden_BSC = rms_norm(x_BSC + added_BSC, self.last_norm, self.shape.eps)
         logits_V = F.linear(hidden_BSC, self.head)[0, 0]
         return logits_V.argmax(keepdim=True), logits_V

@@ -5,7 +5,7 @@ The model keeps its own weights as views of these, so Hugging Face's forward sti
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,25 +67,25 @@ def stack(model: PreTrainedModel) -> list[LayerWeights]:
     return [_stack_layer(layer) for layer in model.get_decoder().layers]
 
 
-def _stack_layer(layer: nn.Module) -> LayerWeights:
+def _stack_layer(layer: Any) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
+    out, down = attention.o_proj, mlp.down_proj
     qkv, qkv_bias = _beside(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, gate_up_bias = _beside(mlp.gate_proj, mlp.up_proj)
     norms = {name: child.weight.detach() for name, child in attention.named_children() if name.endswith("_norm")}
     return LayerWeights(
-        qkv, qkv_bias, attention.o_proj.weight.detach(), _detached(attention.o_proj.bias),
-        norms.get("q_norm"), norms.get("k_norm"), gate_up, gate_up_bias, mlp.down_proj.weight.detach(), _detached(mlp.down_proj.bias),
+        qkv, qkv_bias, out.weight.detach(), _detached(out.bias), norms.get("q_norm"), norms.get("k_norm"),
+        gate_up, gate_up_bias, down.weight.detach(), _detached(down.bias),
         layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(),
     )  # fmt: skip
 
 
 def _beside(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight = _one_tensor([linear.weight for linear in linears])
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    return weight, _one_tensor(biases) if biases else None
+    return weight, None if linears[0].bias is None else _one_tensor([linear.bias for linear in linears])
 
 
-def _one_tensor(parts: list[nn.Parameter]) -> torch.Tensor:
+def _one_tensor(parts: list[torch.Tensor]) -> torch.Tensor:
     """The parts one behind the other in one tensor, which each part becomes a view of."""
     first, rows = parts[0], sum(part.shape[0] for part in parts)
     starts = [part.untyped_storage().data_ptr() for part in parts]
@@ -97,5 +97,5 @@ def _one_tensor(parts: list[nn.Parameter]) -> torch.Tensor:
     return joined
 
 
-def _detached(bias: nn.Parameter | None) -> torch.Tensor | None:
+def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.detach()
