@@ -20,7 +20,7 @@ class Branches:
         self.engine, self.held, self.room = engine, held, room
         self.memory = Underway(cache, held, held)
         shape, layers = engine.run.shape, len(engine.run.layers)
-        size = (layers, batch, room + engine.pad_to, shape.kv_heads, shape.head_dim)
+        size = (layers, batch, shape.kv_heads, room + engine.pad_to, shape.head_dim)
         if held + room > engine.knobs.capacity_tokens:
             raise CapacityError(
                 f"{held} tokens of memory and {room} of a query and its answer are more than capacity_tokens="

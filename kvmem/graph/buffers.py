@@ -13,9 +13,9 @@ from kvmem.dynamic_cache import KV
 
 
 class Buffer:
-    """Keys and values of one sequence, each (layers, 1, rows, kv_heads, head_dim).
+    """Keys and values of one sequence, each (layers, 1, kv_heads, rows, head_dim).
 
-    Heads lie apart, as in a stored cache, so that placing a memory copies whole stretches.
+    They lie as in a stored cache, so that placing a memory copies whole stretches.
     """
 
     def __init__(
@@ -23,10 +23,10 @@ class Buffer:
     ) -> None:
         size = (layers, 1, kv_heads, rows, head_dim)
         # Zeros and not whatever lay there: a kernel multiplies rows that it masks by zero, and NaN would stay NaN.
-        self.k_LBTKD = torch.zeros(size, dtype=dtype, device=device).transpose(2, 3)
-        self.v_LBTKD = torch.zeros(size, dtype=dtype, device=device).transpose(2, 3)
+        self.k_LBKTD = torch.zeros(size, dtype=dtype, device=device)
+        self.v_LBKTD = torch.zeros(size, dtype=dtype, device=device)
         self.rows = rows
-        self.layers: list[KV] = list(zip(self.k_LBTKD.unbind(), self.v_LBTKD.unbind(), strict=True))
+        self.layers: list[KV] = list(zip(self.k_LBKTD.unbind(), self.v_LBKTD.unbind(), strict=True))
         self.memory: weakref.ref[torch.Tensor] | None = None
         """The stored memory at the head, by the first of its tensors."""
         self.intact = 0
@@ -55,17 +55,17 @@ class Buffer:
     def write(self, start: int, blocks: Sequence[KV]) -> None:
         """Rows from `start` on become the tokens of `blocks`, (1, kv_heads, tokens, head_dim) a layer."""
         end = start + blocks[0][0].shape[2]
-        rows = [part[:, start:end].transpose(1, 2) for pair in self.layers for part in pair]
+        rows = [part[:, :, start:end] for pair in self.layers for part in pair]
         torch._foreach_copy_(rows, [part for pair in blocks for part in pair], non_blocking=True)
 
     @torch.inference_mode()
     def read(self, start: int, end: int) -> list[KV]:
         """Copies of rows `start` to `end`, (1, kv_heads, tokens, head_dim) a layer."""
-        return [
-            (k[:, start:end].transpose(1, 2).clone(memory_format=torch.contiguous_format),
-             v[:, start:end].transpose(1, 2).clone(memory_format=torch.contiguous_format))
-            for k, v in self.layers
-        ]  # fmt: skip
+        return [(_copy(k[:, :, start:end]), _copy(v[:, :, start:end])) for k, v in self.layers]
+
+
+def _copy(rows: torch.Tensor) -> torch.Tensor:
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _first_tensor(cache: DynamicCache) -> torch.Tensor:

@@ -71,7 +71,7 @@ def after_attention(
 
 def layer(
     x_BSC: torch.Tensor, added_BSC: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor,
-    k_1TKD: torch.Tensor, v_1TKD: torch.Tensor, at_S: torch.Tensor, length_1: torch.Tensor,
+    k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, at_S: torch.Tensor, length_1: torch.Tensor,
     last_1: torch.Tensor | None, w: LayerWeights, shape: LayerShape,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """One sequence behind the head of its buffer, whose rows `at` it writes; `length` counts them.
@@ -81,9 +81,9 @@ def layer(
     """
     x_BSC = x_BSC + added_BSC
     q, k, v = queries_keys_values(x_BSC, cos_BS1D, sin_BS1D, w, shape)
-    k_1TKD.index_copy_(1, at_S, k)
-    v_1TKD.index_copy_(1, at_S, v)
-    gathered = attend(q, k_1TKD, v_1TKD, length_1, True, shape.kernel)
+    k_1KTD.index_copy_(2, at_S, k.transpose(1, 2))
+    v_1KTD.index_copy_(2, at_S, v.transpose(1, 2))
+    gathered = attend(q, k_1KTD, v_1KTD, length_1, True, shape.kernel)
     if last_1 is not None:
         x_BSC, gathered = x_BSC.index_select(1, last_1), gathered.index_select(1, last_1)
     return after_attention(x_BSC, gathered, w, shape)
@@ -91,8 +91,8 @@ def layer(
 
 def layer_of_branches(
     x_BSC: torch.Tensor, added_BSC: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor,
-    k_1TKD: torch.Tensor, v_1TKD: torch.Tensor, held_1: torch.Tensor,
-    own_k_BTKD: torch.Tensor, own_v_BTKD: torch.Tensor, at_BS: torch.Tensor, lengths_B: torch.Tensor,
+    k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, held_1: torch.Tensor,
+    own_k_BKTD: torch.Tensor, own_v_BKTD: torch.Tensor, at_BS: torch.Tensor, lengths_B: torch.Tensor,
     last_B: torch.Tensor | None, w: LayerWeights, shape: LayerShape,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Several sequences behind the same first `held` rows; each writes and sees rows of its own.
@@ -104,11 +104,11 @@ def layer_of_branches(
     batch, new, _ = x_BSC.shape
     q, k, v = queries_keys_values(x_BSC, cos_BS1D, sin_BS1D, w, shape)
     rows_B1 = torch.arange(batch, device=x_BSC.device)[:, None]
-    own_k_BTKD[rows_B1, at_BS] = k
-    own_v_BTKD[rows_B1, at_BS] = v
+    own_k_BKTD[rows_B1, :, at_BS] = k
+    own_v_BKTD[rows_B1, :, at_BS] = v
     as_one = q.reshape(1, batch * new, shape.heads, shape.head_dim)
-    shared, shared_lse = attend_lse(as_one, k_1TKD, v_1TKD, held_1, False, shape.kernel)
-    own, own_lse_BHS = attend_lse(q, own_k_BTKD, own_v_BTKD, lengths_B, True, shape.kernel)
+    shared, shared_lse = attend_lse(as_one, k_1KTD, v_1KTD, held_1, False, shape.kernel)
+    own, own_lse_BHS = attend_lse(q, own_k_BKTD, own_v_BKTD, lengths_B, True, shape.kernel)
     shared_lse_BHS = shared_lse.view(shape.heads, batch, new).transpose(0, 1)
     share_BSH1 = torch.sigmoid(shared_lse_BHS - own_lse_BHS).transpose(1, 2)[..., None]
     gathered = (shared.view(q.shape).float() * share_BSH1 + own.float() * (1 - share_BSH1)).to(q.dtype)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from transformers import AutoModelForCausalLM, MistralConfig, Phi3Config, Qwen3Config
 
 from kvmem.errors import CapacityError, ConfigError, ModelError
@@ -173,9 +174,14 @@ def test_kernels_agree_with_sdpa(kernel):
     if reason := kernels()[kernel].why_not(device, dtype, 128):
         pytest.skip(f"{kernel} {reason}")
     torch.manual_seed(0)
-    for batch, new, rows, lengths in ((1, 5, 300, [77]), (1, 167, 900, [700]), (3, 8, 64, [8, 20, 64]), (1, 1, 700, [650])):
+    for batch, new, rows, lengths in (
+        (1, 5, 300, [77]),
+        (1, 167, 900, [700]),
+        (3, 8, 64, [8, 20, 64]),
+        (1, 1, 700, [650]),
+    ):
         q = torch.randn(batch, new, 8, 128, device=device, dtype=dtype)
-        k, v = (torch.randn(batch, rows, 2, 128, device=device, dtype=dtype) for _ in "kv")
+        k, v = (torch.randn(batch, 2, rows, 128, device=device, dtype=dtype) for _ in "kv")
         at = torch.tensor(lengths, device=device, dtype=torch.int32)
         for causal in (True, False):
             ours, ours_lse = kernels()[kernel].attend_lse(q, k, v, at, causal)
@@ -188,7 +194,7 @@ def test_attention_by_its_parts_is_attention(place):
     """Both kernel calls of SDPA agree, and parts joined by their sums are the whole."""
     sdpa = kernels()["sdpa"]
     torch.manual_seed(0)
-    q, (k, v) = torch.randn(2, 6, 4, 16), (torch.randn(2, 40, 2, 16) for _ in "kv")
+    q, (k, v) = torch.randn(2, 6, 4, 16), (torch.randn(2, 2, 40, 16) for _ in "kv")
     lengths = torch.tensor([25, 40], dtype=torch.int32)
     for causal in (True, False):
         torch.testing.assert_close(
@@ -196,7 +202,7 @@ def test_attention_by_its_parts_is_attention(place):
         )
     whole = sdpa.attend(q[:1], k[:1], v[:1], lengths[:1], True)
     first, first_lse = sdpa.attend_lse(q[:1], k[:1], v[:1], torch.tensor([12]), False)
-    rest, rest_lse = sdpa.attend_lse(q[:1], k[:1, 12:], v[:1, 12:], torch.tensor([13]), True)
+    rest, rest_lse = sdpa.attend_lse(q[:1], k[:1, :, 12:], v[:1, :, 12:], torch.tensor([13]), True)
     share = torch.sigmoid(first_lse - rest_lse).transpose(1, 2)[..., None]
     torch.testing.assert_close(first * share + rest * (1 - share), whole, atol=1e-5, rtol=1e-5)
 
@@ -252,18 +258,23 @@ def test_a_kernel_that_does_not_run_here_is_refused(open_engine, place):
     with pytest.raises(ConfigError, match="Did you mean sdpa"):
         open_engine(attention="spda")
     if place.device == "cpu":
-        with pytest.raises(ConfigError, match="attention=fa3 does not run here .fa3: needs a Hopper GPU"):
+        with pytest.raises(ConfigError, match=r"attention=fa3 does not run here \(fa3: needs a Hopper GPU"):
             open_engine(attention="fa3")
 
 
 @pytest.mark.slow
 def test_compiled_for_all_lengths_at_once(open_engine, eager, place):
-    """On a CPU too, where it takes a C++ compiler: one compilation serves every length, and answers stay the same."""
+    """On a CPU too, where it takes a C++ compiler: one compilation serves every length, answers stay the
+    same, and the compiled code makes no copy of a buffer."""
     if place.device != "cpu":
         pytest.skip("every other test on a GPU compiles")
     torch._dynamo.reset()
     fast = open_engine(compile="all_lengths")
     memory, item = stored(fast, TEXTS[0])
+    _, code = run_and_get_code(fast.generate, QUERY, memory.get_cache(item.kv_cache_id), 2)
+    assert "kvmem.attend" in "".join(code)
+    rows = str(fast.engine.rows)
+    assert not [line for source in code for line in source.splitlines() if "empty" in line and rows in line]
     for new in (9, 30, 64, 65):
         prompt = type(prompt_of(0, 1))(item.metadata.tokens.token_ids, prompt_of(0, new).query_ids)
         assert along(fast, eager, prompt, memory.get_cache(item.kv_cache_id), 2) < place.tolerance

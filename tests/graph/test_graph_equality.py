@@ -1,4 +1,4 @@
-"""What the fast engine answers is what Hugging Face answers, for every covered family; items go from one to the other."""
+"""The fast engine answers as Hugging Face does, for every covered family; items go from one to the other."""
 
 from __future__ import annotations
 

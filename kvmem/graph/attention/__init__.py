@@ -16,8 +16,8 @@ AUTO = "auto"
 
 
 class Attention(ABC):
-    """A kernel. All take q (batch, new, heads, head_dim), keys and values (batch, rows, kv_heads, head_dim) of any
-    strides with head_dim innermost, and lengths (batch,) int32: how many rows hold tokens, the new ones included.
+    """A kernel. All take q (batch, new, heads, head_dim), keys and values (batch, kv_heads, rows, head_dim)
+    as they lie in a buffer, and lengths (batch,) int32: how many rows hold tokens, the new ones included.
 
     causal: the new tokens are the last of them, and each sees itself and what lies before it (a lower-right mask);
     else every query sees the first `lengths` rows. Scores are scaled by 1 / sqrt(head_dim).
@@ -35,14 +35,14 @@ class Attention(ABC):
     @staticmethod
     @abstractmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> torch.Tensor:
         """The values that each query gathers, like q."""
 
     @staticmethod
     @abstractmethod
     def attend_lse(
-        q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, and the logarithm of each softmax's sum, (batch, heads, new) fp32: parts join by it."""
 
@@ -70,7 +70,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
     return max(usable, key=lambda kernel: known[kernel].speed)
 
 
-# Custom operators, so that a compiled layer calls the kernel as it is and does not look inside.
+# Custom operators, so that a compiled layer calls the kernel as it is and does not look inside. They take a buffer as
+# it lies: of a transposed one that it has written to, the compiler would pass a copy.
 @torch.library.custom_op("kvmem::attend", mutates_args=())
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, causal: bool, kernel: str

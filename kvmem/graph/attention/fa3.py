@@ -37,27 +37,27 @@ class FA3(Attention):
 
     @staticmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> torch.Tensor:
-        return FA3.attend_lse(q_BSHD, k_BTKD, v_BTKD, lengths_B, causal)[0]
+        return FA3.attend_lse(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal)[0]
 
     @staticmethod
     def attend_lse(
-        q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from fa3_fwd_interface import flash_attn_with_kvcache
 
         out_BSHD, lse_BHS, *_ = flash_attn_with_kvcache(
-            q_BSHD, k_BTKD, v_BTKD, cache_seqlens=lengths_B, causal=causal, num_splits=splits(q_BSHD, k_BTKD),
-            return_softmax_lse=True,
+            q_BSHD, k_BKTD.transpose(1, 2), v_BKTD.transpose(1, 2), cache_seqlens=lengths_B, causal=causal,
+            num_splits=splits(q_BSHD, k_BKTD), return_softmax_lse=True,
         )  # fmt: skip
         return out_BSHD, lse_BHS
 
 
-def splits(q_BSHD: torch.Tensor, k_BTKD: torch.Tensor) -> int:
+def splits(q_BSHD: torch.Tensor, k_BKTD: torch.Tensor) -> int:
     """Into how many parts each key sequence is cut, so that the tiles of all queries fill the GPU's processors once."""
     batch, new, heads, _ = q_BSHD.shape
-    kv_heads = k_BTKD.shape[2]
+    kv_heads = k_BKTD.shape[1]
     tiles = batch * kv_heads * math.ceil(new * (heads // kv_heads) / QUERY_TILE)
     processors = torch.cuda.get_device_properties(q_BSHD.device).multi_processor_count
     return max(1, processors // tiles)

@@ -14,7 +14,7 @@ from kvmem.graph.attention import Attention
 
 
 class Flash(Attention):
-    """Several sequences lie one behind the other, as the operator wants them; their rows must do so in the buffer."""
+    """The operator wants the rows of several sequences one behind the other, so of those it is given a copy."""
 
     name: ClassVar[str] = "torch_flash"
     speed: ClassVar[int] = 1
@@ -33,19 +33,19 @@ class Flash(Attention):
 
     @staticmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> torch.Tensor:
-        return Flash.attend_lse(q_BSHD, k_BTKD, v_BTKD, lengths_B, causal)[0]
+        return Flash.attend_lse(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal)[0]
 
     @staticmethod
     def attend_lse(
-        q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, new, heads, _ = q_BSHD.shape
-        rows = k_BTKD.shape[1]
+        rows = k_BKTD.shape[2]
         starts = [torch.arange(0, batch * n + 1, n, dtype=torch.int32, device=q_BSHD.device) for n in (new, rows)]
         out_NHD, lse_HN, *_ = torch.ops.aten._flash_attention_forward(
-            q_BSHD.flatten(0, 1), k_BTKD.flatten(0, 1), v_BTKD.flatten(0, 1), *starts, new, rows, 0.0, causal, False,
-            seqused_k=lengths_B,
+            q_BSHD.flatten(0, 1), *(x.transpose(1, 2).flatten(0, 1) for x in (k_BKTD, v_BKTD)), *starts,
+            new, rows, 0.0, causal, False, seqused_k=lengths_B,
         )  # fmt: skip
         return out_NHD.view(q_BSHD.shape), lse_HN.view(heads, batch, new).transpose(0, 1)

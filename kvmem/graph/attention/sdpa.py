@@ -23,42 +23,42 @@ class SDPA(Attention):
 
     @staticmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> torch.Tensor:
-        k_BTKD, v_BTKD = _with_tokens(k_BTKD, v_BTKD, lengths_B)
-        whole = causal and k_BTKD.shape[1] == q_BSHD.shape[1]  # nothing before them: a plain causal mask will do
+        k_BKTD, v_BKTD = _with_tokens(k_BKTD, v_BKTD, lengths_B)
+        whole = causal and k_BKTD.shape[2] == q_BSHD.shape[1]  # nothing before them: a plain causal mask will do
         out_BHSD = F.scaled_dot_product_attention(
-            q_BSHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2),
-            attn_mask=None if whole else _mask(q_BSHD, k_BTKD, lengths_B, causal), is_causal=whole, enable_gqa=True,
+            q_BSHD.transpose(1, 2), k_BKTD, v_BKTD,
+            attn_mask=None if whole else _mask(q_BSHD, k_BKTD, lengths_B, causal), is_causal=whole, enable_gqa=True,
         )  # fmt: skip
         return out_BHSD.transpose(1, 2).contiguous()
 
     @staticmethod
     def attend_lse(
-        q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        k_BTKD, v_BTKD = _with_tokens(k_BTKD, v_BTKD, lengths_B)
-        group = q_BSHD.shape[2] // k_BTKD.shape[2]
-        k_BHTD, v_BHTD = (x.transpose(1, 2).repeat_interleave(group, dim=1) for x in (k_BTKD, v_BTKD))
+        k_BKTD, v_BKTD = _with_tokens(k_BKTD, v_BKTD, lengths_B)
+        group = q_BSHD.shape[2] // k_BKTD.shape[1]
+        k_BHTD, v_BHTD = (x.repeat_interleave(group, dim=1) for x in (k_BKTD, v_BKTD))
         scores_BHST = q_BSHD.transpose(1, 2) @ k_BHTD.transpose(2, 3) / math.sqrt(q_BSHD.shape[-1])
-        scores_BHST = scores_BHST.float().masked_fill(~_mask(q_BSHD, k_BTKD, lengths_B, causal), -torch.inf)
+        scores_BHST = scores_BHST.float().masked_fill(~_mask(q_BSHD, k_BKTD, lengths_B, causal), -torch.inf)
         lse_BHS = scores_BHST.logsumexp(-1)
         out_BHSD = (scores_BHST - lse_BHS[..., None]).exp().to(q_BSHD.dtype) @ v_BHTD
         return out_BHSD.transpose(1, 2).contiguous(), lse_BHS
 
 
 def _with_tokens(
-    k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor
+    k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if k_BTKD.device.type != "cpu":
-        return k_BTKD, v_BTKD
+    if k_BKTD.device.type != "cpu":
+        return k_BKTD, v_BKTD
     rows = int(lengths_B.max())
-    return k_BTKD[:, :rows], v_BTKD[:, :rows]
+    return k_BKTD[:, :, :rows], v_BKTD[:, :, :rows]
 
 
-def _mask(q_BSHD: torch.Tensor, k_BTKD: torch.Tensor, lengths_B: torch.Tensor, causal: bool) -> torch.Tensor:
+def _mask(q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool) -> torch.Tensor:
     """True where a query sees a row, (batch, 1, new or 1, rows)."""
-    new, at_T = q_BSHD.shape[1], torch.arange(k_BTKD.shape[1], device=q_BSHD.device)
+    new, at_T = q_BSHD.shape[1], torch.arange(k_BKTD.shape[2], device=q_BSHD.device)
     if not causal:
         return at_T < lengths_B[:, None, None, None]
     back_S = torch.arange(new, device=q_BSHD.device) - new
