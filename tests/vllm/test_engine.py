@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvmem import KVCacheMemory, TextualMemoryItem
 from kvmem.backends.hf import HFBackend
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.vllm_config import Ask, VLLMGeneration
 from kvmem.backends.vllm_engine import VLLMBackend
-from kvmem.errors import ConfigError, InjectionError, PromptError, StorageError
+from kvmem.dynamic_cache import layers_of
+from kvmem.errors import ConfigError, EngineError, InjectionError, PromptError, StorageError
 from kvmem.items import KVCacheItem
 from kvmem.prompt import TokenizedPrompt
 from tests.tiny import memory_on, pairs
@@ -68,16 +71,33 @@ def test_a_damaged_file_is_one_requests_error(
     assert computed.recomputed_tokens == items[1].metadata.token_count
 
 
-def test_the_file_of_another_model_is_refused(engine: VLLMBackend, memory: KVCacheMemory) -> None:
-    item = memory.extract(TEXTS[0])
-    memory.add(item)
-    lent = memory.get_cache(item.kv_cache_id)
+def test_the_file_of_another_model_is_one_requests_error(engine: VLLMBackend, memory: KVCacheMemory) -> None:
+    items = memory.extract(TEXTS[:3])
+    memory.add(items)
+    lent = [memory.get_cache(item.kv_cache_id) for item in items]
+    before = [engine.generate(QUERY, handle, 8, cache_salt="before") for handle in lent]
+    item = items[1]
     foreign = item.metadata.fingerprint.model_copy(update={"weights": "0" * 32})
     other = KVCacheItem(item.kv_cache, item.metadata.model_copy(update={"fingerprint": foreign}))
     written = engine.store.write(other)  # held: a file goes with the last one who holds it
-    written.path.replace(lent.file.path)
-    with pytest.raises(InjectionError, match="weights"):
-        engine.generate(QUERY, lent, 8)
+    written.path.replace(lent[1].file.path)
+    first, second, third = engine.generate_batch([Ask(QUERY, handle, 8, cache_salt="after") for handle in lent])
+    assert (first, third) == (before[0], before[2])
+    assert isinstance(second, InjectionError)
+    assert "weights" in str(second)
+
+
+def test_a_failed_save_leaves_nothing_behind(engine: VLLMBackend, memory: KVCacheMemory) -> None:
+    there = sorted(engine.store.folder.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # as a disk that is full after 1 MiB
+    try:
+        with pytest.raises(EngineError, match=r"not saved: .*can't be written"):
+            memory.extract(TEXTS[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(engine.store.folder.iterdir()) == there
+    assert memory.extract(TEXTS[0]).metadata.kv_bytes > 1 << 20
 
 
 def test_tenants_never_hit_each_others_blocks(engine: VLLMBackend, memory: KVCacheMemory) -> None:
@@ -138,6 +158,27 @@ def test_turns_extend_a_base_and_only_they_are_prefilled(engine: VLLMBackend, me
     direct = engine.generate([*turns, *more, {"role": "user", "content": QUERY}], None, 16, cache_salt="direct")
     assert answer.injected_tokens == extended.metadata.token_count
     assert (answer.token_ids, answer.prompt_tokens) == (direct.token_ids, direct.prompt_tokens)
+
+
+def test_a_base_whose_file_is_gone_is_an_error_or_computed_again(
+    engine: VLLMBackend, memory: KVCacheMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": "user", "content": TEXTS[1][:600]}, {"role": "assistant", "content": "I have read it."}]
+    more = [{"role": "user", "content": "Thank you."}, {"role": "assistant", "content": "You are welcome."}]
+    base = memory.extract(turns)
+    whole = memory.extract(more, base=base)
+    engine.store.file_of(base).path.unlink()
+    there = sorted(engine.store.folder.iterdir())
+    with pytest.raises(EngineError, match=r"not saved: .*can't be read"):
+        memory.extract(more, base=base)
+    assert sorted(engine.store.folder.iterdir()) == there
+
+    monkeypatch.setattr(engine.config, "on_load_failure", "recompute")
+    again = memory.extract(more, base=base)
+    assert again.metadata.tokens == whole.metadata.tokens
+    for ours, reference in zip(layers_of(again.kv_cache), layers_of(whole.kv_cache), strict=True):
+        for a, b in zip(ours, reference, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_the_other_verbs(engine: VLLMBackend, memory: KVCacheMemory, tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""One engine in a process of its own, of some tensor-parallel size, that builds memories and injects those of others.
+
+Run as a module with an order in JSON, so that the engine's workers can import it. It says nothing: what came of a step
+is written last into the step's folder, so that another engine can wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.equality import Trace, grade
+from experiments.measure import rounding_noise
+from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
+from kvmem.backends.vllm_engine import VLLMBackend
+from kvmem.dynamic_cache import layers_of
+from kvmem.prompt import TokenizedPrompt
+
+NEW_TOKENS = 32
+BUILT = "built.json"
+MORE = [{"role": "user", "content": "Thank you."}, {"role": "assistant", "content": "You are welcome."}]
+
+
+def main(order: dict[str, Any]) -> None:
+    memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm", "config": order["config"]}))
+    for step, name in order["steps"]:
+        folder = Path(name)
+        if step == "build":
+            memory.delete_all()
+            memory.add([memory.extract(turns) for turns in order["turns"]])
+            memory.dump(folder)
+            write(folder / BUILT, answers(memory, order["queries"]))
+        else:
+            while not (folder / BUILT).exists():  # another engine may still be at it
+                time.sleep(0.1)
+            memory.load(folder)
+            write(folder / "injected.json", answers(memory, order["queries"]))
+
+
+def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
+    """For each memory: how equal the answer behind it is to that behind the same ids as a prompt, what was injected,
+    and whether its bits come back when this engine, which holds them in its blocks now, saves them once more."""
+    engine = memory.backend
+    assert isinstance(engine, VLLMBackend)
+    told = []
+    for item, query in zip(memory.get_all(), queries, strict=True):
+        lent = memory.get_cache(item.kv_cache_id)
+        prompt = engine.split(query, lent)
+        engine.reset()
+        counts = engine.answer_prompt(prompt, lent)
+        engine.reset()
+        reused = engine.greedy(prompt, lent, NEW_TOKENS)
+        engine.reset()
+        direct = engine.greedy(TokenizedPrompt((), prompt.ids), None, NEW_TOKENS)
+        told.append({
+            "tokens": reused.token_ids,
+            "grade": graded(engine, prompt, direct, reused),
+            "injected": [counts.local_tokens, counts.injected_tokens],
+            "memory_tokens": item.metadata.token_count,
+            "same_bits": same_bits_again(memory, item),
+        })  # fmt: skip
+    return told
+
+
+def graded(engine: VLLMBackend, prompt: TokenizedPrompt, direct: Any, reused: Any) -> str:
+    traces = [Trace(answer.token_ids, answer.logits_SV, answer.complete) for answer in (direct, reused)]
+    return grade(*traces, lambda step: rounding_noise(engine, prompt.ids + direct.token_ids[:step])).grade
+
+
+def same_bits_again(memory: KVCacheMemory, item: KVCacheItem) -> bool:
+    longer = memory.extract(MORE, base=item)
+    tokens = item.metadata.token_count
+    return all(
+        torch.equal(mine.view(torch.int8), again[:, :, :tokens].contiguous().view(torch.int8))
+        for pair, longer_pair in zip(layers_of(item.kv_cache), layers_of(longer.kv_cache), strict=True)
+        for mine, again in zip(pair, longer_pair, strict=True)
+    )
+
+
+def write(path: Path, told: object) -> None:
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(told))
+    beside.rename(path)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
