@@ -72,6 +72,22 @@ class HFGraphBackend(HFBackend):
     def decode_one_token(self, token_id: int, grown: Underway) -> torch.Tensor:
         return self.engine.extend(grown, (token_id,))
 
+    def generate(
+        self,
+        query: Query,
+        kv_cache: LentCache | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+    ) -> Generation:
+        if max_new_tokens < 1 or (sampling and sampling.temperature > 0):
+            return super().generate(query, kv_cache, max_new_tokens, sampling)
+        prompt = self.split(query, kv_cache)
+        logits_V, answer = self.prefill(prompt, kv_cache)
+        first = int(logits_V.argmax())
+        ends = self.end_tokens
+        ids = () if first in ends else (first, *self.engine.greedy(answer, first, max_new_tokens - 1, ends))
+        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids))
+
     def answer_batch(
         self,
         queries: Sequence[Query],

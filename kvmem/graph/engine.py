@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from kvmem.dynamic_cache import KV
 from kvmem.errors import CapacityError
 from kvmem.graph import attention
 from kvmem.graph.buffers import Buffer
-from kvmem.graph.capture import Captured, WarmUp
+from kvmem.graph.capture import Captured, Run, WarmUp
 from kvmem.graph.forward import Pass
 from kvmem.graph.knobs import Knobs
 
@@ -58,7 +58,7 @@ class Engine:
         self.rows = knobs.capacity_tokens + self.pad_to  # a pad may lie behind the last token
         self.run = Pass(model, self.kernel, self.rows, self.compile)
         self.seats: list[Seat] = []  # the one used longest ago first
-        self.graphs: OrderedDict[tuple[Buffer, int], Captured] = OrderedDict()
+        self.graphs: OrderedDict[tuple[Buffer, str], Captured] = OrderedDict()
         self.warm_up = WarmUp()
         self.lock = threading.RLock()
         self.pool = torch.cuda.graph_pool_handle() if self.graph_up_to else None
@@ -96,6 +96,47 @@ class Engine:
             answer.length += len(ids)
             return logits_V.clone()
 
+    def greedy(self, answer: Underway, token: int, most: int, ends: Collection[int]) -> list[int]:
+        """At most so many greedy tokens that follow `token`, up to an end token, which is not among them.
+
+        Each is launched before the one in front of it has been read, so the GPU need not wait for the host.
+        """
+        with self.lock:
+            room = min(most, self.knobs.capacity_tokens - answer.length)
+            step = self._decoding(answer, token)
+            told = torch.empty(room, dtype=torch.long, pin_memory=self.device.type == "cuda")
+            tokens: list[int] = []
+            launched: list[torch.cuda.Event] = []
+            for i in range(room + 1):
+                if i < room:
+                    told[i : i + 1].copy_(step(), non_blocking=True)
+                    if self.device.type == "cuda":
+                        launched.append(torch.cuda.Event())
+                        launched[i].record()
+                if i == 0:
+                    continue
+                if launched:
+                    launched[i - 1].synchronize()
+                if int(told[i - 1]) in ends:
+                    break
+                tokens.append(int(told[i - 1]))
+            answer.length += min(len(tokens) + 1, room)
+            if len(tokens) == room < most:
+                self._check_room(answer.length + 1)
+            return tokens
+
+    def _decoding(self, answer: Underway, token: int) -> Callable[[], torch.Tensor]:
+        """Gives the next greedy token (1,) at each call, the first after `token`."""
+        buffer = self.take(answer).buffer
+        buffer.written_from(answer.length)
+        inputs = torch.tensor([answer.length, 1, token])
+        if self.graph_up_to:
+            captured = self._captured("decoding", self.run.advance, buffer, inputs)
+            captured.inputs.copy_(inputs)
+            return lambda: captured()[0]
+        on_device = inputs.to(self.device)
+        return lambda: self.run.advance(on_device, buffer)[0]
+
     def read(self, answer: Underway) -> list[KV]:
         """Copies of all of an answer's keys and values, (1, kv_heads, tokens, head_dim) a layer."""
         with self.lock:
@@ -128,13 +169,13 @@ class Engine:
         seat.buffer.written_from(held)
         if new > self.graph_up_to:
             return self.run(inputs.to(self.device), seat.buffer)
-        return self._captured(seat.buffer, inputs)(inputs)
+        return self._captured(f"{new} tokens", self.run, seat.buffer, inputs)(inputs)
 
-    def _captured(self, buffer: Buffer, inputs: torch.Tensor) -> Captured:
-        key = (buffer, len(inputs))
+    def _captured(self, name: str, run: Run, buffer: Buffer, inputs: torch.Tensor) -> Captured:
+        key = (buffer, name)
         if key not in self.graphs:
             assert self.pool is not None
-            self.graphs[key] = Captured(self.run, buffer, inputs.to(self.device), self.pool, self.warm_up)
+            self.graphs[key] = Captured(run, buffer, inputs.to(self.device), self.pool, self.warm_up)
             if len(self.graphs) > self.knobs.graphs:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)

@@ -61,3 +61,11 @@ class Pass:
         hidden_BSC = rms_norm(x_BSC + added_BSC, self.last_norm, self.shape.eps)
         logits_V = F.linear(hidden_BSC, self.head)[0, 0]
         return logits_V.argmax(keepdim=True), logits_V
+
+    @torch.inference_mode()
+    def advance(self, inputs: torch.Tensor, buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token of decoding, after which `inputs` (3,) are those of the next: the host has no part in it."""
+        token, logits_V = self(inputs, buffer)
+        inputs[:1] += 1
+        inputs[2:] = token
+        return token, logits_V

@@ -280,3 +280,29 @@ def test_compiled_for_all_lengths_at_once(open_engine, eager, place):
         assert along(fast, eager, prompt, memory.get_cache(item.kv_cache_id), 2) < place.tolerance
     frames = torch._dynamo.utils.counters["frames"]["ok"]
     assert frames <= 6  # of any length and of one token, each as an inner and as the last layer
+
+
+def test_decoding_ahead_is_decoding_step_by_step(open_engine):
+    fast = open_engine()
+    memory, item = stored(fast, TEXTS[0])
+    lent = memory.get_cache(item.kv_cache_id)
+    streamed = [token.id for token in fast.stream(QUERY, lent, 24)]
+    whole = fast.generate(QUERY, lent, 24)
+    assert list(whole.token_ids) == streamed
+    stop = whole.token_ids[9]
+    logits_V, answer = fast.prefill(fast.split(QUERY, lent), lent)
+    first, length = int(logits_V.argmax()), answer.length
+    tokens = fast.engine.greedy(answer, first, 23, {stop})
+    assert [first, *tokens] == streamed[: streamed.index(stop)]
+    assert answer.length == length + 1 + len(tokens)  # what was computed beyond the end token does not count
+    # and it can go on from there as if nothing had been computed ahead
+    again = fast.decode_one_token(stop, answer)
+    assert int(again.argmax()) == streamed[streamed.index(stop) + 1]
+
+
+def test_decoding_stops_at_the_capacity(open_engine):
+    fast = open_engine(capacity_tokens=200)
+    logits_V, answer = fast.prefill(prompt_of(0, 190))
+    with pytest.raises(CapacityError, match="201 tokens"):
+        fast.engine.greedy(answer, int(logits_V.argmax()), 20, set())
+    assert len(fast.engine.greedy(fast.prefill(prompt_of(0, 190))[1], 5, 10, set())) == 10
