@@ -54,9 +54,7 @@ def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str]
     ready = time.perf_counter()
     token = backend.first_token(prompt, cache)
     done = time.perf_counter()
-    return Sample(
-        done - ready, done - started, lent - started, token, prompt, backend.held_tokens(prompt, cache)
-    )
+    return Sample(done - ready, done - started, lent - started, token, prompt, backend.held_tokens(prompt, cache))
 
 
 def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Sample:
@@ -164,6 +162,14 @@ def paired_ratio(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> t
     return float(np.median(ratios)), float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the median."""
+    result = stats.bootstrap(
+        (np.asarray(values),), np.median, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
 def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
     """95% percentile bootstrap over the pairs (Efron & Tibshirani 1993, chapter 13); None for fewer than 3 pairs."""
     if len(kv_s) < 3:
@@ -180,9 +186,7 @@ def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def trace(
-    backend: MeasuredBackend, prompt: TokenizedPrompt, lend: Callable[[], Lent] | None, steps: int
-) -> Trace:
+def trace(backend: MeasuredBackend, prompt: TokenizedPrompt, lend: Callable[[], Lent] | None, steps: int) -> Trace:
     """`steps` greedy tokens and the logits, (steps, vocab), that gave each; end tokens don't stop it."""
     backend.reset()
     answer = backend.greedy(prompt, lend() if lend else None, steps)

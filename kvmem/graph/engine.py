@@ -78,6 +78,12 @@ class Engine:
             self._check_room(length)
             self._seat_for(cache).buffer.place(cache, length)
 
+    def forget(self) -> None:
+        """Takes no memory for being in place any more: the next one of each is copied again."""
+        with self.lock:
+            for seat in self.seats:
+                seat.buffer.memory, seat.buffer.intact = None, 0
+
     def first_token(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> int:
         """The greedy token, on the host, behind the first `held` tokens of `cache` and `ids`."""
         with self.lock:
