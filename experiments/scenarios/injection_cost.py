@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import random
@@ -222,6 +223,8 @@ def _request(bench: Bench, scenario: InjectionCost, cells: Sequence[Cell]) -> vl
     is_random = name.startswith(models.RANDOM)
     if is_random:
         name = tempfile.mkdtemp(prefix="kvmem-")
+        config = copy.deepcopy(config)
+        config.architectures = [bench.backend.fingerprint.architecture]
         config.save_pretrained(name)
     elif name == models.PACKAGED:
         name = str(models.packaged_folder() or models.PACKAGED_HUB_NAME)

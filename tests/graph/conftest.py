@@ -30,10 +30,11 @@ class Place:
 
 PLACES = {
     "cpu": Place("cpu", torch.float32, "auto", 1e-4),
-    "gpu-fp32": Place("cuda", torch.float32, "sdpa", 1e-3),
-    "gpu-bf16-torch_flash": Place("cuda", torch.bfloat16, "torch_flash", 0.2),
-    "gpu-bf16-fastest": Place("cuda", torch.bfloat16, "auto", 0.2),
+    "gpu-fp32": Place("cuda", torch.float32, "sdpa", 1e-3, compile="none"),
+    "gpu-bf16-torch_flash": Place("cuda", torch.bfloat16, "torch_flash", 0.04, compile="none"),
+    "gpu-bf16-fastest": Place("cuda", torch.bfloat16, "auto", 0.04),
 }
+"""The tiny model's logits have a standard deviation of 0.16. Graphs are captured in all places on a GPU."""
 
 Open = Callable[..., HFGraphBackend]
 
@@ -50,7 +51,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture(scope="module")
 def eager(place: Place) -> HFBackend:
-    """Eager Hugging Face, a tiny Qwen3 with heads of 64."""
+    """Eager Hugging Face, a tiny Qwen3."""
     return HFBackend(weights(place))
 
 
