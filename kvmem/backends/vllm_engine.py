@@ -23,6 +23,7 @@ from kvmem.backends.vllm_answer import verified
 from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
 from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
 from kvmem.backends.vllm_measured import MeasuredEngine
+from kvmem.backends.vllm_model import described
 from kvmem.backends.vllm_pins import PinningEngine, Pins
 from kvmem.backends.vllm_start import Request
 from kvmem.errors import ConfigError, EngineError, KVMemError, PromptError
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm import RequestOutput
 
-MADE_IN = "vLLM's {} workers"
-SAVED_BYTES = 4e9
-"""Larger random weights are made by the engine, for it would take longer to save them than to measure."""
 BUILD_TOKENS = 2
 """A build generates two tokens, for a failed save is known one step after the prompt's last."""
 
@@ -54,7 +52,7 @@ class VLLMBackend(PinningEngine, MeasuredEngine):
         self.config = config
         on_gpu = torch.cuda.is_available()
         self.dtype = DTYPES.get(config.dtype) or (torch.bfloat16 if on_gpu else torch.float32)
-        loaded = _loaded(config, self.dtype)
+        loaded = described(config, self.dtype)
         self.own_weights = loaded.model.device.type == "meta"
         self.folder = models.engine_folder(config.model_name_or_path, loaded)
         self.tokenizer = loaded.tokenizer
@@ -246,17 +244,3 @@ class VLLMBackend(PinningEngine, MeasuredEngine):
     def _kv_bytes(self, tokens: int) -> int:
         ours = self.fingerprint
         return 2 * ours.layers * ours.kv_heads * ours.head_dim * tokens * self.dtype.itemsize
-
-
-def _loaded(config: VLLMConfig, dtype: torch.dtype) -> models.Loaded:
-    """The model as transformers has it, for its fingerprint, tokenizer and config; gone before the engine takes its
-    memory. Random weights are those of the device that they are made on, or the engine's own."""
-    name, tokenizer = config.model_name_or_path, config.tokenizer_name_or_path
-    random = name.startswith(models.RANDOM)
-    if random and config.random_weights != "saved":
-        skeleton = models.skeleton(name, dtype, config.seed, tokenizer, MADE_IN.format(config.tensor_parallel_size))
-        size = sum(parameter.nbytes for parameter in skeleton.model.parameters())
-        if config.random_weights == "in_engine" or size > SAVED_BYTES:
-            return skeleton
-    device = torch.device("cuda" if torch.cuda.is_available() and random else "cpu")
-    return models.load(name, device, dtype, seed=config.seed, tokenizer=tokenizer)

@@ -21,7 +21,7 @@ from kvmem.backends.vllm_engine import VLLMBackend
 from kvmem.dynamic_cache import layers_of
 from kvmem.prompt import TokenizedPrompt
 
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 BUILT = "built.json"
 MORE = [{"role": "user", "content": "Thank you."}, {"role": "assistant", "content": "You are welcome."}]
 

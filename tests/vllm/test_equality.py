@@ -43,51 +43,54 @@ def answers(engine: VLLMBackend, asks: list[Ask]) -> list[VLLMGeneration]:
     return results
 
 
-def injected(memory: KVCacheMemory, queries: list[str], salt: str) -> list[VLLMGeneration]:
-    items = memory.get_all()
-    asks = [
-        Ask(query, memory.get_cache(item.kv_cache_id), NEW_TOKENS, cache_salt=salt, past_end=True)
-        for item, query in zip(items, queries, strict=True)
+def injecting(memory: KVCacheMemory, queries: list[str], salt: str, tokens: int = NEW_TOKENS) -> list[Ask]:
+    """Each memory with its query, past any end token."""
+    return [
+        Ask(query, memory.get_cache(item.kv_cache_id), tokens, cache_salt=salt, past_end=True)
+        for item, query in zip(memory.get_all(), queries, strict=True)
     ]
-    results = answers(memory.backend, asks)
-    for item, result in zip(items, results, strict=True):
-        assert (result.injected_tokens, result.local_tokens) == (item.metadata.token_count, 0)
-    return results
+
+
+def all_injected(memory: KVCacheMemory, results: list[VLLMGeneration]) -> bool:
+    return [(result.injected_tokens, result.local_tokens) for result in results] == [
+        (item.metadata.token_count, 0) for item in memory.get_all()
+    ]
 
 
 def test_direct_native_injected_and_from_the_other_engine(
     engine: VLLMBackend, memory: KVCacheMemory, smollm2: HFBackend, tmp_path: Path
 ) -> None:
-    asked = pairs(20, 1200)
+    asked = pairs(20, 600)
     texts, queries = [text for text, _ in asked], [query for _, query in asked]
     wholes = [Ask(as_turns(*pair), None, NEW_TOKENS, cache_salt="direct", past_end=True) for pair in asked]
 
     direct = answers(engine, wholes)
     assert all(answer.cached_tokens == 0 for answer in direct)
-    native = answers(engine, wholes)
+    memory.add(memory.extract(texts))
+    theirs = memory_on(smollm2)
+    theirs.add(theirs.extract(texts))
+    theirs.dump(tmp_path / "hf")
+    other = on_engine(engine)
+    other.load(tmp_path / "hf")
+
+    reused = wholes + injecting(memory, queries, "ours") + injecting(other, queries, "from Hugging Face")
+    results = answers(engine, reused)
+    native, ours, from_theirs = (results[i : i + len(asked)] for i in range(0, len(results), len(asked)))
     for answer in native:
         assert answer.local_tokens == (answer.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         assert answer.injected_tokens == 0
     assert sum(answer.local_tokens for answer in native) > 0
     assert all(len(answer.token_ids) == NEW_TOKENS for answer in direct)
 
-    memory.add(memory.extract(texts))
-    ours = injected(memory, queries, "injected")
-
-    theirs = memory_on(smollm2)
-    theirs.add(theirs.extract(texts))
-    theirs.dump(tmp_path / "hf")
-    other = on_engine(engine)
-    other.load(tmp_path / "hf")
-    from_theirs = injected(other, queries, "from Hugging Face")
-
+    assert all_injected(memory, ours)
+    assert all_injected(other, from_theirs)
     for i in range(len(asked)):
         assert direct[i].prompt_tokens == ours[i].prompt_tokens == from_theirs[i].prompt_tokens
         assert native[i].token_ids == ours[i].token_ids == from_theirs[i].token_ids == direct[i].token_ids
 
     memory.dump(tmp_path / "vllm")
     theirs.load(tmp_path / "vllm")
-    for i, item in list(enumerate(theirs.get_all()))[::4]:
+    for i, item in list(enumerate(theirs.get_all()))[::10]:
         lent = theirs.get_cache(item.kv_cache_id)
         prompt = smollm2.split(queries[i], lent)
         assert len(prompt.memory_ids) == item.metadata.token_count
@@ -109,13 +112,14 @@ def test_what_vllm_saves_is_what_transformers_computes(
 
 
 def test_a_batch_of_sixteen_answers_as_one_by_one(engine: VLLMBackend, memory: KVCacheMemory) -> None:
-    asked = pairs(16, 700, seed=3)
+    asked = pairs(16, 500, seed=3)
     memory.add(memory.extract([text for text, _ in asked]))
     queries = [query for _, query in asked]
-    together = injected(memory, queries, "together")
-    for item, query, answer in list(zip(memory.get_all(), queries, together, strict=True))[::4]:
+    together = answers(engine, injecting(memory, queries, "together", 16))
+    assert all_injected(memory, together)
+    for item, query, answer in list(zip(memory.get_all(), queries, together, strict=True))[::8]:
         lent = memory.get_cache(item.kv_cache_id)
-        (alone,) = answers(engine, [Ask(query, lent, NEW_TOKENS, cache_salt="alone", past_end=True)])
+        (alone,) = answers(engine, [Ask(query, lent, 16, cache_salt="alone", past_end=True)])
         assert alone == answer
 
 

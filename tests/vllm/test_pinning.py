@@ -134,12 +134,12 @@ def test_pins_leave_room_and_short_of_blocks_answers_stay_equal(
     lent = memory.get_cache(small.kv_cache_id)
     words = " please" * (BLOCK_TOKENS - 8 - len(engine.split("10", lent).ids))
     assert BLOCK_TOKENS - 16 < len(engine.split(f"10{words}", lent).ids) < BLOCK_TOKENS
-    asks = [Ask(f"{i}{words}", lent, 24, cache_salt=str(i), past_end=True) for i in range(left)]
+    asks = [Ask(f"{i}{words}", lent, 16, cache_salt=str(i), past_end=True) for i in range(left)]
     together = engine.generate_batch(asks)
     assert all(isinstance(answer, VLLMGeneration) for answer in together), together
     put_aside = [i for i, answer in enumerate(together) if answer.preemptions]
     assert put_aside
-    for i in {0, *put_aside[:3]}:
+    for i in {0, put_aside[0]}:
         (alone,) = engine.generate_batch([asks[i]])
         assert (alone.token_ids, alone.preemptions) == (together[i].token_ids, 0)
 

@@ -17,7 +17,7 @@ from tests.vllm.conftest import skip_without_vllm
 from tests.vllm.ranks import BUILT
 
 ROOT = Path(__file__).parents[2]
-ASKED = pairs(4, 1200, seed=11)
+ASKED = pairs(2, 1200, seed=11)
 TURNS = [
     [{"role": "user", "content": text}, {"role": "assistant", "content": "I have read it."}] for text, _ in ASKED
 ]  # fmt: skip
@@ -33,7 +33,7 @@ def engine(config: dict[str, Any], ranks: int, steps: list[Step]) -> subprocess.
     }
     return subprocess.Popen(
         [sys.executable, "-m", "tests.vllm.ranks", json.dumps(order)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
 
