@@ -18,6 +18,7 @@ class Buffer:
     They lie as in a stored cache, so that placing a memory copies whole stretches.
     """
 
+    @torch.inference_mode()  # always: the compiler tells tensors made in it from others, and would compile twice
     def __init__(
         self, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:

@@ -62,8 +62,8 @@ class Engine:
         self.warm_up = WarmUp()
         self.lock = threading.RLock()
         self.pool = torch.cuda.graph_pool_handle() if self.graph_up_to else None
-        for new in (*knobs.warm_tokens, *((1,) if knobs.warm_tokens else ())):
-            self.begin(None, 0, [0] * new)
+        for new in knobs.warm_tokens:
+            self._warm(new)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -130,6 +130,13 @@ class Engine:
             if len(tokens) == room < most:
                 self._check_room(answer.length + 1)
             return tokens
+
+    def _warm(self, new: int) -> None:
+        """A prefill of so many tokens, and decoding, in every buffer."""
+        answers = [self.begin(None, 0, [0] * new)[1] for _ in range(self.knobs.buffers)]
+        for answer in answers:
+            self.extend(answer, [0])
+            self.greedy(answer, 0, 1, ())
 
     def _decoding(self, answer: Underway, token: int) -> Callable[[], torch.Tensor]:
         """Gives the next greedy token (1,) at each call, the first after `token`."""
