@@ -25,6 +25,7 @@ from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
 from kvmem.backends.vllm_measured import MeasuredEngine
 from kvmem.backends.vllm_model import described
 from kvmem.backends.vllm_pins import PinningEngine, Pins
+from kvmem.backends.vllm_serving import Arrival, ServingEngine
 from kvmem.backends.vllm_start import Request
 from kvmem.errors import ConfigError, EngineError, KVMemError, PromptError
 from kvmem.fingerprint import fingerprint
@@ -41,7 +42,7 @@ BUILD_TOKENS = 2
 """A build generates two tokens, for a failed save is known one step after the prompt's last."""
 
 
-class VLLMBackend(PinningEngine, MeasuredEngine):
+class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
     """A vLLM engine with our KV connector. One batch at a time; calls from several threads wait for one another."""
 
     name: ClassVar[str] = VLLMConfig.backend
@@ -219,6 +220,10 @@ class VLLMBackend(PinningEngine, MeasuredEngine):
             salt_of(ask.cache_salt, lent), min(ask.max_new_tokens, room), ask.sampling,
             frozenset() if ask.past_end else frozenset(self.end_tokens), stream, top_logprobs,
         )
+
+    def _arrived(self, request_id: str, arrival: Arrival) -> Request:
+        ask = Ask("", arrival.kv_cache, arrival.new_tokens, cache_salt=arrival.cache_salt, past_end=True)
+        return self._request(request_id, arrival.prompt, ask, stream=True)
 
     def _answer(
         self, output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None

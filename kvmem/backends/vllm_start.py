@@ -138,25 +138,11 @@ def _cores_by_rank(ranks: int) -> str:
 
 def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
     """Runs `requests` together. Each comes back once, when it is finished; one that streams, at each step."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     engine = llm.llm_engine
     unfinished = set()
     try:
         for request in requests:
-            prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
-            if request.salt:
-                prompt["cache_salt"] = request.salt
-            sampling = request.sampling
-            params = SamplingParams(
-                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
-                max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True,
-                detokenize=False, logprobs=request.top_logprobs,
-                extra_args={"kv_transfer_params": request.transfer} if request.transfer else None,
-                output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
-            )
-            engine.add_request(request.id, prompt, params)
+            add(llm, request)
             unfinished.add(request.id)
         while unfinished:
             for output in engine.step():
@@ -166,3 +152,22 @@ def run(llm: LLM, requests: Sequence[Request]) -> Iterator[RequestOutput]:
     finally:
         if unfinished:
             engine.abort_request(list(unfinished))
+
+
+def add(llm: LLM, request: Request) -> None:
+    """Hands one request to the engine, whose next steps run it."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+    if request.salt:
+        prompt["cache_salt"] = request.salt
+    sampling = request.sampling
+    params = SamplingParams(
+        temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
+        max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True,
+        detokenize=False, logprobs=request.top_logprobs,
+        extra_args={"kv_transfer_params": request.transfer} if request.transfer else None,
+        output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+    llm.llm_engine.add_request(request.id, prompt, params)

@@ -1,0 +1,50 @@
+"""TTFT under load: the middle and the slowest requests of each arm against the rate at which they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from experiments.plots import Plot, tick
+from experiments.row import Row
+from experiments.theme import Theme, style
+
+
+class UnderLoad(Plot):
+    """p50 solid, p99 dashed, the goal dotted; one panel."""
+
+    name = "under_load"
+    title = "Under load"
+    caption = (
+        "TTFT of requests that arrive at random, from arrival to first token: the median solid, p99 dashed (of fewer "
+        "than 100 requests their maximum). The dotted line is the goal that p99 must stay under."
+    )
+    place = 3
+
+    def draw(self, rows: Sequence[Row], theme: Theme) -> Figure | None:
+        loaded = [row for row in rows if row.extra.get("ttft_p99_s") and row.extra.get("requests_per_s")]
+        if not loaded:
+            return None
+        looks = {"direct": (theme.direct, "s"), "injected": (theme.injected, "o")}
+        with style(theme):
+            figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+            axes = figure.subplots()
+            handles = []
+            for arm in dict.fromkeys(row.arm for row in loaded):
+                color, marker = looks.get(arm, (theme.ink, "^"))
+                of_arm = sorted((row for row in loaded if row.arm == arm), key=lambda row: row.extra["requests_per_s"])
+                rates = [row.extra["requests_per_s"] for row in of_arm]
+                for field, line in (("ttft_p50_s", "-"), ("ttft_p99_s", "--")):
+                    times = [row.extra[field] for row in of_arm]
+                    axes.plot(rates, times, line, color=color, marker=marker, markersize=5, linewidth=1.6)
+                handles.append(Line2D([], [], color=color, marker=marker, label=arm))
+            axes.axhline(loaded[0].extra["goal_ttft_s"], color=theme.ink, linestyle=":", linewidth=1.2)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: tick(time)))
+            axes.set_xlabel("requests a second")
+            axes.set_ylabel("time to first token")
+            figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+        return figure

@@ -1,0 +1,78 @@
+"""Scenarios on the shared engine: what they count, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments import compose, measure
+from experiments.bench import Bench
+from experiments.roofline import Rates, Roofline
+from kvmem.backends.vllm_engine import VLLMBackend
+from kvmem.errors import ConfigError
+from tests.vllm.conftest import on_engine
+
+SLOWER_THAN_ANY = Rates(1e15, 1e15, "float32", "a limit that no arm of a test reaches")
+
+
+def bench_on(engine: VLLMBackend, *overrides: str) -> Bench:
+    config = compose.validate(compose.compose(["backend=vllm", "sink=none", *overrides]))
+    memory = on_engine(engine)
+    return Bench(config, memory, engine, Roofline(SLOWER_THAN_ANY, engine.model_config), engine.conditions())
+
+
+def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = ["scenario.pairs=2", "scenario.answer_tokens=4"]
+    bench = bench_on(engine, *knobs, "workload.context_tokens=[200]", "workload.query_tokens=[32]")
+    (cell,) = bench.config.scenario.cells(bench)
+    injected, native = bench.config.scenario.measure(bench, cell)
+    assert (injected.arm, injected.cached_tokens, injected.equality) == ("injected", 200, "tokens")
+    assert (native.arm, native.cached_tokens, native.equality) == ("native hit", 128, "tokens")  # one block of 128
+    assert (injected.verdict, native.verdict) == ("ok", "ok"), injected.verdict_reason + native.verdict_reason
+    assert injected.extra["injected_over_native_hit"] > 0
+
+    monkeypatch.setattr(measure, "hold", lambda backend, token_ids: backend.reset())
+    _, missed = bench.config.scenario.measure(bench, cell)
+    assert missed.verdict == "invalid" and "0 tokens came from the cache, 128 were expected" in missed.verdict_reason
+
+
+def test_prefix_reuse_is_about_one_memory(engine: VLLMBackend) -> None:
+    bench = bench_on(engine, "workload.memories=2")
+    with pytest.raises(ConfigError, match="kv_vs_direct"):
+        bench.config.scenario.cells(bench)
+
+
+def test_kv_vs_direct_takes_vllm_too(engine: VLLMBackend) -> None:
+    bench = bench_on(
+        engine, "scenario=kv_vs_direct", "workload=python_docs", "workload.context_tokens=[200]",
+        "workload.query_tokens=[32]", "workload.memories=2", "scenario.pairs=2", "scenario.answer_tokens=4",
+    )  # fmt: skip
+    (cell,) = bench.config.scenario.cells(bench)
+    (row,) = bench.config.scenario.measure(bench, cell)
+    assert (row.backend, row.memories, row.cached_tokens, row.equality) == ("vllm", 2, 128, "tokens")
+    assert row.verdict == "ok", row.verdict_reason
+
+
+def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
+    bench = bench_on(
+        engine, "scenario=under_load", "scenario.memories=2", "scenario.memory_tokens=200", "scenario.requests=6",
+        "scenario.loads=[1.0,3.0]", "scenario.new_tokens=2",
+    )  # fmt: skip
+    scenario = bench.config.scenario
+    rows = {cell.label: scenario.measure(bench, cell) for cell in scenario.cells(bench)}
+    for arm in rows.values():
+        assert [row.verdict for row in arm] == ["ok", "ok"], arm[0].verdict_reason
+        slow, fast = (row.extra for row in arm)
+        assert fast["requests_per_s"] == pytest.approx(3 * slow["requests_per_s"])
+        for told in (slow, fast):
+            assert 0 < told["ttft_p50_s"] <= told["ttft_p90_s"] <= told["ttft_p99_s"] == max(told["ttft_all_s"])
+    assert all(row.cached_tokens == 0 for row in rows["direct"])
+    for native, injected in zip(rows["native hit"], rows["injected"], strict=True):
+        assert native.extra["local_pct"] > 0 and native.extra["injected_pct"] == 0
+        assert injected.extra["injected_pct"] > 0 and injected.cached_tokens > native.cached_tokens
+
+
+@pytest.mark.parametrize("scenario", ["prefix_reuse", "under_load"])
+def test_an_engine_without_a_prefix_cache_is_refused_by_name(scenario: str) -> None:
+    config = compose.validate(compose.compose(["model=tiny", f"scenario={scenario}", "sink=none"]))
+    with pytest.raises(ConfigError, match="backend=huggingface"):
+        config.scenario.cells(Bench.open(config))
