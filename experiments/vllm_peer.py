@@ -96,7 +96,7 @@ def measure(request: Request) -> Reply:
     else:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": int(CPU_KV_CACHE_GIB * 2**30)}
     llm = LLM(
-        model=request.model, skip_tokenizer_init=True, dtype=request.dtype, max_model_len=window,  # type: ignore[arg-type]
+        model=request.model, skip_tokenizer_init=True, dtype=request.dtype, max_model_len=window,
         enable_prefix_caching=True, disable_log_stats=True, **options,
     )  # fmt: skip
     chance = random.Random(0)
