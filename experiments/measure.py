@@ -193,14 +193,19 @@ def trace(backend: MeasuredBackend, prompt: TokenizedPrompt, lend: Callable[[], 
     return Trace(answer.token_ids, answer.logits_SV, answer.complete)
 
 
-def rounding_noise(backend: MeasuredBackend, token_ids: Sequence[int]) -> float:
+def rounding_noise(backend: MeasuredBackend, token_ids: Sequence[int], memory_tokens: int) -> float:
     """How far rounding alone moves the direct arm's last logits: whole against two parts, largest absolute difference.
 
-    The injected arm has no part in it.
+    Cut in half, and where the memory ends: kernels choose their tiles and splits by the length of what is new, so a
+    cut in half alone can be equal to the bit and tell nothing. All of it is computed anew; the injected arm has no
+    part in it.
     """
-    whole_V, parts_V = backend.two_chunkings(token_ids)
-    told_V = whole_V.isfinite() & parts_V.isfinite()
-    return float((whole_V[told_V] - parts_V[told_V]).abs().max())
+    noise = 0.0
+    for at in {len(token_ids) // 2, memory_tokens} - {0, len(token_ids)}:
+        whole_V, parts_V = backend.two_chunkings(token_ids, at)
+        told_V = whole_V.isfinite() & parts_V.isfinite()
+        noise = max(noise, float((whole_V[told_V] - parts_V[told_V]).abs().max()))
+    return noise
 
 
 def synchronize(device: torch.device) -> None:

@@ -112,10 +112,12 @@ class InjectionCost(Scenario):
                 "query_tokens": cell.query_tokens, "ttft_s": median(seconds[name]),
             }  # fmt: skip
             if name in traced and prompt.memory_ids:
-                direct = Arm(samples[ways.DIRECT], traced[ways.DIRECT])
+                beside = found[name].beside
+                direct = Arm(samples[beside], traced[beside])
                 row = compare(
                     bench, self.name, cell.cell, name, Arm(taken, traced[name]), direct,
                     build_s=item.metadata.build_s, kv_bytes=item.metadata.kv_bytes, conditions=conditions, extra={},
+                    engine=found[name].engine,
                 )  # fmt: skip
                 figures["equal"] = row.equality
             else:

@@ -164,11 +164,11 @@ class HFBackend(MeasuredBackend):
             logits.append(logits_V.float().cpu())
         return GreedyAnswer(tuple(token_ids), torch.stack(logits))
 
-    def two_chunkings(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, half = tuple(token_ids), len(token_ids) // 2
+    def two_chunkings(self, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = tuple(token_ids)
         whole_V = self.prefill(TokenizedPrompt((), ids))[0].float()
-        _, grown = self.prefill(TokenizedPrompt((), ids[:half]))
-        return whole_V, self.extend(ids[half:], grown).float()
+        _, grown = self.prefill(TokenizedPrompt((), ids[:at]))
+        return whole_V, self.extend(ids[at:], grown).float()
 
     def conditions(self) -> dict[str, Any]:
         return {"graphs": "none (eager)"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -120,6 +121,11 @@ class HFGraphBackend(HFBackend):
             Generation(self._text(answer), tuple(answer), len(prompt.ids), held)
             for answer, prompt in zip(answers, prompts, strict=True)
         ]
+
+    @cached_property
+    def eager(self) -> HFBackend:
+        """The same weights by transformers' own forward."""
+        return HFBackend(models.Loaded(self.model, self.tokenizer, self.fingerprint.origin), self.template.kind)
 
     def conditions(self) -> dict[str, Any]:
         engine = self.engine
