@@ -71,6 +71,10 @@ class EngineError(KVMemError):
     """An inference engine is not installed, is of a version or kind that is not covered, or refused a request."""
 
 
+class ServerError(EngineError):
+    """An inference server is down, slow, of another kind than expected, or refused a request; the message names it."""
+
+
 class InjectionError(EngineError):
     """An engine did not reuse the memory that it was given: its file was damaged or gone, or the hit did not happen."""
 

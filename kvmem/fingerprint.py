@@ -36,6 +36,14 @@ class ModelFingerprint(BaseModel):
     origin: str
     """Where the weights came from, for people: hub, folder, packaged (how quantized), random (shape, seed, device)."""
 
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of `tokens` tokens, on all layers; 0 where the layers are not known (a served
+        model)."""
+        if self.layers == 0:
+            return 0
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
+
     def difference(self, other: ModelFingerprint) -> str | None:
         """The first field in which `other` is not the same model, as "field: ours, theirs"; None if it is the same."""
         for name in type(self).model_fields:
@@ -64,6 +72,14 @@ def hash_weights(model: PreTrainedModel) -> str:
     return sha256(*names, values.numpy().tobytes())
 
 
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The fingerprint's fields `tokenizer` and `template`."""
+    tokens = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    return {"tokenizer": sha256(tokens), "template": sha256(tokenizer.chat_template or "")}
+
+
 def _names(model: PreTrainedModel) -> list[str]:
     parameters = sorted(model.named_parameters(remove_duplicate=False))
     return [f"{name}:{tuple(tensor.shape)}:{tensor.dtype}" for name, tensor in parameters]
@@ -78,9 +94,6 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, orig
     config = model.config
     fields = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}
     heads = config.num_attention_heads
-    tokens = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
     return ModelFingerprint(
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -92,7 +105,6 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, orig
         # Weights that an engine makes by itself are named by how it does.
         weights=sha256(*_names(model), origin) if model.device.type == "meta" else hash_weights(model),
         adapters=tuple(model.active_adapters()) if model._hf_peft_config_loaded else (),
-        tokenizer=sha256(tokens),
-        template=sha256(tokenizer.chat_template or ""),
+        **hash_tokenizer(tokenizer),
         origin=origin,
     )

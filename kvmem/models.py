@@ -75,6 +75,18 @@ def load(
     )
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a hub name or `smollm2-135m`, without any weights. Raises ModelError."""
+    where = str(packaged_folder() or PACKAGED_HUB_NAME) if name == PACKAGED else name
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:  # transformers' own for "not found", and for a folder that holds none
+        raise ModelError(
+            f"Can't load the tokenizer {where!r}: {str(error).splitlines()[0]} Name the model's own as "
+            "tokenizer_name_or_path: a folder, or a hub name that this machine reaches."
+        ) from error
+
+
 def skeleton(name: str, dtype: torch.dtype, seed: int, tokenizer: str | None, made_in: str) -> Loaded:
     """`random:<shape>` without its weights (they lie on torch's meta device), for an engine that makes them itself."""
     return _random(name.removeprefix(RANDOM), torch.device("meta"), dtype, "sdpa", seed, tokenizer, made_in)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvmem import dynamic_cache
 from kvmem.backends.vllm_connector import part_name
@@ -19,6 +19,7 @@ from kvmem.dynamic_cache import KV
 from kvmem.errors import StorageError
 from kvmem.fingerprint import ModelFingerprint
 from kvmem.items import KVCacheItem, MemoryTokens
+from kvmem.merge import MergeStrategy
 from kvmem.storage.safetensors_file import SafetensorsFile
 
 CPU = torch.device("cpu")
@@ -58,12 +59,16 @@ def salt_of(cache_salt: str | None, lent: LentFile | None) -> str | None:
 class FileStore:
     """The folder. Each item is written at first need, and once; what is lent keeps its file alive."""
 
-    def __init__(self, parent: Path | None = None) -> None:
-        """parent: where the folder is made; None takes the system's folder for temporary files."""
-        if parent is not None:
-            parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = tempfile.TemporaryDirectory(prefix="kvmem-", dir=parent, ignore_cleanup_errors=True)
-        self.folder = Path(self.temporary.name)
+    def __init__(self, parent: Path | None = None, shared: Path | None = None) -> None:
+        """parent: where the folder is made; None takes the system's folder for temporary files. shared: a server's own
+        folder, to be used as it is; the files written here go one by one, and what others put there stays."""
+        if shared is not None:
+            self.folder = shared
+        else:
+            if parent is not None:
+                parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = tempfile.TemporaryDirectory(prefix="kvmem-", dir=parent, ignore_cleanup_errors=True)
+            self.folder = Path(self.temporary.name)
         self.files: weakref.WeakKeyDictionary[KVCacheItem, StoredFile] = weakref.WeakKeyDictionary()
         self.lock = threading.Lock()
 
@@ -81,6 +86,16 @@ class FileStore:
         """What is injected for one item; KV of unknown origin is kept apart from what a prefill of its ids gives."""
         file = self.file_of(item)
         return LentFile(item.metadata.tokens, file, file.name if item.metadata.fingerprint is None else None)
+
+    def lend_merged(
+        self, items: Sequence[KVCacheItem], tokens: MemoryTokens, separator_ids: tuple[int, ...], merge: MergeStrategy,
+        model: PreTrainedModel,
+    ) -> LentFile:
+        """What is injected for several items that `merge` makes one of, as `tokens`; `model` is where it computes."""
+        cache = merge.merge(items, separator_ids, model)
+        update = {"tokens": tokens, "kv_bytes": dynamic_cache.nbytes(cache), "textual_memory": None}
+        file = self.write(KVCacheItem(cache, items[0].metadata.model_copy(update=update)))
+        return LentFile(tokens, file, file.name)
 
     def write(self, item: KVCacheItem) -> StoredFile:
         name = self.new_name()

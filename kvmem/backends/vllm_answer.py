@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from kvmem.backends.lent_file import LentFile
 from kvmem.backends.vllm_config import VLLMGeneration
@@ -15,19 +16,36 @@ if TYPE_CHECKING:
     from vllm import RequestOutput
 
 
+@dataclass(frozen=True)
+class EngineAnswer:
+    """What an engine said, in this process or over HTTP. `report`: our connector's, where the request asked it."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    cached_tokens: int
+    """The engine's own count of prompt tokens that it took from any cache, made when it starts on the prompt."""
+    report: dict[str, Any] | None
+
+
+def answer_of(output: RequestOutput) -> EngineAnswer:
+    completion = output.outputs[0]
+    report = (output.kv_transfer_params or {}).get(REPORT)
+    return EngineAnswer(
+        tuple(completion.token_ids), completion.finish_reason, output.num_cached_tokens or 0, report
+    )
+
+
 def verified(
-    output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None, may_recompute: bool,
+    answer: EngineAnswer, prompt: TokenizedPrompt, lent: LentFile | None, may_recompute: bool,
     end_tokens: Collection[int], decode: Callable[[Sequence[int]], str],
 ) -> VLLMGeneration | KVMemError:
     """The answer, or why it is none: the engine gave up, or a hit is not what prompt and memory promise.
 
     may_recompute: a memory that could not be loaded is counted as recomputed, and is no error.
     """
-    completion = output.outputs[0]
-    if completion.finish_reason == "error":
+    if answer.finish_reason == "error":
         return EngineError("The engine gave up the request; its log says why.")
-    report = (output.kv_transfer_params or {}).get(REPORT)
-    counted = output.num_cached_tokens or 0
+    report, counted = answer.report, answer.cached_tokens
     local, injected, failed, preemptions = counted, 0, "", 0
     if report:
         local, injected = report["local_tokens"], report["injected_tokens"]
@@ -41,8 +59,8 @@ def verified(
         )
     if not failed and lent is not None and lent.file is not None and cached < expected:
         return InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")
-    ids = tuple(completion.token_ids)
-    if ids and ids[-1] in end_tokens and completion.finish_reason == "stop":
+    ids = answer.token_ids
+    if ids and ids[-1] in end_tokens and answer.finish_reason == "stop":
         ids = ids[:-1]
     return VLLMGeneration(
         decode(ids), ids, len(prompt.ids), cached, local, injected, max(expected - cached, 0) if failed else 0,

@@ -15,31 +15,27 @@ import torch
 
 from kvmem import models
 from kvmem.backends import vllm_measured, vllm_start
-from kvmem.backends.hf import DTYPES
 from kvmem.backends.lent_file import FileStore, LentFile, salt_of
 from kvmem.backends.sampling import Sampling
 from kvmem.backends.streaming import Token, as_text
-from kvmem.backends.vllm_answer import verified
+from kvmem.backends.vllm_answer import answer_of, verified
+from kvmem.backends.vllm_build import BUILD_TOKENS, announced, not_saved
 from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
 from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
 from kvmem.backends.vllm_measured import MeasuredEngine
-from kvmem.backends.vllm_model import described
+from kvmem.backends.vllm_model import described, dtype_of
 from kvmem.backends.vllm_pins import PinningEngine, Pins
 from kvmem.backends.vllm_serving import Arrival, ServingEngine
 from kvmem.backends.vllm_start import Request
 from kvmem.errors import ConfigError, EngineError, KVMemError, PromptError
 from kvmem.fingerprint import fingerprint
-from kvmem.items import KVCacheItem, KVCacheMetadata, Source, TextualMemoryItem, TextualSource
+from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
-from kvmem.storage.manifest import ItemManifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm import RequestOutput
-
-BUILD_TOKENS = 2
-"""A build generates two tokens, for a failed save is known one step after the prompt's last."""
 
 
 class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
@@ -52,7 +48,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         vllm_start.check_installed()
         self.config = config
         on_gpu = torch.cuda.is_available()
-        self.dtype = DTYPES.get(config.dtype) or (torch.bfloat16 if on_gpu else torch.float32)
+        self.dtype = dtype_of(config)
         loaded = described(config, self.dtype)
         self.own_weights = loaded.model.device.type == "meta"
         self.folder = models.engine_folder(config.model_name_or_path, loaded)
@@ -88,15 +84,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
     ) -> KVCacheItem:
         tokens = self.template.memory_tokens(source)
         self._check_length(len(tokens.token_ids), BUILD_TOKENS)
-        metadata = KVCacheMetadata(
-            tokens=tokens, build_s=0.0, kv_bytes=self._kv_bytes(len(tokens.token_ids)), fingerprint=self.fingerprint,
-            textual_memory=None if textual_memory is None
-            else TextualSource(id=textual_memory.id, metadata=textual_memory.metadata),
-        )
-        entry = ItemManifest(
-            kv_cache_id=str(uuid.uuid4()), cache_tokens=len(tokens.token_ids), layers=self.fingerprint.layers,
-            metadata=metadata,
-        )
+        entry = announced(tokens, self.fingerprint, textual_memory)
         name = self.store.new_name()
         params: dict[str, str] = {SAVE: name, ITEM: entry.model_dump_json()}
         held = None if base is None else self.store.file_of(base)
@@ -108,9 +96,10 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         with self.lock:
             (output,) = self._run([request])
         report = (output.kv_transfer_params or {})[REPORT]
-        if report["save_error"] or (report["load_error"] and self.config.on_load_failure == "error"):
+        reason = not_saved(report, self.config.on_load_failure == "recompute")
+        if reason:
             self.store.discard(name, self.config.tensor_parallel_size)
-            raise EngineError(f"The memory was not saved: {report['save_error'] or report['load_error']}")
+            raise EngineError(f"The memory was not saved: {reason}")
         item = self.store.adopt(name, self.fingerprint, self.model_config, self.config.tensor_parallel_size)
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
         return item
@@ -126,12 +115,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         if merge.exact:
             self.first_token(TokenizedPrompt((), tokens.token_ids))  # prefilled now, if the engine holds it no more
             return LentFile(tokens, None)
-        metadata = items[0].metadata.model_copy(
-            update={"tokens": tokens, "kv_bytes": self._kv_bytes(len(tokens.token_ids)), "textual_memory": None}
-        )
-        merged = merge.merge(items, separator_ids, self._merge_model)
-        file = self.store.write(KVCacheItem(merged, metadata))
-        return LentFile(tokens, file, file.name)
+        return self.store.lend_merged(items, tokens, separator_ids, merge, self._merge_model)
 
     def split(self, query: Query, kv_cache: LentFile | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the window."""
@@ -229,7 +213,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         self, output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None
     ) -> VLLMGeneration | KVMemError:
         may_recompute = self.config.on_load_failure == "recompute"
-        return verified(output, prompt, lent, may_recompute, self.end_tokens, self._text)
+        return verified(answer_of(output), prompt, lent, may_recompute, self.end_tokens, self._text)
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -245,7 +229,3 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
                 "Use random_weights='saved', or merge=Reprefill."
             )
         return models.load(self.folder, torch.device("cpu"), self.dtype).model
-
-    def _kv_bytes(self, tokens: int) -> int:
-        ours = self.fingerprint
-        return 2 * ours.layers * ours.kv_heads * ours.head_dim * tokens * self.dtype.itemsize

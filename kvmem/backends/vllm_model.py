@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 
 from kvmem import models
+from kvmem.backends.hf import DTYPES
 from kvmem.backends.vllm_config import VLLMConfig
 
 MADE_IN = "vLLM's {} workers"
 SAVED_BYTES = 4e9
 """Larger random weights are made by the engine, for it would take longer to save them than to measure."""
+
+
+def dtype_of(config: VLLMConfig) -> torch.dtype:
+    return DTYPES.get(config.dtype) or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
 
 def described(config: VLLMConfig, dtype: torch.dtype) -> models.Loaded:

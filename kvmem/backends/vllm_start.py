@@ -57,6 +57,18 @@ def check_installed() -> None:
         )
 
 
+def transfer_config(store: Path, fingerprint: ModelFingerprint) -> dict[str, Any]:
+    """vLLM's kv_transfer_config with our connector, as plain JSON."""
+    return {
+        "kv_connector": CONNECTOR_CLASS,
+        "kv_connector_module_path": CONNECTOR_MODULE,
+        "kv_role": "kv_both",
+        # A request whose load failed is computed and its report says so; "fail" would end it without a reason.
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {FOLDER: str(store), FINGERPRINT: fingerprint.model_dump_json()},
+    }
+
+
 def start(
     config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint,
     own_weights: bool = False,
@@ -80,7 +92,7 @@ def start(
 
     check_version()
     if config.tensor_parallel_size > 1 and not on_gpu:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores_by_rank(config.tensor_parallel_size))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_by_rank(config.tensor_parallel_size))
     optional: dict[str, Any] = {}
     if cache_gib is not None:
         optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
@@ -97,12 +109,7 @@ def start(
             # Off, as on a CPU anyway: with it, vLLM 0.24 has sent a request's next step before it learns that a load
             # failed, and does not take that step back.
             async_scheduling=False,
-            kv_transfer_config=KVTransferConfig(
-                kv_connector=CONNECTOR_CLASS, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both",
-                # A request whose load failed is computed and its report says so; "fail" would end it without a reason.
-                kv_load_failure_policy="recompute",
-                kv_connector_extra_config={FOLDER: str(store), FINGERPRINT: fingerprint.model_dump_json()},
-            ),
+            kv_transfer_config=KVTransferConfig(**transfer_config(store, fingerprint)),
             **optional,
         )
     except ValueError as error:
@@ -127,7 +134,7 @@ def _check_budget(
         )
 
 
-def _cores_by_rank(ranks: int) -> str:
+def cores_by_rank(ranks: int) -> str:
     """This process's cores shared out, as vLLM reads it ("0,1|2,3"): left to itself it wants a NUMA node for each."""
     cores = sorted(os.sched_getaffinity(0))
     each = len(cores) // ranks

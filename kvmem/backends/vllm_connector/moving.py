@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pydantic
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -104,7 +105,7 @@ class Moving:
             try:
                 path = file_path(self.folder, part_name(transfer.name, self.rank, self.ranks))
                 SafetensorsFile().dump(path, [self._item(transfer)])
-            except StorageError as error:
+            except (StorageError, pydantic.ValidationError) as error:  # the latter: no manifest, from whoever asked
                 self.failures.saves[transfer.request_id] = str(error)
 
     def take_failed_blocks(self) -> set[int]:

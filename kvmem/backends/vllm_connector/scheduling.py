@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+from vllm.v1.request import RequestStatus
 
-from kvmem.backends.vllm_connector import ITEM, LOAD, PIN, REPORT, SAVE, UNPIN
+from kvmem.backends.vllm_connector import ITEM, LOAD, PIN, REPORT, REPORT_TO, SAVE, UNPIN, report_name
 from kvmem.backends.vllm_connector.pinning import Pinning
 from kvmem.errors import StorageError
 from kvmem.prompt import common_prefix
@@ -83,6 +85,7 @@ class _Asked:
     save: str | None
     pin: str | None
     item: str
+    report_to: str | None
     prompt_tokens: int
     report: Report = field(default_factory=Report)
     computed: int = 0
@@ -103,7 +106,8 @@ class Scheduling:
 
     def arrived(self, request: Request) -> None:
         """A new request, before it gets any block: what it unpins makes room."""
-        self.pinning.release((request.kv_transfer_params or {}).get(UNPIN, ()))
+        names = (request.kv_transfer_params or {}).get(UNPIN)
+        self.pinning.release(map(str, names) if isinstance(names, list) else ())
 
     def matched_tokens(self, request: Request, computed: int) -> int:
         """How many tokens behind the `computed` ones the request's file can give. May be asked more than once."""
@@ -180,16 +184,27 @@ class Scheduling:
             whole = min(request.num_computed_tokens, asked.prompt_tokens) // self.block_size
             report.pin_error = self.pinning.hold(asked.pin, block_ids[:whole])
             report.pinned_tokens = 0 if report.pin_error else whole * self.block_size
+        if asked.report_to is not None and request.status is not RequestStatus.FINISHED_ABORTED:
+            self._write_report(asked.report_to, report)
         return {REPORT: asdict(report)}
+
+    def _write_report(self, name: str, report: Report) -> None:
+        try:
+            file_path(self.folder, report_name(name)).write_text(json.dumps(asdict(report)))
+        except (StorageError, OSError):
+            return  # a bad name or a full disk is the asker's error, who misses the file; others go on
 
     def _asked(self, request: Request) -> _Asked | None:
         if request.request_id not in self.asked:
             params = request.kv_transfer_params or {}
-            load, save, pin = params.get(LOAD), params.get(SAVE), params.get(PIN)
+            # A server takes these from anyone: what is no name becomes one that no file has, and not a dead engine.
+            load, save, pin, report_to = (
+                None if params.get(key) is None else str(params[key]) for key in (LOAD, SAVE, PIN, REPORT_TO)
+            )
             if load is None and save is None and pin is None:
                 return None
-            item, tokens = params.get(ITEM, ""), request.num_prompt_tokens
-            self.asked[request.request_id] = _Asked(load, save, pin, item, tokens)
+            item, tokens = str(params.get(ITEM, "")), request.num_prompt_tokens
+            self.asked[request.request_id] = _Asked(load, save, pin, item, report_to, tokens)
         return self.asked[request.request_id]
 
     def _covered(self, asked: _Asked, prompt_ids: Sequence[int] | None) -> int:
