@@ -16,6 +16,7 @@ from experiments.measure import Sample
 from experiments.row import Row
 from experiments.verdict import judge
 from experiments.workloads import Cell
+from kvmem.backends.measured import MeasuredBackend
 
 ENOUGH_FOR_P90 = 10
 
@@ -39,15 +40,23 @@ class Arm:
 def compare(
     bench: Bench, scenario: str, cell: Cell, arm: str, reused: Arm, direct: Arm, *,
     build_s: float, kv_bytes: int, memories: int = 1, conditions: dict[str, Any], extra: dict[str, Any],
+    engine: MeasuredBackend | None = None,
 ) -> Row:  # fmt: skip
-    """The row of `arm`, which reuses a memory, beside the direct one; both were sampled in the same rounds."""
+    """The row of `arm`, which reuses a memory, beside the direct one; both were sampled in the same rounds.
+
+    engine: what ran both arms, where that is not the bench's own.
+    """
     hit, plain = measure.missed(reused.samples), measure.missed(direct.samples)
     kv_s, direct_s = median(reused.engine_s), median(direct.engine_s)
     cached, whole = hit.token.cached_tokens, len(hit.prompt.ids)
     equality = grade(
         direct.trace,
         reused.trace,
-        lambda step: measure.rounding_noise(bench.backend, plain.prompt.ids + direct.trace.token_ids[:step]),
+        lambda step: measure.rounding_noise(
+            engine or bench.backend,
+            plain.prompt.ids + direct.trace.token_ids[:step],
+            len(hit.prompt.memory_ids),
+        ),
     )
     limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain.prompt.ids), 0)
     if kv_s < limit_s or direct_s < direct_limit_s:

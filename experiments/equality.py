@@ -63,7 +63,7 @@ def grade(direct: Trace, injected: Trace, rounding_noise: Callable[[int], float]
     diverged   it can't
 
     What rounding can do: `rounding_noise(step)` is the largest difference between the direct arm's own logits of that
-    step, prefilled in two different chunkings; the injected arm has no part in it, else a wrong cache would excuse
+    step, prefilled in different chunkings; the injected arm has no part in it, else a wrong cache would excuse
     itself. In the direct arm its own token leads the injected arm's by `margin` >= 0. Each of the two logits can have
     moved by the noise, the one down and the other up, so rounding can turn their order only if margin <= 2 × noise.
 

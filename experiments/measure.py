@@ -54,9 +54,7 @@ def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str]
     ready = time.perf_counter()
     token = backend.first_token(prompt, cache)
     done = time.perf_counter()
-    return Sample(
-        done - ready, done - started, lent - started, token, prompt, backend.held_tokens(prompt, cache)
-    )
+    return Sample(done - ready, done - started, lent - started, token, prompt, backend.held_tokens(prompt, cache))
 
 
 def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Sample:
@@ -164,6 +162,14 @@ def paired_ratio(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> t
     return float(np.median(ratios)), float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the median."""
+    result = stats.bootstrap(
+        (np.asarray(values),), np.median, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
 def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
     """95% percentile bootstrap over the pairs (Efron & Tibshirani 1993, chapter 13); None for fewer than 3 pairs."""
     if len(kv_s) < 3:
@@ -180,23 +186,26 @@ def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def trace(
-    backend: MeasuredBackend, prompt: TokenizedPrompt, lend: Callable[[], Lent] | None, steps: int
-) -> Trace:
+def trace(backend: MeasuredBackend, prompt: TokenizedPrompt, lend: Callable[[], Lent] | None, steps: int) -> Trace:
     """`steps` greedy tokens and the logits, (steps, vocab), that gave each; end tokens don't stop it."""
     backend.reset()
     answer = backend.greedy(prompt, lend() if lend else None, steps)
     return Trace(answer.token_ids, answer.logits_SV, answer.complete)
 
 
-def rounding_noise(backend: MeasuredBackend, token_ids: Sequence[int]) -> float:
+def rounding_noise(backend: MeasuredBackend, token_ids: Sequence[int], memory_tokens: int) -> float:
     """How far rounding alone moves the direct arm's last logits: whole against two parts, largest absolute difference.
 
-    The injected arm has no part in it.
+    Cut in half, and where the memory ends: kernels choose their tiles and splits by the length of what is new, so a
+    cut in half alone can be equal to the bit and tell nothing. All of it is computed anew; the injected arm has no
+    part in it.
     """
-    whole_V, parts_V = backend.two_chunkings(token_ids)
-    told_V = whole_V.isfinite() & parts_V.isfinite()
-    return float((whole_V[told_V] - parts_V[told_V]).abs().max())
+    noise = 0.0
+    for at in {len(token_ids) // 2, memory_tokens} - {0, len(token_ids)}:
+        whole_V, parts_V = backend.two_chunkings(token_ids, at)
+        told_V = whole_V.isfinite() & parts_V.isfinite()
+        noise = max(noise, float((whole_V[told_V] - parts_V[told_V]).abs().max()))
+    return noise
 
 
 def synchronize(device: torch.device) -> None:

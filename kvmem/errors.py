@@ -47,6 +47,10 @@ class BudgetError(KVMemError, ValueError):
     """An item does not fit what is left of a tier's budget."""
 
 
+class CapacityError(KVMemError, ValueError):
+    """A memory, query and answer together are longer than the engine's buffer."""
+
+
 class BuildCancelled(KVMemError):
     """A build was called off on purpose: its text changed, or the scheduler is closing."""
 

@@ -14,6 +14,7 @@ from experiments import measure, recipes
 from experiments.bench import Bench
 from experiments.builds import build_s, built_once
 from experiments.compare import Arm, compare, ratio
+from experiments.recipes.shared_tensors import SharedTensors
 from experiments.row import Row
 from experiments.scenarios import Scenario
 from experiments.workloads import Cell
@@ -54,7 +55,7 @@ class KVvsDirect(Scenario):
             "direct": lambda: measure.direct(backend, tokens, cell.question),
         }
         if self.beside_recipe and len(items) == 1:
-            arms["shared_tensors"] = recipes.shared_tensors_arm(backend, items[0], tokens, cell.question)
+            arms["shared_tensors"] = recipes.arm(SharedTensors.name, backend, items[0], tokens, cell.question)
         samples, runs = measure.interleaved_calm(arms, self.pairs, random.Random(bench.config.seed))
         conditions = bench.conditions_now()
 

@@ -84,9 +84,14 @@ class HFBackend(MeasuredBackend):
 
     @classmethod
     def open(cls, config: HFConfig, template: TemplateKind = "chat") -> HFBackend:
+        return cls(cls.loaded(config), template)
+
+    @staticmethod
+    def loaded(config: HFConfig) -> models.Loaded:
+        """The model and tokenizer that `config` names."""
         available = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(available if config.device == "auto" else config.device)
-        loaded = models.load(
+        return models.load(
             config.model_name_or_path,
             device,
             DTYPES.get(config.dtype),
@@ -94,7 +99,6 @@ class HFBackend(MeasuredBackend):
             config.seed,
             config.tokenizer_name_or_path,
         )
-        return cls(loaded, template)
 
     def build(
         self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
@@ -102,11 +106,7 @@ class HFBackend(MeasuredBackend):
         tokens = self.template.memory_tokens(source)
         self._check_length(len(tokens.token_ids))
         started = time.perf_counter()
-        cache = DynamicCache(config=self.model_config)
-        if base is not None:
-            held = common_prefix(base.metadata.tokens.token_ids, tokens.token_ids)
-            cache = self._lend_prefix(base.kv_cache, base.metadata.tokens, min(held, len(tokens.token_ids) - 1))
-        prefill(self.model, tokens.token_ids[cache.get_seq_length() :], cache)
+        cache = self._prefilled(tokens.token_ids, base)
         self._synchronize()
         build_s = time.perf_counter() - started
         layers = dynamic_cache.compact(dynamic_cache.layers_of(cache))
@@ -141,9 +141,10 @@ class HFBackend(MeasuredBackend):
             held = 0
         return TokenizedPrompt(prompt.ids[:held], prompt.ids[held:])
 
-    def prefill(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> tuple[torch.Tensor, DynamicCache]:
-        """The last token's logits, (vocab,), and the cache behind them. Only `prompt.query_ids` are computed where
-        `kv_cache` holds `prompt.memory_ids`; without a cache, or where it can't be cropped to them, all are."""
+    def prefill(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> tuple[torch.Tensor, Any]:
+        """The last token's logits, (vocab,), and what decoding grows: here the cache behind them. Only
+        `prompt.query_ids` are computed where `kv_cache` holds `prompt.memory_ids`; without a cache, or where it can't
+        be cropped to them, all are."""
         cache: DynamicCache | None = kv_cache
         if cache is None or not dynamic_cache.crop(cache, len(prompt.memory_ids)):
             cache = DynamicCache(config=self.model_config)
@@ -163,18 +164,22 @@ class HFBackend(MeasuredBackend):
             logits.append(logits_V.float().cpu())
         return GreedyAnswer(tuple(token_ids), torch.stack(logits))
 
-    def two_chunkings(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, half = tuple(token_ids), len(token_ids) // 2
+    def two_chunkings(self, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = tuple(token_ids)
         whole_V = self.prefill(TokenizedPrompt((), ids))[0].float()
-        _, cache = self.prefill(TokenizedPrompt((), ids[:half]))
-        return whole_V, prefill(self.model, ids[half:], cache).float()
+        _, grown = self.prefill(TokenizedPrompt((), ids[:at]))
+        return whole_V, self.extend(ids[at:], grown).float()
 
     def conditions(self) -> dict[str, Any]:
         return {"graphs": "none (eager)"}
 
-    def decode_one_token(self, token_id: int, cache: DynamicCache) -> torch.Tensor:
-        """The logits, (vocab,), that follow `token_id` behind `cache`, which grows by it."""
-        return decode_one_token(self.model, token_id, cache)
+    def extend(self, token_ids: Sequence[int], grown: Any) -> torch.Tensor:
+        """The logits, (vocab,), that follow `token_ids` behind what `prefill` gave, which grows by them."""
+        return prefill(self.model, token_ids, grown)
+
+    def decode_one_token(self, token_id: int, grown: Any) -> torch.Tensor:
+        """The logits, (vocab,), that follow `token_id` behind what `prefill` gave, which grows by it."""
+        return decode_one_token(self.model, token_id, grown)
 
     def generate(
         self,
@@ -220,6 +225,14 @@ class HFBackend(MeasuredBackend):
             if step + 1 < max_new_tokens:
                 logits_V = self.decode_one_token(token, cache)
 
+    def _prefilled(self, token_ids: tuple[int, ...], base: KVCacheItem | None) -> DynamicCache:
+        """The cache of `token_ids`; of those that `base` holds nothing is computed."""
+        cache = DynamicCache(config=self.model_config)
+        if base is not None:
+            cache = self._lend_prefix(base.kv_cache, base.metadata.tokens, held_by(base, token_ids))
+        prefill(self.model, token_ids[cache.get_seq_length() :], cache)
+        return cache
+
     def _lend_prefix(self, cache: DynamicCache, tokens: MemoryTokens, length: int) -> DynamicCache:
         lent = dynamic_cache.lend(cache, tokens, self.model_config)
         return lent if dynamic_cache.crop(lent, length) else DynamicCache(config=self.model_config)
@@ -235,6 +248,11 @@ class HFBackend(MeasuredBackend):
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def held_by(base: KVCacheItem, token_ids: tuple[int, ...]) -> int:
+    """How many of `token_ids` `base` holds from the start, the last one never: its logits are wanted."""
+    return min(common_prefix(base.metadata.tokens.token_ids, token_ids), len(token_ids) - 1)
 
 
 def _textual_source(memory: TextualMemoryItem | None) -> TextualSource | None:

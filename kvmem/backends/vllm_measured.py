@@ -41,10 +41,10 @@ class MeasuredEngine(MeasuredBackend):
         _, output = self._answer_prompt(prompt, kv_cache, steps, top_logprobs=TOP_LOGPROBS)
         return _greedy_answer(output, self.model_config.vocab_size)
 
-    def two_chunkings(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def two_chunkings(self, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The second part is computed behind the first one's blocks, which lie in the engine's prefix cache."""
         ids = tuple(token_ids)
-        whole, first_part = TokenizedPrompt((), ids), TokenizedPrompt((), ids[: self._half(len(ids))])
+        whole, first_part = TokenizedPrompt((), ids), TokenizedPrompt((), ids[: self._whole_blocks(at, len(ids))])
         self.reset()
         at_once = self.greedy(whole, None, 1).logits_SV[0]
         self.reset()
@@ -61,9 +61,9 @@ class MeasuredEngine(MeasuredBackend):
     def conditions(self) -> dict[str, Any]:
         return _conditions(self.llm)
 
-    def _half(self, tokens: int) -> int:
-        """About half of so many tokens, in whole blocks."""
-        blocks = max(round(tokens / 2 / self.prefix_block_tokens), 1)
+    def _whole_blocks(self, at: int, tokens: int) -> int:
+        """About `at` of so many tokens, in whole blocks that leave one to compute."""
+        blocks = max(round(at / self.prefix_block_tokens), 1)
         return min(blocks, (tokens - 1) // self.prefix_block_tokens) * self.prefix_block_tokens
 
 

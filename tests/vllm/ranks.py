@@ -69,7 +69,8 @@ def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
 
 def graded(engine: VLLMBackend, prompt: TokenizedPrompt, direct: Any, reused: Any) -> str:
     traces = [Trace(answer.token_ids, answer.logits_SV, answer.complete) for answer in (direct, reused)]
-    return grade(*traces, lambda step: rounding_noise(engine, prompt.ids + direct.token_ids[:step])).grade
+    held = len(prompt.memory_ids)
+    return grade(*traces, lambda step: rounding_noise(engine, prompt.ids + direct.token_ids[:step], held)).grade
 
 
 def same_bits_again(memory: KVCacheMemory, item: KVCacheItem) -> bool:

@@ -1,0 +1,84 @@
+"""Ways to pass a stored cache to a Hugging Face model that are not ours; one recipe, one file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+
+from experiments import measure
+from experiments.equality import Trace
+from experiments.measure import Sample, synchronize
+from kvmem import discover
+from kvmem.backends.hf import HFBackend
+from kvmem.backends.measured import FirstToken, MeasuredBackend
+from kvmem.errors import ConfigError
+from kvmem.forward import decode_one_token
+from kvmem.items import KVCacheItem, MemoryTokens
+from kvmem.prompt import Query, TokenizedPrompt
+
+
+class Recipe(ABC):
+    """What to do with a stored cache so that a query can follow it. One object a cell."""
+
+    name: ClassVar[str]
+    logits_to_keep: ClassVar[int] = 1
+    """0: those of every position, as a model gives them where it is not told otherwise."""
+
+    def __init__(self, item: KVCacheItem, config: PreTrainedConfig) -> None:
+        self.item, self.config = item, config
+
+    @abstractmethod
+    def cache(self) -> DynamicCache:
+        """The cache that the query is prefilled behind."""
+
+    def put_back(self, cache: DynamicCache) -> None:
+        """What is to be done with it afterwards, so that the next query finds the memory; not timed."""
+        return None
+
+    @torch.inference_mode()
+    def first_token(self, backend: HFBackend, prompt: TokenizedPrompt) -> Sample:
+        """One first token: `cache_s` is the passing of the cache, `engine_s` the forward behind it, user_s both."""
+        started = time.perf_counter()
+        cache = self.cache()
+        synchronize(backend.device)
+        ready = time.perf_counter()
+        token = int(self._logits(backend, prompt, cache).argmax())
+        done = time.perf_counter()
+        self.put_back(cache)
+        held = len(prompt.memory_ids)
+        return Sample(done - ready, done - started, ready - started, FirstToken(token, held), prompt, held)
+
+    @torch.inference_mode()
+    def trace(self, backend: HFBackend, prompt: TokenizedPrompt, steps: int) -> Trace:
+        """`steps` greedy tokens behind the prompt, and the logits that gave each."""
+        cache = self.cache()
+        logits = [self._logits(backend, prompt, cache)]
+        for _ in range(steps - 1):
+            logits.append(decode_one_token(backend.model, int(logits[-1].argmax()), cache))
+        self.put_back(cache)
+        return Trace(tuple(int(row_V.argmax()) for row_V in logits), torch.stack(logits).float().cpu(), True)
+
+    def _logits(self, backend: HFBackend, prompt: TokenizedPrompt, cache: DynamicCache) -> torch.Tensor:
+        ids_BT = torch.tensor([prompt.query_ids], device=backend.device)
+        return backend.model(
+            input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=self.logits_to_keep
+        ).logits[0, -1]
+
+
+def recipes() -> dict[str, type[Recipe]]:
+    """Every recipe, by name."""
+    return discover.classes(sys.modules[__name__], Recipe)  # type: ignore[type-abstract]
+
+
+def arm(name: str, backend: MeasuredBackend, item: KVCacheItem, tokens: MemoryTokens, query: Query) -> measure.Arm:
+    """A recipe as an arm of a comparison; ConfigError on an engine that is not Hugging Face's."""
+    if not isinstance(backend, HFBackend):
+        raise ConfigError(f"The {name} recipe is Hugging Face's, and this is backend={type(backend).name}.")
+    prompt = backend.template.split(tokens, query)
+    recipe = recipes()[name](item, backend.model_config)
+    return lambda: recipe.first_token(backend, prompt)

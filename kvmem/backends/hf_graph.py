@@ -1,0 +1,150 @@
+"""A Hugging Face model's own weights on the fast engine: in-place caches and, on a GPU, CUDA graphs.
+
+Items are Hugging Face's: a memory that backend=huggingface built is placed here, and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from transformers import DynamicCache
+
+from kvmem import dynamic_cache, models
+from kvmem.backends.hf import Generation, HFBackend, HFConfig, held_by
+from kvmem.backends.measured import FirstToken
+from kvmem.backends.sampling import Sampler, Sampling
+from kvmem.dynamic_cache import LentCache
+from kvmem.errors import ConfigError
+from kvmem.graph.branches import Branches
+from kvmem.graph.engine import Engine, Underway
+from kvmem.graph.knobs import Knobs
+from kvmem.items import KVCacheItem
+from kvmem.merge import MergeStrategy
+from kvmem.prompt import Query, TemplateKind, TokenizedPrompt
+
+
+@dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
+class HFGraphConfig(Knobs, HFConfig):
+    """The keys of `extractor_llm["config"]` for the backend `hf_graph`: those of `huggingface`, and the engine's.
+
+    `attn_implementation` is for what transformers itself computes: merges.
+    """
+
+    backend: ClassVar[str] = "hf_graph"
+
+
+class HFGraphBackend(HFBackend):
+    """`HFBackend` with another forward pass."""
+
+    name: ClassVar[str] = HFGraphConfig.backend
+    config_class: ClassVar[type] = HFGraphConfig
+
+    def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat", knobs: Knobs | None = None) -> None:
+        super().__init__(loaded, template)
+        self.engine = Engine(loaded.model, knobs or Knobs())
+        self.attention = self.engine.kernel
+
+    @classmethod
+    def open(cls, config: HFGraphConfig, template: TemplateKind = "chat") -> HFGraphBackend:  # type: ignore[override]
+        return cls(cls.loaded(config), template, config)
+
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentCache:
+        lent = super().lend(items, merge, separator)
+        self.engine.place(lent)
+        return lent
+
+    def prefill(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> tuple[torch.Tensor, Underway]:
+        """The last token's logits, (vocab,), and the answer under way. `kv_cache` stays as it is."""
+        return self.engine.begin(kv_cache, len(prompt.memory_ids) if kv_cache else 0, _new_ids(prompt, kv_cache))
+
+    def first_token(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> FirstToken:
+        held = len(prompt.memory_ids) if kv_cache else 0
+        return FirstToken(self.engine.first_token(kv_cache, held, _new_ids(prompt, kv_cache)), held)
+
+    def extend(self, token_ids: Sequence[int], grown: Underway) -> torch.Tensor:
+        return self.engine.extend(grown, token_ids)
+
+    def decode_one_token(self, token_id: int, grown: Underway) -> torch.Tensor:
+        return self.engine.extend(grown, (token_id,))
+
+    def generate(
+        self,
+        query: Query,
+        kv_cache: LentCache | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+    ) -> Generation:
+        if max_new_tokens < 1 or (sampling and sampling.temperature > 0):
+            return super().generate(query, kv_cache, max_new_tokens, sampling)
+        prompt = self.split(query, kv_cache)
+        logits_V, answer = self.prefill(prompt, kv_cache)
+        first = int(logits_V.argmax())
+        ends = self.end_tokens
+        ids = () if first in ends else (first, *self.engine.greedy(answer, first, max_new_tokens - 1, ends))
+        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids))
+
+    def answer_batch(
+        self,
+        queries: Sequence[Query],
+        kv_cache: LentCache,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+    ) -> list[Generation]:
+        """An answer to each query behind the same memory, as `generate` gives it; the memory lies in place once."""
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}. Ask for 1 or more.")
+        prompts = [self.split(query, kv_cache) for query in queries]
+        held = min(len(prompt.memory_ids) for prompt in prompts)
+        if held == 0:
+            return [self.generate(query, kv_cache, max_new_tokens, sampling) for query in queries]
+        new = [prompt.ids[held:] for prompt in prompts]
+        branches = Branches(self.engine, kv_cache, held, len(new), max(map(len, new)) + max_new_tokens)
+        samplers = [Sampler(sampling or Sampling(), self.device) for _ in prompts]
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = set(range(len(prompts)))
+        logits_BV = branches.extend(new)
+        for step in range(max_new_tokens):
+            tokens = [sampler.pick(logits_V) for sampler, logits_V in zip(samplers, logits_BV, strict=True)]
+            going -= {i for i in going if tokens[i] in self.end_tokens}
+            for i in going:
+                answers[i].append(tokens[i])
+            if not going or step + 1 == max_new_tokens:
+                break
+            logits_BV = branches.extend([(token,) for token in tokens])
+        return [
+            Generation(self._text(answer), tuple(answer), len(prompt.ids), held)
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
+
+    @cached_property
+    def eager(self) -> HFBackend:
+        """The same weights by transformers' own forward."""
+        return HFBackend(models.Loaded(self.model, self.tokenizer, self.fingerprint.origin), self.template.kind)
+
+    def conditions(self) -> dict[str, Any]:
+        engine = self.engine
+        return {
+            "graphs": f"one a query length, up to {engine.graph_up_to} tokens" if engine.graph_up_to else "none",
+            "left_out": ", ".join(engine.left_out) or "nothing",
+            "compile": engine.compile,
+            "pad_to": engine.pad_to,
+            "pad_up_to": engine.knobs.pad_up_to,
+            "capacity_tokens": engine.knobs.capacity_tokens,
+            "buffers": engine.knobs.buffers,
+            "warm_up": dataclasses.asdict(engine.warm_up),
+        }
+
+    def _prefilled(self, token_ids: tuple[int, ...], base: KVCacheItem | None) -> DynamicCache:
+        cache, held = (None, 0) if base is None else (base.kv_cache, held_by(base, token_ids))
+        _, answer = self.engine.begin(cache, held, token_ids[held:])
+        return dynamic_cache.from_layers(self.engine.read(answer), self.model_config)
+
+
+def _new_ids(prompt: TokenizedPrompt, kv_cache: LentCache | None) -> tuple[int, ...]:
+    return prompt.ids if kv_cache is None else prompt.query_ids

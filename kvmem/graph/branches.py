@@ -1,0 +1,53 @@
+"""Many queries behind one memory: it lies in its buffer once, and each answer has rows of its own behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+from kvmem.errors import CapacityError
+from kvmem.graph.engine import Engine, Underway
+from kvmem.graph.layer import rms_norm
+
+
+class Branches:
+    """Answers that grow side by side behind the first `held` tokens of a memory, each to at most `room` tokens."""
+
+    def __init__(self, engine: Engine, cache: DynamicCache, held: int, batch: int, room: int) -> None:
+        self.engine, self.held, self.room = engine, held, room
+        self.memory = Underway(cache, held, held)
+        shape, layers = engine.run.shape, len(engine.run.layers)
+        size = (layers, batch, shape.kv_heads, room + engine.pad_to, shape.head_dim)
+        if held + room > engine.knobs.capacity_tokens:
+            raise CapacityError(
+                f"{held} tokens of memory and {room} of a query and its answer are more than capacity_tokens="
+                f"{engine.knobs.capacity_tokens}. Raise it, or ask for fewer max_new_tokens."
+            )
+        self.own_k, self.own_v = (torch.zeros(size, dtype=engine.dtype, device=engine.device) for _ in "kv")
+        self.lengths_B = torch.zeros(batch, dtype=torch.long, device=engine.device)
+
+    @torch.inference_mode()
+    def extend(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The logits, (batch, vocab), behind each answer's new ids. Shorter ones are padded at their end, where a pad
+        is never attended to and is overwritten by what follows."""
+        engine, run = self.engine, self.engine.run
+        new = engine.padded(max(map(len, ids)))
+        padded = [[*row, *(0 for _ in range(new - len(row)))] for row in ids]
+        ids_BS, real_B = (torch.tensor(rows, device=engine.device) for rows in (padded, [len(row) for row in ids]))
+        at_BS = self.lengths_B[:, None] + torch.arange(new, device=engine.device)
+        cos, sin = (table[self.held + at_BS][:, :, None] for table in (run.cos_TD, run.sin_TD))
+        x_BSC = F.embedding(ids_BS, run.embed)
+        added_BSC = torch.zeros_like(x_BSC)
+        held_1, lengths_B = self.lengths_B.new_tensor([self.held]).int(), (self.lengths_B + new).int()
+        with engine.lock:
+            buffer = engine.take(self.memory).buffer
+            for i, (w, (k, v)) in enumerate(zip(run.layers, buffer.layers, strict=True)):
+                x_BSC, added_BSC = run.layer_of_branches(
+                    x_BSC, added_BSC, cos, sin, k, v, held_1, self.own_k[i], self.own_v[i], at_BS, lengths_B,
+                    real_B - 1 if i == len(run.layers) - 1 else None, w, run.shape,
+                )  # fmt: skip
+        self.lengths_B += real_B
+        return F.linear(rms_norm(x_BSC + added_BSC, run.last_norm, run.shape.eps), run.head)[:, 0]

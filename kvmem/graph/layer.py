@@ -1,0 +1,117 @@
+"""A decoder layer, as pure functions but for the rows that it writes: straight down, in few kernels once compiled.
+
+Dimensions: B batch, S new tokens, T rows of a buffer, H query heads, K key heads, D head size, C hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedConfig
+
+from kvmem.graph.attention import attend, attend_lse
+from kvmem.graph.weights import LayerWeights
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What of a layer is not in its weights. `kernel` names the attention kernel."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    kernel: str
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, kernel: str) -> LayerShape:
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(heads, config.num_key_value_heads or heads, head_dim, config.rms_norm_eps, kernel)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root mean square normalisation over the last dimension, in fp32 (Zhang & Sennrich 2019)."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotate(x_BSHD: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor) -> torch.Tensor:
+    """Each head turned to its token's position (halves of the head are pairs)."""
+    first, second = x_BSHD.chunk(2, dim=-1)
+    return x_BSHD * cos_BS1D + torch.cat([-second, first], dim=-1) * sin_BS1D
+
+
+def queries_keys_values(
+    x_BSC: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor, w: LayerWeights, shape: LayerShape
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, S, H, D), (B, S, K, D), (B, S, K, D), the first two turned to their positions."""
+    batch, new, _ = x_BSC.shape
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    products = F.linear(rms_norm(x_BSC, w.input_norm, shape.eps), w.qkv, w.qkv_bias)
+    q, k, v = (
+        part.view(batch, new, count, shape.head_dim)
+        for part, count in zip(products.split([n * shape.head_dim for n in heads], -1), heads, strict=True)
+    )
+    if w.q_norm is not None and w.k_norm is not None:
+        q, k = rms_norm(q, w.q_norm, shape.eps), rms_norm(k, w.k_norm, shape.eps)
+    return rotate(q, cos_BS1D, sin_BS1D), rotate(k, cos_BS1D, sin_BS1D), v
+
+
+def after_attention(
+    x_BSC: torch.Tensor, gathered_BSHD: torch.Tensor, w: LayerWeights, shape: LayerShape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stream behind attention, and what the MLP adds to it."""
+    x_BSC = x_BSC + F.linear(gathered_BSHD.flatten(2), w.out, w.out_bias)
+    gate, up = F.linear(rms_norm(x_BSC, w.mlp_norm, shape.eps), w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
+    return x_BSC, F.linear(F.silu(gate) * up, w.down, w.down_bias)
+
+
+def layer(
+    x_BSC: torch.Tensor, added_BSC: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor,
+    k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, at_S: torch.Tensor, length_1: torch.Tensor,
+    last_1: torch.Tensor | None, w: LayerWeights, shape: LayerShape,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One sequence behind the head of its buffer, whose rows `at` it writes; `length` counts them.
+
+    The stream comes and goes as two parts to be added, so that the addition joins the next kernel. With `last`, only
+    that token goes past attention: of the last layer no other is needed.
+    """
+    x_BSC = x_BSC + added_BSC
+    q, k, v = queries_keys_values(x_BSC, cos_BS1D, sin_BS1D, w, shape)
+    k_1KTD.index_copy_(2, at_S, k.transpose(1, 2))
+    v_1KTD.index_copy_(2, at_S, v.transpose(1, 2))
+    gathered = attend(q, k_1KTD, v_1KTD, length_1, True, shape.kernel)
+    if last_1 is not None:
+        x_BSC, gathered = x_BSC.index_select(1, last_1), gathered.index_select(1, last_1)
+    return after_attention(x_BSC, gathered, w, shape)
+
+
+def layer_of_branches(
+    x_BSC: torch.Tensor, added_BSC: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor,
+    k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, held_1: torch.Tensor,
+    own_k_BKTD: torch.Tensor, own_v_BKTD: torch.Tensor, at_BS: torch.Tensor, lengths_B: torch.Tensor,
+    last_B: torch.Tensor | None, w: LayerWeights, shape: LayerShape,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Several sequences behind the same first `held` rows; each writes and sees rows of its own.
+
+    All queries attend to the shared rows as one, and each to its own; the two are joined by their softmax sums
+    (Juravsky et al., "Hydragen", 2024).
+    """
+    x_BSC = x_BSC + added_BSC
+    batch, new, _ = x_BSC.shape
+    q, k, v = queries_keys_values(x_BSC, cos_BS1D, sin_BS1D, w, shape)
+    rows_B1 = torch.arange(batch, device=x_BSC.device)[:, None]
+    own_k_BKTD[rows_B1, :, at_BS] = k
+    own_v_BKTD[rows_B1, :, at_BS] = v
+    as_one = q.reshape(1, batch * new, shape.heads, shape.head_dim)
+    shared, shared_lse = attend_lse(as_one, k_1KTD, v_1KTD, held_1, False, shape.kernel)
+    own, own_lse_BHS = attend_lse(q, own_k_BKTD, own_v_BKTD, lengths_B, True, shape.kernel)
+    shared_lse_BHS = shared_lse.view(shape.heads, batch, new).transpose(0, 1)
+    share_BSH1 = torch.sigmoid(shared_lse_BHS - own_lse_BHS).transpose(1, 2)[..., None]
+    gathered = (shared.view(q.shape).float() * share_BSH1 + own.float() * (1 - share_BSH1)).to(q.dtype)
+    if last_B is not None:
+        x_BSC, gathered = x_BSC[rows_B1, last_B[:, None]], gathered[rows_B1, last_B[:, None]]
+    return after_attention(x_BSC, gathered, w, shape)

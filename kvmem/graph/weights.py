@@ -1,0 +1,101 @@
+"""The weights of a covered model as the straight pass wants them: those that read the same input lie side by side.
+
+The model keeps its own weights as views of these, so Hugging Face's forward still runs, and nothing is held twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvmem.errors import ModelError
+from kvmem.rope import FIXED_FREQUENCIES, HALF_ROTATION
+
+
+class LayerWeights(NamedTuple):
+    """One decoder layer. Matrices are (out, in); None where the family has no such thing."""
+
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    out: torch.Tensor
+    out_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    input_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+
+
+def check_covered(model: PreTrainedModel) -> None:
+    """Raises ModelError, by name, for a model that the straight pass does not compute rightly."""
+    config = model.config
+    kind, rope = config.model_type, config.rope_parameters or {}
+    reason = None
+    if kind not in HALF_ROTATION:
+        reason = f"covers {', '.join(sorted(HALF_ROTATION))}"
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        kind == "mistral" and config.sliding_window is not None
+    ):
+        reason = f"covers full attention, and this {kind} has a sliding window of {config.sliding_window} tokens"
+    elif config.hidden_act != "silu":
+        reason = f"covers the activation silu, and this {kind} has {config.hidden_act}"
+    elif rope.get("rope_type", "default") not in FIXED_FREQUENCIES:
+        reason = f"covers rope_type {', '.join(sorted(FIXED_FREQUENCIES))}, and this {kind} has {rope['rope_type']}"
+    elif odd := [name for name, module in model.named_modules() if _is_replaced(name, module)]:
+        reason = f"covers plain linear layers, and {odd[0]} is a {type(model.get_submodule(odd[0])).__name__}"
+    if reason is not None:
+        raise ModelError(f"hf_graph does not cover {type(model).__name__}: it {reason}. Use backend=huggingface.")
+
+
+def _is_replaced(name: str, module: nn.Module) -> bool:
+    """A projection that is no plain linear layer any more: quantized, or with an adapter."""
+    return name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear
+
+
+@torch.no_grad()
+def stack(model: PreTrainedModel) -> list[LayerWeights]:
+    """All layers' weights, side by side where they read the same input; `model` is left with views of them.
+
+    A second call finds them so and copies nothing.
+    """
+    return [_stack_layer(layer) for layer in model.get_decoder().layers]
+
+
+def _stack_layer(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    out, down = attention.o_proj, mlp.down_proj
+    qkv, qkv_bias = _beside(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, gate_up_bias = _beside(mlp.gate_proj, mlp.up_proj)
+    norms = {name: child.weight.detach() for name, child in attention.named_children() if name.endswith("_norm")}
+    return LayerWeights(
+        qkv, qkv_bias, out.weight.detach(), _detached(out.bias), norms.get("q_norm"), norms.get("k_norm"),
+        gate_up, gate_up_bias, down.weight.detach(), _detached(down.bias),
+        layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(),
+    )  # fmt: skip
+
+
+def _beside(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight = _one_tensor([linear.weight for linear in linears])
+    return weight, None if linears[0].bias is None else _one_tensor([linear.bias for linear in linears])
+
+
+def _one_tensor(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The parts one behind the other in one tensor, which each part becomes a view of."""
+    first, rows = parts[0], sum(part.shape[0] for part in parts)
+    starts = [part.untyped_storage().data_ptr() for part in parts]
+    if len(set(starts)) == 1 and first.storage_offset() == 0:  # they are so already
+        return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+    joined = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, joined.split([part.shape[0] for part in parts]), strict=True):
+        part.data = view
+    return joined
+
+
+def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach()

@@ -1,0 +1,85 @@
+"""The fast engine beside eager Hugging Face on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from kvmem import KVCacheItem, KVCacheMemory
+from kvmem.backends.hf import HFBackend
+from kvmem.backends.hf_graph import HFGraphBackend
+from kvmem.graph.knobs import Knobs
+from kvmem.models import Loaded
+from kvmem.prompt import TokenizedPrompt
+from tests.tiny import SHAPES, loaded, memory_on
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how the engine runs. `tolerance`: how far its logits may be from eager Hugging Face's."""
+
+    device: str
+    dtype: torch.dtype
+    attention: str
+    tolerance: float
+    compile: str = "auto"
+
+
+PLACES = {
+    "cpu": Place("cpu", torch.float32, "auto", 1e-4),
+    "gpu-fp32": Place("cuda", torch.float32, "sdpa", 1e-3, compile="none"),
+    "gpu-bf16-torch_flash": Place("cuda", torch.bfloat16, "torch_flash", 0.04, compile="none"),
+    "gpu-bf16-fastest": Place("cuda", torch.bfloat16, "auto", 0.04),
+}
+"""The tiny model's logits have a standard deviation of 0.16. Graphs are captured in all places on a GPU."""
+
+Open = Callable[..., HFGraphBackend]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.gpu] if name != "cpu" else []) for name in PLACES],
+)
+def place(request: pytest.FixtureRequest) -> Place:
+    if request.param != "cpu" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return PLACES[request.param]
+
+
+@pytest.fixture(scope="module")
+def eager(place: Place) -> HFBackend:
+    """Eager Hugging Face, a tiny Qwen3."""
+    return HFBackend(weights(place))
+
+
+@pytest.fixture(scope="module")
+def open_engine(place: Place) -> Open:
+    """Opens the fast engine on the weights of `eager`, with the given knobs."""
+
+    def open_(shape: str = "tiny", **knobs: object) -> HFGraphBackend:
+        given = {"attention": place.attention, "capacity_tokens": 2048, "pad_to": 8, "compile": place.compile} | knobs
+        return HFGraphBackend(weights(place, shape), "chat", Knobs(**given))
+
+    return open_
+
+
+def weights(place: Place, shape: str = SHAPES["qwen3"]) -> Loaded:
+    made = loaded(shape)
+    return replace(made, model=made.model.to(place.device, place.dtype))
+
+
+def stored(backend: HFBackend, text: str) -> tuple[KVCacheMemory, KVCacheItem]:
+    """A memory on `backend` with one item."""
+    memory = memory_on(backend)
+    item = memory.extract(text)
+    memory.add(item)
+    return memory, item
+
+
+def prompt_of(held: int, new: int, seed: int = 0) -> TokenizedPrompt:
+    """Token ids at random: `held` of a memory, `new` behind it."""
+    ids = torch.randint(1000, 40000, (held + new,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return TokenizedPrompt(tuple(ids[:held]), tuple(ids[held:]))

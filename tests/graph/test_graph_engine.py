@@ -1,0 +1,144 @@
+"""The engine's own work: bucket edges, switching memories, answers that take turns."""
+
+from __future__ import annotations
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.graph.conftest import prompt_of, stored
+from tests.tiny import copy_of, pairs, same_bits
+
+TEXTS = [text for text, _ in pairs(4, characters=900, seed=11)]
+QUERY = "Which names are bound here, and by whom?"
+
+
+def same_answer(fast, memory, item, eager, query=QUERY, tokens=8):
+    """The fast engine's logits behind a memory, step by step along Hugging Face's answer, against its own."""
+    prompt = fast.split(query, memory.get_cache(item.kv_cache_id))
+    return along(fast, eager, prompt, memory.get_cache(item.kv_cache_id), tokens)
+
+
+def along(fast, eager, prompt, cache, tokens):
+    """Largest difference of the logits of both, fed the same tokens."""
+    whole = type(prompt)((), prompt.ids)
+    theirs_V, grown = eager.prefill(whole)
+    ours_V, answer = fast.prefill(prompt, cache)
+    worst = 0.0
+    for _ in range(tokens):
+        worst = max(worst, float((theirs_V.float() - ours_V.float()).abs().max()))
+        token = int(theirs_V.argmax())
+        theirs_V, ours_V = eager.decode_one_token(token, grown), fast.decode_one_token(token, answer)
+    return worst
+
+
+@pytest.mark.parametrize("new", [1, 2, 8, 63, 64, 65, 127, 128, 129, 160, 167, 168, 169])
+def test_lengths_about_a_buckets_edge(open_engine, eager, place, new):
+    fast = open_engine()
+    prompt = prompt_of(0, new)
+    assert along(fast, eager, prompt, None, 3) < place.tolerance
+
+
+@pytest.mark.parametrize("new", [1, 7, 8, 9, 64, 65, 167, 168])
+def test_lengths_behind_a_memory(open_engine, eager, place, new):
+    fast = open_engine()
+    memory, item = stored(fast, TEXTS[0])
+    held = item.metadata.tokens.token_ids
+    prompt = type(prompt_of(0, 1))(held, prompt_of(0, new).query_ids)
+    cache = memory.get_cache(item.kv_cache_id)
+    before = copy_of(item) if place.dtype == torch.float32 else None
+    for _ in range(2):  # the second finds the memory in place
+        assert along(fast, eager, prompt, cache, 3) < place.tolerance
+    assert before is None or same_bits(item, before)
+
+
+def test_one_graph_serves_every_memory(open_engine, eager, place):
+    fast = open_engine()
+    memory, first = stored(fast, TEXTS[0])
+    second = memory.extract(TEXTS[1][:200])
+    memory.add(second)
+    for item in (first, second, first, second):
+        assert same_answer(fast, memory, item, eager) < place.tolerance
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_memories_in_turn(open_engine, eager, place, buffers):
+    fast = open_engine(buffers=buffers)
+    memory, first = stored(fast, TEXTS[0])
+    items = [first, *memory.extract(TEXTS[1:])]
+    memory.add(items[1:])
+    for i in (0, 1, 0, 2, 3, 3, 1, 0, 2):
+        assert same_answer(fast, memory, items[i], eager, tokens=3) < place.tolerance
+    assert len(fast.engine.seats) <= buffers
+
+
+def test_a_memory_in_place_is_not_copied_again(open_engine):
+    fast = open_engine()
+    memory, item = stored(fast, TEXTS[0])
+    length = item.metadata.token_count
+    buffer = fast.engine._seat_for(item.kv_cache).buffer
+    assert buffer.place(item.kv_cache, length) == length
+    assert buffer.place(item.kv_cache, length) == 0
+    buffer.written_from(length - 5)
+    assert buffer.place(item.kv_cache, length) == 5
+    other = memory.extract(TEXTS[1])
+    assert buffer.place(other.kv_cache, 10) == 10
+
+
+def test_a_shortened_prefix_leaves_the_memory_usable(open_engine, eager, place):
+    """A query that breaks the prefix overwrites the memory's last rows in the buffer: they are placed again."""
+    fast = open_engine(buffers=1)
+    memory, item = stored(fast, TEXTS[0])
+    ids = item.metadata.tokens.token_ids
+    shortened = type(prompt_of(0, 1))(ids[:-6], prompt_of(0, 20).query_ids)
+    assert along(fast, eager, shortened, memory.get_cache(item.kv_cache_id), 2) < place.tolerance
+    assert same_answer(fast, memory, item, eager) < place.tolerance
+
+
+def test_answers_take_turns_in_one_buffer(open_engine):
+    """Streams advanced token by token in turn: each takes its rows along when another sits down."""
+    fast = open_engine(buffers=1)
+    memory, item = stored(fast, TEXTS[0])
+    other = memory.extract(TEXTS[1])
+    memory.add(other)
+    asked = [(QUERY, item), ("Why?", item), (QUERY, other), ("Name one exception.", None)]
+
+    def lend(of):
+        return None if of is None else memory.get_cache(of.kv_cache_id)
+
+    alone = [fast.generate(query, lend(of), 12).token_ids for query, of in asked]
+    streams = [fast.stream(query, lend(of), 12) for query, of in asked]
+    together: list[list[int]] = [[] for _ in asked]
+    for _ in range(12):
+        for answer, stream in zip(together, streams, strict=True):
+            answer += [token.id for token in [next(stream, None)] if token is not None]
+    assert [tuple(answer) for answer in together] == alone
+
+
+def test_from_four_threads(open_engine):
+    fast = open_engine()
+    memory, item = stored(fast, TEXTS[0])
+    others = memory.extract(TEXTS[1:3])
+    memory.add(others)
+    items = [item, *others]
+    alone = [fast.generate(QUERY, memory.get_cache(of.kv_cache_id), 6) for of in items]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(
+            pool.map(lambda i: fast.generate(QUERY, memory.get_cache(items[i % 3].kv_cache_id), 6), range(24))
+        )
+    assert answers == [alone[i % 3] for i in range(24)]
+
+
+def test_a_dropped_answer_frees_its_buffer_and_a_deleted_memory_too(open_engine):
+    fast = open_engine(buffers=2)
+    memory, item = stored(fast, TEXTS[0])
+    _, answer = fast.prefill(fast.split(QUERY, memory.get_cache(item.kv_cache_id)), memory.get_cache(item.kv_cache_id))
+    assert [seat.answer for seat in fast.engine.seats].count(answer) == 1
+    del answer
+    assert all(seat.answer is None for seat in fast.engine.seats)
+    memory.delete_all()
+    del item
+    gc.collect()
+    assert all(seat.buffer.memory is None or seat.buffer.memory() is None for seat in fast.engine.seats)

@@ -1,0 +1,84 @@
+"""The fast engine answers as Hugging Face does, for every covered family; items go from one to the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvmem import KVCacheMemory, KVCacheMemoryConfig
+from kvmem.backends.hf_graph import HFGraphBackend
+from kvmem.dynamic_cache import layers_of
+from kvmem.graph.knobs import Knobs
+from kvmem.models import Loaded
+from tests.test_equivalence import check_pairs
+from tests.tiny import SHAPES, loaded, memory_on, pairs
+
+
+@pytest.mark.parametrize("family", sorted(SHAPES))
+def test_twenty_pairs_on_each_family(family):
+    backend = HFGraphBackend(loaded(SHAPES[family]), "chat", Knobs(pad_to=8, capacity_tokens=1024))
+    assert backend.model_config.model_type == family
+    check_pairs(backend, pairs(20, characters=600))
+
+
+def on_the_engine(backend):
+    return HFGraphBackend(Loaded(backend.model, backend.tokenizer, backend.fingerprint.origin), backend.template.kind)
+
+
+def test_pairs_on_smollm2(smollm2):
+    check_pairs(on_the_engine(smollm2), pairs(2, characters=400))
+
+
+def test_items_go_from_one_engine_to_the_other(tiny, tmp_path):
+    hf, fast = tiny("llama"), on_the_engine(tiny("llama"))
+    assert fast.fingerprint == hf.fingerprint
+    text, query = pairs(1, characters=500, seed=3)[0]
+    on_hf, on_fast = memory_on(hf), memory_on(fast)
+    for built, other in ((on_hf, on_fast), (on_fast, on_hf)):
+        item = built.extract(text)
+        built.add(item)
+        built.dump(tmp_path)
+        assert other.load(tmp_path) == 1
+        first, second = (
+            memory.backend.generate(query, memory.get_cache(item.kv_cache_id), 16) for memory in (built, other)
+        )
+        assert first == second and first.cached_tokens == item.metadata.token_count
+        built.delete_all()
+        other.delete_all()
+
+
+def test_dialogue_goes_on_behind_its_base(tiny):
+    hf, fast = tiny("qwen3"), on_the_engine(tiny("qwen3"))
+    turns = [
+        {"role": role, "content": text[:200]}
+        for role, (text, _) in zip(("system", "user", "assistant", "user", "assistant"), pairs(5, 400), strict=True)
+    ]
+    whole = memory_on(hf).extract(turns)
+    memory = memory_on(fast)
+    begun = memory.extract(turns[:3])
+    extended = memory.extract(turns[3:], base=begun)
+    assert extended.metadata.tokens == whole.metadata.tokens
+    for ours, theirs in zip(layers_of(extended.kv_cache), layers_of(whole.kv_cache), strict=True):
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+
+
+def test_hugging_face_runs_on_the_same_weights(qwen3):
+    """Its weights are views of the engine's: the model is as it was, and nothing is held twice."""
+    before = qwen3.generate("Why?", max_new_tokens=8)
+    fast = on_the_engine(qwen3)
+    assert qwen3.generate("Why?", max_new_tokens=8) == before == fast.generate("Why?", max_new_tokens=8)
+    attention = qwen3.model.model.layers[0].self_attn
+    stacked = fast.engine.run.layers[0].qkv
+    for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+        assert part.weight.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+    again = on_the_engine(qwen3)
+    assert again.engine.run.layers[0].qkv.data_ptr() == stacked.data_ptr()
+
+
+def test_the_backend_opens_by_its_name():
+    config = {"model_name_or_path": "random:tiny", "device": "cpu", "capacity_tokens": 512}
+    memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "hf_graph", "config": config}))
+    assert isinstance(memory.backend, HFGraphBackend) and memory.backend.engine.knobs.capacity_tokens == 512
+    assert memory.backend.conditions()["left_out"] == "CUDA graphs, compiled layers"
+    assert memory.backend.attention == "sdpa"

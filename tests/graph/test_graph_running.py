@@ -1,0 +1,102 @@
+"""Decoding ahead of the host, batches behind one memory, capacity, warming up, compiled layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from kvmem.errors import CapacityError
+from tests.graph.conftest import prompt_of, stored
+from tests.graph.test_graph_engine import QUERY, TEXTS, along
+
+
+def test_eight_queries_behind_one_memory(open_engine):
+    fast = open_engine(buffers=1)
+    memory, item = stored(fast, TEXTS[0])
+    queries = ["Why?", QUERY, "Name it.", "Which?", "How is an error raised, and where?", "When?", "Who?", "a " * 90]
+    lent = memory.get_cache(item.kv_cache_id)
+    alone = [fast.generate(query, memory.get_cache(item.kv_cache_id), 8) for query in queries]
+    together = fast.answer_batch(queries, lent, 8)
+    if fast.dtype == torch.float32:
+        assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    else:  # a near tie may fall the other way; the first token's logits are compared below
+        agree = sum(a.token_ids == b.token_ids for a, b in zip(together, alone, strict=True))
+        assert agree >= len(queries) / 2
+    assert all(answer.cached_tokens == item.metadata.token_count for answer in together)
+    assert len(fast.engine.seats) == 1  # the memory was placed once
+
+
+def test_beyond_the_capacity_is_refused_with_the_knob(open_engine):
+    fast = open_engine(capacity_tokens=100)
+    with pytest.raises(CapacityError, match=r"120 tokens .* capacity_tokens=100\. Raise it \(\d+ kB a token"):
+        fast.prefill(prompt_of(0, 120))
+    memory, item = stored(fast, TEXTS[0][:150])
+    left = 100 - item.metadata.token_count
+    answer_of = fast.engine.begin(item.kv_cache, item.metadata.token_count, [5] * left)[1]
+    with pytest.raises(CapacityError, match="101 tokens"):
+        fast.decode_one_token(7, answer_of)
+    with pytest.raises(CapacityError, match="capacity_tokens=100"):
+        fast.answer_batch(["Why?"], memory.get_cache(item.kv_cache_id), 100)
+    with pytest.raises(CapacityError, match="capacity_tokens=100"):
+        memory.extract(TEXTS[1])
+    assert fast.first_token(prompt_of(0, 100)).cached_tokens == 0  # the last row is as good as any
+
+
+@pytest.mark.slow
+def test_compiled_for_all_lengths_at_once(open_engine, eager, place):
+    """On a CPU too, where it takes a C++ compiler: one compilation serves every length, answers stay the
+    same, and the compiled code makes no copy of a buffer."""
+    if place.device != "cpu":
+        pytest.skip("every other test on a GPU compiles")
+    torch._dynamo.reset()
+    fast = open_engine(compile="all_lengths")
+    memory, item = stored(fast, TEXTS[0])
+    _, code = run_and_get_code(fast.generate, QUERY, memory.get_cache(item.kv_cache_id), 2)
+    assert "kvmem.attend" in "".join(code)
+    rows = str(fast.engine.rows)
+    assert not [line for source in code for line in source.splitlines() if "empty" in line and rows in line]
+    for new in (9, 30, 64, 65):
+        prompt = type(prompt_of(0, 1))(item.metadata.tokens.token_ids, prompt_of(0, new).query_ids)
+        assert along(fast, eager, prompt, memory.get_cache(item.kv_cache_id), 2) < place.tolerance
+    frames = torch._dynamo.utils.counters["frames"]["ok"]
+    assert frames <= 6  # of any length and of one token, each as an inner and as the last layer
+
+
+def test_decoding_ahead_is_decoding_step_by_step(open_engine):
+    fast = open_engine()
+    memory, item = stored(fast, TEXTS[0])
+    lent = memory.get_cache(item.kv_cache_id)
+    streamed = [token.id for token in fast.stream(QUERY, lent, 24)]
+    whole = fast.generate(QUERY, lent, 24)
+    assert list(whole.token_ids) == streamed
+    stop = whole.token_ids[9]
+    logits_V, answer = fast.prefill(fast.split(QUERY, lent), lent)
+    first, length = int(logits_V.argmax()), answer.length
+    tokens = fast.engine.greedy(answer, first, 23, {stop})
+    assert [first, *tokens] == streamed[: streamed.index(stop)]
+    assert answer.length == length + 1 + len(tokens)  # what was computed beyond the end token does not count
+    # and it can go on from there as if nothing had been computed ahead
+    again = fast.decode_one_token(stop, answer)
+    assert int(again.argmax()) == streamed[streamed.index(stop) + 1]
+
+
+def test_decoding_stops_at_the_capacity(open_engine):
+    fast = open_engine(capacity_tokens=200)
+    logits_V, answer = fast.prefill(prompt_of(0, 190))
+    with pytest.raises(CapacityError, match="201 tokens"):
+        fast.engine.greedy(answer, int(logits_V.argmax()), 20, set())
+    assert len(fast.engine.greedy(fast.prefill(prompt_of(0, 190))[1], 5, 10, set())) == 10
+
+
+def test_lengths_to_warm_are_ready_in_every_buffer(open_engine):
+    fast = open_engine(warm_tokens=[8, 24], buffers=2)
+    assert len(fast.engine.seats) == 2 and all(seat.answer is None for seat in fast.engine.seats)
+    ready = fast.conditions()["warm_up"]
+    if fast.device.type == "cpu":
+        assert ready == {"seconds": 0.0, "graphs": 0, "graph_bytes": 0}
+        return
+    assert ready["graphs"] == 8 and ready["seconds"] > 0  # two lengths, one token, decoding; in two buffers
+    fast.generate("Why?", None, 4)
+    fast.prefill(prompt_of(0, 20))
+    assert fast.conditions()["warm_up"]["graphs"] in (8, 9)  # the question may be longer

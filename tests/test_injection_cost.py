@@ -1,0 +1,67 @@
+"""Every way of injecting a memory, in one run: what its rows say, and what they are drawn as."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments import compose, plots, tables, ways
+from experiments.bench import Bench
+from experiments.equality import grade
+from experiments.recipes import recipes
+from experiments.scenarios.injection_cost import DECODING
+from kvmem.errors import ConfigError
+from tests.tiny import copy_of, same_bits
+
+TINY = [
+    "model=tiny", "model.weights=random", "scenario=injection_cost", "scenario.pairs=3", "scenario.answer_tokens=6",
+    "scenario.decode_tokens=8", "workload.context_tokens=[64,128]", "workload.query_tokens=[24]",
+    "hardware.check=false", "sink=none",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench.open(compose.validate(compose.compose([*TINY, "backend=hf_graph"])))
+
+
+def test_rows_of_a_cell(bench):
+    cells = bench.config.scenario.cells(bench)
+    rows = [row for cell in cells for row in bench.config.scenario.measure(bench, cell)]
+    of_ways = [row for row in rows if row.scenario == "injection_cost"]
+    assert [row.context_tokens for row in rows if row.scenario == DECODING] == [128]
+    assert len(of_ways) == 2 * (4 + len(recipes()))
+    for row in of_ways:
+        assert row.extra["over_limit"] == pytest.approx(row.extra["ttft_s"] / row.limit_s)
+        assert row.extra["ttft_low_s"] <= row.extra["ttft_s"] <= row.extra["ttft_high_s"]
+        injects = row.arm not in (ways.DIRECT, ways.DIRECT_EAGER, ways.ALONE)
+        assert (row.extra.get("equal") in ("bitwise", "tokens", "near_tie")) == injects
+        assert (row.cached_tokens == row.context_tokens) == injects
+        assert row.arm != ways.IN_PLACE or row.extra["over_fastest"] == 1.0
+    (fastest,) = [row for row in of_ways if row.arm == ways.IN_PLACE and row.context_tokens == 128]
+    assert fastest.extra["place_s"] > 0 and "over_query_alone_s" in fastest.extra
+    assert fastest.conditions["left_out"] == "CUDA graphs, compiled layers"
+    titles = [table.title for table in tables.tables(rows)]
+    assert titles == ["injection_cost", DECODING]
+    assert "over_limit" in plots.draw(rows)
+
+
+def test_every_way_answers_alike_and_leaves_the_memory_as_it_is(bench):
+    (cell, *_) = bench.config.scenario.cells(bench)
+    item = bench.memory.extract(cell.cell.memories[0])
+    before = copy_of(item)
+    found = ways.ways(bench.backend, item, cell.cell.question)
+    assert {"memos", "deepcopy", "shared tensors", ways.DIRECT, ways.IN_PLACE} <= found.keys()
+    direct = found[ways.DIRECT].trace(6)
+    for name, way in found.items():
+        for _ in range(2):  # the second finds the memory as the first did
+            token = way.first_token().token
+            assert name == ways.ALONE or token.id == direct.token_ids[0]
+        if way.trace is not None:
+            assert grade(direct, way.trace(6), lambda step: 0.0).grade in ("bitwise", "tokens"), name
+    assert same_bits(item, before)
+
+
+def test_another_engine_is_refused(bench):
+    other = Bench.open(compose.validate(compose.compose(TINY)))
+    with pytest.raises(ConfigError, match="Use backend=hf_graph"):
+        other.config.scenario.cells(other)
