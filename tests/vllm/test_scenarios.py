@@ -30,7 +30,7 @@ def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.
     assert (injected.verdict, native.verdict) == ("ok", "ok"), injected.verdict_reason + native.verdict_reason
     assert injected.extra["injected_over_native_hit"] > 0
 
-    monkeypatch.setattr(measure, "hold", lambda backend, token_ids: backend.reset())
+    monkeypatch.setattr(measure, "hold", lambda backend, token_ids, lend=None: backend.reset())
     _, missed = bench.config.scenario.measure(bench, cell)
     assert missed.verdict == "invalid" and "0 tokens came from the cache, 128 were expected" in missed.verdict_reason
 
