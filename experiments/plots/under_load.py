@@ -35,8 +35,8 @@ class UnderLoad(Plot):
             handles = []
             for arm in dict.fromkeys(row.arm for row in loaded):
                 color, marker = looks.get(arm, (theme.ink, "^"))
-                of_arm = sorted((row for row in loaded if row.arm == arm), key=lambda row: row.extra["requests_a_second"])
-                rates = [row.extra["requests_a_second"] for row in of_arm]
+                points = [(row.extra["requests_a_second"], row) for row in loaded if row.arm == arm]
+                rates, of_arm = zip(*sorted(points, key=lambda point: point[0]), strict=True)
                 for field, line in (("ttft_p50_s", "-"), ("ttft_p99_s", "--")):
                     times = [row.extra[field] for row in of_arm]
                     axes.plot(rates, times, line, color=color, marker=marker, markersize=5, linewidth=1.6)
