@@ -204,7 +204,9 @@ scheduler.tick()
 
 def test_kill_in_a_build_loses_nothing(qwen3: HFBackend, tmp_path: Path) -> None:
     child = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_A_BUILD, str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", KILLED_IN_A_BUILD, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
     assert child.returncode == -signal.SIGKILL
