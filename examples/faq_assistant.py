@@ -28,8 +28,7 @@ def closest(question: str, memories: list[TextualMemoryItem]) -> TextualMemoryIt
     """The text that shares most words with the question, rare words counting more. Your retrieval goes here."""
     texts = [words(memory.memory) for memory in memories]
     worth = {word: 1 / sum(word in text for text in texts) for word in set().union(*texts)}
-    scores = [sum(worth[word] for word in words(question) & text) for text in texts]
-    return memories[scores.index(max(scores))]
+    return max(zip(memories, texts, strict=True), key=lambda pair: sum(worth[w] for w in words(question) & pair[1]))[0]
 
 
 def answer(scheduler: MemScheduler, question: str, cache: LentCache) -> tuple[str, float]:
