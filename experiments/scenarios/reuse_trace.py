@@ -59,18 +59,18 @@ class ReuseTrace(Scenario):
     Seconds saved are user TTFT against sending every memory as text; net: less what builds took, off the request path.
     """
 
-    replay_uses: int = Field(50, ge=1)
-    replay_memories: int = Field(12, ge=1)
+    replay_uses: int = Field(default=50, ge=1)
+    replay_memories: int = Field(default=12, ge=1)
     replay_family: str = "bursts"
-    replay_budget_share: float = Field(0.4, gt=0)
-    memories: int = Field(150, ge=1)
-    uses: int = Field(2000, ge=1)
-    seeds: int = Field(3, ge=1)
+    replay_budget_share: float = Field(default=0.4, gt=0)
+    memories: int = Field(default=150, ge=1)
+    uses: int = Field(default=2000, ge=1)
+    seeds: int = Field(default=3, ge=1)
     """Traces of each family; ten for a figure to publish."""
-    first_seed: int = Field(100, ge=0)
+    first_seed: int = Field(default=100, ge=0)
     budget_shares: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.4])
     """Budgets, as shares of the KV of all memories."""
-    tick_every: int = Field(2, ge=1)
+    tick_every: int = Field(default=2, ge=1)
     """Uses between two ticks, each of which builds one memory at most."""
     trace_file: str | None = None
     """A trace of your own (JSON lines, see experiments/trace_file.py) instead of the families."""
@@ -91,6 +91,7 @@ class ReuseTrace(Scenario):
         return [ReplayCell(f"replay of {short.uses} uses", short), *self._traffic(bench, families)]
 
     def _traffic(self, bench: Bench, families: dict[str, type[TraceFamily]]) -> list[TrafficCell]:
+        drawn: dict[str, tuple[Trace, ...]]
         if self.trace_file is not None:
             drawn = {self.trace_file: (trace_file.read(Path(self.trace_file), bench.backend.template),)}
         else:

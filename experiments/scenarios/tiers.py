@@ -45,7 +45,7 @@ class Tiers(Scenario):
     context_tokens: Annotated[list[PositiveInt], Field(min_length=2)] = field(
         default_factory=lambda: [128, 512, 1024, 2048]
     )
-    repeats: int = Field(5, ge=1)
+    repeats: int = Field(default=5, ge=1)
     folder: str = "outputs"
     """Where the disk tier is, and removed again: choose the disk that memories will live on."""
 
