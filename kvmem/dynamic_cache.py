@@ -23,7 +23,21 @@ KV = tuple[torch.Tensor, torch.Tensor]
 FIRST_HEADROOM = 64
 
 
-class LentLayer(DynamicLayer):
+class ArrivingLayer(DynamicLayer):
+    """A layer whose tensors may still be on their way to a GPU. Who reads them lets its stream wait first."""
+
+    def __init__(self, arrives: torch.cuda.Event | None = None) -> None:
+        super().__init__()
+        self.arrives = arrives
+
+    def wait(self) -> None:
+        """The current stream waits for the tensors; the host does not."""
+        if self.arrives is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.arrives)
+            self.arrives = None
+
+
+class LentLayer(ArrivingLayer):
     """A layer that starts from tensors it must not write to, and grows without copying them at each step.
 
     The first update copies the lent tokens and the new ones into a buffer of its own with room to spare (one `cat`,
@@ -39,6 +53,7 @@ class LentLayer(DynamicLayer):
         if not self.is_initialized:
             return super().update(key_states, value_states)
         assert self.keys is not None and self.values is not None
+        self.wait()
         start, new = self.keys.shape[-2], key_states.shape[-2]
         end = start + new
         owned = self._owns(self.keys)
@@ -56,6 +71,10 @@ class LentLayer(DynamicLayer):
         # narrow, for it costs the host half of what a slice does, and eager prefill on a GPU waits for the host
         self.keys, self.values = self.buffers[0].narrow(2, 0, end), self.buffers[1].narrow(2, 0, end)
         return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.wait()
+        super().batch_repeat_interleave(repeats)
 
     def _owns(self, keys: torch.Tensor) -> bool:
         """False after a beam reorder or batch repeat put other tensors in place of the buffer's head, and for a buffer
@@ -115,8 +134,24 @@ def from_layers(layers: Sequence[KV], config: PreTrainedConfig, tokens: int | No
     return cache
 
 
+def arriving(layers: Sequence[KV], arrives: Sequence[torch.cuda.Event], config: PreTrainedConfig) -> DynamicCache:
+    """As `from_layers`, for full attention, around tensors of which each layer's are there after its event."""
+    cache = _shell(config, DynamicCache)
+    cache.layers = [ArrivingLayer(event) for event in arrives]
+    _fill(cache, layers, layers[0][0].shape[-2])
+    return cache
+
+
 def layers_of(cache: DynamicCache) -> list[KV]:
     """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied."""
+    for layer in cache.layers:
+        if isinstance(layer, ArrivingLayer):
+            layer.wait()
+    return _tensors(cache)
+
+
+def _tensors(cache: DynamicCache) -> list[KV]:
+    """As `layers_of`, for who does not read them yet."""
     return [(layer.keys, layer.values) for layer in _attention_layers(cache)]  # type: ignore[misc]
 
 
@@ -135,7 +170,10 @@ def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig) ->
     """A fresh shell that shares `cache`'s tensors; growing, cropping or reordering it leaves `cache` as it is."""
     shell = _shell(config, LentCache)
     assert isinstance(shell, LentCache)
-    _fill(shell, layers_of(cache), cache.get_seq_length())
+    _fill(shell, _tensors(cache), cache.get_seq_length())
+    for lent, stored in zip(shell.layers, cache.layers, strict=True):
+        if isinstance(lent, ArrivingLayer) and isinstance(stored, ArrivingLayer):
+            lent.arrives = stored.arrives
     shell.tokens = tokens
     return shell
 
@@ -192,7 +230,7 @@ def to_device(cache: DynamicCache, device: torch.device | str, config: PreTraine
 
 def nbytes(cache: DynamicCache) -> int:
     """Bytes of all keys and values."""
-    return sum(t.numel() * t.element_size() for pair in layers_of(cache) for t in pair)
+    return sum(t.numel() * t.element_size() for pair in _tensors(cache) for t in pair)
 
 
 def has_sliding_layers(config: PreTrainedConfig) -> bool:

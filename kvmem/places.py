@@ -72,8 +72,13 @@ class DiskPlace(Place):
         for partial in folder.glob(".*.partial"):  # of a writer that was killed; the lock says that it is gone
             partial.unlink()
 
+    @staticmethod
+    def file_of(folder: Path, item_id: str) -> Path:
+        """Where the item's file is, in a tier that lies in `folder`."""
+        return folder / f"{hashlib.sha256(item_id.encode()).hexdigest()[:32]}.safetensors"
+
     def path(self, item_id: str) -> Path:
-        return self._folder / f"{hashlib.sha256(item_id.encode()).hexdigest()[:32]}.safetensors"
+        return self.file_of(self._folder, item_id)
 
     def take(self, item: KVCacheItem) -> None:
         self._format.dump(self.path(item.kv_cache_id), [item])

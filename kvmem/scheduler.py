@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from kvmem.errors import (
     StorageError,
     UnknownMemoryError,
 )
+from kvmem.failures import Failures
 from kvmem.items import TextualMemoryItem
 from kvmem.journal import Journal
 from kvmem.memory import KVCacheMemory
@@ -36,18 +36,6 @@ from kvmem.tiers import TieredItems
 
 SNAPSHOT_EVERY = 1000
 """Events between two snapshots of the state."""
-FIRST_RETRY_USES = 16
-"""What failed is tried again after so many uses of any memory, then after twice as many, and so on."""
-
-
-@dataclass
-class Failure:
-    """Builds or moves of one memory that failed since one succeeded or its text changed."""
-
-    count: int
-    reason: str
-    retry_at: int
-
 
 class MemScheduler:
     """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`."""
@@ -66,8 +54,8 @@ class MemScheduler:
         self.planner = Planner(chosen, budget, costs or Costs.measured(self.backend))
         self.journal = Journal(Path(folder)) if folder is not None else None
         self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv")
-        self.shelf = Shelf(self.backend, self.items, memory.config.separator)
-        self.failures: dict[str, Failure] = {}
+        self.shelf = Shelf(self.backend, self.items, memory.config.separator, self.planner.costs)
+        self.failures = Failures()
         self.builds = self.cancelled_builds = 0
         self.gate = BuildGate()
         self._max_builds = max_builds
@@ -116,8 +104,7 @@ class MemScheduler:
         """Takes in what was observed, plans, and carries the plan out; the moves that were made. One tick at a time."""
         with self._ticking:
             self._take_in()
-            now = self.planner.table.now
-            barred = {memory_id for memory_id, failure in self.failures.items() if failure.retry_at > now}
+            barred = self.failures.barred(self.planner.table.now)
             made = []
             for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred):
                 if not self._closing.is_set() and self._carry_out(move):
@@ -133,10 +120,8 @@ class MemScheduler:
             if memory_id not in self.shelf.texts:
                 raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.shelf.texts)} memories.")
             tiers = self.shelf.tiers()
-            failure = self.failures.get(memory_id)
-            failed = f"; failed {failure.count} times, lately: {failure.reason}" if failure else ""
             place = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
-            return f"{memory_id} is {place}. {self.planner.explain(memory_id, tiers)}{failed}"
+            return f"{memory_id} is {place}. {self.planner.explain(memory_id, tiers)}{self.failures.explain(memory_id)}"
 
     def start(self, interval_s: float = 0.5) -> None:
         """Ticks in a thread of its own: after an observation, and every `interval_s` at least."""
@@ -229,17 +214,14 @@ class MemScheduler:
         return stored
 
     def _failed(self, memory_id: str, error: Exception) -> None:
-        before = self.failures.get(memory_id)
-        count = before.count + 1 if before else 1
-        retry_at = self.planner.table.now + FIRST_RETRY_USES * 2 ** (count - 1)
-        self.failures[memory_id] = Failure(count, f"{type(error).__name__}: {error}", retry_at)
+        self.failures.add(memory_id, error, self.planner.table.now)
 
     def _snapshot(self, journal: Journal) -> None:
         with self._observing:  # nothing is noted between the counts and the new journal
             self._take_in()
             texts = [memory.model_dump(mode="json") for memory in self.shelf.texts.values()]
-            failures = {memory_id: asdict(failure) for memory_id, failure in self.failures.items()}
-            journal.snapshot({"planner": self.planner.state(), "texts": texts, "failures": failures})
+            state = {"planner": self.planner.state(), "texts": texts, "failures": self.failures.state()}
+            journal.snapshot(state)
 
     def _restore(self, journal: Journal) -> None:
         state, events = journal.read()
@@ -247,7 +229,7 @@ class MemScheduler:
             self.planner.restore(state["planner"])
             for memory in state["texts"]:
                 self.shelf.hold(TextualMemoryItem(**memory))
-            self.failures = {memory_id: Failure(**failure) for memory_id, failure in state["failures"].items()}
+            self.failures = Failures.of_state(state["failures"])
         for event in events:
             if event["memory"] is not None:
                 self.shelf.hold(TextualMemoryItem(**event["memory"]))

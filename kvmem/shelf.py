@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from kvmem import dynamic_cache
 from kvmem.backends.hf import HFBackend
+from kvmem.costs import Costs
 from kvmem.dynamic_cache import LentCache
 from kvmem.errors import StorageError, UnknownMemoryError
 from kvmem.items import KVCacheItem, MemoryTokens, TextualMemoryItem
@@ -19,11 +20,13 @@ from kvmem.tiers import TieredItems
 class Shelf:
     """Text is the truth: KV is served only for the very text that it was built from, token for token. Thread-safe."""
 
-    def __init__(self, backend: HFBackend, items: TieredItems, separator: str) -> None:
-        self.backend, self.items = backend, items
+    def __init__(self, backend: HFBackend, items: TieredItems, separator: str, costs: Costs) -> None:
+        self.backend, self.items, self.costs = backend, items, costs
         self.texts: dict[str, TextualMemoryItem] = {}
         self.unreadable: dict[str, str] = {}
         """Memories whose KV was found damaged on disk when wanted, with the reason; dropped, and answered as text."""
+        self.not_worth_loading = 0
+        """How often a memory was answered as text because its tier brings it no sooner than prefilling it anew."""
         self._separator_ids = backend.template.separator_ids(separator)
         self._tokens: dict[str, MemoryTokens] = {}
         self._stored: dict[str, str] = {}  # memory id -> kv_cache_id
@@ -71,6 +74,9 @@ class Shelf:
         if item_id is None:
             return None
         try:
+            if not self._pays(item_id):
+                self.not_worth_loading += 1
+                return None
             item = lease.enter_context(self.items.use(item_id))
         except UnknownMemoryError:  # evicted since
             return None
@@ -79,6 +85,9 @@ class Shelf:
             self.evict(memory.id)
             return None
         return item if item.metadata.tokens.source == memory.memory else None
+
+    def _pays(self, item_id: str) -> bool:
+        return bool(self.costs.saved_s(self.items.metadata(item_id).token_count, 0.0, self.items.tier_of(item_id)) > 0)
 
     def _prefix(self, item: KVCacheItem, joint: MemoryTokens) -> LentCache | None:
         shared = common_prefix(item.metadata.tokens.token_ids, joint.token_ids)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from kvmem import dynamic_cache
+from kvmem import arriving, dynamic_cache
 from kvmem.backends import Backend
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
 from kvmem.items import KVCacheItem, KVCacheMetadata
@@ -99,7 +99,8 @@ class TieredItems:
     def use(self, item_id: str) -> Iterator[KVCacheItem]:
         """The item, where the model can use it; neither moved nor freed inside the block. Raises UnknownMemoryError.
 
-        From a tier that is not the model's, the bytes are mapped or copied for this use, beside the budgets.
+        From a tier that is not the model's, the bytes are mapped or copied for this use, beside the budgets; from host
+        memory to a GPU layer by layer, behind the forward pass of a cache that is lent from it.
         """
         with self._lock:
             entry = self._entry(item_id)
@@ -107,7 +108,7 @@ class TieredItems:
             place = self._places[entry.tier]
         try:
             item = place.read(item_id)
-            cache = dynamic_cache.to_device(item.kv_cache, self._backend.device, self._backend.model_config)
+            cache = arriving.to_device(item.kv_cache, self._backend.device, self._backend.model_config)
             yield KVCacheItem(cache, item.metadata, item.kv_cache_id)
         finally:
             with self._lock:

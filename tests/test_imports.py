@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a room may import rooms of the floors below it. A new room gets its floor here.
 FLOORS = (
     {"errors"}, {"discover"}, {"fingerprint"}, {"items"}, {"dynamic_cache", "rope", "forward", "models"},
-    {"prompt", "merge", "storage", "usage", "graph"}, {"unverified", "policies", "journal", "polite"}, {"backends"},
-    {"config", "costs", "places"}, {"memory", "tiers", "planner"}, {"shelf"}, {"scheduler"},
+    {"prompt", "merge", "storage", "usage", "graph", "arriving"},
+    {"unverified", "policies", "journal", "polite", "failures"}, {"backends"}, {"config", "costs", "places"}, {"cold"},
+    {"memory", "tiers", "planner"}, {"shelf"}, {"scheduler"},
 )  # fmt: skip
 FLOOR_OF = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 

@@ -34,7 +34,8 @@ def test_every_policy_is_found_by_listing() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     events=st.lists(st.tuples(st.integers(0, 7), st.booleans()), max_size=40),
-    ram=st.integers(0, 4000), disk=st.integers(0, 4000),
+    ram=st.integers(0, 4000),
+    disk=st.integers(0, 4000),
 )
 def test_plans_keep_budgets_and_state_goes_through_json(
     name: str, events: list[tuple[int, bool]], ram: int, disk: int

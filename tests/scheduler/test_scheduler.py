@@ -204,7 +204,9 @@ scheduler.tick()
 
 def test_kill_in_a_build_loses_nothing(qwen3: HFBackend, tmp_path: Path) -> None:
     child = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_A_BUILD, str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", KILLED_IN_A_BUILD, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
     assert child.returncode == -signal.SIGKILL
@@ -256,3 +258,19 @@ def test_in_the_background_answers_and_edits_stay_right(qwen3: HFBackend, tmp_pa
         thread.join()
     scheduler.close()
     assert not wrong and any(cached) and scheduler.planner.table.now == 100
+
+
+def test_a_load_slower_than_prefilling_is_not_done(qwen3: HFBackend, tmp_path: Path) -> None:
+    """The same memory on the same disk, told to be slow and to be fast; the answer is the same."""
+    served = {}
+    for name, load_s_a_byte in (("slow", 1.0), ("fast", 1e-12)):
+        costs = Costs(0.001, 1e-4, 0.0, kv_bytes_a_token(qwen3), {"disk": load_s_a_byte})
+        budget = {"disk": 1 << 30}
+        scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", budget, tmp_path / name, costs)
+        use(scheduler, MEMORIES[0], 6)
+        assert [move.target for move in scheduler.tick()] == ["disk"]
+        served[name] = scheduler.answer(QUERY, [MEMORIES[0]], 8)
+        assert scheduler.shelf.not_worth_loading == (name == "slow")
+        scheduler.close()
+    assert served["slow"].cached_tokens == 0 < served["fast"].cached_tokens
+    assert served["slow"].token_ids == served["fast"].token_ids

@@ -17,10 +17,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmem import KVCacheItem
+from kvmem import KVCacheItem, dynamic_cache
 from kvmem.backends.hf import HFBackend
 from kvmem.dynamic_cache import nbytes
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, StorageError, UnknownMemoryError
+from kvmem.models import load
 from kvmem.tiers import TieredItems
 from tests.tiny import copy_of, pairs, same_bits
 
@@ -207,6 +208,7 @@ DEMOTE_FOREVER = """
 import sys
 from tests.conftest import _tiny
 from tests.tiny import pairs
+from kvmem.models import load
 from kvmem.tiers import TieredItems
 backend = _tiny("qwen3")
 items = TieredItems(backend, {"ram": 1 << 30, "disk": 1 << 30}, sys.argv[1])
@@ -240,3 +242,24 @@ def test_kill_in_a_demotion_leaves_no_half_file(
         with items.use(item_id) as item:
             assert same_bits(item, copy_of(texts[item.metadata.source_text]))
     items.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_layers_on_their_way_to_the_gpu_are_waited_for() -> None:
+    """Large enough that the copies are still running when the forward pass begins; stale memory would show."""
+    loaded = load("random:qwen3-0.6b", torch.device("cuda"), torch.float32)
+    backend = HFBackend(loaded)
+    item = backend.build(pairs(1, 12_000)[0][0])
+    before = copy_of(item)
+    ram = TieredItems(backend, {"ram": nbytes(item.kv_cache)})
+    ram.put(item, "ram")
+    lent = dynamic_cache.lend(item.kv_cache, item.metadata.tokens, backend.model_config)
+    prompt = backend.split("What is it about?", lent)
+    expected_V, _ = backend.prefill(prompt, lent)
+    for _ in range(5):
+        torch.empty(1 << 28, device="cuda").fill_(float("nan"))  # what a layer that came too late would read
+        with ram.use(item.kv_cache_id) as used:
+            cache = dynamic_cache.lend(used.kv_cache, used.metadata.tokens, backend.model_config)
+            logits_V, _ = backend.prefill(prompt, cache)
+            assert torch.equal(logits_V, expected_V)
+            assert same_bits(used, before)

@@ -1,0 +1,108 @@
+"""One memory in every tier of this machine, and one prompt that is answered behind it from each."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from experiments import measure, page_cache
+from experiments.bench import Bench
+from kvmem import KVCacheItem, dynamic_cache
+from kvmem.backends.hf import HFBackend
+from kvmem.places import DiskPlace
+from kvmem.prompt import TokenizedPrompt
+from kvmem.tiers import TieredItems
+
+RECOMPUTE = "recompute"
+COLD, WARM = "disk, cold", "disk, warm"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One answer from one place: to its first token, and the parts that a disk tier has."""
+
+    seconds: float
+    token: int
+    fetch_s: float = 0.0
+    read_s: float = 0.0
+    """What reading the file took right before, in the same state of the page cache."""
+    cached_pct: float = 0.0
+
+
+class InEveryTier:
+    """One memory in every tier, and one prompt behind it."""
+
+    def __init__(self, bench: Bench, item: KVCacheItem, question: str, folder: Path) -> None:
+        self.backend = bench.backend
+        assert isinstance(self.backend, HFBackend)
+        self.item, self.before = item, [(k.clone(), v.clone()) for k, v in dynamic_cache.layers_of(item.kv_cache)]
+        names = ["gpu", "ram"] if self.backend.device.type == "cuda" else ["ram"]
+        room = item.metadata.kv_bytes
+        self.tiers = {name: TieredItems(self.backend, {name: room}) for name in names}
+        self.tiers["disk"] = TieredItems(self.backend, {"disk": room}, folder)
+        for name, items in self.tiers.items():
+            items.put(item, name)
+        self.path = DiskPlace.file_of(folder, item.kv_cache_id)
+        self.buffer = bytearray(page_cache.BLOCK_BYTES)
+        lent = dynamic_cache.lend(item.kv_cache, item.metadata.tokens, self.backend.model_config)
+        self.prompt = self.backend.split(question, lent)
+        memory = {name: (lambda name=name: self._answer(name)) for name in names}
+        self.arms: dict[str, Callable[[], Taken]] = {
+            **memory, WARM: self._warm, COLD: self._cold, RECOMPUTE: self._recompute,
+        }  # fmt: skip
+
+    def round(self, rng: random.Random) -> dict[str, Taken]:
+        taken = {name: self.arms[name]() for name in rng.sample(sorted(self.arms), len(self.arms))}
+        return {name: taken[name] for name in self.arms}
+
+    def wrong(self, first_tokens: int) -> str:
+        """What is not as it should be; "" if every place gave the built bits, and every answer began alike."""
+        found = [name for name, items in self.tiers.items() if not self._same_bits(name, items)]
+        wrong = [f"the tensors from {name} are not those that were built" for name in found]
+        if first_tokens > 1 and self.backend.dtype == torch.float32:
+            wrong.append("the answers begin with different tokens")
+        return "; ".join(wrong)
+
+    def close(self) -> None:
+        for items in self.tiers.values():
+            items.close()
+
+    def _same_bits(self, name: str, items: TieredItems) -> bool:
+        with items.use(self.item.kv_cache_id) as item:
+            now = [tensor for pair in dynamic_cache.layers_of(item.kv_cache) for tensor in pair]
+            return all(torch.equal(a, b) for a, b in zip(now, (t for pair in self.before for t in pair), strict=True))
+
+    def _answer(self, name: str) -> Taken:
+        measure.synchronize(self.backend.device)
+        started = time.perf_counter()
+        with self.tiers[name].use(self.item.kv_cache_id) as item:
+            fetched = time.perf_counter()
+            cache = dynamic_cache.lend(item.kv_cache, item.metadata.tokens, self.backend.model_config)
+            token = self.backend.first_token(self.prompt, cache)
+            done = time.perf_counter()
+        return Taken(done - started, token.id, fetched - started)
+
+    def _warm(self) -> Taken:
+        page_cache.read_s(self.path, self.buffer)
+        read_s = page_cache.read_s(self.path, self.buffer)
+        taken = self._answer("disk")
+        return Taken(taken.seconds, taken.token, taken.fetch_s, read_s)
+
+    def _cold(self) -> Taken:
+        page_cache.drop(self.path)
+        read_s = page_cache.read_s(self.path, self.buffer)
+        page_cache.drop(self.path)
+        cached_pct = page_cache.resident_pct(self.path)
+        taken = self._answer("disk")
+        return Taken(taken.seconds, taken.token, taken.fetch_s, read_s, cached_pct)
+
+    def _recompute(self) -> Taken:
+        measure.synchronize(self.backend.device)
+        started = time.perf_counter()
+        token = self.backend.first_token(TokenizedPrompt((), self.prompt.ids))
+        return Taken(time.perf_counter() - started, token.id)

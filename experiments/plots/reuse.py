@@ -1,0 +1,66 @@
+"""What each policy nets of the oracle's seconds, over the budget, one panel for each kind of traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from experiments import units
+from experiments.plots import Plot
+from experiments.row import Row
+from experiments.theme import Theme, style
+
+ORACLE = "oracle"
+
+
+class Reuse(Plot):
+    """A line a policy with its interval; the default's in the colour of injection."""
+
+    name = "reuse"
+    title = "Which memories are kept as KV"
+    caption = (
+        "Net seconds saved (time to first token saved less builds) as a share of the oracle's, which knows the trace; "
+        "the budget is a share of the KV of all memories. Bars are 95% intervals over the traces."
+    )
+    place = 4
+
+    def draw(self, rows: Sequence[Row], theme: Theme) -> Figure | None:
+        told = [row for row in rows if row.extra.get("of_oracle_pct") is not None and row.arm != ORACLE]
+        if not told:
+            return None
+        families = list(dict.fromkeys(row.extra["traffic"] for row in told))
+        policies = list(dict.fromkeys(row.arm for row in told))
+        others = iter(
+            [(theme.direct, "s"), (theme.ink, "^"), (theme.ramp[1], "D"), (theme.ramp[2], "v")] * len(policies)
+        )
+        looks = {name: (theme.injected, "o") if name == "benefit_per_byte" else next(others) for name in policies}
+        with style(theme):
+            figure = Figure(figsize=(3.1 * len(families) + 0.6, 3.5), layout="constrained")
+            panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
+            for axes, family in zip(panels, families, strict=True):
+                for name, (color, marker) in looks.items():
+                    of_both = [row for row in told if row.arm == name and row.extra["traffic"] == family]
+                    line = sorted(of_both, key=lambda row: row.extra["budget_pct"])
+                    budgets = [row.extra["budget_pct"] for row in line]
+                    axes.plot(
+                        budgets, [row.extra["of_oracle_pct"] for row in line], color=color, marker=marker,
+                        markersize=4.5, linewidth=2.0 if name == "benefit_per_byte" else 1.2,
+                    )  # fmt: skip
+                    for row in line:
+                        if row.extra["of_oracle_interval"]:
+                            axes.plot([row.extra["budget_pct"]] * 2, row.extra["of_oracle_interval"], color=color)
+                axes.set_xscale("log")
+                ticks = sorted({row.extra["budget_pct"] for row in told if row.extra["traffic"] == family})
+                axes.set_xticks(ticks, [units.percent(tick) for tick in ticks])
+                axes.xaxis.set_minor_locator(NullLocator())
+                axes.set_title(family)
+                axes.set_xlabel("budget")
+            panels[0].set_ylabel("% of the oracle's net seconds")
+            handles = [
+                Line2D([], [], color=color, marker=marker, label=name) for name, (color, marker) in looks.items()
+            ]
+            figure.legend(handles=handles, loc="outside upper left", ncols=3)
+        return figure

@@ -1,0 +1,224 @@
+"""Which policy keeps the right memories as KV? A short trace played for real, then every policy in simulation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from experiments import trace_file, traces, units
+from experiments.bench import Bench
+from experiments.measure import RESAMPLES
+from experiments.replay import replay
+from experiments.row import Row
+from experiments.scenarios import Scenario
+from experiments.simulate import Outcome, best_oracle, bound_s, simulate
+from experiments.traces import Trace, TraceFamily
+from kvmem import discover
+from kvmem.backends.hf import HFBackend
+from kvmem.costs import Costs
+from kvmem.errors import ConfigError
+from kvmem.policies import policy_classes
+from kvmem.policies.benefit_per_byte import BenefitPerByte
+from kvmem.policies.oracle import Oracle
+
+AGREEMENT = 0.10
+"""By how much a simulated figure may differ from the replayed one."""
+OURS = BenefitPerByte.name
+
+
+@plain_dataclass(frozen=True)
+class ReplayCell:
+    """The short trace, played on the model."""
+
+    label: str
+    trace: Trace
+
+
+@plain_dataclass(frozen=True)
+class TrafficCell:
+    """One kind of traffic under one budget, for every policy."""
+
+    label: str
+    traces: tuple[Trace, ...]
+    budget_share: float
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class ReuseTrace(Scenario):
+    """A replay gives the costs, and is simulated on them to see that the simulator tells the truth; then every policy
+    runs on `seeds` traces of each family, with the oracle and a bound beside. One tier, all of whose bytes are at hand.
+
+    Seconds saved are user TTFT against sending every memory as text; net: less what builds took, off the request path.
+    """
+
+    replay_uses: int = Field(default=50, ge=1)
+    replay_memories: int = Field(default=12, ge=1)
+    replay_family: str = "bursts"
+    replay_budget_share: float = Field(default=0.4, gt=0)
+    memories: int = Field(default=150, ge=1)
+    uses: int = Field(default=2000, ge=1)
+    seeds: int = Field(default=3, ge=1)
+    """Traces of each family; ten for a figure to publish."""
+    first_seed: int = Field(default=100, ge=0)
+    budget_shares: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.4])
+    """Budgets, as shares of the KV of all memories."""
+    tick_every: int = Field(default=2, ge=1)
+    """Uses between two ticks, each of which builds one memory at most."""
+    trace_file: str | None = None
+    """A trace of your own (JSON lines, see experiments/trace_file.py) instead of the families."""
+
+    name: ClassVar[str] = "reuse_trace"
+
+    def __post_init__(self) -> None:
+        self._costs: Costs | None = None
+        discover.by_name(sys.modules[traces.__name__], TraceFamily, self.replay_family, "family of traces")  # type: ignore[type-abstract]
+
+    def cells(self, bench: Bench) -> Sequence[ReplayCell | TrafficCell]:
+        if type(bench.backend) is not HFBackend:
+            raise ConfigError(
+                f"scenario=reuse_trace plays its trace on backend=huggingface, not on {type(bench.backend).name}."
+            )
+        families = discover.classes(sys.modules[traces.__name__], TraceFamily)  # type: ignore[type-abstract]
+        short = families[self.replay_family]().draw(self.replay_memories, self.replay_uses, bench.config.seed, 0)
+        return [ReplayCell(f"replay of {short.uses} uses", short), *self._traffic(bench, families)]
+
+    def _traffic(self, bench: Bench, families: dict[str, type[TraceFamily]]) -> list[TrafficCell]:
+        drawn: dict[str, tuple[Trace, ...]]
+        if self.trace_file is not None:
+            drawn = {self.trace_file: (trace_file.read(Path(self.trace_file), bench.backend.template),)}
+        else:
+            seeds = range(self.first_seed, self.first_seed + self.seeds)
+            drawn = {
+                name: tuple(family().draw(self.memories, self.uses, seed, trace_file.QUERY_TOKENS) for seed in seeds)
+                for name, family in sorted(families.items())
+            }
+        return [
+            TrafficCell(f"{name} {units.percent(100 * share)}", of_family, share)
+            for name, of_family in drawn.items()
+            for share in self.budget_shares
+        ]
+
+    def measure(self, bench: Bench, cell: ReplayCell | TrafficCell) -> list[Row]:
+        if isinstance(cell, ReplayCell):
+            return self._replay(bench, cell)
+        if self._costs is None:
+            raise ConfigError("There are no costs to simulate on, for the replay failed. See its row.")
+        return self._simulate(bench, cell, self._costs)
+
+    def _replay(self, bench: Bench, cell: ReplayCell) -> list[Row]:
+        real = replay(bench.memory, cell.trace, OURS, self.replay_budget_share, self.tick_every)
+        costs = Costs.fitted(real.samples, real.planning.kv_bytes_a_token)
+        self._costs = costs
+        budget = int(self.replay_budget_share * sum(real.trace.tokens) * costs.kv_bytes_a_token)
+        policy = policy_classes()[OURS]()
+        told = simulate(real.trace, policy, {"ram": budget}, costs, real.planning, self.tick_every)
+        differs = disagreement(real.outcome, told)
+        hits = real.outcome.hits
+        wrong = f"{hits - real.same_first_tokens} of {hits} hits began with another token than the whole prompt"
+        worst = max(differs, key=lambda name: differs[name])
+        apart = f"{worst} differs by {units.percent(100 * differs[worst])}"
+        same = hits == real.same_first_tokens
+        shared = {
+            "traffic": f"{cell.trace.family}, {cell.trace.uses} uses", "budget_pct": 100 * self.replay_budget_share,
+        }  # fmt: skip
+        conditions = bench.conditions_now()
+        return [
+            self._row(
+                bench, OURS, {**shared, "run": "replayed", **_figures([real.outcome]), "samples": real.samples},
+                "ok" if same else "invalid", "" if same else wrong, conditions, equality="tokens" if same else None,
+            ),
+            self._row(
+                bench, OURS,
+                {**shared, "run": "simulated", **_figures([told]), "differs": differs, "costs": vars(costs)},
+                "ok" if differs[worst] <= AGREEMENT else "invalid", f"{apart} from the replay", conditions,
+            ),
+        ]  # fmt: skip
+
+    def _simulate(self, bench: Bench, cell: TrafficCell, costs: Costs) -> list[Row]:
+        budgets = [int(cell.budget_share * sum(trace.tokens) * costs.kv_bytes_a_token) for trace in cell.traces]
+        runs = list(zip(cell.traces, [{"ram": budget} for budget in budgets], strict=True))
+        outcomes = {
+            name: [simulate(trace, cls(), budget, costs, tick_every=self.tick_every) for trace, budget in runs]
+            for name, cls in sorted(policy_classes().items())
+            if cls is not Oracle
+        }
+        outcomes[Oracle.name] = [best_oracle(trace, budget, costs, self.tick_every) for trace, budget in runs]
+        bounds = np.array([bound_s(trace, budget["ram"], costs) for trace, budget in runs])
+        net = {name: np.array([outcome.net_saved_s for outcome in of]) for name, of in outcomes.items()}
+        rows = []
+        for name, of_policy in outcomes.items():
+            share_pct, share_interval = ratio_of_sums(net[name], net[Oracle.name])
+            extra = {
+                "traffic": cell.traces[0].family, "budget_pct": 100 * cell.budget_share, "run": "simulated",
+                **_figures(of_policy),
+                "of_oracle_pct": share_pct, "interval": units.percent_range(share_interval),
+                "of_bound_pct": 100 * float(net[name].sum() / bounds.sum()),
+                "of_oracle_interval": share_interval and list(share_interval), "net_saved_all_s": net[name].tolist(),
+                "seeds": [trace.seed for trace in cell.traces],
+            }  # fmt: skip
+            remark = behind(net[OURS], {other: net[other] for other in net if other != Oracle.name})
+            rows.append(self._row(bench, name, extra, "ok", remark if name == OURS else "", {}))
+        return rows
+
+    def _row(
+        self, bench: Bench, policy: str, extra: dict[str, Any], verdict: str, reason: str, conditions: dict[str, Any],
+        equality: str | None = None,
+    ) -> Row:  # fmt: skip
+        return bench.row(
+            self.name, arm=policy, context_tokens=0, query_tokens=0, equality=equality, verdict=verdict,
+            verdict_reason=reason, conditions=conditions, extra=extra,
+        )  # fmt: skip
+
+
+def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Over all traces together; counts and seconds as means of a trace."""
+    ttft_s = np.concatenate([outcome.ttft_s for outcome in outcomes])
+    p50, p90, p99 = (float(np.percentile(ttft_s, percent)) for percent in (50, 90, 99))
+    hit_tokens = sum(outcome.hit_tokens for outcome in outcomes)
+    return {
+        "hit_pct": 100 * hit_tokens / sum(outcome.memory_tokens for outcome in outcomes),
+        "ttft_p50_s": p50, "ttft_p90_s": p90, "ttft_p99_s": p99,
+        "builds": float(np.mean([outcome.builds for outcome in outcomes])),
+        "moved_bytes": float(np.mean([outcome.moved_bytes for outcome in outcomes])),
+        "net_saved_s": float(np.mean([outcome.net_saved_s for outcome in outcomes])),
+    }  # fmt: skip
+
+
+def disagreement(real: Outcome, told: Outcome) -> dict[str, float]:
+    """By which share each figure of the simulation differs from the replay's."""
+    pairs = {
+        "the sum of TTFT": (real.ttft_s.sum(), told.ttft_s.sum()), "the seconds saved": (real.saved_s, told.saved_s),
+        "the seconds of builds": (real.build_s, told.build_s), "the tokens hit": (real.hit_tokens, told.hit_tokens),
+    }  # fmt: skip
+    return {name: float(abs(b - a) / abs(a)) if a else float(bool(b)) for name, (a, b) in pairs.items()}
+
+
+def ratio_of_sums(values: np.ndarray, of: np.ndarray) -> tuple[float, tuple[float, float] | None]:
+    """sum(values) / sum(of) in percent, and its 95% bootstrap interval over the traces; None for fewer than 3."""
+    share_pct = 100 * float(values.sum() / of.sum())
+    if len(values) < 3:
+        return share_pct, None
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(100 * values[drawn].sum(axis=1) / of[drawn].sum(axis=1), [2.5, 97.5])
+    return share_pct, (float(low), float(high))
+
+
+def behind(ours: np.ndarray, others: dict[str, np.ndarray]) -> str:
+    """The policies that net more than `ours`, by an interval (paired, of the mean) that holds no 0; "" if none does."""
+    if len(ours) < 3:
+        return ""
+    drawn = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
+    found = []
+    for name, other in others.items():
+        low, high = np.percentile((other - ours)[drawn].mean(axis=1), [2.5, 97.5])
+        if low > 0:
+            found.append(f"behind {name} by {units.seconds(float(low))} to {units.seconds(float(high))} a trace")
+    return "; ".join(found)

@@ -1,0 +1,163 @@
+"""What does a slower tier cost: TTFT with a memory in each, beside prefilling it anew, and the break-even?"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict, Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from experiments.bench import Bench
+from experiments.in_every_tier import COLD, RECOMPUTE, WARM, InEveryTier
+from experiments.row import Row
+from experiments.scenarios import Scenario
+from experiments.transfer import transfer_s
+from experiments.workloads.cut import asked, cut_memories
+from experiments.workloads.python_docs import docs_texts
+from kvmem.backends.hf import HFBackend
+from kvmem.costs import Costs
+from kvmem.errors import ConfigError
+
+
+@plain_dataclass(frozen=True)
+class TiersCell:
+    """All lengths together, for a break-even is found across them."""
+
+    label: str
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class Tiers(Scenario):
+    """For each length one memory in every tier; each place answers the same prompt once a round, in random order.
+
+    A TTFT runs from the prompt's token ids to the first token on the host, and holds what the tier takes to bring the
+    bytes. Warm: the file is in the page cache; cold: it was taken out just before (`cached` says how much was left).
+    """
+
+    context_tokens: Annotated[list[PositiveInt], Field(min_length=2)] = field(
+        default_factory=lambda: [128, 512, 1024, 2048]
+    )
+    repeats: int = Field(default=5, ge=1)
+    folder: str = "outputs"
+    """Where the disk tier is, and removed again: choose the disk that memories will live on."""
+
+    name: ClassVar[str] = "tiers"
+
+    def cells(self, bench: Bench) -> Sequence[TiersCell]:
+        if not isinstance(bench.backend, HFBackend):
+            raise ConfigError(
+                f"scenario=tiers needs the tiers of a Hugging Face engine, and backend={type(bench.backend).name} has "
+                "its own. Use backend=huggingface."
+            )
+        return [TiersCell(f"{len(self.context_tokens)} lengths in every tier")]
+
+    def measure(self, bench: Bench, cell: TiersCell) -> list[Row]:
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="kvmem-tiers-", dir=self.folder) as folder:
+            lengths = [self._length(bench, i, tokens, Path(folder)) for i, tokens in enumerate(self.context_tokens)]
+        costs = _costs(bench, lengths)
+        conditions = bench.conditions_now()
+        even = {place: break_even_tokens(costs, lengths, place) for place in lengths[0].seconds if place != RECOMPUTE}
+        return [
+            self._row(bench, length, place, even.get(place), conditions)
+            for length in lengths
+            for place in length.seconds
+        ]
+
+    def _length(self, bench: Bench, i: int, tokens: int, folder: Path) -> Length:
+        texts = docs_texts(bench.config.seed, i, 1)
+        template = bench.backend.template
+        (text,) = cut_memories(texts.memories, tokens, template, bench.config.separator, "scenario")
+        bench.memory.extract(text)  # warms up this shape
+        item = bench.memory.extract(text)
+        question = asked(template, texts.ask(()).variants[0])
+        places = InEveryTier(bench, item, question, folder / str(tokens))
+        rng = random.Random(bench.config.seed)
+        rounds = [places.round(rng) for _ in range(1 + self.repeats)][1:]
+        seconds = {place: [taken[place].seconds for taken in rounds] for place in rounds[0]}
+        tokens_of = {taken[place].token for taken in rounds for place in taken}
+        length = Length(
+            tokens, len(places.prompt.query_ids), item.metadata.kv_bytes, seconds,
+            cached_pct=max(taken[COLD].cached_pct for taken in rounds),
+            read_s={place: median(taken[place].read_s for taken in rounds) for place in (COLD, WARM)},
+            fetch_s={place: median(taken[place].fetch_s for taken in rounds) for place in (COLD, WARM)},
+            transfer_s=transfer_s(item.metadata.kv_bytes, bench.backend.device),
+            wrong=places.wrong(len(tokens_of)),
+        )  # fmt: skip
+        places.close()
+        return length
+
+    def _row(self, bench: Bench, length: Length, place: str, even: int | None, conditions: dict[str, Any]) -> Row:
+        ttft_s = length.ttft_s(place)
+        on_disk = place in (COLD, WARM)
+        extra: dict[str, Any] = {
+            "memory_tokens": length.tokens, "kv_bytes": length.kv_bytes, "ttft_s": ttft_s,
+            "over_resident": ttft_s / length.ttft_s(length.resident),
+            "saved_pct": 100 * (1 - ttft_s / length.ttft_s(RECOMPUTE)),
+            "fetch_s": length.fetch_s.get(place), "read_s": length.read_s.get(place),
+            "of_read_pct": 100 * length.read_s[place] / length.fetch_s[place] if on_disk else None,
+            "cached_pct": length.cached_pct if place == COLD else None, "transfer_s": length.transfer_s,
+            "break_even_tokens": even, "ttft_all_s": length.seconds[place],
+        }  # fmt: skip
+        return bench.row(
+            self.name, arm=place, tier=place.partition(",")[0], context_tokens=length.tokens,
+            query_tokens=length.query_tokens, pairs=self.repeats, kv_bytes=length.kv_bytes,
+            equality="diverged" if length.wrong else "bitwise", verdict="invalid" if length.wrong else "ok",
+            verdict_reason=length.wrong, conditions=conditions, extra=extra,
+        )  # fmt: skip
+
+
+@plain_dataclass(frozen=True)
+class Length:
+    """What was measured for one length, by place."""
+
+    tokens: int
+    query_tokens: int
+    kv_bytes: int
+    seconds: dict[str, list[float]]
+    cached_pct: float
+    read_s: dict[str, float]
+    fetch_s: dict[str, float]
+    transfer_s: float | None
+    wrong: str
+
+    @property
+    def resident(self) -> str:
+        """The fastest tier's name: the first place."""
+        return next(iter(self.seconds))
+
+    def ttft_s(self, place: str) -> float:
+        return median(self.seconds[place])
+
+
+def _costs(bench: Bench, lengths: Sequence[Length]) -> Costs:
+    """What prefilling takes here, from what was measured with the memory resident and with nothing cached."""
+    samples = []
+    for length in lengths:
+        samples.append((length.query_tokens, length.tokens, length.ttft_s(length.resident)))
+        samples.append((length.tokens + length.query_tokens, 0, length.ttft_s(RECOMPUTE)))
+    return Costs.fitted(samples, lengths[0].kv_bytes // lengths[0].tokens)
+
+
+def break_even_tokens(costs: Costs, lengths: Sequence[Length], place: str) -> int | None:
+    """From which memory length on a load from `place` is faster than prefilling it anew; None: from none measured.
+
+    The load's seconds above a resident memory's TTFT are a straight line over length, fitted; below what was measured
+    it is that line.
+    """
+    tokens = np.array([length.tokens for length in lengths], dtype=float)
+    above_s = np.array([length.ttft_s(place) - length.ttft_s(length.resident) for length in lengths])
+    slope, fixed = np.polyfit(tokens, above_s, 1)
+    every = np.arange(1, int(tokens.max()) + 1)
+    pays = costs.saved_s(every, lengths[0].query_tokens) > np.maximum(fixed + slope * every, 0.0)
+    if not pays[-1]:
+        return None
+    return int(every[np.flatnonzero(~pays)[-1]] + 1) if not pays.all() else 1

@@ -1,0 +1,40 @@
+"""Host memory to GPU, layer by layer, behind the forward pass that wants it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+
+from kvmem import dynamic_cache
+
+
+def to_device(stored: DynamicCache, device: torch.device, config: PreTrainedConfig) -> DynamicCache:
+    """The same cache on `device`; on a GPU its layers are on their way there when this returns, the first one first.
+
+    A cache lent from it has each layer's attention wait for that layer alone, so that the forward pass hides all other
+    transfers. From pinned memory the host waits for nothing. Sliding layers are copied before this returns.
+    """
+    layers = dynamic_cache.layers_of(stored)
+    moves = device.type == "cuda" and layers[0][0].device.type != "cuda"
+    if not moves or dynamic_cache.has_sliding_layers(config):
+        return dynamic_cache.to_device(stored, device, config)
+    targets = [(torch.empty_like(k, device=device), torch.empty_like(v, device=device)) for k, v in layers]
+    stream = _copies(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # the targets' memory may be in use there until now
+    arrives = []
+    with torch.cuda.stream(stream):
+        for pair, target in zip(layers, targets, strict=True):
+            for source, copy in zip(pair, target, strict=True):
+                copy.copy_(source, non_blocking=True)
+                copy.record_stream(stream)
+            arrives.append(torch.cuda.Event())
+            arrives[-1].record(stream)
+    return dynamic_cache.arriving(targets, arrives, config)
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream that copies to `device`, beside the one that computes."""
+    return torch.cuda.Stream(device)

@@ -1,0 +1,99 @@
+"""The reuse_trace scenario at a tiny size: what is played is what is simulated, and a user's own trace is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import compose, plots, tables, trace_file
+from experiments.bench import Bench
+from experiments.scenarios.reuse_trace import ReuseTrace, behind, disagreement, ratio_of_sums
+from experiments.simulate import Outcome
+from experiments.traces import Event
+from kvmem.backends.hf import HFBackend
+from kvmem.errors import ConfigError
+from kvmem.policies import policy_classes
+
+TINY = [
+    "model=tiny", "model.weights=random", "scenario=reuse_trace", "hardware.check=false", "scenario.memories=20",
+    "scenario.uses=120", "scenario.budget_shares=[0.1,0.5]", "scenario.replay_memories=5", "scenario.replay_uses=40",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on() -> Bench:
+    return Bench.open(compose.validate(compose.compose(TINY)))
+
+
+def test_the_replay_does_what_the_simulator_says_and_every_policy_has_its_row(on: Bench) -> None:
+    scenario = on.config.scenario
+    assert isinstance(scenario, ReuseTrace)
+    cells = scenario.cells(on)
+    assert len(cells) == 1 + 3 * 2
+    replayed, simulated = scenario.measure(on, cells[0])
+    assert replayed.verdict == "ok" and replayed.equality == "tokens"
+    assert replayed.extra["builds"] > 0 and replayed.extra["hit_pct"] > 20
+    for name in ("hit_pct", "builds", "moved_bytes"):  # seconds of a tiny model are mostly noise, decisions are not
+        assert replayed.extra[name] == simulated.extra[name]
+    assert len(replayed.extra["samples"]) > 40
+
+    rows = [row for cell in cells[1:3] for row in scenario.measure(on, cell)]
+    assert [row.arm for row in rows[: len(rows) // 2]] == [*sorted(set(policy_classes()) - {"oracle"}), "oracle"]
+    for row in rows:
+        assert row.extra["of_bound_pct"] <= 100 and len(row.extra["net_saved_all_s"]) == 3
+        assert (row.extra["of_oracle_pct"] == 100) or row.arm != "oracle"
+    assert "benefit_per_byte" in tables.markdown([replayed, simulated, *rows])
+    assert "reuse" in plots.draw(rows)
+
+
+def test_without_costs_nothing_is_simulated(on: Bench) -> None:
+    scenario = ReuseTrace(memories=5, uses=10, seeds=1)
+    with pytest.raises(ConfigError, match="the replay failed"):
+        scenario.measure(on, scenario.cells(on)[1])
+
+
+def test_a_family_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match="Did you mean steady"):
+        compose.validate(compose.compose(["scenario=reuse_trace", "scenario.replay_family=stedy"]))
+
+
+def test_a_users_own_trace(qwen3: HFBackend, tmp_path: Path) -> None:
+    lines = [
+        {"memory": "faq", "text": "The shop opens at nine. The shop closes at six."},
+        {"memory": "terms", "tokens": 300},
+        {"memory": "faq", "kind": "edit"},
+        {"memory": "faq", "query_tokens": 60},
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    trace = trace_file.read(path, qwen3.template)
+    faq_tokens = len(qwen3.template.memory_tokens(str(lines[0]["text"])).token_ids)
+    assert trace.tokens == (faq_tokens, 300) and trace.uses == 3 and trace.query_tokens == round((40 + 40 + 60) / 3)
+    assert trace.events == (Event("use", 0), Event("use", 1), Event("edit", 0), Event("use", 0))
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [("{", "line 2"), ('{"memory": "b", "tokns": 3}', "line 2"), ('{"memory": "b"}', "no line of 'b' has tokens")],
+)
+def test_a_trace_that_is_none(qwen3: HFBackend, tmp_path: Path, line: str, error: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"memory": "a", "tokens": 9}\n' + line)
+    with pytest.raises(ConfigError, match=error):
+        trace_file.read(path, qwen3.template)
+    with pytest.raises(ConfigError, match="there is no such file"):
+        trace_file.read(tmp_path / "other.jsonl", qwen3.template)
+
+
+def test_figures_of_the_comparison() -> None:
+    real = Outcome(np.array([1.0, 1.0]), 4.0, 2.0, 1, 10, 20, 1, 0)
+    told = Outcome(np.array([1.0, 1.1]), 3.0, 2.0, 1, 10, 20, 1, 0)
+    differs = disagreement(real, told)
+    assert differs["the seconds saved"] == 0.25 and differs["the sum of TTFT"] == pytest.approx(0.05)
+    ours, other = np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.5])
+    assert behind(ours, {"lfu": other, "lru": ours - 1}).startswith("behind lfu by 1.00 s to 1.")
+    share, interval = ratio_of_sums(ours, 2 * ours)
+    assert share == 50 and interval == (50, 50)

@@ -1,0 +1,69 @@
+"""The tiers scenario at a tiny size: a row for each place, and figures that add up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments import compose, page_cache, tables
+from experiments.bench import Bench
+from experiments.scenarios.tiers import Length, break_even_tokens
+from kvmem.costs import Costs
+from kvmem.tiers import TieredItems
+
+TINY = ["model=tiny", "model.weights=random", "scenario=tiers", "scenario.repeats=2", "hardware.check=false"]
+
+
+def test_a_row_for_each_place(tmp_path: Path) -> None:
+    overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[64,256]"]
+    on = Bench.open(compose.validate(compose.compose(overrides)))
+    (cell,) = on.config.scenario.cells(on)
+    rows = on.config.scenario.measure(on, cell)
+    assert [row.arm for row in rows] == ["ram", "disk, warm", "disk, cold", "recompute"] * 2
+    assert {row.verdict for row in rows} == {"ok"} and {row.equality for row in rows} == {"bitwise"}
+    assert [row.context_tokens for row in rows] == [64] * 4 + [256] * 4
+    for row in rows:
+        assert row.extra["ttft_s"] > 0 and len(row.extra["ttft_all_s"]) == 2
+        assert (row.extra["of_read_pct"] is not None) == row.arm.startswith("disk")
+        assert (row.extra["over_resident"] == 1) or row.arm != "ram"
+    assert tables.tables(rows) and list(tmp_path.iterdir()) == [], "its files are gone"
+
+
+def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[64,96]"]
+    on = Bench.open(compose.validate(compose.compose(overrides)))
+    put = TieredItems.put
+
+    def changed(self: TieredItems, item, tier: str) -> None:
+        put(self, item, tier)
+        if tier == "ram":
+            self._places["ram"].read(item.kv_cache_id).kv_cache.layers[0].keys.view(-1)[0] += 1
+
+    monkeypatch.setattr(TieredItems, "put", changed)
+    (cell,) = on.config.scenario.cells(on)
+    rows = on.config.scenario.measure(on, cell)
+    assert {row.verdict for row in rows} == {"invalid"} and "the tensors from ram" in rows[0].verdict_reason
+
+
+def test_a_dropped_file_is_not_in_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8 << 20))
+    buffer = bytearray(page_cache.BLOCK_BYTES)
+    assert page_cache.read_s(path, buffer) > 0 and page_cache.resident_pct(path) == 100
+    page_cache.drop(path)
+    assert page_cache.resident_pct(path) < 20
+
+
+def test_the_break_even_is_where_the_lines_cross() -> None:
+    costs = Costs(0.01, 0.001, 0.0, 100)  # a memory's tokens are saved at 1 ms each
+
+    def length(tokens: int, fixed_s: float, token_s: float) -> Length:
+        seconds = {"ram": [0.05], "disk": [0.05 + fixed_s + token_s * tokens], "recompute": [0.05 + tokens * 0.001]}
+        return Length(tokens, 40, 100 * tokens, seconds, 0.0, {}, {}, None, "")
+
+    slow_start = [length(100, 0.0302, 0.0004), length(300, 0.0302, 0.0004)]
+    assert break_even_tokens(costs, slow_start, "disk") == 51  # 0.0302 + 0.0004 n = 0.001 n at 50.3
+    assert break_even_tokens(costs, slow_start, "ram") == 1
+    slow = [length(100, 0.0, 0.002), length(300, 0.0, 0.002)]
+    assert break_even_tokens(costs, slow, "disk") is None
