@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +73,7 @@ class WandB(Sink):
                 "WANDB_API_KEY, or use sink.mode=offline and `wandb sync` later."
             ) from error
 
-    def open(self, run_dir: Path, config: dict[str, Any]) -> None:
+    def open(self, run_dir: Path, config: dict[str, Any], kept: Sequence[Row] = ()) -> None:
         mode = self.resolved_mode()
         _keep_files_in(run_dir, config_too=mode != "online")
         import wandb
@@ -90,7 +90,7 @@ class WandB(Sink):
                     silent=True, console="off", x_disable_stats=True, disable_git=True, init_timeout=INIT_TIMEOUT_S
                 ),
             )
-        self._rows: list[Row] = []
+        self._rows = list(kept)
 
     def write(self, row: Row) -> None:
         """One step of W&B's history a row, called `cell`."""
