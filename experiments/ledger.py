@@ -1,4 +1,4 @@
-"""What a run's folder says is finished, so that the same command goes on where a kill, a time-out or a failure left it."""
+"""What a run's folder says is finished, so that a command goes on where a kill, a time-out or a failure left it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Ledger:
         self.write()
 
     def write(self) -> None:
-        _replace(self.path, json.dumps({"config_hash": self.config_hash, "cells": self.cells, "finished": self.finished}, indent=2) + "\n")
+        told = {"config_hash": self.config_hash, "cells": self.cells, "finished": self.finished}
+        _replace(self.path, json.dumps(told, indent=2) + "\n")
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -94,7 +95,7 @@ def _read(path: Path, config_hash: str) -> Ledger:
     told = json.loads(path.read_text(encoding="utf-8"))
     if told["config_hash"] != config_hash:
         raise ConfigError(
-            f"{path.parent} holds rows of another configuration ({told['config_hash']}, and this one is {config_hash}). "
+            f"{path.parent} holds rows of another configuration ({told['config_hash']}; this one is {config_hash}). "
             "Choose another folder, or remove that one."
         )
     return Ledger(path, config_hash, told["cells"], told["finished"])

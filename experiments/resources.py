@@ -21,7 +21,7 @@ class Resources:
 
 
 def resources(hardware: Hardware) -> Resources:
-    """Host memory: what the card states, else as much as the node's GPUs have, for weights pass through it on their way.
+    """Host memory: what the card states, else as much as the node's GPUs have, for weights pass through it.
 
     >>> resources(Hardware(gpu="NVIDIA H800", gpus=4, tensor_parallel=4, memory_gb=80))
     Resources(nodes=1, gpus_per_node=4, memory_gb=320, cores_per_node=16)
