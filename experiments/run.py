@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments import compose, hardware, ledger, progress, sweep, tables
+from experiments import compose, hardware, ledger, progress, sweep, tables, units
 from experiments.bench import Bench
 from experiments.config import RunConfig
 from experiments.report import write_joined, write_report
@@ -33,6 +33,7 @@ from kvmem.errors import ConfigError, KVMemError
 log = logging.getLogger("experiments")
 
 WRONG_COMMAND, NOT_ALL_VALID = 2, 1
+ROWS_IN_A_LOG_LINE = 4
 
 
 class JobFailed(Exception):
@@ -64,7 +65,6 @@ def _go_on(config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: led
     sinks: list[Sink] = [JSONL(), config.sink]
     for sink in sinks:
         sink.check()
-    log.info("loading %s on %s", config.model.source(), config.backend.backend)
     bench = config.scenario.open(config)
     cells = {f"{number} {cell.label}": cell for number, cell in enumerate(config.scenario.cells(bench))}
     missing = {name: cell for name, cell in cells.items() if name not in done.cells}
@@ -112,7 +112,8 @@ def _measure(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
     except Exception as error:  # whatever a cell raises is kept in its row, so that a long run keeps its other cells
         log.error("%s failed: %s: %s", cell.label, type(error).__name__, error)
         return [config.scenario.failed(bench, cell, traceback.format_exc())]
-    log.info("%s: %s (%.1f s)", cell.label, "; ".join(_figures(row) for row in rows), time.perf_counter() - started)
+    figures = "; ".join(map(_figures, rows)) if len(rows) <= ROWS_IN_A_LOG_LINE else units.plural(len(rows), "row")
+    log.info("%s: %s (%.1f s)", cell.label, figures, time.perf_counter() - started)
     return rows
 
 

@@ -19,7 +19,7 @@ ALL_REDUCE_LATENCY_S = 12e-6
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine gets out of a layout. The defaults are of a captured graph with FlashAttention on a data-centre GPU.
+    """What an engine gets out of a layout. The defaults: a captured graph, FlashAttention, a data-centre GPU.
 
     The first five are shares of a stated rate: of the peak for matrix products and for attention, of the memory's
     bandwidth, of the interconnect's one-way rate, of the host link's rate.

@@ -34,7 +34,7 @@ def gain_s(layout: Layout, engine: Engine, tier: Tier, memory_tokens: int, query
 def break_even_tokens(layout: Layout, engine: Engine, tier: Tier, query_tokens: int) -> int | None:
     """The shortest memory from which loading beats recomputing, up to 131,072 tokens; None: at no length.
 
-    Longer ones gain more: recomputing grows faster than the bytes. So a halving search finds it.
+    Bytes grow with the length, and recomputing faster: the gain turns positive once, and a halving search finds where.
     """
     if gain_s(layout, engine, tier, LONGEST_TOKENS, query_tokens) <= 0:
         return None
@@ -52,7 +52,7 @@ class Fleet:
     replicas_direct: int
     replicas_injected: int
     storage_tb: float
-    network_gb_s: float
+    network_gb_per_second: float
     """Of all replicas together, from the shared storage."""
 
 
@@ -60,8 +60,8 @@ def fleet(
     layout: Layout, engine: Engine, tier: Tier, *, requests_per_s: float, memories: int, memory_tokens: int,
     query_tokens: int, local_share: float, busy_share: float = 0.7,
 ) -> Fleet:  # fmt: skip
-    """`local_share` of the requests find their memory on the GPU, the others fetch it; a replica is busy for no more than
-    `busy_share` of the time with prefilling (decoding comes on top, and is the same for both)."""
+    """`local_share` of the requests find their memory on the GPU, the others fetch it; a replica prefills for at most
+    `busy_share` of the time (decoding comes on top, and is the same for both)."""
     direct = layout.ttft_s(Prefill(memory_tokens + query_tokens, 0), engine)
     injected = layout.ttft_s(Prefill(query_tokens, memory_tokens), engine)
     fetched = (1 - local_share) * requests_per_s
@@ -71,5 +71,5 @@ def fleet(
         replicas_direct=math.ceil(requests_per_s * direct / busy_share),
         replicas_injected=math.ceil(requests_per_s * injected / busy_share),
         storage_tb=memories * per_memory / 1e12,
-        network_gb_s=fetched * per_memory / 1e9,
+        network_gb_per_second=fetched * per_memory / 1e9,
     )

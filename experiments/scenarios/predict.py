@@ -55,7 +55,7 @@ class Predict(Scenario):
     not_stated: list[str] = field(default_factory=lambda: ["h100", "h100x2", "h100x4"])
     """Layouts for published cells without one: the first that holds the weights."""
     plan_model: str = "qwen3-8b"
-    """Shape of the break-even lengths and of the fleet; the layout is the hardware card's, or the first that holds it."""
+    """Shape of the break-even lengths and of the fleet, on the hardware card's layout, or the first that holds it."""
     query_tokens: int = Field(default=167, ge=1)
     memory_tokens: int = Field(default=6064, ge=1)
     memories: int = Field(default=1_000_000, ge=1)
@@ -141,10 +141,11 @@ class Predict(Scenario):
         for tier in self._tiers():
             tokens = break_even_tokens(layout, paper.engine, tier, self.query_tokens)
             figures = {
-                "tier": tier.name, "gb_s": tier.gb_s, "query_tokens": self.query_tokens, "loading_wins_from_tokens": tokens,
-                "fetch_s": tier.fetch_s(layout, self.memory_tokens),
+                "memory_in": tier.name, "gb_per_second": tier.gb_s, "query_tokens": self.query_tokens,
+                "loading_wins_from_tokens": tokens, f"fetch_of_{self.memory_tokens}_tokens_s":
+                tier.fetch_s(layout, self.memory_tokens),
             }  # fmt: skip
-            yield _row("predict: from which length loading beats recomputing", self.plan_model, layout.hardware.name, figures)
+            yield _row("predict: where loading beats recomputing", self.plan_model, layout.hardware.name, figures)
 
     def _fleet(self, paper: Paper) -> Iterator[Row]:
         layout = self._plan_layout(paper)
@@ -152,8 +153,10 @@ class Predict(Scenario):
             layout, paper.engine, self._tiers()[-1], requests_per_s=self.requests_per_s, memories=self.memories,
             memory_tokens=self.memory_tokens, query_tokens=self.query_tokens, local_share=self.local_share,
         )  # fmt: skip
-        given = {"requests_per_second": self.requests_per_s, "memories": self.memories, "memory_tokens": self.memory_tokens,
-                 "query_tokens": self.query_tokens, "local_share": self.local_share}  # fmt: skip
+        given = {
+            "requests_per_second": self.requests_per_s, "memories": self.memories, "memory_tokens": self.memory_tokens,
+            "query_tokens": self.query_tokens, "local_share": self.local_share,
+        }  # fmt: skip
         yield _row("predict: a fleet", self.plan_model, layout.hardware.name, given | asdict(needed))
 
     def _tiers(self) -> list[Tier]:
@@ -174,7 +177,9 @@ class Predict(Scenario):
         for card in cards:
             if self._layout(model, card).fits:
                 return card
-        raise ConfigError(f"{model} fits none of {', '.join(self.not_stated)}. Add a larger layout to scenario.not_stated.")
+        raise ConfigError(
+            f"{model} fits none of {', '.join(self.not_stated)}. Add a larger one to scenario.not_stated."
+        )
 
     def _layout(self, model: str, card: Hardware, dtype: str = verdict.PUBLISHED_DTYPE) -> Layout:
         shape = DenseShape.of(models.shape_config(model.lower()))

@@ -1,4 +1,4 @@
-"""A sweep through a real Slurm: one job killed, one out of memory, one preempted; and what the same command does then."""
+"""A sweep through a real Slurm: a job killed, one out of memory, one preempted; and what the same command does then."""
 
 from __future__ import annotations
 
