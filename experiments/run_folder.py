@@ -8,6 +8,8 @@ from pathlib import Path
 from experiments.row import Row
 from kvmem.errors import ConfigError
 
+SWEEPS = Path("outputs/sweeps")
+
 
 @dataclass(frozen=True)
 class Run:

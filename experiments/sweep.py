@@ -10,8 +10,8 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from experiments import compose, ledger
+from experiments.run_folder import SWEEPS
 
-SWEEPS = Path("outputs/sweeps")
 FOLDER_KNOB = "hydra.sweep.dir"
 
 

@@ -4,7 +4,7 @@ launchers from the package `hydra_plugins` alone."""
 
 from __future__ import annotations
 
-import logging
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +17,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 if TYPE_CHECKING:
     from submitit import SlurmJob
-
-log = logging.getLogger("experiments")
 
 POLL_S = 10
 ON_ANY_CLUSTER = {"timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name",
@@ -40,7 +38,7 @@ class LayoutSlurmLauncher(SlurmLauncher):
                 outcomes[index] = self._here(overrides, index)
                 continue
             jobs[index] = self._submit(config, overrides, index)
-            log.info("job %s: #%d %s", jobs[index].job_id, index, " ".join(filter_overrides(overrides)))
+            print(f"job {jobs[index].job_id}: #{index} {' '.join(filter_overrides(overrides))}", flush=True)
         _wait(list(jobs.values()))
         for index, job in jobs.items():
             outcomes[index] = _outcome(job, job_overrides[index - initial_job_idx])
@@ -116,7 +114,7 @@ def _outcome(job: SlurmJob[JobReturn], overrides: Sequence[str]) -> JobReturn:
         return job.results()[0]
     except (FailedJobError, UncompletedJobError) as error:
         reason = f"job {job.job_id} ended as {job.state}; its output is {job.paths.stdout}"
-        log.error("error: %s", reason)
+        print(f"error: {reason}", file=sys.stderr)
         failed = JobFailed(NOT_ALL_VALID, reason)
         failed.__cause__ = error
         return JobReturn(overrides=list(overrides), status=JobStatus.FAILED, _return_value=failed)
