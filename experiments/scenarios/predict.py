@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, ClassVar
@@ -182,8 +183,7 @@ class Predict(Scenario):
         )
 
     def _layout(self, model: str, card: Hardware, dtype: str = verdict.PUBLISHED_DTYPE) -> Layout:
-        shape = DenseShape.of(models.shape_config(model.lower()))
-        return Layout(shape, card, dtype, self.host_gb_s, self.network_gb_s)
+        return Layout(_shape(model.lower()), card, dtype, self.host_gb_s, self.network_gb_s)
 
     def _card(self, name: str) -> Hardware:
         path = verdict.HARDWARE_CARDS / f"{name}.yaml"
@@ -191,6 +191,11 @@ class Predict(Scenario):
         if card is None or card.gpu is None:
             raise ConfigError(f"hardware {name!r} has no card that states its rates: conf/hardware/{name}.yaml.")
         return card
+
+
+@cache
+def _shape(name: str) -> DenseShape:
+    return DenseShape.of(models.shape_config(name))  # counts the weights of a whole architecture: tenths of a second
 
 
 def _error_pct(predicted: float, told: float) -> float:

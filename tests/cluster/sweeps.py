@@ -16,7 +16,7 @@ from experiments.sinks.jsonl import read_rows
 QUERIES = [16, 20, 24, 28, 32, 36]
 COMMAND = (
     "-m", "model=smollm2_135m,tiny", "hardware.host_memory_gb=4,0.8", "workload.context_tokens=[64]",
-    f"workload.query_tokens={QUERIES}".replace(" ", ""), "scenario.pairs=2", "scenario.answer_tokens=4", "sink=none",
+    f"workload.query_tokens={QUERIES}".replace(" ", ""), "scenario.pairs=1", "scenario.answer_tokens=2", "sink=none",
 )  # fmt: skip
 
 
@@ -59,6 +59,6 @@ def is_whole(sweep: Path) -> list[Row]:
     rows = [row for job in range(4) for row in read_rows(sweep / str(job))]
     assert [row.query_tokens for row in rows] == QUERIES * 4
     assert {row.status for row in rows} == {"done"}
-    assert [row.model for row in rows[:: 2 * len(QUERIES)]] == ["SmolLM2-135M", "tiny"]
+    assert [row.model for row in rows[:: 2 * len(QUERIES)]] == ["SmolLM2-135M-Instruct", "tiny"]
     assert f"{len(rows)} rows" in (sweep / "table.md").read_text()
     return rows
