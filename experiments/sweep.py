@@ -51,6 +51,6 @@ def _name(overrides: Sequence[str]) -> str:
 
 
 def _plain(job: object) -> dict[object, object]:
-    plain = OmegaConf.to_container(job, resolve=True)  # type: ignore[arg-type]
+    plain = OmegaConf.to_container(job, resolve=True)
     assert isinstance(plain, dict)
     return dict(plain)

@@ -143,7 +143,7 @@ def _plain(value: Any) -> str | int | float | bool | None:
     return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
 
 
-def _place_in_sweep(run_dir: Path, config: dict[str, Any]) -> dict[str, str]:
+def _place_in_sweep(run_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
     """A job of a sweep is one of its group, and has the same id however often it is started, so that it goes on."""
     sweep = run_dir.resolve().parent
     if sweep.parent.name != SWEEPS.name:
