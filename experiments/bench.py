@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from experiments.row import Row
 from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
 from kvmem.backends.measured import MeasuredBackend
 from kvmem.errors import ConfigError
+
+log = logging.getLogger("experiments")
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Bench:
     def open(cls, config: RunConfig) -> Bench:
         """Checks that this machine is the layout that `config` names, loads the model, and calibrates the limit."""
         config.hardware.refuse_other_machines()
+        log.info("loading %s on %s", config.model.source(), config.backend.backend)
         memory = KVCacheMemory(
             KVCacheMemoryConfig(
                 extractor_llm={"backend": config.backend.backend, "config": config.backend},

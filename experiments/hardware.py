@@ -1,4 +1,5 @@
-"""The hardware that a run is made for, and what it finds: `python -m experiments.hardware` prints the latter."""
+"""The hardware that a run is made for, and what it finds: `python -m experiments.hardware` prints the latter,
+and which layouts it can be (a node of)."""
 
 from __future__ import annotations
 
@@ -200,4 +201,9 @@ def _gpu(index: int) -> GPU:
 if __name__ == "__main__":
     from rich import print_json
 
-    print_json(data=conditions() | {"memory_gb": round(inspect().memory_gb, 1)})
+    from experiments.verdict import HARDWARE_CARDS, read_card
+
+    here = inspect()
+    cards = [read_card(path) for path in sorted(HARDWARE_CARDS.glob("*.yaml"))]
+    layouts = [card.name for card in cards if card.is_met_by(here)]
+    print_json(data=conditions() | {"memory_gb": round(here.memory_gb, 1), "layouts": layouts})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments import page, plots, tables
 from experiments.row import Row
-from experiments.run_folder import Run, read_run
+from experiments.run_folder import Run, read_run, runs_in
 from kvmem.errors import ConfigError
 
 JOINED = Path("outputs/joined")
@@ -49,17 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.report",
         description="Writes table.md, plots/ and report.html of a run, or of several runs joined.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, outputs/<date>/<time>")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a sweep's")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: the run's folder, or {JOINED}")
     parser.add_argument("--log", action="store_true", help="send the rows to W&B (offline unless WANDB_MODE says so)")
     chosen = parser.parse_args(arguments)
     try:
-        out = chosen.out or (JOINED if len(chosen.runs) > 1 else None)
-        print(write_report(chosen.runs[0]) if out is None else write_joined(chosen.runs, out))
+        runs = [run for folder in chosen.runs for run in runs_in(folder) or [folder]]
+        out = chosen.out or (JOINED if len(chosen.runs) > 1 else chosen.runs[0])
+        print(write_report(out) if runs == [out] else write_joined(runs, out))
         if chosen.log:
             from experiments.sinks.wandb import log_run  # not needed, nor imported, without --log
 
-            for run_dir in chosen.runs:
+            for run_dir in runs:
                 if line := log_run(run_dir):
                     print(line)
     except ConfigError as error:

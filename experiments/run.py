@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments import compose, hardware, progress, tables
+from experiments import compose, hardware, ledger, progress, sweep, tables, units
 from experiments.bench import Bench
 from experiments.config import RunConfig
-from experiments.report import write_report
+from experiments.report import write_joined, write_report
 from experiments.row import Row
+from experiments.run_folder import runs_in
 from experiments.sinks import Sink
 from experiments.sinks.jsonl import JSONL
 from kvmem.errors import ConfigError, KVMemError
@@ -31,6 +33,7 @@ from kvmem.errors import ConfigError, KVMemError
 log = logging.getLogger("experiments")
 
 WRONG_COMMAND, NOT_ALL_VALID = 2, 1
+ROWS_IN_A_LOG_LINE = 4
 
 
 class JobFailed(Exception):
@@ -44,31 +47,48 @@ class JobFailed(Exception):
 def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str] = ()) -> list[Row]:
     """Measures every cell of `config`, and leaves rows, tables, plots and report in `run_dir`. Returns the rows.
 
-    A cell that raises becomes a failed row, and the others go on. Rows are written as they come.
+    A cell that raises becomes a failed row, and the others go on. Rows are written as they come; where the folder holds
+    finished cells of the same configuration, they are not measured again.
     """
-    _write_conditions(config, run_dir, resolved, overrides)
+    with ledger.opened(run_dir, resolved) as done:
+        rows = done.kept()
+        if done.finished:
+            log.info("%s was finished before", run_dir)
+        else:
+            _write_conditions(config, run_dir, resolved, overrides)
+            _go_on(config, run_dir, resolved, done, rows)
+    return rows
+
+
+def _go_on(config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: ledger.Ledger, rows: list[Row]) -> None:
+    """Measures the cells that are not done yet, and adds their rows to `rows`."""
     sinks: list[Sink] = [JSONL(), config.sink]
     for sink in sinks:
         sink.check()
-    log.info("loading %s on %s", config.model.source(), config.backend.backend)
-    bench = Bench.open(config)
-    cells = config.scenario.cells(bench)
-    rows: list[Row] = []
+    bench = config.scenario.open(config)
+    cells = {f"{number} {cell.label}": cell for number, cell in enumerate(config.scenario.cells(bench))}
+    missing = {name: cell for name, cell in cells.items() if name not in done.cells}
+    if len(missing) < len(cells):
+        log.info("%d of %d cells were finished before", len(cells) - len(missing), len(cells))
     with ExitStack() as closing:
         for sink in sinks:
-            sink.open(run_dir, resolved)
+            sink.open(run_dir, resolved, rows)
             closing.callback(_close, sink, run_dir)
-        for cell in progress.over(cells):
-            for row in _measure(config, bench, cell):
+        for name, cell in zip(missing, progress.over(list(missing.values())), strict=True):
+            measured = _measure(config, bench, cell)
+            for row in (replace(row, conditions=row.conditions | {"cell": name}) for row in measured):
                 rows.append(row)
                 for sink in sinks:
                     sink.write(row)
+            if all(row.status == "done" for row in measured):
+                done.finish(name)
+        done.finished = len(done.cells) == len(cells)
+        done.write()
         write_report(run_dir)
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(tables.console_table(rows))
     for name in ("report.html", "table.md", "rows.jsonl"):
         log.info("%s", run_dir / name)
-    return rows
 
 
 def problems(rows: Iterable[Row], exact: bool) -> list[str]:
@@ -92,7 +112,8 @@ def _measure(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
     except Exception as error:  # whatever a cell raises is kept in its row, so that a long run keeps its other cells
         log.error("%s failed: %s: %s", cell.label, type(error).__name__, error)
         return [config.scenario.failed(bench, cell, traceback.format_exc())]
-    log.info("%s: %s (%.1f s)", cell.label, "; ".join(_figures(row) for row in rows), time.perf_counter() - started)
+    figures = "; ".join(map(_figures, rows)) if len(rows) <= ROWS_IN_A_LOG_LINE else units.plural(len(rows), "row")
+    log.info("%s: %s (%.1f s)", cell.label, figures, time.perf_counter() - started)
     return rows
 
 
@@ -142,7 +163,14 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands exceptions on, and does not print and exit itself
     try:
         compose.check(sys.argv[1:])
-        job()
+        arguments, folder = sweep.with_folder(sys.argv[1:])
+        sys.argv[1:] = arguments
+        try:
+            job()
+        finally:
+            if folder is not None and (runs := runs_in(folder)):
+                for line in [*sweep.summary(folder), f"joined: {write_joined(runs, folder)}"]:
+                    print(line)
     except JobFailed as failed:
         if wants_traceback:
             raise
@@ -156,4 +184,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from experiments.run import main  # a job's function is then pickled by its name, for other processes
+
     sys.exit(main())

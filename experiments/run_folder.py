@@ -8,6 +8,8 @@ from pathlib import Path
 from experiments.row import Row
 from kvmem.errors import ConfigError
 
+SWEEPS = Path("outputs/sweeps")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -36,3 +38,11 @@ def read_run(run_dir: Path) -> Run:
     texts = [run_dir / name for name in ("config.yaml", "environment.json")]
     config, environment = (text.read_text(encoding="utf-8") if text.is_file() else "" for text in texts)
     return Run("/".join(run_dir.resolve().parts[-2:]), tuple(rows), unread_lines, config, environment)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The run folders of a sweep, in the order of its jobs; a run's own folder is its one run."""
+    if (folder / "rows.jsonl").is_file():
+        return [folder]
+    runs = [path.parent for path in folder.glob("*/rows.jsonl")]
+    return sorted(runs, key=lambda run: (len(run.name), run.name))  # 10 behind 9

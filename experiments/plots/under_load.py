@@ -25,7 +25,7 @@ class UnderLoad(Plot):
     place = 3
 
     def draw(self, rows: Sequence[Row], theme: Theme) -> Figure | None:
-        loaded = [row for row in rows if row.extra.get("ttft_p99_s") and row.extra.get("requests_per_s")]
+        loaded = [row for row in rows if row.extra.get("ttft_p99_s") and row.extra.get("requests_a_second")]
         if not loaded:
             return None
         looks = {"direct": (theme.direct, "s"), "injected": (theme.injected, "o")}
@@ -35,8 +35,8 @@ class UnderLoad(Plot):
             handles = []
             for arm in dict.fromkeys(row.arm for row in loaded):
                 color, marker = looks.get(arm, (theme.ink, "^"))
-                of_arm = sorted((row for row in loaded if row.arm == arm), key=lambda row: row.extra["requests_per_s"])
-                rates = [row.extra["requests_per_s"] for row in of_arm]
+                points = [(row.extra["requests_a_second"], row) for row in loaded if row.arm == arm]
+                rates, of_arm = zip(*sorted(points, key=lambda point: point[0]), strict=True)
                 for field, line in (("ttft_p50_s", "-"), ("ttft_p99_s", "--")):
                     times = [row.extra[field] for row in of_arm]
                     axes.plot(rates, times, line, color=color, marker=marker, markersize=5, linewidth=1.6)

@@ -10,12 +10,19 @@ from experiments.row import Row
 
 if TYPE_CHECKING:
     from experiments.bench import Bench
+    from experiments.config import RunConfig
 
 
 class Scenario(ABC):
     """A question that a run answers."""
 
     name: ClassVar[str]
+
+    def open(self, config: RunConfig) -> Bench:
+        """What the cells are measured on: the model, loaded, unless a scenario needs none."""
+        from experiments.bench import Bench  # whose configuration is made of scenarios
+
+        return Bench.open(config)
 
     @abstractmethod
     def cells(self, bench: Bench) -> Sequence[Any]:

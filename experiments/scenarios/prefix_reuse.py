@@ -20,7 +20,7 @@ from experiments.row import Row
 from experiments.scenarios import Scenario
 from experiments.transfer import transfer_s
 from experiments.workloads import Cell
-from kvmem.backends.measured import MeasuredBackend
+from kvmem.backends.measured import Lent, MeasuredBackend
 from kvmem.errors import ConfigError
 from kvmem.items import KVCacheItem
 from kvmem.prompt import TokenizedPrompt
@@ -34,13 +34,14 @@ class PrefixReuse(Scenario):
     """Three arms in interleaved rounds, each behind an engine whose prefix cache was emptied.
 
     direct      nothing is held: all tokens are computed
-    native hit  the memory alone was prefilled before, untimed; the engine finds its whole blocks
+    native hit  the engine finds the memory's whole blocks in its own prefix cache. They were put there, untimed, from
+                the memory's file; the answer that is graded stands on blocks of the engine's own prefill
     injected    the memory's file is loaded into the engine's blocks, to the token
     """
 
     pairs: int = Field(default=5, ge=1)
     """Interleaved rounds a cell; 30 for a figure to publish."""
-    answer_tokens: int = Field(default=16, ge=1)
+    answer_tokens: int = Field(default=8, ge=1)
     """Greedy tokens of each arm that are compared."""
     beside_generate: bool = True
     """On a GPU, also time the native hit through vLLM's own LLM.generate: what our layer adds to it."""
@@ -69,26 +70,30 @@ class PrefixReuse(Scenario):
     def _compare(self, bench: Bench, cell: Cell, item: KVCacheItem) -> list[Row]:
         memory, backend, ids = bench.memory, bench.backend, [item.kv_cache_id]
         tokens = item.metadata.tokens
+
+        def lend() -> Lent:
+            return memory.get_cache(ids)
+
+        prompt = measure.direct_prompt(backend, tokens, cell.question)
+        split = backend.split(cell.question, lend())
+        # The answers first: each warms up its arm's shape.
+        direct_trace = measure.trace(backend, prompt, None, self.answer_tokens)
+        injected_trace = measure.trace(backend, split, lend, self.answer_tokens)
+        native_trace = self._native_trace(backend, split)
         arms: dict[str, measure.Arm] = {
             "injected": lambda: measure.injected(memory, backend, ids, cell.question),
-            NATIVE: lambda: measure.native_hit(backend, tokens, cell.question),
+            NATIVE: lambda: measure.native_hit(backend, tokens, cell.question, lend),
             "direct": lambda: measure.direct(backend, tokens, cell.question),
         }
         if self.beside_generate and backend.compute_device.type == "cuda":
             from experiments.vllm_generate import first_token  # imports vLLM
 
             theirs = partial(first_token, backend.llm)  # type: ignore[attr-defined]
-            arms[GENERATE] = lambda: measure.native_hit(backend, tokens, cell.question, theirs)
-        samples, runs = measure.interleaved_calm(arms, self.pairs, random.Random(bench.config.seed))
+            arms[GENERATE] = lambda: measure.native_hit(backend, tokens, cell.question, lend, theirs)
+        samples, runs = measure.interleaved_calm(arms, self.pairs, random.Random(bench.config.seed), warmups=0)
         conditions = bench.conditions_now()
-        prompt = samples["direct"][0].prompt
-        split = samples["injected"][0].prompt
-        direct = Arm(samples["direct"], measure.trace(backend, prompt, None, self.answer_tokens))
-        injected = Arm(
-            samples["injected"],
-            measure.trace(backend, split, lambda: memory.get_cache(ids), self.answer_tokens),
-        )
-        native = Arm(samples[NATIVE], self._native_trace(backend, split))
+        direct = Arm(samples["direct"], direct_trace)
+        injected, native = Arm(samples["injected"], injected_trace), Arm(samples[NATIVE], native_trace)
         shared = {"measured_times": runs}
         rows = []
         for name, arm in (("injected", injected), (NATIVE, native)):

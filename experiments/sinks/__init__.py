@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ class Sink(ABC):
         """Raises ConfigError where this sink can't be written to; asked before any model loads."""
 
     @abstractmethod
-    def open(self, run_dir: Path, config: dict[str, Any]) -> None:
-        """`run_dir` is the run's folder, `config` its resolved configuration."""
+    def open(self, run_dir: Path, config: dict[str, Any], kept: Sequence[Row] = ()) -> None:
+        """`run_dir` is the run's folder, `config` its resolved configuration, `kept` the rows of a resumed run."""
 
     @abstractmethod
     def write(self, row: Row) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,8 +20,8 @@ class JSONL(Sink):
     def check(self) -> None:
         pass
 
-    def open(self, run_dir: Path, config: dict[str, Any]) -> None:
-        self.file = (run_dir / FILENAME).open("w", encoding="utf-8")
+    def open(self, run_dir: Path, config: dict[str, Any], kept: Sequence[Row] = ()) -> None:
+        self.file = (run_dir / FILENAME).open("a" if kept else "w", encoding="utf-8")
 
     def write(self, row: Row) -> None:
         self.file.write(row.to_json() + "\n")

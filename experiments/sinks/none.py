@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class NoSink(Sink):
     def check(self) -> None:
         pass
 
-    def open(self, run_dir: Path, config: dict[str, Any]) -> None:
+    def open(self, run_dir: Path, config: dict[str, Any], kept: Sequence[Row] = ()) -> None:
         pass
 
     def write(self, row: Row) -> None:

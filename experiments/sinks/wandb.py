@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments.progress import shown
 from experiments.row import Row
+from experiments.run_folder import SWEEPS
 from experiments.sinks import Sink
 from experiments.sinks.jsonl import read_rows
 from kvmem.errors import ConfigError, did_you_mean
@@ -73,7 +74,7 @@ class WandB(Sink):
                 "WANDB_API_KEY, or use sink.mode=offline and `wandb sync` later."
             ) from error
 
-    def open(self, run_dir: Path, config: dict[str, Any]) -> None:
+    def open(self, run_dir: Path, config: dict[str, Any], kept: Sequence[Row] = ()) -> None:
         mode = self.resolved_mode()
         _keep_files_in(run_dir, config_too=mode != "online")
         import wandb
@@ -86,11 +87,17 @@ class WandB(Sink):
                 mode=mode,
                 dir=run_dir,
                 config=config,
+                **_place_in_sweep(run_dir, config),
                 settings=wandb.Settings(
                     silent=True, console="off", x_disable_stats=True, disable_git=True, init_timeout=INIT_TIMEOUT_S
                 ),
             )
         self._rows: list[Row] = []
+        if mode == "online":  # W&B has them already
+            self._rows += kept
+            return
+        for row in kept:
+            self.write(row)
 
     def write(self, row: Row) -> None:
         """One step of W&B's history a row, called `cell`."""
@@ -134,6 +141,15 @@ def log_run(run_dir: Path) -> str | None:
 
 def _plain(value: Any) -> str | int | float | bool | None:
     return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
+
+
+def _place_in_sweep(run_dir: Path, config: dict[str, Any]) -> dict[str, str]:
+    """A job of a sweep is one of its group, and has the same id however often it is started, so that it goes on."""
+    sweep = run_dir.resolve().parent
+    if sweep.parent.name != SWEEPS.name:
+        return {}
+    question = str(config.get("scenario", {}).get("_target_", "")).rpartition(".")[2]
+    return {"group": sweep.name, "job_type": question, "id": f"{sweep.name}-{run_dir.name}", "resume": "allow"}
 
 
 def _keep_files_in(run_dir: Path, config_too: bool) -> None:

@@ -30,7 +30,7 @@ def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.
     assert (injected.verdict, native.verdict) == ("ok", "ok"), injected.verdict_reason + native.verdict_reason
     assert injected.extra["injected_over_native_hit"] > 0
 
-    monkeypatch.setattr(measure, "hold", lambda backend, token_ids: backend.reset())
+    monkeypatch.setattr(measure, "hold", lambda backend, token_ids, lend=None: backend.reset())
     _, missed = bench.config.scenario.measure(bench, cell)
     assert missed.verdict == "invalid" and "0 tokens came from the cache, 128 were expected" in missed.verdict_reason
 
@@ -62,7 +62,7 @@ def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
     for arm in rows.values():
         assert [row.verdict for row in arm] == ["ok", "ok"], arm[0].verdict_reason
         slow, fast = (row.extra for row in arm)
-        assert fast["requests_per_s"] == pytest.approx(3 * slow["requests_per_s"])
+        assert fast["requests_a_second"] == pytest.approx(3 * slow["requests_a_second"])
         for told in (slow, fast):
             assert 0 < told["ttft_p50_s"] <= told["ttft_p90_s"] <= told["ttft_p99_s"] == max(told["ttft_all_s"])
     assert all(row.cached_tokens == 0 for row in rows["direct"])

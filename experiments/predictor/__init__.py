@@ -1,0 +1,107 @@
+"""TTFT from first principles: FLOP, bytes, all-reduces and launches over a layout's rates, and how much of each rate an
+engine gets. No GPU is needed, and no model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from experiments.hardware import Hardware
+from experiments.roofline import DenseShape, datasheet, prefill_bytes, prefill_flop
+
+ALL_REDUCES_A_LAYER = 2
+"""Behind attention's and the MLP's last product (Shoeybi et al., Megatron-LM, 2019)."""
+ALL_REDUCE_LATENCY_S = 12e-6
+"""Of one all-reduce, however small: two kernels and their synchronisation."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine gets out of a layout. The defaults: a captured graph, FlashAttention, a data-centre GPU.
+
+    The first five are shares of a stated rate: of the peak for matrix products and for attention, of the memory's
+    bandwidth, of the interconnect's one-way rate, of the host link's rate.
+    """
+
+    products: float = 0.75
+    attention: float = 0.4
+    bandwidth: float = 0.85
+    interconnect: float = 0.7
+    host_link: float = 0.8
+    fixed_s: float = 0.003
+    """Of every request, on the host: scheduling, sampling, the copy of the token."""
+    launches_s: float = 0.0
+    """The least time of a forward pass whose kernels are launched one by one; 0: they lie in a graph."""
+
+
+class Prefill(NamedTuple):
+    """`new_tokens` are computed behind `cached_tokens`; `moved_bytes` of keys and values are fetched from the host."""
+
+    new_tokens: int
+    cached_tokens: int
+    moved_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model is served. `host_gb_s` is the link between a GPU and its host's memory, one way; `network_gb_s`
+    that between nodes."""
+
+    shape: DenseShape
+    hardware: Hardware
+    dtype: str = "bfloat16"
+    host_gb_s: float = 55.0
+    network_gb_s: float = 12.5
+
+    @property
+    def element_bytes(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+    @property
+    def kv_bytes_a_token(self) -> int:
+        return 2 * len(self.shape.windows) * self.shape.kv_heads * self.shape.head_dim * self.element_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weights, with the embeddings, fill no more than nine tenths of the GPUs' memory."""
+        weights = self.shape.weights + self.shape.vocab * self.shape.hidden
+        room = self.hardware.gpus * (self.hardware.memory_gb or 0) * 1e9
+        return weights * self.element_bytes <= 0.9 * room
+
+    def ttft_s(self, prefill: Prefill, engine: Engine) -> float:
+        """A lone request's: its stages of a pipeline work one after the other, so that only tensor-parallel GPUs share
+        the work."""
+        ranks = self.hardware.tensor_parallel
+        rates = datasheet(self.hardware, self.dtype)
+        flop_per_s, bytes_per_s = (rate * ranks / self.hardware.gpus for rate in (rates.flop_per_s, rates.bytes_per_s))
+        work_s = self._kernels_s(prefill, engine, flop_per_s, bytes_per_s)
+        work_s += self._all_reduces_s(prefill.new_tokens, engine)
+        work_s += self._hops_s(prefill.new_tokens)
+        fetch_s = prefill.moved_bytes / (ranks * self.host_gb_s * 1e9 * engine.host_link)  # each rank fetches its heads
+        return engine.fixed_s + max(engine.launches_s, work_s) + fetch_s
+
+    def _kernels_s(self, prefill: Prefill, engine: Engine, flop_per_s: float, bytes_per_s: float) -> float:
+        new, cached, _ = prefill
+        shape = self.shape
+        products = 2.0 * new * len(shape.windows) * shape.layer_weights + 2 * shape.vocab * shape.hidden
+        attention = prefill_flop(shape, new, cached) - products
+        kv_bytes = (cached + new) * self.kv_bytes_a_token
+        weight_bytes = prefill_bytes(shape, 0, 0, self.element_bytes)
+        return max(
+            products / (flop_per_s * engine.products), weight_bytes / (bytes_per_s * engine.bandwidth)
+        ) + max(attention / (flop_per_s * engine.attention), kv_bytes / (bytes_per_s * engine.bandwidth))  # fmt: skip
+
+    def _all_reduces_s(self, tokens: int, engine: Engine) -> float:
+        ranks, gb_s = self.hardware.tensor_parallel, self.hardware.interconnect_gb_s
+        if ranks == 1 or gb_s is None:
+            return 0.0
+        sent = 2 * (ranks - 1) / ranks * tokens * self.shape.hidden * self.element_bytes
+        count = ALL_REDUCES_A_LAYER * len(self.shape.windows)
+        return count * (ALL_REDUCE_LATENCY_S + sent / (gb_s * 1e9 * engine.interconnect))
+
+    def _hops_s(self, tokens: int) -> float:
+        """The hidden states' way from node to node."""
+        hops = self.hardware.pipeline_parallel - 1
+        return hops * tokens * self.shape.hidden * self.element_bytes / (self.network_gb_s * 1e9)

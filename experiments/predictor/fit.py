@@ -1,0 +1,96 @@
+"""An engine's efficiencies from measured rows, and the error on the cells that the fit has not seen."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from experiments.predictor import Engine, Layout, Prefill
+from experiments.row import Row
+from kvmem.errors import ConfigError
+
+SHARES = ("products", "attention", "bandwidth", "interconnect", "host_link")
+PULL_TO_DEFAULTS = 0.05
+"""Weight of each share's distance from its default, in logarithms: it decides what the rows leave open, and no more."""
+LEAST_S, MOST_S = 1e-5, 1.0
+
+
+class Point(NamedTuple):
+    """One measured TTFT."""
+
+    cell: tuple[int, int]
+    arm: str
+    layout: Layout
+    prefill: Prefill
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`held_out_errors` are signed, predicted over measured − 1, of the points whose cells were not fitted."""
+
+    engine: Engine
+    fitted: tuple[Point, ...]
+    held_out: tuple[Point, ...]
+
+    def errors(self, points: Sequence[Point]) -> list[float]:
+        return [point.layout.ttft_s(point.prefill, self.engine) / point.seconds - 1 for point in points]
+
+
+def points_of(row: Row, layout: Layout) -> list[Point]:
+    """Both arms of a row, as far as they were measured; the direct arm computes everything."""
+    cell, cached = (row.context_tokens, row.query_tokens), row.cached_tokens or row.context_tokens
+    total = sum(cell)
+    found = []
+    if row.kv_ttft_s is not None:
+        fetched = float(row.kv_bytes or 0) if row.arm == "injected" and row.tier == "cpu" else 0.0
+        found.append(Point(cell, row.arm, layout, Prefill(total - cached, cached, fetched), row.kv_ttft_s))
+    if row.direct_ttft_s is not None:
+        found.append(Point(cell, "direct", layout, Prefill(total, 0), row.direct_ttft_s))
+    return found
+
+
+def halves(points: Sequence[Point], seed: int) -> tuple[list[Point], list[Point]]:
+    """Points of half of the cells, drawn at random, and those of the others."""
+    cells = sorted({point.cell for point in points})
+    chosen = set(random.Random(seed).sample(cells, math.ceil(len(cells) / 2)))
+    return [p for p in points if p.cell in chosen], [p for p in points if p.cell not in chosen]
+
+
+def fit(points: Sequence[Point], seed: int = 0) -> Fit:
+    """Least squares of the logarithms over half of the cells; ConfigError for fewer than four cells."""
+    fitted, held_out = halves(points, seed)
+    if len({point.cell for point in points}) < 4:
+        raise ConfigError("A fit needs at least four measured cells. Name runs with more in predict.fit_from.")
+    default = Engine()
+    start = [math.log(getattr(default, name)) for name in SHARES]
+
+    def residuals(knobs: np.ndarray) -> list[float]:
+        engine = _engine(knobs)
+        off = [math.log(p.layout.ttft_s(p.prefill, engine) / p.seconds) for p in fitted]
+        return off + [PULL_TO_DEFAULTS * (knob - at) for knob, at in zip(knobs, start, strict=False)]
+
+    span = [math.log(LEAST_S)] * 2, [math.log(MOST_S)] * 2
+    bounds = [math.log(0.02)] * len(SHARES) + span[0], [0.0] * len(SHARES) + span[1]
+    # Either the host's launches or the device's work can be what takes the time: from both ends, the better one.
+    tried = [
+        least_squares(residuals, [*start, math.log(0.003), math.log(launches_s)], bounds=bounds)
+        for launches_s in (2e-5, median(p.seconds for p in fitted) / 2)
+    ]
+    return Fit(_engine(min(tried, key=lambda found: found.cost).x), tuple(fitted), tuple(held_out))
+
+
+def described(engine: Engine) -> dict[str, float]:
+    return dict(zip((knob.name for knob in fields(engine)), astuple(engine), strict=True))
+
+
+def _engine(knobs: np.ndarray) -> Engine:
+    *shares, fixed_s, launches_s = (math.exp(knob) for knob in knobs)
+    return Engine(**dict(zip(SHARES, shares, strict=True)), fixed_s=fixed_s, launches_s=launches_s)

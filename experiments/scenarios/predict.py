@@ -1,0 +1,221 @@
+"""What should the published cells take on their hardware, and from which length on does a stored memory pay?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, field
+from dataclasses import dataclass as plain_dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from experiments import published, verdict
+from experiments.config import RunConfig
+from experiments.hardware import Hardware
+from experiments.predictor import Engine, Layout, Prefill
+from experiments.predictor.fit import Fit, Point, described, fit, points_of
+from experiments.predictor.plan import Tier, break_even_tokens, fleet
+from experiments.published import PublishedRow
+from experiments.roofline import DenseShape
+from experiments.row import Row
+from experiments.run_folder import read_run
+from experiments.scenarios import Scenario
+from kvmem import models
+from kvmem.errors import ConfigError
+
+GIVEN = "as given"
+
+
+@plain_dataclass(frozen=True)
+class Table:
+    """The rows of one question, by the name of their table."""
+
+    label: str
+    rows: Callable[[], Iterator[Row]]
+
+
+@plain_dataclass(frozen=True)
+class Paper:
+    """What the tables are computed with: no model and no machine."""
+
+    config: RunConfig
+    engine: Engine
+    fit: Fit | None
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class Predict(Scenario):
+    """No GPU, no weights: shapes, the makers' figures and an engine's efficiencies."""
+
+    fit_from: list[str] = field(default_factory=list)
+    """Folders of runs; half of their cells fit the efficiencies, the others tell the error. None: defaults."""
+    not_stated: list[str] = field(default_factory=lambda: ["h100", "h100x2", "h100x4"])
+    """Layouts for published cells without one: the first that holds the weights."""
+    plan_model: str = "qwen3-8b"
+    """Shape of the break-even lengths and of the fleet, on the hardware card's layout, or the first that holds it."""
+    query_tokens: int = Field(default=167, ge=1)
+    memory_tokens: int = Field(default=6064, ge=1)
+    memories: int = Field(default=1_000_000, ge=1)
+    requests_per_s: float = Field(default=10_000, gt=0)
+    local_share: float = Field(default=0.8, ge=0, le=1)
+    """Share of requests that find their memory on the GPU; the fleet's others fetch it over the network."""
+    host_gb_s: float = Field(default=55, gt=0)
+    disk_gb_s: float = Field(default=6, gt=0)
+    network_gb_s: float = Field(default=12.5, gt=0)
+
+    name: ClassVar[str] = "predict"
+
+    def open(self, config: RunConfig) -> Paper:  # type: ignore[override]
+        found = fit(list(self._points()), config.seed) if self.fit_from else None
+        return Paper(config, found.engine if found else Engine(), found)
+
+    def cells(self, bench: Any) -> Sequence[Table]:
+        tables = [
+            Table("published cells", lambda: self._published(bench)),
+            Table("break-even lengths", lambda: self._break_even(bench)),
+            Table("fleet", lambda: self._fleet(bench)),
+        ]
+        return [Table("fit", lambda: self._fitted(bench)), *tables] if bench.fit else tables
+
+    def measure(self, bench: Any, cell: Table) -> list[Row]:
+        return list(cell.rows())
+
+    def failed(self, bench: Any, cell: Table, error: str) -> Row:
+        return _row(cell.label, "", GIVEN, {}, status="failed", error=error)
+
+    def _points(self) -> Iterator[Point]:
+        for folder in self.fit_from:
+            for row in read_run(Path(folder)).rows:
+                if row.status == "done" and row.verdict == "ok":
+                    layout = self._layout(row.model, self._card(row.hardware), row.dtype)
+                    yield from points_of(row, layout)
+
+    def _published(self, paper: Paper) -> Iterator[Row]:
+        beyond = {
+            (finding.row, finding.reason.split()[1])
+            for finding in verdict.judge_published(published.tables())
+            if finding.rule == "limit"
+        }
+        errors: dict[str, list[float]] = {}
+        for cell in published.tables():
+            layout = self._layout(cell.model, self._of(cell))
+            query, context = round(cell.query_tokens), round(cell.context_tokens)
+            direct = layout.ttft_s(Prefill(context + query, 0), paper.engine)
+            injected = layout.ttft_s(Prefill(query, context), paper.engine)
+            off = {"direct": _error_pct(direct, cell.direct_ttft_s), "injected": _error_pct(injected, cell.kv_ttft_s)}
+            errors.setdefault(f"{cell.table}, {cell.hardware}", []).extend(off.values())
+            impossible = [arm for arm in off if (cell, arm) in beyond]
+            yield _row(
+                "predict", cell.model, layout.hardware.name,
+                {
+                    "table": cell.table, "memory_tokens": context, "prompt_tokens": query,
+                    "direct_ttft_s": direct, "published_direct_s": cell.direct_ttft_s,
+                    "direct_error_pct": off["direct"],
+                    "injected_ttft_s": injected, "published_injected_s": cell.kv_ttft_s,
+                    "injected_error_pct": off["injected"],
+                    "speedup_pct": 100 * (1 - injected / direct), "published_speedup_pct": cell.speedup_pct,
+                    "published_beyond_its_hardware": " and ".join(impossible) or "no",
+                },
+                context_tokens=context, query_tokens=query,
+            )  # fmt: skip
+        for name, off_pct in errors.items():
+            yield _row("predict: error of the published cells", "all", name, _distribution(off_pct))
+
+    def _fitted(self, paper: Paper) -> Iterator[Row]:
+        found = paper.fit
+        assert found is not None
+        shown = ", ".join(self.fit_from)
+        for name, points in (("fitted", found.fitted), ("held out", found.held_out)):
+            arms = {"all": points} | {arm: [p for p in points if p.arm == arm] for arm in {p.arm for p in points}}
+            for arm, some in arms.items():
+                errors = [100 * error for error in found.errors(some)]
+                yield _row("predict: error of the fit", shown, name, {"points_of": arm} | _distribution(errors))
+        yield _row("predict: efficiencies", shown, "fitted", described(found.engine))
+        yield _row("predict: efficiencies", "default", "", described(Engine()))
+
+    def _break_even(self, paper: Paper) -> Iterator[Row]:
+        layout = self._plan_layout(paper)
+        for tier in self._tiers():
+            tokens = break_even_tokens(layout, paper.engine, tier, self.query_tokens)
+            figures = {
+                "memory_in": tier.name, "gb_per_second": tier.gb_s, "query_tokens": self.query_tokens,
+                "loading_wins_from_tokens": tokens, f"fetch_of_{self.memory_tokens}_tokens_s":
+                tier.fetch_s(layout, self.memory_tokens),
+            }  # fmt: skip
+            yield _row("predict: where loading beats recomputing", self.plan_model, layout.hardware.name, figures)
+
+    def _fleet(self, paper: Paper) -> Iterator[Row]:
+        layout = self._plan_layout(paper)
+        needed = fleet(
+            layout, paper.engine, self._tiers()[-1], requests_per_s=self.requests_per_s, memories=self.memories,
+            memory_tokens=self.memory_tokens, query_tokens=self.query_tokens, local_share=self.local_share,
+        )  # fmt: skip
+        given = {
+            "requests_per_second": self.requests_per_s, "memories": self.memories, "memory_tokens": self.memory_tokens,
+            "query_tokens": self.query_tokens, "local_share": self.local_share,
+        }  # fmt: skip
+        yield _row("predict: a fleet", self.plan_model, layout.hardware.name, given | asdict(needed))
+
+    def _tiers(self) -> list[Tier]:
+        return [
+            Tier("GPU", None, 0.0), Tier("host memory", self.host_gb_s, 20e-6), Tier("disk", self.disk_gb_s, 200e-6),
+            Tier("network", self.network_gb_s, 1e-3),
+        ]  # fmt: skip
+
+    def _plan_layout(self, paper: Paper) -> Layout:
+        chosen = paper.config.hardware
+        return self._layout(self.plan_model, chosen if chosen.gpu else self._first_that_holds(self.plan_model))
+
+    def _of(self, cell: PublishedRow) -> Hardware:
+        return verdict.hardware_card(cell.hardware) or self._first_that_holds(cell.model)
+
+    def _first_that_holds(self, model: str) -> Hardware:
+        cards = [self._card(name) for name in self.not_stated]
+        for card in cards:
+            if self._layout(model, card).fits:
+                return card
+        raise ConfigError(
+            f"{model} fits none of {', '.join(self.not_stated)}. Add a larger one to scenario.not_stated."
+        )
+
+    def _layout(self, model: str, card: Hardware, dtype: str = verdict.PUBLISHED_DTYPE) -> Layout:
+        return Layout(_shape(model.lower()), card, dtype, self.host_gb_s, self.network_gb_s)
+
+    def _card(self, name: str) -> Hardware:
+        path = verdict.HARDWARE_CARDS / f"{name}.yaml"
+        card = verdict.read_card(path) if path.is_file() else None
+        if card is None or card.gpu is None:
+            raise ConfigError(f"hardware {name!r} has no card that states its rates: conf/hardware/{name}.yaml.")
+        return card
+
+
+@cache
+def _shape(name: str) -> DenseShape:
+    return DenseShape.of(models.shape_config(name))  # counts the weights of a whole architecture: tenths of a second
+
+
+def _error_pct(predicted: float, told: float) -> float:
+    return 100 * (predicted / told - 1)
+
+
+def _distribution(errors_pct: Sequence[float]) -> dict[str, Any]:
+    """Of the errors' sizes, and the median with its sign."""
+    sizes = sorted(abs(error) for error in errors_pct)
+    return {
+        "figures": len(sizes), "median_error_pct": median(errors_pct), "median_size_pct": median(sizes),
+        "p90_size_pct": quantiles(sizes, n=10)[-1] if len(sizes) > 1 else sizes[0], "largest_size_pct": sizes[-1],
+        "within_15_pct": 100 * sum(size <= 15 for size in sizes) / len(sizes),
+        "within_30_pct": 100 * sum(size <= 30 for size in sizes) / len(sizes),
+    }  # fmt: skip
+
+
+def _row(table: str, model: str, hardware: str, figures: dict[str, Any], **fields: Any) -> Row:
+    same: dict[str, Any] = {
+        "weights": "none", "dtype": verdict.PUBLISHED_DTYPE, "backend": "predicted", "attention": "", "merge": "",
+        "tier": "", "arm": "", "context_tokens": 0, "query_tokens": 0,
+    }  # fmt: skip
+    return Row(scenario=table, model=model, hardware=hardware, extra=figures, **(same | fields))

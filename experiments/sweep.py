@@ -1,0 +1,56 @@
+"""A sweep's folder: outputs/sweeps/<name>-<config hash>, found again by the same command; one folder a job in it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
+
+from experiments import compose, ledger
+from experiments.run_folder import SWEEPS
+
+FOLDER_KNOB = "hydra.sweep.dir"
+
+
+def with_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The command line with its sweep's folder in it, and that folder; as it was, and None, where it is no sweep."""
+    args = get_args_parser().parse_args(arguments)
+    asks = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    if not args.multirun or asks or args.config_dir or args.config_path or args.config_name:
+        return arguments, None
+    chosen = [override for override in args.overrides if override.startswith(f"{FOLDER_KNOB}=")]
+    if chosen:
+        return arguments, Path(chosen[-1].partition("=")[2])
+    folder = SWEEPS / _name(args.overrides)
+    # Beside another override: argparse takes them from one place of the line only.
+    place = arguments.index(args.overrides[0]) if args.overrides else len(arguments)
+    return [*arguments[:place], f"{FOLDER_KNOB}={folder}", *arguments[place:]], folder
+
+
+def summary(folder: Path) -> list[str]:
+    """What a sweep that has ended says: which jobs are not finished, and how offline W&B runs are sent."""
+    runs = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda run: int(run.name))
+    missing = [run.name for run in runs if not ledger.is_finished(run)]
+    lines = [f"{len(runs) - len(missing)} of {len(runs)} jobs finished, in {folder}"]
+    if missing:
+        lines.append(f"not finished: {', '.join(missing)}. The same command goes on with them.")
+    if offline := sorted(folder.glob("*/wandb/offline-run-*")):
+        lines.append(f"W&B runs to send: wandb sync {shlex.join(str(run) for run in offline)}")
+    return lines
+
+
+def _name(overrides: Sequence[str]) -> str:
+    jobs = [compose.compose(job) for job in compose.expand(list(overrides))]
+    hashes = [ledger.config_hash({str(k): v for k, v in _plain(job).items()}) for job in jobs]
+    experiment = [override.partition("=")[2] for override in overrides if override.startswith("experiment=")]
+    name = experiment[-1] if experiment else compose.validate(jobs[0]).scenario.name
+    return f"{name}-{ledger.config_hash({'jobs': hashes})}"
+
+
+def _plain(job: object) -> dict[object, object]:
+    plain = OmegaConf.to_container(job, resolve=True)  # type: ignore[arg-type]
+    assert isinstance(plain, dict)
+    return dict(plain)

@@ -1,0 +1,94 @@
+"""A run that was cut short goes on where it was; another configuration, or another process, is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import ledger, sweep
+from experiments.compose import CONF
+from experiments.run_folder import runs_in
+from experiments.sinks.jsonl import read_rows
+from kvmem.errors import ConfigError
+
+KNOBS = ["model=tiny", "sink=none", "workload.query_tokens=[32]", "scenario.pairs=2", "scenario.answer_tokens=2"]
+TWO_CELLS = "workload.context_tokens=[64,96]"
+
+
+def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "experiments.run", *overrides]
+    env = os.environ | {"PYTHONPATH": str(CONF.parent)}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_only_what_is_missing_is_measured_again(tmp_path: Path) -> None:
+    here = [*KNOBS, TWO_CELLS, "hydra.run.dir=run"]
+    run(tmp_path, *here)
+    rows_file, done_file = tmp_path / "run/rows.jsonl", tmp_path / "run/DONE.json"
+    whole = rows_file.read_text()
+    first, second = whole.splitlines(keepends=True)
+    done = json.loads(done_file.read_text())
+    assert done["finished"] and len(done["cells"]) == 2
+
+    # as a kill in the middle of the second cell's line leaves it
+    rows_file.write_text(first + second[: len(second) // 2])
+    done_file.write_text(json.dumps(done | {"cells": done["cells"][:1], "finished": False}))
+    again = run(tmp_path, *here)
+    assert "1 of 2 cells were finished before" in again.stdout
+    assert rows_file.read_text().startswith(first)
+    assert [row.context_tokens for row in read_rows(tmp_path / "run")] == [64, 96]
+    assert ledger.is_finished(tmp_path / "run")
+
+    whole = rows_file.read_text()
+    third = run(tmp_path, *here)
+    assert "was finished before" in third.stdout and "loading" not in third.stdout
+    assert rows_file.read_text() == whole
+
+
+def test_a_failed_cell_is_tried_again_and_its_row_replaced(tmp_path: Path) -> None:
+    here = [*KNOBS, "workload.context_tokens=[9000,64]", "hydra.run.dir=run"]
+    for _ in range(2):
+        assert run(tmp_path, *here).returncode == 1
+        rows = read_rows(tmp_path / "run")
+        assert sorted((row.context_tokens, row.status) for row in rows) == [(64, "done"), (9000, "failed")]
+    assert not ledger.is_finished(tmp_path / "run")
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    with ledger.opened(tmp_path, {"seed": 0}):
+        pass
+    with pytest.raises(ConfigError, match="holds rows of another configuration"), ledger.opened(tmp_path, {"seed": 1}):
+        pass
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    with (
+        ledger.opened(tmp_path, {"seed": 0}),
+        pytest.raises(ConfigError, match=f"is being written by process {os.getpid()} on "),
+        ledger.opened(tmp_path, {"seed": 0}),
+    ):
+        pass
+
+
+def test_the_same_command_finds_its_sweep_and_another_one_does_not() -> None:
+    command = ["-m", "model=tiny", "seed=0,1"]
+    arguments, folder = sweep.with_folder(command)
+    assert folder is not None and folder.parts[:2] == ("outputs", "sweeps")
+    assert arguments == ["-m", f"hydra.sweep.dir={folder}", "model=tiny", "seed=0,1"]
+    elsewhere = [*command, "launcher=joblib", "sink=none"]
+    assert sweep.with_folder(elsewhere)[1] == folder
+    assert sweep.with_folder(["-m", "model=tiny", "seed=0,2"])[1] != folder
+    assert sweep.with_folder(["model=tiny"]) == (["model=tiny"], None)
+
+
+def test_a_sweep_is_joined(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", *KNOBS, "workload.context_tokens=[64]", "seed=0,1", "launcher=joblib")
+    (folder,) = (tmp_path / "outputs/sweeps").iterdir()
+    assert "2 of 2 jobs finished" in done.stdout
+    assert [path.name for path in runs_in(folder)] == ["0", "1"]
+    assert "2 rows" in (folder / "table.md").read_text()
