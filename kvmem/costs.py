@@ -20,6 +20,9 @@ Number = Any
 
 CALIBRATION_TOKENS = (32, 128, 384, 1024)
 REPEATS = 3
+FIT_ROUNDS = 20
+LEAST_SHARE = 0.05
+"""A sample is fitted with no less than this share of its seconds while weights are sought."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,20 @@ class Costs:
         cls, samples: Sequence[tuple[int, int, float]], kv_bytes_a_token: int,
         load_s_a_byte: Mapping[str, float] | None = None,
     ) -> Costs:
-        """Least squares over (new tokens, tokens behind, seconds), relative to each sample's seconds; no term below 0.
+        """Least squares over (new tokens, tokens behind, seconds), where variance grows with seconds; no term below 0.
+
+        All samples' fitted seconds add up to the measured ones, for costs are used in sums (quasi-likelihood,
+        Wedderburn 1974).
 
         Raises ConfigError for fewer than 3 samples.
         """
         if len(samples) < 3:
             raise ConfigError(f"Costs need 3 measured prefills or more, and got {len(samples)}. Measure more lengths.")
         new, behind, seconds = np.array(samples, dtype=float).T
-        terms = np.stack([np.ones_like(new), new, new * (behind + new / 2)], axis=1) / seconds[:, None]
+        terms = np.stack([np.ones_like(new), new, new * (behind + new / 2)], axis=1)
         kept = [0, 1, 2]
         while True:  # a term that noise made negative is left out, and the others are fitted again
-            found = np.linalg.lstsq(terms[:, kept], np.ones_like(new), rcond=None)[0]
+            found = _fit(terms[:, kept], seconds)
             if (found >= 0).all():
                 break
             kept.remove(kept[int(found.argmin())])
@@ -79,6 +85,17 @@ class Costs:
                 break
             samples.append((tokens, 0, min(_prefill_s(backend, tokens) for _ in range(REPEATS))))
         return cls.fitted(samples, kv_bytes_a_token(backend), load_s_a_byte)
+
+
+def _fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """The factor of each term, by least squares weighed by the fitted seconds, again until they stand."""
+    fitted = seconds
+    for _ in range(FIT_ROUNDS):
+        weights = 1 / np.sqrt(fitted)
+        scale = np.abs(terms).max(axis=0)  # pairs are millions, ones are ones
+        found = np.linalg.lstsq(terms / scale * weights[:, None], seconds * weights, rcond=None)[0] / scale
+        fitted = np.maximum(terms @ found, LEAST_SHARE * seconds)
+    return found
 
 
 def kv_bytes_a_token(backend: HFBackend) -> int:

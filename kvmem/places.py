@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from kvmem import dynamic_cache
 from kvmem.backends import Backend
 from kvmem.errors import FingerprintError, StorageError
-from kvmem.items import KVCacheItem
+from kvmem.items import KVCacheItem, KVCacheMetadata
 from kvmem.storage.safetensors_file import SafetensorsFile
 
 
@@ -33,6 +34,16 @@ class Place(ABC):
 
     def close(self) -> None:  # noqa: B027 - memory has nothing to hand back
         """Hands back what another process could use."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An item that an earlier process left in a place."""
+
+    item_id: str
+    metadata: KVCacheMetadata
+    nbytes: int
+    """Of its keys and values."""
 
 
 class MemoryPlace(Place):
@@ -89,12 +100,14 @@ class DiskPlace(Place):
     def drop(self, item_id: str) -> None:
         self.path(item_id).unlink()
 
-    def found(self) -> tuple[list[KVCacheItem], dict[str, str]]:
+    def found(self) -> tuple[list[Found], dict[str, str]]:
         """The items that an earlier process left, and by file name the reason why the others were refused."""
-        items, refused = [], {}
+        items: list[Found] = []
+        refused: dict[str, str] = {}
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
-                items.append(self._load(path))
+                item = self._load(path)
+                items.append(Found(item.kv_cache_id, item.metadata, dynamic_cache.nbytes(item.kv_cache)))
             except (StorageError, FingerprintError) as error:
                 refused[path.name] = str(error)
         return items, refused

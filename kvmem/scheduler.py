@@ -42,10 +42,11 @@ class MemScheduler:
 
     def __init__(
         self, memory: KVCacheMemory, policy: Policy | str, budget: Mapping[str, int],
-        folder: str | Path | None = None, costs: Costs | None = None, max_builds: int = 1,
+        folder: str | Path | None = None, costs: Costs | None = None, max_builds: int = 1, cold: str | None = None,
     ) -> None:
-        """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`). folder: for the state and the disk tier; None:
-        the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one tick.
+        """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). folder: for the state and the disk tier;
+        None: the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one
+        tick. cold: the URL of the cold tier.
         """
         if not isinstance(memory.backend, HFBackend):
             raise ConfigError(f"MemScheduler needs the backend huggingface, and has {type(memory.backend).name}.")
@@ -53,7 +54,7 @@ class MemScheduler:
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         self.planner = Planner(chosen, budget, costs or Costs.measured(self.backend))
         self.journal = Journal(Path(folder)) if folder is not None else None
-        self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv")
+        self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
         self.shelf = Shelf(self.backend, self.items, memory.config.separator, self.planner.costs)
         self.failures = Failures()
         self.builds = self.cancelled_builds = 0

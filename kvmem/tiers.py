@@ -13,6 +13,7 @@ import torch
 
 from kvmem import arriving, dynamic_cache
 from kvmem.backends import Backend
+from kvmem.cold import ColdPlace
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
 from kvmem.items import KVCacheItem, KVCacheMetadata
 from kvmem.places import DiskPlace, MemoryPlace, Place
@@ -33,25 +34,29 @@ class TieredItems:
     """id -> item, wherever its bytes are. Budgets count keys and values, to the byte, and hold at every moment.
 
     budgets: bytes by tier, fastest first: `gpu` (where the model is), `ram` (host memory, pinned where the model is on
-    a GPU), `disk` (in `folder`, one process at a time). A move has its place in the new tier booked before a byte is
-    copied, and its old place freed after. An item in use is neither moved nor freed. Safe from several threads.
+    a GPU), `disk` (in `folder`) and `cold` (at the URL `cold`), both one process at a time. A move has its place in the
+    new tier booked before a byte is copied, and its old place freed after. An item in use is neither moved nor freed.
+    Safe from several threads.
     """
 
-    NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk")
+    NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk", "cold")
 
-    def __init__(self, backend: Backend, budgets: Mapping[str, int], folder: str | Path | None = None) -> None:
-        """Takes up what an earlier process left on disk. Raises ConfigError for a tier that there is none of here."""
+    def __init__(
+        self, backend: Backend, budgets: Mapping[str, int], folder: str | Path | None = None, cold: str | None = None
+    ) -> None:
+        """Takes up what an earlier process left on disk and in the cold tier. Raises ConfigError for a tier that is not
+        to be had here."""
         self.budgets = dict(budgets)
         self.refused: dict[str, str] = {}
-        """Files of an earlier process that were not taken up, by name, with the reason."""
+        """What an earlier process left and was not taken up, by the file's name or the item's id, with the reason."""
         self._backend = backend
         self._entries: dict[str, _Entry] = {}
         self._coming: set[str] = set()
         self._used = dict.fromkeys(self.budgets, 0)
         self._lock = threading.Lock()
-        self._places = {name: self._open(name, folder) for name in self.budgets}
+        self._places = {name: self._open(name, folder, cold) for name in self.budgets}
 
-    def _open(self, name: str, folder: str | Path | None) -> Place:
+    def _open(self, name: str, folder: str | Path | None, cold: str | None) -> Place:
         on_gpu = self._backend.device.type == "cuda"
         if name not in self.NAMES:
             raise ConfigError(f"Unknown tier {name!r}. {did_you_mean(name, self.NAMES)}")
@@ -61,19 +66,27 @@ class TieredItems:
             if not on_gpu:
                 raise ConfigError("The tier 'gpu' needs a model on a GPU, and this one is on a CPU. Use 'ram'.")
             return MemoryPlace(self._backend, self._backend.device, pinned=False)
+        if name == "cold":
+            if cold is None:
+                raise ConfigError("The tier 'cold' needs a URL. Give one as `cold`, or leave the tier out.")
+            return self._take_up(name, ColdPlace(self._backend, cold))
         if folder is None:
             raise ConfigError("The tier 'disk' needs a folder. Give one, or leave the tier out.")
-        disk = DiskPlace(self._backend, Path(folder))
-        found, self.refused = disk.found()
+        return self._take_up(name, DiskPlace(self._backend, Path(folder)))
+
+    def _take_up(self, name: str, place: DiskPlace | ColdPlace) -> Place:
+        found, refused = place.found()
+        self.refused |= refused
         for item in found:
-            nbytes = dynamic_cache.nbytes(item.kv_cache)
-            if self._used[name] + nbytes > self.budgets[name]:
-                self.refused[disk.path(item.kv_cache_id).name] = f"over the tier's {self.budgets[name]} bytes; deleted"
-                disk.drop(item.kv_cache_id)
+            twice = item.item_id in self._entries
+            if twice or self._used[name] + item.nbytes > self.budgets[name]:
+                why = "in a faster tier too" if twice else f"over the tier's {self.budgets[name]} bytes"
+                self.refused[item.item_id] = f"{why}; deleted"
+                place.drop(item.item_id)
                 continue
-            self._entries[item.kv_cache_id] = _Entry(name, nbytes, item.metadata)
-            self._used[name] += nbytes
-        return disk
+            self._entries[item.item_id] = _Entry(name, item.nbytes, item.metadata)
+            self._used[name] += item.nbytes
+        return place
 
     def put(self, item: KVCacheItem, tier: str) -> None:
         """Copies a new item into `tier`. Raises BudgetError if it does not fit, DuplicateMemoryError for a known id."""
