@@ -24,7 +24,7 @@ def resources(hardware: Hardware) -> Resources:
     """Host memory: what the card states, else as much as the node's GPUs have, for weights pass through it.
 
     >>> resources(Hardware(gpu="NVIDIA H800", gpus=4, tensor_parallel=4, memory_gb=80))
-    Resources(nodes=1, gpus_per_node=4, memory_gb=320, cores_per_node=16)
+    Resources(nodes=1, gpus_per_node=4, memory_gb=320.0, cores_per_node=16)
     """
     gpus = hardware.gpus // hardware.nodes
     memory_gb = hardware.host_memory_gb
