@@ -11,6 +11,10 @@ from transformers import DynamicCache
 from kvmem import dynamic_cache
 from kvmem.dynamic_cache import KV
 
+WIDE = torch.int64
+"""Rows lie apart, and such copies go element by element: of eight bytes they take 0.85 ms for 894 MB on an H100, where
+those of two take 1.38 and one stretch 0.61."""
+
 
 class Buffer:
     """Keys and values of one sequence, each (layers, 1, kv_heads, rows, head_dim).
@@ -57,12 +61,23 @@ class Buffer:
         """Rows from `start` on become the tokens of `blocks`, (1, kv_heads, tokens, head_dim) a layer."""
         end = start + blocks[0][0].shape[2]
         rows = [part[:, :, start:end] for pair in self.layers for part in pair]
-        torch._foreach_copy_(rows, [part for pair in blocks for part in pair], non_blocking=True)
+        parts = [part for pair in blocks for part in pair]
+        if all(map(_is_wide, rows)) and all(part.dtype == rows[0].dtype and _is_wide(part) for part in parts):
+            rows, parts = [part.view(WIDE) for part in rows], [part.view(WIDE) for part in parts]
+        torch._foreach_copy_(rows, parts, non_blocking=True)
 
     @torch.inference_mode()
     def read(self, start: int, end: int) -> list[KV]:
         """Copies of rows `start` to `end`, (1, kv_heads, tokens, head_dim) a layer."""
         return [(_copy(k[:, :, start:end]), _copy(v[:, :, start:end])) for k, v in self.layers]
+
+
+def _is_wide(part: torch.Tensor) -> bool:
+    """Whether it can be seen as elements of eight bytes."""
+    elements = WIDE.itemsize // part.dtype.itemsize
+    return part.stride(-1) == 1 and not any(
+        size % elements for size in (part.shape[-1], part.storage_offset(), *part.stride()[:-1])
+    )
 
 
 def _copy(rows: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from kvmem.dynamic_cache import layers_of
 from kvmem.prompt import TokenizedPrompt
 
 NEW_TOKENS = 16
-BUILT = "built.json"
+BUILT, INJECTED = "built.json", "injected.json"
 MORE = [{"role": "user", "content": "Thank you."}, {"role": "assistant", "content": "You are welcome."}]
 
 
@@ -39,7 +39,7 @@ def main(order: dict[str, Any]) -> None:
             while not (folder / BUILT).exists():  # another engine may still be at it
                 time.sleep(0.1)
             memory.load(folder)
-            write(folder / "injected.json", answers(memory, order["queries"]))
+            write(folder / INJECTED, answers(memory, order["queries"]))
 
 
 def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:

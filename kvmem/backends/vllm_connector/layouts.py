@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KV = tuple[torch.Tensor, torch.Tensor]
-COVERED = ("CPU_ATTN", "FLASH_ATTN")
+COVERED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 
 class Layout(ABC):
@@ -92,9 +92,9 @@ class CPUPacked(Layout):
         return self.unpacking[key]
 
 
-class FlashPaged(Layout):
-    """FlashAttention on a GPU. vLLM 0.24: a block is (2, block_size, kv_heads, head_dim); 0.32: (kv_heads, block_size,
-    2 × head_dim), keys before values. Views, so whatever strides the engine chose hold."""
+class Paged(Layout):
+    """FlashAttention and Triton's kernel on a GPU. vLLM 0.24: a block is (2, block_size, kv_heads, head_dim); 0.32:
+    (kv_heads, block_size, 2 × head_dim), keys before values. Views, so whatever strides the engine chose hold."""
 
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
         keys, values = (view[block_ids].flatten(0, 1)[:tokens].contiguous() for view in self._views(cache))
@@ -116,7 +116,7 @@ def layout_for(layers: dict[str, torch.Tensor], config: VllmConfig) -> Layout:
     kernels = {modules[name].get_attn_backend().get_name() for name in layers}
     if len(kernels) != 1 or not kernels <= set(COVERED):
         raise EngineError(
-            f"The engine's attention kernels are {', '.join(sorted(kernels))}; covered: {' or '.join(COVERED)}, one "
+            f"The engine's attention kernels are {', '.join(sorted(kernels))}; covered: {', '.join(COVERED)}, one "
             "for all layers. Choose it by vLLM's attention backend setting."
         )
     if config.cache_config.cache_dtype != "auto":
@@ -128,5 +128,5 @@ def layout_for(layers: dict[str, torch.Tensor], config: VllmConfig) -> Layout:
             f"The engine's blocks are of {block_size} tokens, but {layers[other[0]].shape[2]} for the attention kernel "
             f"of {other[0]}. Use a block_size that the kernel takes whole."
         )
-    kind = CPUPacked if kernels == {"CPU_ATTN"} else FlashPaged
+    kind = CPUPacked if kernels == {"CPU_ATTN"} else Paged
     return kind(block_size)
