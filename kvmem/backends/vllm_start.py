@@ -93,6 +93,8 @@ def start(
     check_version()
     if config.tensor_parallel_size > 1 and not on_gpu:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_by_rank(config.tensor_parallel_size))
+    if config.tensor_parallel_size > 1 and on_gpu:  # CUDA was asked for above, and a fork of who asked can't use it
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     optional: dict[str, Any] = {}
     if cache_gib is not None:
         optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)

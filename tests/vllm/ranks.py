@@ -7,8 +7,10 @@ is written last into the step's folder, so that another engine can wait for it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -90,4 +92,9 @@ def write(path: Path, told: object) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    try:
+        main(json.loads(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # an engine that did not start can wait for its workers for ever
