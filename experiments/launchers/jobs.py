@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,10 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from experiments import launchers
+
+launchers.make_known()  # in a job's process too
 
 
 class JobDied(Exception):
@@ -94,3 +100,13 @@ def knobs(config: DictConfig) -> dict[str, Any]:
     card = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     assert isinstance(card, dict)
     return {str(name): value for name, value in card.items() if name != "_target_"}
+
+
+def there(folder: str, pickled: bytes) -> JobReturn:
+    """A job in its own process, maybe on another node, where the sweep's `folder` is the same one; `pickled`: a function and
+    its named arguments."""
+    os.chdir(folder)
+    function, arguments = pickle.loads(pickled)
+    returned = function(**arguments)
+    assert isinstance(returned, JobReturn)
+    return returned
