@@ -11,8 +11,9 @@ PLUGINS = Path(__file__).resolve().parent
 
 
 def make_known() -> None:
-    """Lets Hydra find our launchers, here and in the jobs that they start, which inherit PYTHONPATH. Call it before Hydra
-    looks for its plugins; a second call changes nothing.
+    """Lets Hydra find our launchers, here and in the jobs that they start, which inherit PYTHONPATH.
+
+    Call it before Hydra looks for its plugins; a second call changes nothing.
 
     >>> make_known()
     >>> str(PLUGINS) in sys.path and os.environ["PYTHONPATH"].split(os.pathsep).count(str(PLUGINS))

@@ -1,4 +1,4 @@
-"""What our launchers share: each job is submitted by itself, and one that dies is one failed job, which others outlive."""
+"""What our launchers share: each job is submitted by itself, and one that dies is one failed job; the others go on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import pickle
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from experiments import launchers
 
 launchers.make_known()  # in a job's process too
 
+LOOK_S = 10
+"""How often a cluster is asked about all jobs at once."""
+
 
 class JobDied(Exception):
     """A job that ended without an answer: killed, out of memory, out of time. The text says where to look."""
@@ -27,7 +31,7 @@ class JobDied(Exception):
 class PatientLauncher(Launcher):
     """Submits the jobs of a sweep that are not finished yet, waits for all, and returns what became of each.
 
-    Its subclasses say how one job is submitted, and how its end is learned.
+    Its subclasses say how one job is submitted, and how its end is learned. One that dies is told of when it does.
     """
 
     config: DictConfig | None
@@ -36,15 +40,14 @@ class PatientLauncher(Launcher):
 
     @abstractmethod
     def submit(self, config: DictConfig, overrides: Sequence[str], index: int) -> tuple[str, Any]:
-        """Queues one job; returns the cluster's name for it, and what `wait` and `result` want to know of it."""
-
-    @abstractmethod
-    def wait(self, jobs: Mapping[int, Any]) -> None:
-        """Until every job has ended, in whatever way."""
+        """Queues one job; returns the cluster's name for it, and what `result` wants to know of it."""
 
     @abstractmethod
     def result(self, job: Any) -> JobReturn:
-        """What a job that has ended returned; raises JobDied."""
+        """Waits for a job's end, in a thread of its own, and returns its answer; raises JobDied."""
+
+    def look(self, jobs: Sequence[Any]) -> None:
+        """Called every LOOK_S seconds while jobs are left, where asking for all of them at once is better."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         from experiments import ledger  # Hydra imports every plugin at every start
@@ -59,9 +62,14 @@ class PatientLauncher(Launcher):
             name, jobs[index] = self.submit(config, overrides, index)
             print(f"job {name}: #{index} {' '.join(filter_overrides(overrides))}", flush=True)
         if jobs:
-            self.wait(jobs)
-        for index, job in jobs.items():
-            outcomes[index] = self._outcome(job, job_overrides[index - initial_job_idx])
+            with ThreadPoolExecutor(len(jobs)) as threads:
+                waiting = {
+                    index: threads.submit(self._outcome, job, job_overrides[index - initial_job_idx])
+                    for index, job in jobs.items()
+                }
+                while wait(waiting.values(), LOOK_S).not_done:
+                    self.look(list(jobs.values()))
+            outcomes |= {index: outcome.result() for index, outcome in waiting.items()}
         return [outcomes[index] for index in sorted(outcomes)]
 
     def _config(self, overrides: Sequence[str], index: int) -> DictConfig:
@@ -103,8 +111,8 @@ def knobs(config: DictConfig) -> dict[str, Any]:
 
 
 def there(folder: str, pickled: bytes) -> JobReturn:
-    """A job in its own process, maybe on another node, where the sweep's `folder` is the same one; `pickled`: a function and
-    its named arguments."""
+    """A job in its own process, maybe on another node, which sees the same `folder`. `pickled` is a function with its
+    named arguments."""
     os.chdir(folder)
     function, arguments = pickle.loads(pickled)
     returned = function(**arguments)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -126,10 +125,6 @@ def start(folder: Path) -> Slurm:
         slurm.down()
         raise
     return slurm
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
 
 
 def _until(holds: Callable[[], bool], what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,16 @@ def writer(run_dir: Path) -> int | None:
     lock = run_dir / "LOCK"
     told = re.search(r"process (\d+)", lock.read_text()) if lock.is_file() else None
     return int(told[1]) if told else None
+
+
+def jobs_in(output: str) -> dict[int, str]:
+    """Index in the sweep -> the cluster's name of the job that a command submitted for it."""
+    return {int(index): job for job, index in re.findall(r"^job (\w+): #(\d+)", output, re.M)}
+
+
+def kill(process: int | None) -> None:
+    assert process is not None
+    os.kill(process, signal.SIGKILL)
 
 
 def finished(run_dir: Path) -> bool:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.cluster.slurm import Slurm, kill
-from tests.cluster.sweeps import finished, is_whole, rows_text, start, sweep_folder, writer
+from tests.cluster.slurm import Slurm
+from tests.cluster.sweeps import finished, is_whole, jobs_in, kill, rows_text, start, sweep_folder, writer
 
 LAUNCHER = ("launcher=slurm", "hydra.launcher.gres=gpu:1", "hydra.launcher.cpus_per_task=1")
 PREEMPTED, OUT_OF_MEMORY, KILLED, SIBLING = range(4)
-
-
-def jobs_in(output: str) -> dict[int, str]:
-    """Index in the sweep -> Slurm's job id."""
-    return {int(index): job for job, index in re.findall(r"^job (\d+): #(\d+)", output, re.M)}
 
 
 @pytest.mark.slurm
@@ -70,7 +64,6 @@ def _disturb(slurm: Slurm, folder: Path) -> dict[int, str]:
             before[PREEMPTED] = rows[PREEMPTED]
         process = writer(sweep / str(KILLED))
         if KILLED not in before and rows[KILLED] and not _alive(preempted_process) and _alive(process):
-            assert process is not None
             kill(process)
             before[KILLED] = rows_text(sweep / str(KILLED))
     return before

@@ -1,10 +1,10 @@
-"""hydra-ray-launcher's Ray, with each job's resources from its own layout, and patience: a job that is killed or whose node
-is lost is one failed job, and the others are waited for."""
+"""hydra-ray-launcher, with each job's resources from its own layout, and patience: a job that is killed, or whose node is
+lost, is one failed job, and the others are waited for."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.singleton import Singleton
@@ -47,12 +47,6 @@ class LayoutRayLauncher(PatientLauncher):
         # Pickled here, for a worker learns of our plugins only when `there` is imported.
         task = ray.remote(**_options(config))(there).remote(os.getcwd(), ray.cloudpickle.dumps((_run_job, call)))
         return task.task_id().hex(), (index, task)
-
-    def wait(self, jobs: Mapping[int, tuple[int, ObjectRef[JobReturn]]]) -> None:
-        import ray
-
-        tasks = [task for _, task in jobs.values()]
-        ray.wait(tasks, num_returns=len(tasks))
 
     def result(self, job: tuple[int, ObjectRef[JobReturn]]) -> JobReturn:
         import ray

@@ -3,8 +3,7 @@ killed, out of memory or out of time is one failed job, and the others are waite
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.singleton import Singleton
@@ -17,8 +16,6 @@ from experiments.launchers.jobs import JobDied, PatientLauncher, knobs
 if TYPE_CHECKING:
     from submitit import SlurmJob
 
-RESULTS_S, ACCOUNTING_S = 1, 10
-"""How often the jobs' answers are looked for, and how often Slurm is asked about those that gave none."""
 ON_ANY_CLUSTER = {"timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name",
                   "stderr_to_stdout"}  # fmt: skip
 """submitit's parameters without a prefix; the others are Slurm's."""
@@ -42,16 +39,6 @@ class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
         )
         return job.job_id, job
 
-    def wait(self, jobs: Mapping[int, SlurmJob[JobReturn]]) -> None:
-        asked = time.monotonic()
-        left = list(jobs.values())
-        while left := [job for job in left if not job.paths.result_pickle.exists()]:
-            if time.monotonic() - asked > ACCOUNTING_S:  # one question for all of them
-                left[0].watcher.update()
-                asked = time.monotonic()
-                left = [job for job in left if not job.done()]
-            time.sleep(RESULTS_S)
-
     def result(self, job: SlurmJob[JobReturn]) -> JobReturn:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
@@ -59,6 +46,9 @@ class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
             return job.results()[0]
         except (FailedJobError, UncompletedJobError) as error:
             raise JobDied(f"job {job.job_id} ended as {job.state}; its output is {job.paths.stdout}") from error
+
+    def look(self, jobs: Sequence[SlurmJob[JobReturn]]) -> None:
+        jobs[0].watcher.update()  # one question to accounting for all; submitit itself asks ever more rarely
 
 
 def _params(config: DictConfig) -> dict[str, Any]:
