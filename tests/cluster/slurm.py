@@ -185,7 +185,7 @@ EnforcePartLimits=ALL
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
-KillWait=2
+KillWait=1
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} RealMemory={memory_mb} Gres=gpu:fake:{GPUS} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1

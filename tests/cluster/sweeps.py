@@ -14,7 +14,7 @@ from experiments.compose import CONF
 from experiments.row import Row
 from experiments.sinks.jsonl import read_rows
 
-QUERIES = [16, 20, 24, 28, 32, 36]
+QUERIES = [16, 24, 32, 40]
 COMMAND = (
     "-m", "model=smollm2_135m,tiny", "hardware.host_memory_gb=4,0.8", "workload.context_tokens=[64]",
     f"workload.query_tokens={QUERIES}".replace(" ", ""), "scenario.pairs=1", "scenario.answer_tokens=2", "sink=none",

@@ -1,5 +1,5 @@
-"""hydra-ray-launcher, with each job's resources from its own layout, and patience: a job that is killed, or whose node is
-lost, is one failed job, and the others are waited for."""
+"""hydra-ray-launcher, with each job's resources from its own layout, and patience: a job that is killed, or whose node
+is lost, is one failed job, and the others are waited for."""
 
 from __future__ import annotations
 
