@@ -16,13 +16,14 @@ from experiments.sinks.jsonl import read_rows
 
 QUERIES = [16, 24, 32, 40]
 COMMAND = (
-    "-m", "model=smollm2_135m,tiny", "hardware.host_memory_gb=4,0.8", "workload.context_tokens=[64]",
+    "-m", "hardware.host_memory_gb=4,0.8", "workload.context_tokens=[64]",
     f"workload.query_tokens={QUERIES}".replace(" ", ""), "scenario.pairs=1", "scenario.answer_tokens=2", "sink=none",
 )  # fmt: skip
+"""Two amounts of host memory; two models are the test's to name."""
 
 
 def start(folder: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
-    """The sweep's command, running in `folder`; its output is one text."""
+    """The sweep's command and `more`, running in `folder`; its output is one text."""
     env = os.environ | env | {"PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.run", *COMMAND, *more],
@@ -70,6 +71,5 @@ def is_whole(sweep: Path) -> list[Row]:
     rows = [row for job in range(4) for row in read_rows(sweep / str(job))]
     assert [row.query_tokens for row in rows] == QUERIES * 4
     assert {row.status for row in rows} == {"done"}
-    assert [row.model for row in rows[:: 2 * len(QUERIES)]] == ["SmolLM2-135M-Instruct", "tiny"]
     assert f"{len(rows)} rows" in (sweep / "table.md").read_text()
     return rows

@@ -15,7 +15,7 @@ KILLED = 2
 
 
 @pytest.fixture
-def launcher() -> Iterator[tuple[str, ...]]:
+def sweep_on_ray() -> Iterator[tuple[str, ...]]:
     """A Ray of each command's own: two jobs at a time, and none is started again by Ray itself."""
     pytest.importorskip("ray", reason="no Ray here: pip install 'kvmem[ray]'")
     pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install --no-deps hydra-ray-launcher==1.2.2")
@@ -23,12 +23,18 @@ def launcher() -> Iterator[tuple[str, ...]]:
         init = {"num_cpus": 2, "include_dashboard": "false", "object_store_memory": 78643200, "_temp_dir": folder}
         own = [f"+hydra.launcher.ray.init.{name}={value}" for name, value in init.items()]
         remote = {"num_cpus": 1, "max_retries": 0}
-        yield ("launcher=ray", *own, *(f"hydra.launcher.ray.remote.{name}={value}" for name, value in remote.items()))
+        yield (
+            "model=tiny",
+            "model.seed=0,1",
+            "launcher=ray",
+            *own,
+            *(f"hydra.launcher.ray.remote.{name}={value}" for name, value in remote.items()),
+        )
 
 
 @pytest.mark.slow
-def test_a_sweep_survives_a_job_that_dies(launcher: tuple[str, ...], tmp_path: Path) -> None:
-    first = start(tmp_path, {}, *launcher)
+def test_a_sweep_survives_a_job_that_dies(sweep_on_ray: tuple[str, ...], tmp_path: Path) -> None:
+    first = start(tmp_path, {}, *sweep_on_ray)
     deadline = time.monotonic() + 120
     before = ""
     while not before:
@@ -45,7 +51,7 @@ def test_a_sweep_survives_a_job_that_dies(launcher: tuple[str, ...], tmp_path: P
     assert [finished(sweep / str(job)) for job in range(4)] == [True, True, False, True]
     whole = {job: rows_text(sweep / str(job)) for job in range(4) if job != KILLED}
 
-    again = start(tmp_path, {}, *launcher)
+    again = start(tmp_path, {}, *sweep_on_ray)
     output, _ = again.communicate()
     assert jobs_in(output).keys() == {KILLED}, output
     assert "4 of 4 jobs finished" in output

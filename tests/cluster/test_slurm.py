@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.slurm import Slurm
 from tests.cluster.sweeps import finished, is_whole, jobs_in, kill, rows_text, start, sweep_folder, writer
 
-LAUNCHER = ("launcher=slurm", "hydra.launcher.gres=gpu:1", "hydra.launcher.cpus_per_task=1")
+SWEEP = ("model=smollm2_135m,tiny", "launcher=slurm", "hydra.launcher.gres=gpu:1", "hydra.launcher.cpus_per_task=1")
 PREEMPTED, OUT_OF_MEMORY, KILLED, SIBLING = range(4)
 
 
@@ -19,7 +19,7 @@ PREEMPTED, OUT_OF_MEMORY, KILLED, SIBLING = range(4)
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_sweep_survives_what_clusters_do(a_slurm: Slurm, tmp_path: Path) -> None:
-    first = start(tmp_path, a_slurm.env, *LAUNCHER)
+    first = start(tmp_path, a_slurm.env, *SWEEP)
     before = _disturb(a_slurm, tmp_path)
     output, _ = first.communicate()
     sweep = sweep_folder(tmp_path)
@@ -36,13 +36,14 @@ def test_a_sweep_survives_what_clusters_do(a_slurm: Slurm, tmp_path: Path) -> No
     assert rows_text(sweep / str(PREEMPTED)).startswith(before[PREEMPTED])
     whole = {job: rows_text(sweep / str(job)) for job in (PREEMPTED, SIBLING)}
 
-    again = start(tmp_path, a_slurm.env, *LAUNCHER, "hydra.launcher.mem_gb=4")
+    again = start(tmp_path, a_slurm.env, *SWEEP, "hydra.launcher.mem_gb=4")
     output, _ = again.communicate()
     assert jobs_in(output).keys() == {OUT_OF_MEMORY, KILLED}, output
     assert "4 of 4 jobs finished" in output
     assert {job: rows_text(sweep / str(job)) for job in whole} == whole
     assert rows_text(sweep / str(KILLED)).startswith(before[KILLED])
     rows = is_whole(sweep)
+    assert [row.model for row in rows[:: len(rows) // 2]] == ["SmolLM2-135M-Instruct", "tiny"]
     assert again.returncode == int(any(row.verdict == "invalid" or row.equality == "diverged" for row in rows)), output
 
 
