@@ -42,7 +42,11 @@ class Prefixes:
             )
 
     def verified(
-        self, answer: VLLMGeneration, prompt: TokenizedPrompt, lent: LentFile | None, salt: str | None,
+        self,
+        answer: VLLMGeneration,
+        prompt: TokenizedPrompt,
+        lent: LentFile | None,
+        salt: str | None,
         may_recompute: bool,
     ) -> VLLMGeneration:
         """The answer, once the server's count says that it was spared what it held of a prefix; else InjectionError."""

@@ -16,17 +16,17 @@ from experiments.sinks.jsonl import read_rows
 
 QUERIES = [16, 24, 32, 40]
 COMMAND = (
-    "-m", "hardware.host_memory_gb=4,0.8", "workload.context_tokens=[64]",
+    "hardware.host_memory_gb=4,0.8", "workload.context_tokens=[64]",
     f"workload.query_tokens={QUERIES}".replace(" ", ""), "scenario.pairs=1", "scenario.answer_tokens=2", "sink=none",
 )  # fmt: skip
-"""Two amounts of host memory; two models are the test's to name."""
+"""Two amounts of host memory; two models are for the test to name, and vary more slowly."""
 
 
 def start(folder: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
-    """The sweep's command and `more`, running in `folder`; its output is one text."""
+    """The sweep's command with `more`, running in `folder`; its output is one text."""
     env = os.environ | env | {"PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.run", *COMMAND, *more],
+        [sys.executable, "-m", "experiments.run", "-m", *more, *COMMAND],
         cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

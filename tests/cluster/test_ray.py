@@ -33,12 +33,12 @@ def sweep_on_ray() -> Iterator[tuple[str, ...]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_sweep_survives_a_job_that_dies(sweep_on_ray: tuple[str, ...], tmp_path: Path) -> None:
     first = start(tmp_path, {}, *sweep_on_ray)
-    deadline = time.monotonic() + 120
     before = ""
     while not before:
-        assert time.monotonic() < deadline and first.poll() is None, "no row to lose"
+        assert first.poll() is None, "no row to lose"
         time.sleep(0.02)
         if (sweep := sweep_folder(tmp_path)) is not None:
             before = rows_text(sweep / str(KILLED))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ PREEMPTED, OUT_OF_MEMORY, KILLED, SIBLING = range(4)
 @pytest.mark.timeout(400)
 def test_a_sweep_survives_what_clusters_do(a_slurm: Slurm, tmp_path: Path) -> None:
     first = start(tmp_path, a_slurm.env, *SWEEP)
-    before = _disturb(a_slurm, tmp_path)
+    before = _disturb(a_slurm, tmp_path, first)
     output, _ = first.communicate()
     sweep = sweep_folder(tmp_path)
     assert sweep is not None and first.returncode == 1, output
@@ -47,13 +48,12 @@ def test_a_sweep_survives_what_clusters_do(a_slurm: Slurm, tmp_path: Path) -> No
     assert again.returncode == int(any(row.verdict == "invalid" or row.equality == "diverged" for row in rows)), output
 
 
-def _disturb(slurm: Slurm, folder: Path) -> dict[int, str]:
+def _disturb(slurm: Slurm, folder: Path, sweep_command: subprocess.Popen[str]) -> dict[int, str]:
     """Preempts one job and kills another, each once it has a row; returns the rows that each had."""
     before: dict[int, str] = {}
     preempted_process: int | None = None
-    deadline = time.monotonic() + 180
     while len(before) < 2:
-        assert time.monotonic() < deadline, f"only {list(before)} had a row to lose"
+        assert sweep_command.poll() is None, f"only {list(before)} had a row to lose"
         time.sleep(0.05)
         if (sweep := sweep_folder(folder)) is None:
             continue
