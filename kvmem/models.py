@@ -53,8 +53,8 @@ def load(
     """Loads `name`: `smollm2-135m`, `random:<shape>`, a folder, or a hub name.
 
     dtype: None takes fp32 on a CPU and bf16 on a GPU. `seed` is for random weights only. `tokenizer`: a folder or hub
-    name; None takes the model's own, and for random weights the packaged model's. `tensor_parallel`: each process of the
-    group that torchrun started takes its share of the weights.
+    name; None takes the model's own, and for random weights the packaged model's. `tensor_parallel`: each process that
+    torchrun started takes its share of the weights.
     Raises ModelError for a shape that does not exist, or a model that can't be reached.
     """
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)

@@ -1,7 +1,7 @@
 """Hugging Face transformers, tensor parallel: the processes that torchrun started are one engine.
 
-Each holds its share of the weights and, of every memory, the keys and values of its own KV heads. All of them must make the
-same calls in the same order. A file holds all heads and says nothing of processes: it moves between any numbers of them.
+Each holds its share of the weights and, of every memory, the keys and values of its own KV heads. All of them make the
+same calls in the same order. A file holds all heads and does not know of ranks: it moves between any numbers of them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ HEADS = 1
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
 class HFRanksConfig(HFConfig):
-    """The keys of `extractor_llm["config"]` for the backend `hf_ranks`: those of `huggingface`. There are as many ranks as
-    torchrun started processes; `device` auto is each rank's own GPU."""
+    """The keys of `extractor_llm["config"]` for the backend `hf_ranks`: those of `huggingface`, but for `device`:
+    each rank takes its own GPU, or the CPU where there is none."""
 
     backend: ClassVar[str] = "hf_ranks"
 
@@ -45,24 +45,24 @@ class HFRanksBackend(HFBackend):
     def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat") -> None:
         super().__init__(loaded, template)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        heads = self.fingerprint.kv_heads
+        if heads % self.ranks:
+            raise ConfigError(
+                f"This model has {heads} KV heads, which {self.ranks} ranks can't share evenly. "
+                f"Start as many processes as divide {heads}."
+            )
 
     @staticmethod
     def loaded(config: HFConfig) -> models.Loaded:
-        """This rank's share of the model; ConfigError without torchrun, or where the ranks don't divide the KV heads."""
-        if "WORLD_SIZE" not in os.environ:
+        """This rank's share of the model; ConfigError without torchrun."""
+        if "LOCAL_RANK" not in os.environ:
             raise ConfigError(
-                "backend=hf_ranks is several processes, and this is one. Start it with torchrun --nproc-per-node N, or use "
-                "backend=huggingface."
+                "backend=hf_ranks is several processes, and this is one. Start it with torchrun --nproc-per-node N, "
+                "or use backend=huggingface."
             )
-        rank, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ["WORLD_SIZE"])
-        on_gpu = torch.cuda.is_available() if config.device == "auto" else config.device != "cpu"
-        device = torch.device("cuda", rank) if on_gpu else CPU
-        heads = models.kv_heads(config.model_name_or_path)
-        if heads % ranks:
-            raise ConfigError(
-                f"{config.model_name_or_path} has {heads} KV heads, which {ranks} processes can't share evenly. "
-                f"Start a number of them that divides {heads}."
-            )
+        if config.device != "auto":
+            raise ConfigError(f"device={config.device} is one device, and ranks have one each. Leave it auto.")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else CPU
         return models.load(
             config.model_name_or_path,
             device,
@@ -84,11 +84,11 @@ class HFRanksBackend(HFBackend):
     def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
         """Every rank sends its heads to the first one, which writes. Returns, or raises, on all of them."""
         whole = [self._with(item, [self._gathered(pair) for pair in _layers(item)]) for item in items]
-        failed: StorageError | OSError | None = None
+        failed: StorageError | None = None
         if self.rank == 0:
             try:
                 super().write(path, whole)
-            except (StorageError, OSError) as error:
+            except StorageError as error:
                 failed = error
         if failed := self._agreed(failed):
             raise failed
