@@ -32,6 +32,7 @@ def sweep_file(overrides: Sequence[str]) -> str:
             "name": sweep.folder_of(overrides).name,
             "project": card.sink.project,
             **({"entity": card.sink.entity} if card.sink.entity else {}),
+            "program": "experiments/agents.py",  # W&B wants one, and shows it
             "method": "grid",
             "parameters": {JOB: {"values": list(range(len(jobs)))}},
             "command": ["${env}", "python", "-m", "experiments.agents", "${args_no_hyphens}", *overrides, *told],

@@ -15,7 +15,7 @@ NEW_TOKENS = 12
 
 
 def main(order: dict[str, Any]) -> None:
-    llm = {"backend": "hf_ranks", "config": {"model_name_or_path": order["model"]}}
+    llm = {"backend": "hf_ranks", "config": {"model_name_or_path": order["model"], "dtype": "float32"}}
     memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm=llm, merge=order["merge"]))
     folder = Path(order["folder"])
     memory.add([memory.extract(text) for text, _ in order["asked"]])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from experiments import agents, ledger, sweep
 from experiments.compose import CONF
@@ -23,7 +24,8 @@ def test_an_agents_job_is_the_sweeps_own(tmp_path: Path) -> None:
     file = yaml.safe_load(agents.sweep_file(OVERRIDES))
     (name, numbers), = file["parameters"].items()  # fmt: skip
     assert (file["method"], file["project"], numbers) == ("grid", "kvmem", {"values": [0, 1]})
-    says = {"${env}": [], "python": [sys.executable], "${args_no_hyphens}": [f"{name}=1"]}
+    filled_in = create_sweep_command_args({"args": {name: {"value": 1}}})["args_no_hyphens"]
+    says = {"${env}": [], "python": [sys.executable], "${args_no_hyphens}": filled_in}
     command = [word for part in file["command"] for word in says.get(part, [part])]
     env = os.environ | {"PYTHONPATH": str(CONF.parent), "WANDB_SWEEP_ID": "of no server"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)

@@ -24,23 +24,27 @@ ASKED = [list(pair) for pair in pairs(3, 900, seed=5)]
 MERGE = "RopeShift"
 
 
-def two_ranks(folder: Path) -> None:
+def two_ranks(folder: Path, device: str) -> None:
     order = {"model": str(folder / "model"), "folder": str(folder), "asked": ASKED, "merge": MERGE}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*torchrun, "-m", "tests.hf_ranks", json.dumps(order)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | hidden,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-def test_tensor_parallel_memories_move_between_one_process_and_two(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_tensor_parallel_memories_move_between_one_process_and_two(device: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip(f"{torch.cuda.device_count()} GPUs are here, and tensor parallel needs 2 of one host")
     model = loaded("tiny_wide")
     model.model.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
-    alone = memory_on(HFBackend.open(HFConfig(str(tmp_path / "model"), device="cpu")), merge=MERGE)
+    alone = memory_on(HFBackend.open(HFConfig(str(tmp_path / "model"), device=device, dtype="float32")), merge=MERGE)
     alone.add([alone.extract(text) for text, _ in ASKED])
     alone.dump(tmp_path / "of one")
     (tmp_path / "taken" / alone.config.memory_filename).mkdir(parents=True)
@@ -48,7 +52,7 @@ def test_tensor_parallel_memories_move_between_one_process_and_two(tmp_path: Pat
     whole = [[{"role": "system", "content": text}, {"role": "user", "content": query}] for text, query in ASKED]
     direct = [alone.backend.generate(turns, None, NEW_TOKENS).token_ids for turns in whole]
 
-    two_ranks(tmp_path)
+    two_ranks(tmp_path, device)
     told = [json.loads((tmp_path / f"rank {rank}.json").read_text()) for rank in range(2)]
     assert told[0] == told[1]
     one = told[0]
