@@ -52,9 +52,7 @@ class Costs:
 
     @classmethod
     def fitted(
-        cls,
-        samples: Sequence[tuple[int, int, float]],
-        kv_bytes_a_token: int,
+        cls, samples: Sequence[tuple[int, int, float]], kv_bytes_a_token: int,
         load_s_a_byte: Mapping[str, float] | None = None,
     ) -> Costs:
         """Least squares over (new tokens, tokens behind, seconds), where variance grows with seconds; no term below 0.

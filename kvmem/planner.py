@@ -106,9 +106,7 @@ class Planner:
     def state(self) -> dict[str, Any]:
         """Counts and what the policy has learned, as plain values."""
         return {
-            "policy": self.policy.name,
-            "learned": self.policy.state(),
-            "query_tokens": self.query_tokens,
+            "policy": self.policy.name, "learned": self.policy.state(), "query_tokens": self.query_tokens,
             "table": self.table.state(),
         }
 
@@ -139,14 +137,8 @@ class Planner:
         return wanted
 
     def _make_room(
-        self,
-        table: UsageTable,
-        tier: str,
-        nbytes: int,
-        wanted: Mapping[str, str],
-        place: dict[str, str],
-        free: dict[str, int],
-        rank: Mapping[str, int],
+        self, table: UsageTable, tier: str, nbytes: int, wanted: Mapping[str, str], place: dict[str, str],
+        free: dict[str, int], rank: Mapping[str, int],
     ) -> list[Move]:
         """Moves that free `nbytes` of `tier`: out of it goes what is not wanted there, worst first, down or away."""
         moves: list[Move] = []

@@ -37,25 +37,18 @@ from kvmem.tiers import TieredItems
 SNAPSHOT_EVERY = 1000
 """Events between two snapshots of the state."""
 
-
 class MemScheduler:
     """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`."""
 
     def __init__(
-        self,
-        memory: KVCacheMemory,
-        policy: Policy | str,
-        budget: Mapping[str, int],
-        folder: str | Path | None = None,
-        costs: Costs | None = None,
-        max_builds: int = 1,
-        cold: str | None = None,
+        self, memory: KVCacheMemory, policy: Policy | str, budget: Mapping[str, int],
+        folder: str | Path | None = None, costs: Costs | None = None, max_builds: int = 1, cold: str | None = None,
     ) -> None:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). folder: for the state and the disk tier;
         None: the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one
         tick. cold: the URL of the cold tier.
         """
-        if not isinstance(memory.backend, HFBackend):
+        if not isinstance(memory.backend, HFBackend) or memory.backend.ranks > 1:  # ranks would each plan for themselves
             raise ConfigError(f"MemScheduler needs the backend huggingface, and has {type(memory.backend).name}.")
         self.backend = memory.backend
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
@@ -92,10 +85,7 @@ class MemScheduler:
         self._wake.set()
 
     def answer(
-        self,
-        query: Query,
-        text_memories: Sequence[TextualMemoryItem],
-        max_new_tokens: int = 128,
+        self, query: Query, text_memories: Sequence[TextualMemoryItem], max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
         """Answers behind the longest stored prefix, prefills the rest as text, and observes each memory's use."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.dynamic_cache import layers_of
-from kvmem.errors import StorageError
+from kvmem.errors import ConfigError, StorageError
+from kvmem.scheduler import MemScheduler
 
 NEW_TOKENS = 12
 
@@ -33,6 +34,10 @@ def main(order: dict[str, Any]) -> None:
         memory.dump(folder / "taken")  # what only the first rank finds out
     except StorageError as error:
         told["refused"] = type(error).__name__
+    try:
+        MemScheduler(memory, "lru", {"ram": 10**9})
+    except ConfigError as error:
+        told["not planned for"] = str(error)
     (folder / f"rank {memory.backend.rank}.json").write_text(json.dumps(told))
 
 

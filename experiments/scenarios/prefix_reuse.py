@@ -111,16 +111,8 @@ class PrefixReuse(Scenario):
                 extra |= ratio("native_hit_over_generate", native.engine_s, generate_s)
             rows.append(
                 compare(
-                    bench,
-                    self.name,
-                    cell,
-                    name,
-                    arm,
-                    direct,
-                    build_s=item.metadata.build_s,
-                    kv_bytes=item.metadata.kv_bytes,
-                    conditions=conditions,
-                    extra=extra,
+                    bench, self.name, cell, name, arm, direct, build_s=item.metadata.build_s,
+                    kv_bytes=item.metadata.kv_bytes, conditions=conditions, extra=extra,
                 )
             )
         return rows

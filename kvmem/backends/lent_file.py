@@ -88,11 +88,7 @@ class FileStore:
         return LentFile(item.metadata.tokens, file, file.name if item.metadata.fingerprint is None else None)
 
     def lend_merged(
-        self,
-        items: Sequence[KVCacheItem],
-        tokens: MemoryTokens,
-        separator_ids: tuple[int, ...],
-        merge: MergeStrategy,
+        self, items: Sequence[KVCacheItem], tokens: MemoryTokens, separator_ids: tuple[int, ...], merge: MergeStrategy,
         model: PreTrainedModel,
     ) -> LentFile:
         """What is injected for several items that `merge` makes one of, as `tokens`; `model` is where it computes."""

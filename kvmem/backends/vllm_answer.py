@@ -30,16 +30,14 @@ class EngineAnswer:
 def answer_of(output: RequestOutput) -> EngineAnswer:
     completion = output.outputs[0]
     report = (output.kv_transfer_params or {}).get(REPORT)
-    return EngineAnswer(tuple(completion.token_ids), completion.finish_reason, output.num_cached_tokens or 0, report)
+    return EngineAnswer(
+        tuple(completion.token_ids), completion.finish_reason, output.num_cached_tokens or 0, report
+    )
 
 
 def verified(
-    answer: EngineAnswer,
-    prompt: TokenizedPrompt,
-    lent: LentFile | None,
-    may_recompute: bool,
-    end_tokens: Collection[int],
-    decode: Callable[[Sequence[int]], str],
+    answer: EngineAnswer, prompt: TokenizedPrompt, lent: LentFile | None, may_recompute: bool,
+    end_tokens: Collection[int], decode: Callable[[Sequence[int]], str],
 ) -> VLLMGeneration | KVMemError:
     """The answer, or why it is none: the engine gave up, or a hit is not what prompt and memory promise.
 
@@ -65,12 +63,6 @@ def verified(
     if ids and ids[-1] in end_tokens and answer.finish_reason == "stop":
         ids = ids[:-1]
     return VLLMGeneration(
-        decode(ids),
-        ids,
-        len(prompt.ids),
-        cached,
-        local,
-        injected,
-        max(expected - cached, 0) if failed else 0,
+        decode(ids), ids, len(prompt.ids), cached, local, injected, max(expected - cached, 0) if failed else 0,
         preemptions,
     )

@@ -25,7 +25,9 @@ def announced(
         tokens=tokens, build_s=0.0, kv_bytes=fingerprint.kv_bytes(count), fingerprint=fingerprint,
         textual_memory=source,
     )  # fmt: skip
-    return ItemManifest(kv_cache_id=str(uuid.uuid4()), cache_tokens=count, layers=fingerprint.layers, metadata=metadata)
+    return ItemManifest(
+        kv_cache_id=str(uuid.uuid4()), cache_tokens=count, layers=fingerprint.layers, metadata=metadata
+    )
 
 
 def not_saved(report: dict[str, Any], may_recompute: bool) -> str:

@@ -124,12 +124,8 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         return prompt
 
     def generate(
-        self,
-        query: Query,
-        kv_cache: LentFile | None = None,
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        cache_salt: str | None = None,
+        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
+        sampling: Sampling | None = None, cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """An answer to `query` behind an injected memory, or behind nothing. Raises InjectionError where the memory was
         not what spared the engine its tokens."""
@@ -157,12 +153,8 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         return [results[request_id] for request_id in ids]
 
     def stream(
-        self,
-        query: Query,
-        kv_cache: LentFile | None = None,
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        cache_salt: str | None = None,
+        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
+        sampling: Sampling | None = None, cache_salt: str | None = None,
     ) -> Iterator[Token]:
         """The same answer as `generate`, token by token as it is made. The engine is this stream's until it ends."""
         prompt = self.split(query, kv_cache)
@@ -181,21 +173,14 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         return as_text(token_ids(), self._text, max_new_tokens)
 
     def answer_prompt(
-        self,
-        prompt: TokenizedPrompt,
-        kv_cache: LentFile | None = None,
-        max_new_tokens: int = 1,
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 1,
         cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """Greedy tokens from token ids, past end tokens: what a measurement times. With one token, that is the TTFT."""
         return self._answer_prompt(prompt, kv_cache, max_new_tokens, cache_salt)[0]
 
     def _answer_prompt(
-        self,
-        prompt: TokenizedPrompt,
-        kv_cache: LentFile | None,
-        max_new_tokens: int,
-        cache_salt: str | None = None,
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None, max_new_tokens: int, cache_salt: str | None = None,
         top_logprobs: int | None = None,
     ) -> tuple[VLLMGeneration, RequestOutput]:
         ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt, past_end=True)
@@ -215,15 +200,9 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         lent = ask.kv_cache
         room = self.window - len(prompt.ids)
         return Request(
-            request_id,
-            prompt.ids,
-            {LOAD: lent.file.name} if lent and lent.file else {},
-            salt_of(ask.cache_salt, lent),
-            min(ask.max_new_tokens, room),
-            ask.sampling,
-            frozenset() if ask.past_end else frozenset(self.end_tokens),
-            stream,
-            top_logprobs,
+            request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {},
+            salt_of(ask.cache_salt, lent), min(ask.max_new_tokens, room), ask.sampling,
+            frozenset() if ask.past_end else frozenset(self.end_tokens), stream, top_logprobs,
         )
 
     def _arrived(self, request_id: str, arrival: Arrival) -> Request:

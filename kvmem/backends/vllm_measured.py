@@ -28,11 +28,7 @@ class MeasuredEngine(MeasuredBackend):
 
     @abstractmethod
     def _answer_prompt(
-        self,
-        prompt: TokenizedPrompt,
-        kv_cache: LentFile | None,
-        max_new_tokens: int,
-        cache_salt: str | None = None,
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None, max_new_tokens: int, cache_salt: str | None = None,
         top_logprobs: int | None = None,
     ) -> tuple[VLLMGeneration, RequestOutput]:
         """Greedy tokens past end tokens, and what the engine gave."""

@@ -42,11 +42,7 @@ class Prefixes:
             )
 
     def verified(
-        self,
-        answer: VLLMGeneration,
-        prompt: TokenizedPrompt,
-        lent: LentFile | None,
-        salt: str | None,
+        self, answer: VLLMGeneration, prompt: TokenizedPrompt, lent: LentFile | None, salt: str | None,
         may_recompute: bool,
     ) -> VLLMGeneration:
         """The answer, once the server's count says that it was spared what it held of a prefix; else InjectionError."""

@@ -130,12 +130,8 @@ class VLLMServerBackend(Backend):
         return prompt
 
     def generate(
-        self,
-        query: Query,
-        kv_cache: LentFile | None = None,
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        cache_salt: str | None = None,
+        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
+        sampling: Sampling | None = None, cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """An answer to `query` behind a memory, or behind nothing. Raises InjectionError where the memory was not what
         spared the server its tokens."""
@@ -155,22 +151,15 @@ class VLLMServerBackend(Backend):
             return list(threads.map(answer, asks))
 
     def answer_prompt(
-        self,
-        prompt: TokenizedPrompt,
-        kv_cache: LentFile | None = None,
-        max_new_tokens: int = 1,
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 1,
         cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """Greedy tokens from token ids, past end tokens."""
         return self._answer(prompt, Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt), past_end=True)
 
     def stream(
-        self,
-        query: Query,
-        kv_cache: LentFile | None = None,
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        cache_salt: str | None = None,
+        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
+        sampling: Sampling | None = None, cache_salt: str | None = None,
     ) -> Iterator[Token]:
         """The same answer as `generate`, token by token as it is made, and verified at its end."""
         prompt = self.split(query, kv_cache)
@@ -188,10 +177,7 @@ class VLLMServerBackend(Backend):
         return as_text(token_ids(), self._text, max_new_tokens)
 
     def ttft(
-        self,
-        prompt: TokenizedPrompt,
-        kv_cache: LentFile | None = None,
-        max_new_tokens: int = 4,
+        self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 4,
         cache_salt: str | None = None,
     ) -> StreamTTFT:
         """Times of a streamed greedy answer past end tokens: to the first chunk, and to the first text that is any."""

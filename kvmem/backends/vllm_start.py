@@ -70,12 +70,7 @@ def transfer_config(store: Path, fingerprint: ModelFingerprint) -> dict[str, Any
 
 
 def start(
-    config: VLLMConfig,
-    model_folder: str,
-    dtype: torch.dtype,
-    window: int,
-    store: Path,
-    fingerprint: ModelFingerprint,
+    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint,
     own_weights: bool = False,
 ) -> LLM:
     """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason, and
@@ -107,16 +102,10 @@ def start(
         optional |= {"load_format": "dummy", "worker_extension_cls": vllm_weights.EXTENSION}
     try:
         llm = LLM(
-            model=model_folder,
-            skip_tokenizer_init=True,
-            dtype=str(dtype).removeprefix("torch."),
-            max_model_len=window,
-            tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
+            model=model_folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=window,
+            tensor_parallel_size=config.tensor_parallel_size, gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
-            enable_prefix_caching=True,
-            disable_log_stats=True,
-            seed=0,
+            enable_prefix_caching=True, disable_log_stats=True, seed=0,
             # Off, as on a CPU anyway: with it, vLLM 0.24 has sent a request's next step before it learns that a load
             # failed, and does not take that step back.
             async_scheduling=False,

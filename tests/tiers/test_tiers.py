@@ -228,9 +228,7 @@ def test_kill_in_a_demotion_leaves_no_half_file(
     qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, delay_s: float
 ) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", DEMOTE_FOREVER, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
+        [sys.executable, "-c", DEMOTE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert child.stdout is not None and child.stdout.readline() == b"moving\n"

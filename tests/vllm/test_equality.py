@@ -98,7 +98,9 @@ def test_direct_native_injected_and_from_the_other_engine(
             assert smollm2.greedy(prompt, cache, NEW_TOKENS).token_ids == direct[i].token_ids
 
 
-def test_what_vllm_saves_is_what_transformers_computes(memory: KVCacheMemory, smollm2: HFBackend) -> None:
+def test_what_vllm_saves_is_what_transformers_computes(
+    memory: KVCacheMemory, smollm2: HFBackend
+) -> None:
     text = pairs(1, 1200, seed=5)[0][0]
     mine, theirs = memory.extract(text), memory_on(smollm2).extract(text)
     assert mine.metadata.fingerprint == theirs.metadata.fingerprint

@@ -57,13 +57,7 @@ class Moving:
         mixed = self.vllm_config.compilation_config.cudagraph_mode.mixed_mode()
         self.layer_by_layer = mixed.name != "FULL" and self.vllm_config.speculative_config is None
         self.files = HostFiles(
-            self.folder,
-            self.fingerprint,
-            self.model_config,
-            self.rank,
-            self.ranks,
-            cache.dtype,
-            on_gpu,
+            self.folder, self.fingerprint, self.model_config, self.rank, self.ranks, cache.dtype, on_gpu,
             self.host_bytes,
         )
 
