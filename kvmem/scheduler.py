@@ -48,7 +48,7 @@ class MemScheduler:
         None: the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one
         tick. cold: the URL of the cold tier.
         """
-        if not isinstance(memory.backend, HFBackend):
+        if not isinstance(memory.backend, HFBackend) or memory.backend.ranks > 1:  # each rank would plan for itself
             raise ConfigError(f"MemScheduler needs the backend huggingface, and has {type(memory.backend).name}.")
         self.backend = memory.backend
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy

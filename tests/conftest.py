@@ -16,6 +16,13 @@ from tests.tiny import SHAPES, loaded, with_template
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start engines or clusters take turns: where several workers run the tests, one has all of these."""
+    for item in items:
+        if item.path.parent.name in ("vllm", "cluster"):
+            item.add_marker(pytest.mark.xdist_group("engines"))
+
+
 @cache
 def _tiny(family: str) -> HFBackend:
     return HFBackend(loaded(SHAPES[family]))

@@ -93,7 +93,7 @@ class WandB(Sink):
                 ),
             )
         self._rows: list[Row] = []
-        if mode == "online":  # W&B has them already
+        if mode == "online" and not _has_an_agent():  # W&B has them already
             self._rows += kept
             return
         for row in kept:
@@ -144,12 +144,20 @@ def _plain(value: Any) -> str | int | float | bool | None:
 
 
 def _place_in_sweep(run_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """A job of a sweep is one of its group, and has the same id however often it is started, so that it goes on."""
+    """A job of a sweep is one of its group, and has the same id however often it is started, so that it goes on.
+
+    Under one of W&B's agents the id is the agent's.
+    """
     sweep = run_dir.resolve().parent
     if sweep.parent.name != SWEEPS.name:
         return {}
     question = str(config.get("scenario", {}).get("_target_", "")).rpartition(".")[2]
-    return {"group": sweep.name, "job_type": question, "id": f"{sweep.name}-{run_dir.name}", "resume": "allow"}
+    place = {"group": sweep.name, "job_type": question}
+    return place if _has_an_agent() else place | {"id": f"{sweep.name}-{run_dir.name}", "resume": "allow"}
+
+
+def _has_an_agent() -> bool:
+    return "WANDB_SWEEP_ID" in os.environ
 
 
 def _keep_files_in(run_dir: Path, config_too: bool) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from kvmem import discover
+from kvmem import discover, storage
 from kvmem.backends.lent_file import LentFile
 from kvmem.fingerprint import ModelFingerprint
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem
@@ -51,6 +52,14 @@ class Backend(ABC):
     @abstractmethod
     def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache | LentFile:
         """What the engine injects for one item, or for several through `merge`; using it leaves them as they are."""
+
+    def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
+        """One file of all items, in the format that its suffix picks; StorageError where it can't be written."""
+        storage.for_filename(path.name).dump(path, items)
+
+    def read(self, path: Path) -> list[KVCacheItem]:
+        """All items of a file that this engine's model may use, else StorageError or FingerprintError."""
+        return storage.for_filename(path.name).load(path, self.fingerprint, self.model_config, self.device)
 
 
 def backend_class(name: str) -> type[Backend]:

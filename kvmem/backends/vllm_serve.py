@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
     # What `vllm serve` runs, by its module: the script does not look for kvmem in the current folder, and in the CPU
     # build it fails, for the package is of another name there.
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command])
+    # A further node of a server has no API, which only the script itself knows (--headless).
+    script, server = ["vllm.entrypoints.cli.main", "serve"], ["vllm.entrypoints.openai.api_server"]
+    os.execv(sys.executable, [sys.executable, "-m", *(script if "--headless" in command else server), *command])
 
 
 def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[str]:

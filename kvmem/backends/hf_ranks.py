@@ -1,0 +1,133 @@
+"""Hugging Face transformers, tensor parallel: the processes that torchrun started are one engine.
+
+Each holds its share of the weights and, of every memory, the keys and values of its own KV heads. All of them make the
+same calls in the same order. A file holds all heads and does not know of ranks: it moves between any numbers of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from kvmem import dynamic_cache, models, storage
+from kvmem.backends.hf import DTYPES, HFBackend, HFConfig
+from kvmem.dynamic_cache import KV
+from kvmem.errors import ConfigError, StorageError
+from kvmem.items import KVCacheItem, Source, TextualMemoryItem
+from kvmem.prompt import TemplateKind
+
+CPU = torch.device("cpu")
+HEADS = 1
+"""The dimension of the KV heads in (batch, kv_heads, tokens, head_dim)."""
+
+
+@dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
+class HFRanksConfig(HFConfig):
+    """The keys of `extractor_llm["config"]` for the backend `hf_ranks`: those of `huggingface`, but for `device`:
+    each rank takes its own GPU, or the CPU where there is none."""
+
+    backend: ClassVar[str] = "hf_ranks"
+
+
+class HFRanksBackend(HFBackend):
+    """`HFBackend` on one of several ranks: its items hold kv_heads / ranks heads, and its files all of them."""
+
+    name: ClassVar[str] = HFRanksConfig.backend
+    config_class: ClassVar[type] = HFRanksConfig
+
+    def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat") -> None:
+        super().__init__(loaded, template)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        heads = self.fingerprint.kv_heads
+        if heads % self.ranks:
+            raise ConfigError(
+                f"This model has {heads} KV heads, which {self.ranks} ranks can't share evenly. "
+                f"Start as many processes as divide {heads}."
+            )
+
+    @staticmethod
+    def loaded(config: HFConfig) -> models.Loaded:
+        """This rank's share of the model; ConfigError without torchrun."""
+        if "LOCAL_RANK" not in os.environ:
+            raise ConfigError(
+                "backend=hf_ranks is several processes, and this is one. Start it with torchrun --nproc-per-node N, "
+                "or use backend=huggingface."
+            )
+        if config.device != "auto":
+            raise ConfigError(f"device={config.device} is one device, and ranks have one each. Leave it auto.")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else CPU
+        return models.load(
+            config.model_name_or_path,
+            device,
+            DTYPES.get(config.dtype),
+            config.attn_implementation,
+            config.seed,
+            config.tokenizer_name_or_path,
+            tensor_parallel=True,
+        )
+
+    def build(
+        self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+    ) -> KVCacheItem:
+        item = super().build(source, textual_memory, base)
+        whole = item.metadata.model_copy(update={"kv_bytes": self.ranks * item.metadata.kv_bytes})
+        kv_cache_id, metadata = self._agreed((item.kv_cache_id, whole))  # one id and one time for all ranks
+        return KVCacheItem(item.kv_cache, metadata, kv_cache_id)
+
+    def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
+        """Every rank sends its heads to the first one, which writes. Returns, or raises, on all of them."""
+        whole = [self._with(item, [self._gathered(pair) for pair in _layers(item)]) for item in items]
+        failed: StorageError | None = None
+        if self.rank == 0:
+            try:
+                super().write(path, whole)
+            except StorageError as error:
+                failed = error
+        if failed := self._agreed(failed):
+            raise failed
+
+    def read(self, path: Path) -> list[KVCacheItem]:
+        """Every rank maps the file, checks all of it, and keeps its own heads."""
+        items = storage.for_filename(path.name).load(path, self.fingerprint, self.model_config, CPU)
+        return [self._with(item, [self._own(pair) for pair in _layers(item)]) for item in items]
+
+    def conditions(self) -> dict[str, Any]:
+        return super().conditions() | {"tensor_parallel": self.ranks}
+
+    def _own(self, pair: KV) -> KV:
+        keys, values = (tensor.chunk(self.ranks, HEADS)[self.rank].to(self.device) for tensor in pair)
+        return keys, values
+
+    def _gathered(self, pair: KV) -> KV:
+        """All heads on the first rank's CPU; on other ranks the pair as it is."""
+        keys, values = (self._from_all(tensor) for tensor in pair)
+        return keys, values
+
+    def _from_all(self, tensor_BHTD: torch.Tensor) -> torch.Tensor:
+        mine_BHTD = tensor_BHTD.contiguous()
+        parts = [torch.empty_like(mine_BHTD) for _ in range(self.ranks)] if self.rank == 0 else None
+        dist.gather(mine_BHTD, parts)
+        return mine_BHTD if parts is None else torch.cat([part.to(CPU) for part in parts], HEADS)
+
+    def _agreed(self, mine: Any) -> Any:
+        """What the first rank says."""
+        said = [mine]
+        dist.broadcast_object_list(said, device=self.device)
+        return said[0]
+
+    def _with(self, item: KVCacheItem, layers: Sequence[KV]) -> KVCacheItem:
+        cache = dynamic_cache.from_layers(
+            dynamic_cache.compact(layers), self.model_config, item.kv_cache.get_seq_length()
+        )
+        return KVCacheItem(cache, item.metadata, item.kv_cache_id)
+
+
+def _layers(item: KVCacheItem) -> list[KV]:
+    return dynamic_cache.layers_of(item.kv_cache)

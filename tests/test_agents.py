@@ -1,0 +1,65 @@
+"""The sweep file for W&B's agents: its command, as an agent fills it in, runs one job in the sweep's own folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+from experiments import agents, ledger, sweep
+from experiments.compose import CONF
+from experiments.sinks.wandb import _place_in_sweep
+from kvmem.errors import ConfigError
+
+OVERRIDES = ("experiment=smoke", "workload.context_tokens=[32]", "workload.query_tokens=[16]", "seed=0,1",
+             "sink.mode=offline")  # fmt: skip
+
+
+def test_an_agents_job_is_the_sweeps_own(tmp_path: Path) -> None:
+    file = yaml.safe_load(agents.sweep_file(OVERRIDES))
+    (name, numbers), = file["parameters"].items()  # fmt: skip
+    assert (file["method"], file["project"], numbers) == ("grid", "kvmem", {"values": [0, 1]})
+    filled_in = create_sweep_command_args({"args": {name: {"value": 1}}})["args_no_hyphens"]
+    says = {"${env}": [], "python": [sys.executable], "${args_no_hyphens}": filled_in}
+    command = [word for part in file["command"] for word in says.get(part, [part])]
+    env = os.environ | {"PYTHONPATH": str(CONF.parent), "WANDB_SWEEP_ID": "of no server"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    _, folder = sweep.with_folder(["-m", *OVERRIDES])
+    assert folder is not None and folder.name == file["name"]
+    assert ledger.is_finished(tmp_path / folder / "1") and not (tmp_path / folder / "0").exists()
+    assert "seed: 1\n" in (tmp_path / folder / "1" / "config.yaml").read_text()
+    assert list((tmp_path / folder / "1" / "wandb").glob("offline-run-*"))
+
+
+def test_an_agent_names_its_run_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tmp_path / "outputs/sweeps/x-0123/1"
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    assert _place_in_sweep(job, {})["id"] == "x-0123-1"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert _place_in_sweep(job, {}) == {"group": "x-0123", "job_type": ""}
+
+
+def test_online_is_said_unless_a_mode_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert agents.main(["experiment=smoke", "seed=0,1"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["command"][-2:] == ["seed=0,1", "sink.mode=online"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(["sink=none"], "Leave sink=wandb"), (["job=2", "seed=0,1"], "2 jobs, 0 to 1"), (["modle=tiny"], "Did you mean")],
+)
+def test_what_no_agent_can_run(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert agents.main(arguments) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_wrong_job_is_found_when_the_file_is_made() -> None:
+    with pytest.raises(ConfigError, match="Did you mean tiny"):
+        agents.sweep_file(["model=tiny,tinny"])
