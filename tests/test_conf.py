@@ -123,7 +123,10 @@ def test_a_sweeps_own_params_are_expanded_and_can_be_overridden() -> None:
     assert [validate(compose.compose(job)).model.label for job in one] == ["tiny"]
 
 
-@pytest.mark.parametrize("arguments", [["modle=tiny"], ["-m", "model=tiny,tinny", "sink=none"]], ids=["job", "sweep"])
+@pytest.mark.parametrize(
+    "arguments", [["modle=tiny"], ["-m", "model=tiny,tinny", "sink=none"], ["--cfg", "job", "model=tinny"]],
+    ids=["job", "sweep", "shown"],
+)  # fmt: skip
 def test_the_command_ends_with_status_2_and_no_traceback(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.run", *arguments]
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -79,6 +79,14 @@ def test_vllms_other_cells_are_predicted_within_30_percent(name: str) -> None:
         assert max(map(abs, found.errors(found.held_out))) < 0.30
 
 
+def test_the_fast_engines_other_cells_are_predicted_within_15_percent() -> None:
+    """By the seed that scenario=predict takes. Its arms: behind a memory, and all of the text as prompt."""
+    found = fitted_on("injection_cost_qwen3_8b_h100", 0)
+    assert {point.arm for point in found.held_out} == {"direct", "in place + graph"}
+    assert not {p.cell for p in found.fitted} & {p.cell for p in found.held_out}
+    assert max(map(abs, found.errors(found.held_out))) < 0.15
+
+
 def test_a_fit_needs_cells_and_a_layout_with_rates() -> None:
     with pytest.raises(ConfigError, match="at least four measured cells"):
         fit(points_of(ttft_row(kv_ttft_s=0.01, direct_ttft_s=0.02), layout()))

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
+from experiments import ways
 from experiments.predictor import Engine, Layout, Prefill
 from experiments.row import Row
+from experiments.scenarios.injection_cost import InjectionCost
 from kvmem.errors import ConfigError
 
 SHARES = ("products", "attention", "bandwidth", "interconnect", "host_link")
@@ -45,9 +47,13 @@ class Fit:
 
 
 def points_of(row: Row, layout: Layout) -> list[Point]:
-    """Both arms of a row, as far as they were measured; the direct arm computes everything."""
+    """Both arms of a row, as far as they were measured; the direct arm computes everything. Of scenario=injection_cost
+    the fast engine's ways, of which each has a row."""
     cell, cached = (row.context_tokens, row.query_tokens), row.cached_tokens or row.context_tokens
     total = sum(cell)
+    fast = {ways.DIRECT: Prefill(total, 0), ways.GRAPH: Prefill(row.query_tokens, row.context_tokens)}
+    if row.scenario == InjectionCost.name:
+        return [Point(cell, row.arm, layout, fast[row.arm], row.extra["ttft_s"])] if row.arm in fast else []
     found = []
     if row.kv_ttft_s is not None:
         fetched = float(row.kv_bytes or 0) if row.arm == "injected" and row.tier == "cpu" else 0.0
