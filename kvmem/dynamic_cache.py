@@ -90,10 +90,12 @@ class LentLayer(ArrivingLayer):
 class LentCache(DynamicCache):
     """A DynamicCache lent from stored memories: using it leaves them as they are.
 
-    `tokens` says which token ids it was lent with, so that a query can verify the prefix.
+    `tokens` says which token ids it was lent with, so that a query can verify the prefix. `note`: why something that is
+    stored was not lent, as a sentence; "" if there is nothing to tell.
     """
 
     tokens: MemoryTokens
+    note: str = ""
 
 
 def _shell(config: PreTrainedConfig, kind: type[DynamicCache]) -> DynamicCache:

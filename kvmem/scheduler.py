@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,9 +89,13 @@ class MemScheduler:
         self, query: Query, text_memories: Sequence[TextualMemoryItem], max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
-        """Answers behind the longest stored prefix, prefills the rest as text, and observes each memory's use."""
+        """Answers behind the longest stored prefix, prefills the rest as text, and observes each memory's use.
+
+        The answer's `note` says so where a memory's KV was there and was not loaded, since prefilling is sooner done.
+        """
         with self.lend(text_memories) as cache:
             generation = self.backend.generate(query, cache, max_new_tokens, sampling)
+            generation = dataclasses.replace(generation, note=cache.note)
         for memory in text_memories:
             self.observe(memory, query)
         return generation
@@ -110,6 +115,7 @@ class MemScheduler:
             for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred):
                 if not self._closing.is_set() and self._carry_out(move):
                     made.append(move)
+            self.shelf.probe()
             if self.journal is not None and self.journal.appended >= SNAPSHOT_EVERY:
                 self._snapshot(self.journal)
             return made
@@ -122,7 +128,8 @@ class MemScheduler:
                 raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.shelf.texts)} memories.")
             tiers = self.shelf.tiers()
             place = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
-            return f"{memory_id} is {place}. {self.planner.explain(memory_id, tiers)}{self.failures.explain(memory_id)}"
+            why = self.planner.explain(memory_id, tiers) + self.shelf.explain(memory_id)
+            return f"{memory_id} is {place}. {why}{self.failures.explain(memory_id)}"
 
     def start(self, interval_s: float = 0.5) -> None:
         """Ticks in a thread of its own: after an observation, and every `interval_s` at least."""

@@ -12,9 +12,13 @@ from kvmem.costs import Costs
 from kvmem.dynamic_cache import LentCache
 from kvmem.errors import StorageError, UnknownMemoryError
 from kvmem.items import KVCacheItem, MemoryTokens, TextualMemoryItem
+from kvmem.loads import Load
 from kvmem.merge import joined_tokens
 from kvmem.prompt import common_prefix
 from kvmem.tiers import TieredItems
+
+PROBE_AFTER = 8
+"""So many loads of a tier that were not done, and one is done beside the requests: the tier may be faster now."""
 
 
 class Shelf:
@@ -30,6 +34,7 @@ class Shelf:
         self._separator_ids = backend.template.separator_ids(separator)
         self._tokens: dict[str, MemoryTokens] = {}
         self._stored: dict[str, str] = {}  # memory id -> kv_cache_id
+        self._declined: dict[str, list[str]] = {}  # tier -> items not loaded since its last load
         self._lock = threading.Lock()
 
     def hold(self, memory: TextualMemoryItem) -> bool:
@@ -64,30 +69,84 @@ class Shelf:
             raise UnknownMemoryError("No text memory is given. Give one, or use backend.generate without a cache.")
         joint = joined_tokens([self.tokens(memory) for memory in memories], self._separator_ids)
         with ExitStack() as lease:
-            item = self._use(memories[0], lease)
+            item, note = self._use(memories[0], lease)
             held = item and self._prefix(item, joint)
-            yield held or dynamic_cache.lend_nothing(joint, self.backend.model_config)
+            cache = held or dynamic_cache.lend_nothing(joint, self.backend.model_config)
+            cache.note = note
+            yield cache
 
-    def _use(self, memory: TextualMemoryItem, lease: ExitStack) -> KVCacheItem | None:
+    def _use(self, memory: TextualMemoryItem, lease: ExitStack) -> tuple[KVCacheItem | None, str]:
+        """The item, and else a sentence that says why it is not used, where there is one."""
         with self._lock:
             item_id = self._stored.get(memory.id)
         if item_id is None:
-            return None
+            return None, ""
         try:
-            if not self._pays(item_id):
-                self.not_worth_loading += 1
-                return None
+            load = self._load(item_id)
+            if not load.pays:
+                self._decline(item_id, load.tier)
+                return None, f"{memory.id} was not loaded: {load}."
             item = lease.enter_context(self.items.use(item_id))
         except UnknownMemoryError:  # evicted since
-            return None
+            return None, ""
         except StorageError as error:
             self.unreadable[memory.id] = str(error)
             self.evict(memory.id)
-            return None
-        return item if item.metadata.tokens.source == memory.memory else None
+            return None, f"{memory.id} was not loaded: {error}"
+        return (item if item.metadata.tokens.source == memory.memory else None), ""
 
-    def _pays(self, item_id: str) -> bool:
-        return bool(self.costs.saved_s(self.items.metadata(item_id).token_count, 0.0, self.items.tier_of(item_id)) > 0)
+    def _load(self, item_id: str) -> Load:
+        """Its price, as told in `costs`, else as measured; a tier that nothing was loaded from is taken to be fast."""
+        tier, nbytes = self.items.tier_of(item_id), self.items.nbytes(item_id)
+        tokens = self.items.metadata(item_id).token_count
+        told = tier in self.costs.load_s_a_byte
+        load_s = self.costs.load_s(nbytes, tier) if told else self.items.loads.expected_s(tier, nbytes) or 0.0
+        return Load(tier, nbytes, load_s, tokens, float(self.costs.saved_s(tokens, 0.0)))
+
+    def _decline(self, item_id: str, tier: str) -> None:
+        with self._lock:
+            self.not_worth_loading += 1
+            self._declined.setdefault(tier, []).append(item_id)
+
+    def probe(self) -> None:
+        """Loads one item of each tier that has not been measured yet, or not while many loads were declined.
+
+        To be called beside the requests: none of them then pays to find out that a tier is slow, or fast again.
+        """
+        for memory_id, item_id in self._unsure():
+            try:
+                with self.items.use(item_id):
+                    pass
+            except UnknownMemoryError:  # evicted since
+                continue
+            except StorageError as error:
+                self.unreadable[memory_id] = str(error)
+                self.evict(memory_id)
+
+    def _unsure(self) -> list[tuple[str, str]]:
+        """(memory id, item id) to load, one at most for each tier."""
+        chosen: dict[str, tuple[str, str]] = {}
+        with self._lock:
+            for memory_id, item_id in self._stored.items():
+                tier = self.items.tier_of(item_id)
+                if tier not in self.items.timed or tier in self.costs.load_s_a_byte:
+                    continue
+                declined = self._declined.get(tier, [])
+                if not self.items.loads.count(tier) or (len(declined) >= PROBE_AFTER and item_id == declined[-1]):
+                    chosen[tier] = memory_id, item_id
+            for tier in chosen:
+                self._declined.pop(tier, None)
+        return list(chosen.values())
+
+    def explain(self, memory_id: str) -> str:
+        """Whether its KV is loaded when wanted, with the seconds, as the end of a sentence; "" where it is at hand."""
+        with self._lock:
+            item_id = self._stored.get(memory_id)
+            if item_id is None or self.items.tier_of(item_id) not in self.items.timed:
+                return ""
+            load = self._load(item_id)
+            measured = self.items.loads.count(load.tier)
+        return f"; {'loaded' if load.pays else 'not loaded'} when wanted: {load} ({measured} loads measured)"
 
     def _prefix(self, item: KVCacheItem, joint: MemoryTokens) -> LentCache | None:
         shared = common_prefix(item.metadata.tokens.token_ids, joint.token_ids)

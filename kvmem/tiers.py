@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from kvmem.backends import Backend
 from kvmem.cold import ColdPlace
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
 from kvmem.items import KVCacheItem, KVCacheMetadata
+from kvmem.loads import LoadTimes
 from kvmem.places import DiskPlace, MemoryPlace, Place
 
 
@@ -49,12 +51,17 @@ class TieredItems:
         self.budgets = dict(budgets)
         self.refused: dict[str, str] = {}
         """What an earlier process left and was not taken up, by the file's name or the item's id, with the reason."""
+        self.loads = LoadTimes()
+        """What bringing an item from each tier has taken, measured whenever one was. Host memory is at hand: to a GPU
+        its bytes come behind the forward pass, and what that can't hide is not counted."""
         self._backend = backend
         self._entries: dict[str, _Entry] = {}
         self._coming: set[str] = set()
         self._used = dict.fromkeys(self.budgets, 0)
         self._lock = threading.Lock()
         self._places = {name: self._open(name, folder, cold) for name in self.budgets}
+        self.timed = {name for name, place in self._places.items() if not isinstance(place, MemoryPlace)}
+        """The tiers whose loads are measured in `loads`."""
 
     def _open(self, name: str, folder: str | Path | None, cold: str | None) -> Place:
         on_gpu = self._backend.device.type == "cuda"
@@ -118,9 +125,9 @@ class TieredItems:
         with self._lock:
             entry = self._entry(item_id)
             entry.leases += 1
-            place = self._places[entry.tier]
+            tier = entry.tier
         try:
-            item = place.read(item_id)
+            item = self._read(item_id, tier, entry.nbytes)
             cache = arriving.to_device(item.kv_cache, self._backend.device, self._backend.model_config)
             yield KVCacheItem(cache, item.metadata, item.kv_cache_id)
         finally:
@@ -139,10 +146,10 @@ class TieredItems:
                 return True
             self._book(item_id, tier, entry.nbytes)
             entry.moving = True
-        source, target = self._places[entry.tier], self._places[tier]
+        source, target = entry.tier, self._places[tier]
         copied = moved = False
         try:
-            target.take(source.read(item_id))
+            target.take(self._read(item_id, source, entry.nbytes))
             copied = True
         finally:
             with self._lock:
@@ -187,6 +194,18 @@ class TieredItems:
         """Leaves the disk tier to the next process."""
         for place in self._places.values():
             place.close()
+
+    def nbytes(self, item_id: str) -> int:
+        """Of its keys and values, where it is."""
+        with self._lock:
+            return self._entry(item_id).nbytes
+
+    def _read(self, item_id: str, tier: str, nbytes: int) -> KVCacheItem:
+        started = time.perf_counter()
+        item = self._places[tier].read(item_id)
+        if tier in self.timed:
+            self.loads.took(tier, nbytes, time.perf_counter() - started)
+        return item
 
     def _entry(self, item_id: str) -> _Entry:
         entry = self._entries.get(item_id)

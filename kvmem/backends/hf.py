@@ -61,6 +61,8 @@ class Generation:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     cached_tokens: int
+    note: str = ""
+    """Why a memory that is stored was prefilled all the same (a scheduler's answer); "" if there is nothing to tell."""
 
 
 class HFBackend(MeasuredBackend):
