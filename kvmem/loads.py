@@ -16,7 +16,7 @@ APART = 1.25
 
 @dataclass(frozen=True)
 class Load:
-    """What bringing an item to the model would take, and what it would save."""
+    """What bringing an item to the model would take, and what prefilling the tokens that a prompt shares with it."""
 
     tier: str
     nbytes: int
@@ -26,7 +26,12 @@ class Load:
 
     @property
     def pays(self) -> bool:
-        return self.load_s < self.prefill_s
+        return self.saved_s > 0
+
+    @property
+    def saved_s(self) -> float:
+        """Below 0: prefilling is sooner done."""
+        return self.prefill_s - self.load_s
 
     def __str__(self) -> str:
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ class Planner:
         self.policy, self.budgets, self.costs = policy, dict(budgets), costs
         self.level = {name: level for level, name in enumerate(self.budgets)}
         self.table = UsageTable()
+        self.heads: dict[str, list[str]] = {}
+        """Groups of memories, and what each begins with, shortest first: KV of those is in the group's KV too."""
         self.query_tokens = 0.0
         """Mean length of the queries seen."""
 
@@ -56,19 +58,38 @@ class Planner:
         row = self.table.track(memory_id)
         self.table.tokens[row], self.table.nbytes[row] = tokens, tokens * self.costs.kv_bytes_a_token
 
-    def price(self) -> None:
-        """Sets what each memory costs to build and what a use of it saves, for the queries seen so far."""
+    def joined(self, group: str, heads: Sequence[str]) -> None:
+        """Plans a group of memories as one memory from here on. heads: what it begins with, shortest first."""
+        self.heads[group] = list(heads)
+
+    def price(self, tier_of: Mapping[str, str]) -> None:
+        """Sets what each memory costs to build and what a use of it saves, for the queries seen so far.
+
+        A group's KV saves what it saves beyond the longest of its heads that has KV; and a head nothing, where the
+        group's KV is as near.
+        """
         n = len(self.table)
         tokens = self.table.tokens[:n]
         self.table.build_s[:n] = self.costs.prefill_s(tokens)
-        self.table.saved_s[:n] = self.costs.saved_s(tokens, self.query_tokens)
+        saved_s = self.costs.saved_s(tokens, self.query_tokens)
+        self.table.saved_s[:n] = saved_s
+        row_of = self.table.row_of
+        for group, heads in self.heads.items():
+            longest = next((head for head in reversed(heads) if head in tier_of), None)
+            if longest is not None and group not in tier_of:
+                self.table.saved_s[row_of[group]] = max(0.0, saved_s[row_of[group]] - saved_s[row_of[longest]])
+        for group in self.heads.keys() & tier_of.keys():
+            for head in self.heads[group]:
+                near = self.level[tier_of[group]] <= self.level[tier_of.get(head, tier_of[group])]
+                if near and head in row_of:
+                    self.table.saved_s[row_of[head]] = 0.0
 
     def plan(self, tier_of: Mapping[str, str], max_builds: int, barred: Collection[str] = ()) -> list[Move]:
         """The moves from where things are (`tier_of`: memory -> tier) towards where the policy wants them.
 
         barred: memories that are not to be built now.
         """
-        self.price()
+        self.price(tier_of)
         table = self.table
         held = self._held(tier_of)
         order = self.policy.rank(table, held, sum(self.budgets.values()))
@@ -96,7 +117,7 @@ class Planner:
 
     def explain(self, memory_id: str, tier_of: Mapping[str, str]) -> str:
         """The numbers behind a memory's place, and its rank among all."""
-        self.price()
+        self.price(tier_of)
         held = self._held(tier_of)
         row = self.table.row_of[memory_id]
         order = self.policy.rank(self.table, held, sum(self.budgets.values())).tolist()

@@ -105,7 +105,12 @@ class HFBackend(MeasuredBackend):
     def build(
         self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
     ) -> KVCacheItem:
-        tokens = self.template.memory_tokens(source)
+        return self.build_tokens(self.template.memory_tokens(source), textual_memory, base)
+
+    def build_tokens(
+        self, tokens: MemoryTokens, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+    ) -> KVCacheItem:
+        """As `build`, of tokens that are known already: those of several texts joined, for one."""
         self._check_length(len(tokens.token_ids))
         started = time.perf_counter()
         cache = self._prefilled(tokens.token_ids, base)

@@ -12,9 +12,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kvmem.backends.hf import HFBackend
 from kvmem.costs import Costs, kv_bytes_a_token
+from kvmem.lending import PROBE_AFTER
 from kvmem.loads import LoadTimes
 from kvmem.scheduler import MemScheduler
-from kvmem.shelf import PROBE_AFTER
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, use
 from tests.tiny import memory_on
 
@@ -57,7 +57,7 @@ def test_a_slow_store_is_not_waited_for(qwen3: HFBackend, scheduler: MemSchedule
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
     assert "m0 was not loaded: loading its" in answer.note and "from cold takes about 0.5" in answer.note
     assert "is in cold." in scheduler.explain("m0") and "; not loaded when wanted: " in scheduler.explain("m0")
-    assert scheduler.shelf.not_worth_loading == 1
+    assert scheduler.lender.not_worth_loading == 1
 
 
 def test_a_store_that_is_fast_again_is_used_again(qwen3: HFBackend, scheduler: MemScheduler) -> None:
