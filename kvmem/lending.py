@@ -102,9 +102,8 @@ class Lender:
         return Load(tier, nbytes, load_s, tokens, float(self._costs.saved_s(tokens, 0.0)))
 
     def _prefix(self, item: KVCacheItem, joint: MemoryTokens, shared: int) -> LentCache | None:
-        lent = dynamic_cache.lend(
-            item.kv_cache, joint.model_copy(update={"token_ids": joint.token_ids[:shared]}), self._backend.model_config
-        )
+        tokens = joint.model_copy(update={"token_ids": joint.token_ids[:shared]})
+        lent = dynamic_cache.lend(item.kv_cache, tokens, self._backend.model_config, item.metadata.lossy)
         return lent if shared and dynamic_cache.crop(lent, shared) else None
 
     def _decline(self, choice: _Choice) -> None:
@@ -145,13 +144,17 @@ class Lender:
         return chosen
 
     def explain(self, memory_id: str) -> str:
-        """Whether its KV is loaded when wanted, with the seconds, as the end of a sentence; "" where it is at hand."""
+        """What its KV has lost, and whether it is loaded when wanted, with the seconds, as the end of a sentence."""
         item_id, tier = self._shelf.stored().get(memory_id, ("", ""))
-        if tier not in self._items.timed:
+        if not item_id:
             return ""
         try:
-            load = self._load(item_id, self._items.metadata(item_id).token_count)
+            metadata = self._items.metadata(item_id)
+            load = self._load(item_id, metadata.token_count)
         except UnknownMemoryError:  # its text changed meanwhile
             return ""
+        lost = f"; lossy: {metadata.lossy}" if metadata.lossy else ""
+        if tier not in self._items.timed:
+            return lost
         measured = self._items.loads.count(tier)
-        return f"; {'loaded' if load.pays else 'not loaded'} when wanted: {load} ({measured} loads measured)"
+        return f"{lost}; {'loaded' if load.pays else 'not loaded'} when wanted: {load} ({measured} loads measured)"

@@ -35,7 +35,7 @@ class Load:
 
     def __str__(self) -> str:
         return (
-            f"loading its {self.nbytes / 1e6:.1f} MB from {self.tier} takes about {self.load_s:.3f} s, and prefilling "
+            f"loading its {self.nbytes / 1e6:.3g} MB from {self.tier} takes about {self.load_s:.3f} s, and prefilling "
             f"its {self.tokens} tokens {self.prefill_s:.3f} s"
         )
 

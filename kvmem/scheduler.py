@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,13 +43,14 @@ class MemScheduler:
     ) -> None:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). folder: for the state and the disk tier;
         None: the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one
-        tick. cold: the URL of the cold tier.
+        tick. cold: the URL of the cold tier. `disk_int8` and `disk_int4` in a budget lose, and answers say so.
         """
         if not isinstance(memory.backend, HFBackend):
             raise ConfigError(f"MemScheduler needs the backend huggingface, and has {type(memory.backend).name}.")
         self.backend = memory.backend
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
-        self.planner = Planner(chosen, budget, costs or Costs.measured(self.backend))
+        costs = costs or Costs.measured(self.backend)
+        self.planner = Planner(chosen, budget, costs, lambda tier, tokens: self.items.size(tier, tokens))
         self.journal = Journal(Path(folder)) if folder is not None else None
         self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
         self.shelf = Shelf(self.backend, self.items, memory.config.separator)
@@ -97,11 +97,11 @@ class MemScheduler:
     ) -> Generation:
         """Answers behind the longest stored prefix, prefills the rest as text, and observes the use.
 
-        The answer's `note` says so where a memory's KV was there and was not loaded, since prefilling is sooner done.
+        The answer's `note` says so where a memory's KV was there and was not loaded, since prefilling is sooner done;
+        its `lossy`, where the KV had been in a compressed tier.
         """
         with self.lend(text_memories) as cache:
             generation = self.backend.generate(query, cache, max_new_tokens, sampling)
-            generation = dataclasses.replace(generation, note=cache.note)
         self.observe(text_memories, query)
         return generation
 
@@ -176,8 +176,8 @@ class MemScheduler:
             return False
 
     def _build(self, memory_id: str, tier: str) -> bool:
-        nbytes = self.planner.table.nbytes[self.planner.table.row_of[memory_id]]
-        if nbytes > self.items.budgets[tier] - self.items.used_bytes()[tier]:
+        tokens = int(self.planner.table.tokens[self.planner.table.row_of[memory_id]])
+        if self.items.size(tier, tokens) > self.items.budgets[tier] - self.items.used_bytes()[tier]:
             return False  # what should have left is in use; the next tick plans anew
         self._building = memory_id
         try:

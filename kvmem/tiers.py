@@ -15,6 +15,7 @@ import torch
 from kvmem import arriving, dynamic_cache
 from kvmem.backends import Backend
 from kvmem.cold import ColdPlace
+from kvmem.compressed import BITS, CompressedPlace
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
 from kvmem.items import KVCacheItem, KVCacheMetadata
 from kvmem.loads import LoadTimes
@@ -25,6 +26,8 @@ from kvmem.places import DiskPlace, MemoryPlace, Place
 class _Entry:
     tier: str
     nbytes: int
+    """Where it is."""
+    built_bytes: int
     metadata: KVCacheMetadata
     leases: int = 0
     moving: bool = False
@@ -39,9 +42,12 @@ class TieredItems:
     a GPU), `disk` (in `folder`) and `cold` (at the URL `cold`), both one process at a time. A move has its place in the
     new tier booked before a byte is copied, and its old place freed after. An item in use is neither moved nor freed.
     Safe from several threads.
+
+    `disk_int8` and `disk_int4` (in `folder` too) are the ones that lose: a move there keeps the item and not its bits,
+    its metadata is `lossy` from then on, wherever it goes, and so is every cache and answer that it has a part in.
     """
 
-    NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk", "cold")
+    NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk", "cold", *(f"disk_{scheme}" for scheme in BITS))
 
     def __init__(
         self, backend: Backend, budgets: Mapping[str, int], folder: str | Path | None = None, cold: str | None = None
@@ -78,26 +84,30 @@ class TieredItems:
                 raise ConfigError("The tier 'cold' needs a URL. Give one as `cold`, or leave the tier out.")
             return self._take_up(name, ColdPlace(self._backend, cold))
         if folder is None:
-            raise ConfigError("The tier 'disk' needs a folder. Give one, or leave the tier out.")
-        return self._take_up(name, DiskPlace(self._backend, Path(folder)))
+            raise ConfigError(f"The tier {name!r} needs a folder. Give one, or leave the tier out.")
+        scheme = name.removeprefix("disk_")
+        place = CompressedPlace(self._backend, Path(folder) / scheme, scheme) if scheme in BITS else None
+        return self._take_up(name, place or DiskPlace(self._backend, Path(folder)))
 
     def _take_up(self, name: str, place: DiskPlace | ColdPlace) -> Place:
         found, refused = place.found()
         self.refused |= refused
         for item in found:
             twice = item.item_id in self._entries
-            if twice or self._used[name] + item.nbytes > self.budgets[name]:
+            nbytes = place.nbytes(item.metadata.token_count, item.nbytes)
+            if twice or self._used[name] + nbytes > self.budgets[name]:
                 why = "in a faster tier too" if twice else f"over the tier's {self.budgets[name]} bytes"
                 self.refused[item.item_id] = f"{why}; deleted"
                 place.drop(item.item_id)
                 continue
-            self._entries[item.item_id] = _Entry(name, item.nbytes, item.metadata)
-            self._used[name] += item.nbytes
+            self._entries[item.item_id] = _Entry(name, nbytes, item.nbytes, item.metadata)
+            self._used[name] += nbytes
         return place
 
     def put(self, item: KVCacheItem, tier: str) -> None:
         """Copies a new item into `tier`. Raises BudgetError if it does not fit, DuplicateMemoryError for a known id."""
-        item_id, nbytes = item.kv_cache_id, dynamic_cache.nbytes(item.kv_cache)
+        item_id, built_bytes = item.kv_cache_id, dynamic_cache.nbytes(item.kv_cache)
+        nbytes = self._size(tier, item.metadata.token_count, built_bytes)
         with self._lock:
             if item_id in self._entries or item_id in self._coming:
                 raise DuplicateMemoryError(f"The id {item_id} is already in the tiers. Drop it first.")
@@ -111,7 +121,7 @@ class TieredItems:
             with self._lock:
                 self._coming.remove(item_id)
                 if stored:
-                    self._entries[item_id] = _Entry(tier, nbytes, item.metadata)
+                    self._entries[item_id] = _Entry(tier, nbytes, built_bytes, self._places[tier].marked(item.metadata))
                 else:
                     self._used[tier] -= nbytes
 
@@ -144,7 +154,8 @@ class TieredItems:
                 return False
             if entry.tier == tier:
                 return True
-            self._book(item_id, tier, entry.nbytes)
+            nbytes = self._size(tier, entry.metadata.token_count, entry.built_bytes)
+            self._book(item_id, tier, nbytes)
             entry.moving = True
         source, target = entry.tier, self._places[tier]
         copied = moved = False
@@ -156,8 +167,10 @@ class TieredItems:
                 entry.moving = False
                 moved = copied and not entry.leases and not entry.gone
                 if moved:
+                    entry.metadata = target.marked(entry.metadata)
                     entry.tier, tier = tier, entry.tier  # what is freed below is the old place
-                self._used[tier] -= entry.nbytes
+                    entry.nbytes, nbytes = nbytes, entry.nbytes
+                self._used[tier] -= nbytes
                 if copied:
                     self._places[tier].drop(item_id)
                 self._free_if_gone(item_id, entry)
@@ -200,6 +213,15 @@ class TieredItems:
         with self._lock:
             return self._entry(item_id).nbytes
 
+    def size(self, tier: str, tokens: int) -> int:
+        """What keys and values of `tokens` take in a tier, of a model with full attention."""
+        return self._size(tier, tokens, self._backend.fingerprint.kv_bytes(tokens))
+
+    def _size(self, tier: str, tokens: int, built_bytes: int) -> int:
+        if tier not in self.budgets:
+            raise ConfigError(f"Unknown tier {tier!r}. {did_you_mean(tier, self.budgets)}")
+        return self._places[tier].nbytes(tokens, built_bytes)
+
     def _read(self, item_id: str, tier: str, nbytes: int) -> KVCacheItem:
         started = time.perf_counter()
         item = self._places[tier].read(item_id)
@@ -214,8 +236,6 @@ class TieredItems:
         return entry
 
     def _book(self, item_id: str, tier: str, nbytes: int) -> None:
-        if tier not in self.budgets:
-            raise ConfigError(f"Unknown tier {tier!r}. {did_you_mean(tier, self.budgets)}")
         free = self.budgets[tier] - self._used[tier]
         if nbytes > free:
             raise BudgetError(
