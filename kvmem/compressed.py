@@ -1,4 +1,4 @@
-"""A compressed tier: keys and values as int8 or int4, by torchao. It is lossy, and every item from there says so."""
+"""A compressed tier: keys and values as int8 or int4, by HQQ. It is lossy, and every item from there says so."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from kvmem.storage.atomic import replacing, write_all
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 64
-"""Numbers that share a scale and a zero point."""
-GROUP_BYTES = 3
-"""A scale as float16, a zero point of one byte."""
+"""Tokens of a channel whose keys share a scale and a zero point; and at most so many channels of a token's values."""
+SCALE_BYTES = 8
+"""A scale and a zero point, float32 each: keys of some models stand far from 0."""
 
 
 class CompressedPlace(DiskPlace):
     """A disk tier whose files hold `scheme` in place of the numbers that were built; what is read is marked lossy."""
 
     def __init__(self, backend: Backend, folder: Path, scheme: str) -> None:
-        """Raises ConfigError where torchao is missing, or for a model with a sliding window."""
+        """Raises ConfigError where hqq is missing, or for a model with a sliding window."""
         if dynamic_cache.has_sliding_layers(backend.model_config):
             raise ConfigError(f"The tier 'disk_{scheme}' covers full attention only. Use 'disk', which loses nothing.")
-        _torchao()
+        _hqq()
         self.scheme = scheme
         super().__init__(backend, folder, CompressedFile(scheme))
 
@@ -44,11 +44,11 @@ class CompressedPlace(DiskPlace):
         return metadata.model_copy(update={"lossy": lossy(metadata, self.scheme)})
 
     def nbytes(self, tokens: int, built_bytes: int) -> int:
-        is_of, bits = self._backend.fingerprint, BITS[self.scheme]
-        of_keys = -(-tokens // GROUP) * GROUP * is_of.head_dim
-        of_values = tokens * is_of.head_dim
-        groups = of_keys // GROUP + of_values // _values_group(is_of.head_dim)
-        return is_of.layers * is_of.kv_heads * ((of_keys + of_values) * bits // 8 + groups * GROUP_BYTES)
+        is_of = self._backend.fingerprint
+        rows = is_of.kv_heads * is_of.head_dim * (-(-tokens // GROUP))  # of GROUP keys each
+        value_rows = rows * GROUP // _values_group(is_of.head_dim)
+        packed = 2 * rows * GROUP * BITS[self.scheme] // 8
+        return is_of.layers * (packed + (rows + value_rows) * SCALE_BYTES)
 
 
 def lossy(metadata: KVCacheMetadata, scheme: str) -> str:
@@ -60,8 +60,8 @@ def lossy(metadata: KVCacheMetadata, scheme: str) -> str:
 class CompressedFile(Storage):
     """One item as a safetensors file of integers, scales and zero points.
 
-    Asymmetric, in groups of 64: keys by channel over tokens, since what sticks out in them keeps to its channel, and
-    values by token over channels (KIVI, Liu et al. 2024). The checksum is over manifest, names, shapes and bytes.
+    Asymmetric: keys in groups of 64 tokens of a channel, since what sticks out in them keeps to its channel, and values
+    in groups of a token's channels (KIVI, Liu et al. 2024). The checksum is over manifest, names, shapes and bytes.
     """
 
     name = "compressed"
@@ -74,9 +74,8 @@ class CompressedFile(Storage):
         (item,) = items
         tensors: dict[str, torch.Tensor] = {}
         for layer, (keys, values) in enumerate(dynamic_cache.layers_of(item.kv_cache)):
-            for kind, tensor in (("k", _whole_groups(keys)), ("v", values)):
-                parts = self._compressed(tensor, _block(kind, tensor))
-                tensors |= {f"{layer}.{kind}.{part}": packed for part, packed in parts.items()}
+            for kind, tensor in (("k", keys), ("v", values)):
+                tensors |= {f"{layer}.{kind}.{part}": kept for part, kept in self._compressed(kind, tensor).items()}
         mark = item.metadata.model_copy(update={"lossy": lossy(item.metadata, self.scheme)})
         text = manifest.of_items([KVCacheItem(item.kv_cache, mark, item.kv_cache_id)])
         known = {"manifest": text, "scheme": self.scheme, "checksum": _checksum(text, tensors)}
@@ -110,39 +109,32 @@ class CompressedFile(Storage):
         cache = dynamic_cache.from_layers(layers, config, entry.cache_tokens)
         return [KVCacheItem(cache, entry.metadata, entry.kv_cache_id)]
 
-    def _compressed(self, tensor_BHTD: torch.Tensor, block: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        ao, numbers = _torchao(), tensor_BHTD.float()
-        integer, least, most = self._integers()
-        scale, zero = ao.choose_qparams_affine(
-            numbers, ao.MappingType.ASYMMETRIC, block, integer, least, most, scale_dtype=torch.float16
-        )
-        packed = ao.quantize_affine(numbers, block, scale.float(), zero, integer, least, most)
-        if self.scheme == "int4":
-            packed = packed[..., ::2] | packed[..., 1::2] << 4
-        return {"q": packed.cpu().contiguous(), "s": scale.cpu(), "z": zero.to(integer).cpu()}
+    def _compressed(self, kind: str, tensor_BHTD: torch.Tensor) -> dict[str, torch.Tensor]:
+        missing = -tensor_BHTD.shape[2] % GROUP
+        whole = torch.cat([tensor_BHTD, tensor_BHTD[:, :, -1:].expand(-1, -1, missing, -1)], dim=2).float()
+        rows_RG = whole.mT.reshape(-1, GROUP) if kind == "k" else whole.reshape(-1, _values_group(whole.shape[-1]))
+        packed, known = _hqq().quantize(
+            rows_RG, nbits=BITS[self.scheme], group_size=rows_RG.shape[1], axis=1, optimize=False,
+            compute_dtype=torch.float32, device=str(rows_RG.device),
+        )  # fmt: skip
+        return {"q": packed.cpu().contiguous(), "s": known["scale"].cpu(), "z": known["zero"].cpu()}
 
     def _restored(
-        self, tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], device: torch.device
+        self, tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, int, int, int], device: torch.device
     ) -> torch.Tensor:
         packed, scale, zero = (tensors[f"{name}.{part}"].to(device) for part in "qsz")
-        if self.scheme == "int4":
-            packed = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-        block = _block(name[-1], packed)
-        restored = _torchao().dequantize_affine(packed, block, scale.float(), zero.int(), *self._integers())
-        return restored[:, :, : shape[2]].contiguous()
-
-    def _integers(self) -> tuple[torch.dtype, int, int]:
-        return (torch.int8, -128, 127) if self.scheme == "int8" else (torch.uint8, 0, 15)
-
-
-def _whole_groups(keys_BHTD: torch.Tensor) -> torch.Tensor:
-    """The keys, the last token's repeated until the tokens are a multiple of `GROUP`."""
-    missing = -keys_BHTD.shape[2] % GROUP
-    return torch.cat([keys_BHTD, keys_BHTD[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
-
-
-def _block(kind: str, tensor_BHTD: torch.Tensor) -> tuple[int, ...]:
-    return (1, 1, GROUP, 1) if kind == "k" else (1, 1, 1, _values_group(tensor_BHTD.shape[-1]))
+        hqq, bits = _hqq(), BITS[self.scheme]
+        batch, heads, tokens, dim = shape
+        group = GROUP if name.endswith("k") else _values_group(dim)
+        packing = hqq.bit_to_packing[bits]
+        rows_RG = hqq.dequantize(packed, {
+            "nbits": bits, "group_size": group, "shape": (scale.shape[0], group), "scale": scale, "zero": zero,
+            "axis": 1, "packing": packing, "unpack_view_dtype": hqq.unpack_view_dtype[packing], "view_as_float": False,
+            "compute_dtype": torch.float32,
+        })  # fmt: skip
+        if name.endswith("k"):
+            return rows_RG.reshape(batch, heads, dim, -1).mT[:, :, :tokens].contiguous()
+        return rows_RG.reshape(batch, heads, -1, dim)[:, :, :tokens].contiguous()
 
 
 def _values_group(head_dim: int) -> int:
@@ -157,12 +149,12 @@ def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _torchao() -> Any:
-    """torchao's quantization by itself: imported where it is wanted, for it takes a second and few need it."""
+def _hqq() -> Any:
+    """HQQ's quantizer (Badri & Shaji 2023), without its search: imported where it is wanted, for few need it."""
     try:
-        from torchao.quantization import quant_primitives
+        from hqq.core.quantize import Quantizer
     except ImportError as error:
         raise ConfigError(
-            f"A compressed tier needs torchao ({error}). pip install 'kvmem[compressed]', or use the tier 'disk'."
+            f"A compressed tier needs hqq ({error}). pip install 'kvmem[compressed]', or use the tier 'disk'."
         ) from error
-    return quant_primitives
+    return Quantizer

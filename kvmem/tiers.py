@@ -41,10 +41,8 @@ class TieredItems:
     budgets: bytes by tier, fastest first: `gpu` (where the model is), `ram` (host memory, pinned where the model is on
     a GPU), `disk` (in `folder`) and `cold` (at the URL `cold`), both one process at a time. A move has its place in the
     new tier booked before a byte is copied, and its old place freed after. An item in use is neither moved nor freed.
-    Safe from several threads.
-
-    `disk_int8` and `disk_int4` (in `folder` too) are the ones that lose: a move there keeps the item and not its bits,
-    its metadata is `lossy` from then on, wherever it goes, and so is every cache and answer that it has a part in.
+    `disk_int8` and `disk_int4` (in `folder` too) lose: the metadata of what was there is `lossy` from then on, wherever
+    it goes, and so is every cache and answer that it has a part in. Safe from several threads.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk", "cold", *(f"disk_{scheme}" for scheme in BITS))
