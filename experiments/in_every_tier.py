@@ -12,7 +12,7 @@ import torch
 
 from experiments import measure, page_cache
 from experiments.bench import Bench
-from experiments.lossy import Quality, nll, quality
+from experiments.lossy import Quality, graded, nll
 from kvmem import KVCacheItem, dynamic_cache
 from kvmem.backends.hf import HFBackend
 from kvmem.places import DiskPlace
@@ -75,10 +75,14 @@ class InEveryTier:
             wrong.append("the answers begin with different tokens")
         return "; ".join(wrong)
 
-    def quality(self, name: str, steps: int) -> Quality:
-        """What the item from a compressed tier is still worth."""
-        with self.tiers[name].use(self.item.kv_cache_id) as item:
-            return quality(self.backend, item, self.prompt, steps)
+    def quality(self, steps: int) -> dict[str, Quality]:
+        """What the item from each compressed tier is still worth, by `steps` greedy tokens and by likelihood."""
+        found = {}
+        direct = measure.trace(self.backend, TokenizedPrompt((), self.prompt.ids), None, steps)
+        for name in self.compressed:
+            with self.tiers[name].use(self.item.kv_cache_id) as item:
+                found[name] = graded(self.backend, item, self.prompt, direct)
+        return found
 
     def nll(self) -> float:
         """Of the memory as it was built."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from experiments import measure
-from experiments.equality import Equality, grade
+from experiments.equality import Equality, Trace, grade
 from kvmem import KVCacheItem, dynamic_cache
 from kvmem.backends.hf import HFBackend
 from kvmem.prompt import TokenizedPrompt
@@ -23,11 +23,9 @@ class Quality:
     nll: float
 
 
-def quality(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, steps: int) -> Quality:
-    """The grade of `steps` greedy tokens behind `item` against the prompt sent whole, and `item`'s likelihood."""
-    whole = TokenizedPrompt((), prompt.ids)
-    direct = measure.trace(backend, whole, None, steps)
-    injected = measure.trace(backend, prompt, lambda: _lent(backend, item), steps)
+def graded(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, direct: Trace) -> Quality:
+    """The grade of an answer behind `item`, beside that of the prompt sent whole, and `item`'s likelihood."""
+    injected = measure.trace(backend, prompt, lambda: _lent(backend, item), len(direct.token_ids))
     equality = grade(
         direct,
         injected,

@@ -97,10 +97,12 @@ class Tiers(Scenario):
             tokens, len(places.prompt.query_ids), item.metadata.kv_bytes, seconds,
             cached_pct=max(taken[COLD].cached_pct for taken in rounds),
             read_s={place: median(taken[place].read_s for taken in rounds) for place in (COLD, WARM)},
-            fetch_s={place: median(taken[place].fetch_s for taken in rounds) for place in (COLD, WARM)},
+            fetch_s={
+                place: median(taken[place].fetch_s for taken in rounds) for place in (COLD, WARM, *self.compressed)
+            },
             transfer_s=transfer_s(item.metadata.kv_bytes, bench.backend.device),
             wrong=places.wrong(len(tokens_of)),
-            quality={place: places.quality(place, self.answer_tokens) for place in self.compressed},
+            quality=places.quality(self.answer_tokens) if self.compressed else {},
             lossy_bytes={place: places.nbytes(place) for place in self.compressed},
             nll=places.nll(),
         )  # fmt: skip
@@ -123,6 +125,7 @@ class Tiers(Scenario):
             "cached_pct": length.cached_pct if place == COLD else None, "transfer_s": length.transfer_s,
             "break_even_tokens": even, "ttft_all_s": length.seconds[place],
             "equality": equality, "nll": quality.nll if quality else of_resident,
+            "nll_above_built": quality.nll - length.nll if quality and length.nll is not None else None,
             "lossy": place.removeprefix("disk_") if quality else None,
         }  # fmt: skip
         return bench.row(
