@@ -17,7 +17,7 @@ from kvmem.dynamic_cache import LentCache
 from kvmem.scheduler import MemScheduler
 
 LLM = {"backend": "huggingface", "config": {"model_name_or_path": "smollm2-135m"}}
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 24
 
 
 def words(text: str) -> set[str]:
@@ -31,10 +31,10 @@ def closest(question: str, memories: list[TextualMemoryItem]) -> TextualMemoryIt
     return max(zip(memories, texts, strict=True), key=lambda pair: sum(worth[w] for w in words(question) & pair[1]))[0]
 
 
-def answer(scheduler: MemScheduler, question: str, cache: LentCache) -> tuple[str, float]:
+def answer(scheduler: MemScheduler, question: str, cache: LentCache, length: int = ANSWER_TOKENS) -> tuple[str, float]:
     """The answer, and the milliseconds until its first token."""
     started = time.perf_counter()
-    tokens = scheduler.backend.stream(question, cache, ANSWER_TOKENS)
+    tokens = scheduler.backend.stream(question, cache, length)
     text = next(tokens).text
     ttft_ms = 1e3 * (time.perf_counter() - started)
     return text + "".join(token.text for token in tokens), ttft_ms
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     for question in filter(None, map(str.strip, sys.stdin)):
         text = closest(question, memories)
         nothing = dynamic_cache.lend_nothing(scheduler.shelf.tokens(text), scheduler.backend.model_config)
-        _, direct_ms = answer(scheduler, question, nothing)
+        _, direct_ms = answer(scheduler, question, nothing, length=1)
         with scheduler.lend([text]) as cache:
             place = "KV" if cache.get_seq_length() else "text"
             said, ttft_ms = answer(scheduler, question, cache)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from experiments import measure, page_cache
 from experiments.bench import Bench
+from experiments.lossy import Quality, graded, nll
 from kvmem import KVCacheItem, dynamic_cache
 from kvmem.backends.hf import HFBackend
 from kvmem.places import DiskPlace
@@ -37,23 +38,28 @@ class Taken:
 class InEveryTier:
     """One memory in every tier, and one prompt behind it."""
 
-    def __init__(self, bench: Bench, item: KVCacheItem, question: str, folder: Path) -> None:
+    def __init__(
+        self, bench: Bench, item: KVCacheItem, question: str, folder: Path, compressed: Sequence[str] = ()
+    ) -> None:
+        """compressed: the tiers that lose, by name."""
+        assert isinstance(bench.backend, HFBackend)
         self.backend = bench.backend
-        assert isinstance(self.backend, HFBackend)
         self.item, self.before = item, [(k.clone(), v.clone()) for k, v in dynamic_cache.layers_of(item.kv_cache)]
         names = ["gpu", "ram"] if self.backend.device.type == "cuda" else ["ram"]
         room = item.metadata.kv_bytes
         self.tiers = {name: TieredItems(self.backend, {name: room}) for name in names}
-        self.tiers["disk"] = TieredItems(self.backend, {"disk": room}, folder)
+        self.compressed = list(compressed)
+        for name in ("disk", *self.compressed):
+            self.tiers[name] = TieredItems(self.backend, {name: room}, folder)
         for name, items in self.tiers.items():
             items.put(item, name)
         self.path = DiskPlace.file_of(folder, item.kv_cache_id)
         self.buffer = bytearray(page_cache.BLOCK_BYTES)
         lent = dynamic_cache.lend(item.kv_cache, item.metadata.tokens, self.backend.model_config)
         self.prompt = self.backend.split(question, lent)
-        memory = {name: (lambda name=name: self._answer(name)) for name in names}
+        memory, lossy = ({n: (lambda n=n: self._answer(n)) for n in places} for places in (names, self.compressed))
         self.arms: dict[str, Callable[[], Taken]] = {
-            **memory, WARM: self._warm, COLD: self._cold, RECOMPUTE: self._recompute,
+            **memory, WARM: self._warm, COLD: self._cold, **lossy, RECOMPUTE: self._recompute,
         }  # fmt: skip
 
     def round(self, rng: random.Random) -> dict[str, Taken]:
@@ -62,11 +68,28 @@ class InEveryTier:
 
     def wrong(self, first_tokens: int) -> str:
         """What is not as it should be; "" if every place gave the built bits, and every answer began alike."""
-        found = [name for name, items in self.tiers.items() if not self._same_bits(name, items)]
+        exact = self.tiers.keys() - set(self.compressed)
+        found = [name for name in self.tiers if name in exact and not self._same_bits(name, self.tiers[name])]
         wrong = [f"the tensors from {name} are not those that were built" for name in found]
         if first_tokens > 1 and self.backend.dtype == torch.float32:
             wrong.append("the answers begin with different tokens")
         return "; ".join(wrong)
+
+    def quality(self, steps: int) -> dict[str, Quality]:
+        """What the item from each compressed tier is still worth, by `steps` greedy tokens and by likelihood."""
+        found = {}
+        direct = measure.trace(self.backend, TokenizedPrompt((), self.prompt.ids), None, steps)
+        for name in self.compressed:
+            with self.tiers[name].use(self.item.kv_cache_id) as item:
+                found[name] = graded(self.backend, item, self.prompt, direct)
+        return found
+
+    def nll(self) -> float:
+        """Of the memory as it was built."""
+        return nll(self.backend, self.item)
+
+    def nbytes(self, name: str) -> int:
+        return self.tiers[name].nbytes(self.item.kv_cache_id)
 
     def close(self) -> None:
         for items in self.tiers.values():

@@ -100,7 +100,7 @@ def problems(rows: Iterable[Row], exact: bool) -> list[str]:
             found.append(f"{cell}: failed: {row.error.strip().splitlines()[-1]}")
         elif row.verdict == "invalid":
             found.append(f"{cell}: invalid: {row.verdict_reason}")
-        elif row.equality == "diverged" and (exact or row.memories == 1):
+        elif row.equality == "diverged" and (exact or row.memories == 1) and not row.extra.get("lossy"):
             found.append(f"{cell}: the injected arm's answer diverged from the prompt's")
     return found
 

@@ -90,10 +90,14 @@ class LentLayer(ArrivingLayer):
 class LentCache(DynamicCache):
     """A DynamicCache lent from stored memories: using it leaves them as they are.
 
-    `tokens` says which token ids it was lent with, so that a query can verify the prefix.
+    `tokens` says which token ids it was lent with, so that a query can verify the prefix. `note`: why something that is
+    stored was not lent, as a sentence; "" if there is nothing to tell. `lossy`: what its keys and values have been
+    compressed to on their way ("int8"); "": they are the bits that were built.
     """
 
     tokens: MemoryTokens
+    note: str = ""
+    lossy: str = ""
 
 
 def _shell(config: PreTrainedConfig, kind: type[DynamicCache]) -> DynamicCache:
@@ -166,7 +170,7 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig) -> LentCache:
+def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig, lossy: str = "") -> LentCache:
     """A fresh shell that shares `cache`'s tensors; growing, cropping or reordering it leaves `cache` as it is."""
     shell = _shell(config, LentCache)
     assert isinstance(shell, LentCache)
@@ -174,7 +178,7 @@ def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig) ->
     for lent, stored in zip(shell.layers, cache.layers, strict=True):
         if isinstance(lent, ArrivingLayer) and isinstance(stored, ArrivingLayer):
             lent.arrives = stored.arrives
-    shell.tokens = tokens
+    shell.tokens, shell.lossy = tokens, lossy
     return shell
 
 

@@ -76,6 +76,9 @@ class KVCacheMetadata(BaseModel):
     fingerprint: ModelFingerprint | None
     """None: unverified. The file that it came from did not say which model built it (MemOS's pickles)."""
     textual_memory: TextualSource | None = None
+    lossy: str = Field(default="", exclude_if=lambda mark: not mark)
+    """What the keys and values have been compressed to on their way, or their base's ("int8"); "" is: nothing was lost.
+    A file says so only where there is something to say, and a kvmem that does not know the word refuses that file."""
 
     @property
     def token_count(self) -> int:

@@ -14,6 +14,7 @@ from kvmem import dynamic_cache
 from kvmem.backends import Backend
 from kvmem.errors import FingerprintError, StorageError
 from kvmem.items import KVCacheItem, KVCacheMetadata
+from kvmem.storage import Storage
 from kvmem.storage.safetensors_file import SafetensorsFile
 
 
@@ -31,6 +32,14 @@ class Place(ABC):
     @abstractmethod
     def drop(self, item_id: str) -> None:
         """Forgets the item."""
+
+    def marked(self, metadata: KVCacheMetadata) -> KVCacheMetadata:
+        """What is known of an item once it has been here: more than before only where something is lost."""
+        return metadata
+
+    def nbytes(self, tokens: int, built_bytes: int) -> int:
+        """What keys and values of `tokens` take here, that took `built_bytes` when they were built."""
+        return built_bytes
 
     def close(self) -> None:  # noqa: B027 - memory has nothing to hand back
         """Hands back what another process could use."""
@@ -72,8 +81,9 @@ class MemoryPlace(Place):
 class DiskPlace(Place):
     """One safetensors file an item, written beside and renamed; read by mapping it, checksum first."""
 
-    def __init__(self, backend: Backend, folder: Path) -> None:
-        self._backend, self._folder, self._format = backend, folder, SafetensorsFile()
+    def __init__(self, backend: Backend, folder: Path, format: Storage | None = None) -> None:
+        """format: what a file is like; None: safetensors that are mapped."""
+        self._backend, self._folder, self._format = backend, folder, format or SafetensorsFile()
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held as long as the place is
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,13 +31,18 @@ class Planner:
     Nothing leaves before its place is needed, so a plan cut short after any move has lost nothing for nothing.
     """
 
-    def __init__(self, policy: Policy, budgets: Mapping[str, int], costs: Costs) -> None:
-        """budgets: bytes by tier, fastest first."""
+    def __init__(
+        self, policy: Policy, budgets: Mapping[str, int], costs: Costs, size: Callable[[str, int], int] | None = None
+    ) -> None:
+        """budgets: bytes by tier, fastest first. size: bytes of so many tokens in a tier; None: the same in each."""
         if not budgets or min(budgets.values()) < 0:
             raise ConfigError(f"budget is {dict(budgets)!r}. Give bytes by tier, fastest first: {{'ram': 1 << 30}}.")
         self.policy, self.budgets, self.costs = policy, dict(budgets), costs
         self.level = {name: level for level, name in enumerate(self.budgets)}
         self.table = UsageTable()
+        self._size = size or (lambda tier, tokens: tokens * costs.kv_bytes_a_token)
+        self.heads: dict[str, list[str]] = {}
+        """Groups of memories, and what each begins with, shortest first: KV of those is in the group's KV too."""
         self.query_tokens = 0.0
         """Mean length of the queries seen."""
 
@@ -56,19 +61,38 @@ class Planner:
         row = self.table.track(memory_id)
         self.table.tokens[row], self.table.nbytes[row] = tokens, tokens * self.costs.kv_bytes_a_token
 
-    def price(self) -> None:
-        """Sets what each memory costs to build and what a use of it saves, for the queries seen so far."""
+    def joined(self, group: str, heads: Sequence[str]) -> None:
+        """Plans a group of memories as one memory from here on. heads: what it begins with, shortest first."""
+        self.heads[group] = list(heads)
+
+    def price(self, tier_of: Mapping[str, str]) -> None:
+        """Sets what each memory costs to build and what a use of it saves, for the queries seen so far.
+
+        A group's KV saves what it saves beyond the longest of its heads that has KV; and a head nothing, where the
+        group's KV is as near.
+        """
         n = len(self.table)
         tokens = self.table.tokens[:n]
         self.table.build_s[:n] = self.costs.prefill_s(tokens)
-        self.table.saved_s[:n] = self.costs.saved_s(tokens, self.query_tokens)
+        saved_s = self.costs.saved_s(tokens, self.query_tokens)
+        self.table.saved_s[:n] = saved_s
+        row_of = self.table.row_of
+        for group, heads in self.heads.items():
+            longest = next((head for head in reversed(heads) if head in tier_of), None)
+            if longest is not None and group not in tier_of:
+                self.table.saved_s[row_of[group]] = max(0.0, saved_s[row_of[group]] - saved_s[row_of[longest]])
+        for group in self.heads.keys() & tier_of.keys():
+            for head in self.heads[group]:
+                near = self.level[tier_of[group]] <= self.level[tier_of.get(head, tier_of[group])]
+                if near and head in row_of:
+                    self.table.saved_s[row_of[head]] = 0.0
 
     def plan(self, tier_of: Mapping[str, str], max_builds: int, barred: Collection[str] = ()) -> list[Move]:
         """The moves from where things are (`tier_of`: memory -> tier) towards where the policy wants them.
 
         barred: memories that are not to be built now.
         """
-        self.price()
+        self.price(tier_of)
         table = self.table
         held = self._held(tier_of)
         order = self.policy.rank(table, held, sum(self.budgets.values()))
@@ -78,7 +102,7 @@ class Planner:
         place = dict(tier_of)
         free = dict(self.budgets)
         for memory_id, tier in place.items():
-            free[tier] -= int(table.nbytes[table.row_of[memory_id]])
+            free[tier] -= self._nbytes(memory_id, tier)
         rank = {table.ids[row]: at for at, row in enumerate(order)}
         moves: list[Move] = []
         builds = 0
@@ -86,17 +110,17 @@ class Planner:
             source = place.get(memory_id)
             if source == tier or (source is None and builds == max_builds):
                 continue
-            nbytes = int(table.nbytes[table.row_of[memory_id]])
-            moves += self._make_room(table, tier, nbytes, wanted, place, free, rank)
+            nbytes = self._nbytes(memory_id, tier)
+            moves += self._make_room(tier, nbytes, wanted, place, free, rank)
             if free[tier] < nbytes:
                 continue
             builds += source is None
-            moves.append(self._move(memory_id, nbytes, tier, place, free))
+            moves.append(self._move(memory_id, tier, place, free))
         return moves
 
     def explain(self, memory_id: str, tier_of: Mapping[str, str]) -> str:
         """The numbers behind a memory's place, and its rank among all."""
-        self.price()
+        self.price(tier_of)
         held = self._held(tier_of)
         row = self.table.row_of[memory_id]
         order = self.policy.rank(self.table, held, sum(self.budgets.values())).tolist()
@@ -125,19 +149,20 @@ class Planner:
         """Memory -> the tier where it should be, best first."""
         room = dict(self.budgets)
         wanted: dict[str, str] = {}
-        least = table.nbytes[order].min(initial=np.inf)
-        for row in order.tolist():
-            if max(room.values()) < least:
+        tokens_of = table.tokens[order].astype(int).tolist()
+        shortest = min(tokens_of, default=0)
+        least = {name: self._size(name, shortest) for name in room}
+        for row, tokens in zip(order.tolist(), tokens_of, strict=True):
+            if all(left < least[name] for name, left in room.items()):
                 break
-            nbytes = table.nbytes[row]
-            tier = next((name for name, left in room.items() if nbytes <= left), None)
+            tier = next((name for name, left in room.items() if self._size(name, tokens) <= left), None)
             if tier is not None:
-                room[tier] -= nbytes
+                room[tier] -= self._size(tier, tokens)
                 wanted[table.ids[row]] = tier
         return wanted
 
     def _make_room(
-        self, table: UsageTable, tier: str, nbytes: int, wanted: Mapping[str, str], place: dict[str, str],
+        self, tier: str, nbytes: int, wanted: Mapping[str, str], place: dict[str, str],
         free: dict[str, int], rank: Mapping[str, int],
     ) -> list[Move]:
         """Moves that free `nbytes` of `tier`: out of it goes what is not wanted there, worst first, down or away."""
@@ -146,25 +171,26 @@ class Planner:
             return moves
         strangers = [memory_id for memory_id, at in place.items() if at == tier and wanted.get(memory_id) != tier]
         for victim in sorted(strangers, key=lambda memory_id: rank.get(memory_id, len(rank)), reverse=True):
-            victim_bytes = int(table.nbytes[table.row_of[victim]])
             below = wanted.get(victim)
-            fits = below is not None and self.level[below] > self.level[tier] and free[below] >= victim_bytes
-            moves.append(self._move(victim, victim_bytes, below if fits else None, place, free))
+            lower = below is not None and self.level[below] > self.level[tier]
+            fits = below is not None and lower and free[below] >= self._nbytes(victim, below)
+            moves.append(self._move(victim, below if fits else None, place, free))
             if free[tier] >= nbytes:
                 break
         return moves
 
-    def _move(
-        self, memory_id: str, nbytes: int, target: str | None, place: dict[str, str], free: dict[str, int]
-    ) -> Move:
+    def _nbytes(self, memory_id: str, tier: str) -> int:
+        return self._size(tier, int(self.table.tokens[self.table.row_of[memory_id]]))
+
+    def _move(self, memory_id: str, target: str | None, place: dict[str, str], free: dict[str, int]) -> Move:
         """Books the move, and says what kind it is."""
         source = place.pop(memory_id, None)
         if source is not None:
-            free[source] += nbytes
+            free[source] += self._nbytes(memory_id, source)
         if target is None:
             return Move("evict", memory_id, source, None)
         place[memory_id] = target
-        free[target] -= nbytes
+        free[target] -= self._nbytes(memory_id, target)
         if source is None:
             return Move("build", memory_id, None, target)
         return Move("promote" if self.level[target] < self.level[source] else "demote", memory_id, source, target)

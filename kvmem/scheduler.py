@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from kvmem.backends.hf import Generation, HFBackend
 from kvmem.backends.sampling import Sampling
@@ -18,13 +16,14 @@ from kvmem.errors import (
     BuildCancelled,
     ConfigError,
     KVMemError,
-    PromptError,
     StorageError,
     UnknownMemoryError,
 )
 from kvmem.failures import Failures
+from kvmem.intake import Intake
 from kvmem.items import TextualMemoryItem
 from kvmem.journal import Journal
+from kvmem.lending import Lender
 from kvmem.memory import KVCacheMemory
 from kvmem.planner import Move, Planner
 from kvmem.policies import Policy
@@ -34,8 +33,6 @@ from kvmem.prompt import Query
 from kvmem.shelf import Shelf
 from kvmem.tiers import TieredItems
 
-SNAPSHOT_EVERY = 1000
-"""Events between two snapshots of the state."""
 
 class MemScheduler:
     """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`."""
@@ -46,83 +43,97 @@ class MemScheduler:
     ) -> None:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). folder: for the state and the disk tier;
         None: the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one
-        tick. cold: the URL of the cold tier.
+        tick. cold: the URL of the cold tier. `disk_int8` and `disk_int4` in a budget lose, and answers say so.
         """
         if not isinstance(memory.backend, HFBackend) or memory.backend.ranks > 1:  # each rank would plan for itself
             raise ConfigError(f"MemScheduler needs the backend huggingface, and has {type(memory.backend).name}.")
         self.backend = memory.backend
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
-        self.planner = Planner(chosen, budget, costs or Costs.measured(self.backend))
+        costs = costs or Costs.measured(self.backend)
+        self.planner = Planner(chosen, budget, costs, lambda tier, tokens: self.items.size(tier, tokens))
         self.journal = Journal(Path(folder)) if folder is not None else None
         self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
-        self.shelf = Shelf(self.backend, self.items, memory.config.separator, self.planner.costs)
+        self.shelf = Shelf(self.backend, self.items, memory.config.separator)
+        self.lender = Lender(self.shelf, self.planner.costs)
         self.failures = Failures()
         self.builds = self.cancelled_builds = 0
         self.gate = BuildGate()
         self._max_builds = max_builds
-        self._seen: deque[tuple[str, str, int]] = deque()
         self._building: str | None = None
-        self._observing, self._ticking = threading.Lock(), threading.Lock()
+        self._ticking = threading.Lock()
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        if self.journal is not None:
-            self._restore(self.journal)
+        self._intake = Intake(self.planner, self.shelf, self.failures, self.journal)
         self.shelf.adopt()
 
-    def observe(self, text_memory: TextualMemoryItem, query: Query) -> None:
-        """A query used this text memory. Returns at once; what follows from it is done in `tick`."""
+    def observe(self, memories: TextualMemoryItem | Sequence[TextualMemoryItem], query: Query) -> None:
+        """A query used this text memory, or these in this order. Returns at once; what follows is done in `tick`.
+
+        Memories that are often used together are planned as one: their joined KV, where it pays, in that order.
+        """
+        used = [memories] if isinstance(memories, TextualMemoryItem) else list(memories)
+        if not used:
+            raise UnknownMemoryError("No text memory is given. Give one, or several in their order.")
         text = query if isinstance(query, str) else "\n".join(turn["content"] for turn in query)
         query_tokens = len(self.backend.tokenizer(text, add_special_tokens=False).input_ids)
-        with self._observing:
-            self._hold(text_memory)
-            self._note("use", text_memory.id, query_tokens)
+        for changed in self._intake.use(used, query_tokens):
+            self._call_off(changed)
         self._wake.set()
 
     def update(self, text_memory: TextualMemoryItem) -> None:
         """A text changed: its KV is served no more from here on, and a running build of it is called off."""
-        with self._observing:
-            self._hold(text_memory)
+        if self._intake.text(text_memory):
+            self._call_off(text_memory.id)
         self._wake.set()
+
+    def _call_off(self, changed: str) -> None:
+        building = self._building
+        if building is not None and changed in self.shelf.members(building):
+            self.gate.cancel()
 
     def answer(
         self, query: Query, text_memories: Sequence[TextualMemoryItem], max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
-        """Answers behind the longest stored prefix, prefills the rest as text, and observes each memory's use."""
+        """Answers behind the longest stored prefix, prefills the rest as text, and observes the use.
+
+        The answer's `note` says so where a memory's KV was there and was not loaded, since prefilling is sooner done;
+        its `lossy`, where the KV had been in a compressed tier.
+        """
         with self.lend(text_memories) as cache:
             generation = self.backend.generate(query, cache, max_new_tokens, sampling)
-        for memory in text_memories:
-            self.observe(memory, query)
+        self.observe(text_memories, query)
         return generation
 
     @contextmanager
     def lend(self, text_memories: Sequence[TextualMemoryItem]) -> Iterator[LentCache]:
         """The cache that `answer` uses, for a block in which builds stand aside. Observes nothing."""
-        with self.gate.request(), self.shelf.lend(text_memories) as cache:
+        with self.gate.request(), self.lender.lend(text_memories) as cache:
             yield cache
 
     def tick(self) -> list[Move]:
         """Takes in what was observed, plans, and carries the plan out; the moves that were made. One tick at a time."""
         with self._ticking:
-            self._take_in()
+            self._intake.take_in()
             barred = self.failures.barred(self.planner.table.now)
             made = []
             for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred):
                 if not self._closing.is_set() and self._carry_out(move):
                     made.append(move)
-            if self.journal is not None and self.journal.appended >= SNAPSHOT_EVERY:
-                self._snapshot(self.journal)
+            self.lender.probe()
+            self._intake.snapshot()
             return made
 
     def explain(self, memory_id: str) -> str:
         """Why a memory is where it is, in one line with its numbers. Raises UnknownMemoryError."""
         with self._ticking:
-            self._take_in()
-            if memory_id not in self.shelf.texts:
+            self._intake.take_in()
+            if memory_id not in self.shelf.texts and memory_id not in self.shelf.groups.members:
                 raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.shelf.texts)} memories.")
             tiers = self.shelf.tiers()
             place = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
-            return f"{memory_id} is {place}. {self.planner.explain(memory_id, tiers)}{self.failures.explain(memory_id)}"
+            why = self.planner.explain(memory_id, tiers) + self.lender.explain(memory_id)
+            return f"{memory_id} is {place}. {why}{self.failures.explain(memory_id)}"
 
     def start(self, interval_s: float = 0.5) -> None:
         """Ticks in a thread of its own: after an observation, and every `interval_s` at least."""
@@ -145,39 +156,11 @@ class MemScheduler:
         if self._thread is not None:
             self._thread.join()
         with self._ticking:
-            self._take_in()
+            self._intake.take_in()
+            self._intake.snapshot(every=0)
             if self.journal is not None:
-                self._snapshot(self.journal)
                 self.journal.close()
             self.items.close()
-
-    def _hold(self, memory: TextualMemoryItem) -> None:
-        if self.shelf.hold(memory):
-            if self._building == memory.id:
-                self.gate.cancel()
-            self._note("text", memory.id, 0, memory.model_dump(mode="json"))
-
-    def _note(self, kind: str, memory_id: str, query_tokens: int, memory: dict[str, Any] | None = None) -> None:
-        self._seen.append((kind, memory_id, query_tokens))
-        if self.journal is not None:
-            self.journal.append({"kind": kind, "id": memory_id, "query_tokens": query_tokens, "memory": memory})
-
-    def _take_in(self) -> None:
-        """Counts what was observed since the last tick."""
-        while self._seen:
-            kind, memory_id, query_tokens = self._seen.popleft()
-            if kind == "use":
-                self.planner.used(memory_id, query_tokens)
-                continue
-            if memory_id in self.planner.table.row_of:  # a text that was there before: an edit
-                self.planner.edited(memory_id)
-            self.failures.pop(memory_id, None)
-            try:
-                tokens = len(self.shelf.tokens(self.shelf.texts[memory_id]).token_ids)
-            except PromptError as error:
-                tokens = 0
-                self._failed(memory_id, error)
-            self.planner.sized(memory_id, tokens)
 
     def _carry_out(self, move: Move) -> bool:
         if move.target is None:
@@ -193,15 +176,15 @@ class MemScheduler:
             return False
 
     def _build(self, memory_id: str, tier: str) -> bool:
-        text = self.shelf.texts[memory_id]
-        nbytes = self.planner.table.nbytes[self.planner.table.row_of[memory_id]]
-        if nbytes > self.items.budgets[tier] - self.items.used_bytes()[tier]:
+        tokens = int(self.planner.table.tokens[self.planner.table.row_of[memory_id]])
+        if self.items.size(tier, tokens) > self.items.budgets[tier] - self.items.used_bytes()[tier]:
             return False  # what should have left is in use; the next tick plans anew
         self._building = memory_id
         try:
+            texts = self.shelf.texts_of(memory_id)
             with self.gate.build(self.backend.model):
-                item = self.backend.build(text.memory, textual_memory=text)
-            stored = self.shelf.store(text, item, tier)
+                item = self.shelf.build(memory_id, texts)
+            stored = self.shelf.store(memory_id, texts, item, tier)
         except BuildCancelled:
             self.cancelled_builds += 1
             return False
@@ -216,24 +199,3 @@ class MemScheduler:
 
     def _failed(self, memory_id: str, error: Exception) -> None:
         self.failures.add(memory_id, error, self.planner.table.now)
-
-    def _snapshot(self, journal: Journal) -> None:
-        with self._observing:  # nothing is noted between the counts and the new journal
-            self._take_in()
-            texts = [memory.model_dump(mode="json") for memory in self.shelf.texts.values()]
-            state = {"planner": self.planner.state(), "texts": texts, "failures": self.failures.state()}
-            journal.snapshot(state)
-
-    def _restore(self, journal: Journal) -> None:
-        state, events = journal.read()
-        if state is not None:
-            self.planner.restore(state["planner"])
-            for memory in state["texts"]:
-                self.shelf.hold(TextualMemoryItem(**memory))
-            self.failures = Failures.of_state(state["failures"])
-        for event in events:
-            if event["memory"] is not None:
-                self.shelf.hold(TextualMemoryItem(**event["memory"]))
-            self._seen.append((event["kind"], event["id"], event["query_tokens"]))
-        self._take_in()
-        self._snapshot(journal)

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 
-from kvmem import dynamic_cache
 from kvmem.backends.hf import HFBackend
-from kvmem.costs import Costs
-from kvmem.dynamic_cache import LentCache
-from kvmem.errors import StorageError, UnknownMemoryError
-from kvmem.items import KVCacheItem, MemoryTokens, TextualMemoryItem
+from kvmem.errors import UnknownMemoryError
+from kvmem.grouping import Groups
+from kvmem.items import KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
 from kvmem.merge import joined_tokens
-from kvmem.prompt import common_prefix
 from kvmem.tiers import TieredItems
+
+Texts = tuple[TextualMemoryItem, ...]
+"""What KV is built from: one text memory, or a group's in their order."""
 
 
 class Shelf:
-    """Text is the truth: KV is served only for the very text that it was built from, token for token. Thread-safe."""
+    """Text is the truth: KV is kept only for the very texts that it was built from. Thread-safe.
 
-    def __init__(self, backend: HFBackend, items: TieredItems, separator: str, costs: Costs) -> None:
-        self.backend, self.items, self.costs = backend, items, costs
+    An id is a memory's, or a group's: the joined KV of several memories, which goes when one of their texts changes.
+    """
+
+    def __init__(self, backend: HFBackend, items: TieredItems, separator: str) -> None:
+        self.backend, self.items = backend, items
         self.texts: dict[str, TextualMemoryItem] = {}
-        self.unreadable: dict[str, str] = {}
-        """Memories whose KV was found damaged on disk when wanted, with the reason; dropped, and answered as text."""
-        self.not_worth_loading = 0
-        """How often a memory was answered as text because its tier brings it no sooner than prefilling it anew."""
+        self.groups = Groups()
         self._separator_ids = backend.template.separator_ids(separator)
         self._tokens: dict[str, MemoryTokens] = {}
-        self._stored: dict[str, str] = {}  # memory id -> kv_cache_id
+        self._stored: dict[str, str] = {}  # id -> kv_cache_id
         self._lock = threading.Lock()
 
     def hold(self, memory: TextualMemoryItem) -> bool:
@@ -40,8 +39,17 @@ class Shelf:
                 return False
             self.texts[memory.id] = memory
             self._tokens.pop(memory.id, None)
-            self._forget(memory.id)
+            for built_from_it in (memory.id, *self.groups.of(memory.id)):
+                self._forget(built_from_it)
             return True
+
+    def members(self, id_: str) -> tuple[str, ...]:
+        """The memories of a group, in order; a memory is its own."""
+        return self.groups.members.get(id_, (id_,))
+
+    def texts_of(self, id_: str) -> Texts:
+        """What its KV is built from, as it now is."""
+        return tuple(self.texts[memory_id] for memory_id in self.members(id_))
 
     def tokens(self, memory: TextualMemoryItem) -> MemoryTokens:
         """What the memory's KV holds, or would hold. Raises PromptError for a text that can't be stored."""
@@ -54,93 +62,93 @@ class Shelf:
                     self._tokens[memory.id] = tokens
         return tokens
 
-    @contextmanager
-    def lend(self, memories: Sequence[TextualMemoryItem]) -> Iterator[LentCache]:
-        """A cache for the prompt that holds these memories in this order, for use inside the block.
+    def joint(self, memories: Sequence[TextualMemoryItem]) -> MemoryTokens:
+        """What KV of these memories, in this order, holds. Raises PromptError, as `tokens`."""
+        tokens = [self.tokens(memory) for memory in memories]
+        return tokens[0] if len(tokens) == 1 else joined_tokens(tokens, self._separator_ids)
 
-        It holds the longest exact prefix that is stored, which may be nothing; the prompt is the same either way.
-        """
-        if not memories:
-            raise UnknownMemoryError("No text memory is given. Give one, or use backend.generate without a cache.")
-        joint = joined_tokens([self.tokens(memory) for memory in memories], self._separator_ids)
-        with ExitStack() as lease:
-            item = self._use(memories[0], lease)
-            held = item and self._prefix(item, joint)
-            yield held or dynamic_cache.lend_nothing(joint, self.backend.model_config)
+    def build(self, id_: str, texts: Texts) -> KVCacheItem:
+        """Builds the KV of `texts`, a group's by a joint prefill (`Reprefill`'s way), and does not keep it."""
+        if len(texts) == 1:
+            return self.backend.build(texts[0].memory, textual_memory=texts[0])
+        source = TextualMemoryItem(id=id_, memory="", metadata={"texts": [text.memory for text in texts]})
+        return self.backend.build_tokens(self.joint(texts), textual_memory=source)
 
-    def _use(self, memory: TextualMemoryItem, lease: ExitStack) -> KVCacheItem | None:
-        with self._lock:
-            item_id = self._stored.get(memory.id)
-        if item_id is None:
-            return None
-        try:
-            if not self._pays(item_id):
-                self.not_worth_loading += 1
-                return None
-            item = lease.enter_context(self.items.use(item_id))
-        except UnknownMemoryError:  # evicted since
-            return None
-        except StorageError as error:
-            self.unreadable[memory.id] = str(error)
-            self.evict(memory.id)
-            return None
-        return item if item.metadata.tokens.source == memory.memory else None
-
-    def _pays(self, item_id: str) -> bool:
-        return bool(self.costs.saved_s(self.items.metadata(item_id).token_count, 0.0, self.items.tier_of(item_id)) > 0)
-
-    def _prefix(self, item: KVCacheItem, joint: MemoryTokens) -> LentCache | None:
-        shared = common_prefix(item.metadata.tokens.token_ids, joint.token_ids)
-        lent = dynamic_cache.lend(
-            item.kv_cache, joint.model_copy(update={"token_ids": joint.token_ids[:shared]}), self.backend.model_config
-        )
-        return lent if shared and dynamic_cache.crop(lent, shared) else None
-
-    def store(self, memory: TextualMemoryItem, item: KVCacheItem, tier: str) -> bool:
-        """Puts the KV of `memory` into `tier`. False, and nothing kept, if the text has changed since it was built.
+    def store(self, id_: str, texts: Texts, item: KVCacheItem, tier: str) -> bool:
+        """Puts the KV of `texts` into `tier`. False, and nothing kept, if a text has changed since it was built.
 
         Raises BudgetError if it does not fit.
         """
         self.items.put(item, tier)
         with self._lock:
-            current = self.texts.get(memory.id)
-            if current is None or current.memory != memory.memory:
+            if [text.memory for text in self.texts_of(id_)] != [text.memory for text in texts]:
                 self.items.drop(item.kv_cache_id)
                 return False
-            self._forget(memory.id)
-            self._stored[memory.id] = item.kv_cache_id
+            self._forget(id_)
+            self._stored[id_] = item.kv_cache_id
             return True
 
-    def move(self, memory_id: str, tier: str) -> bool:
+    def beginning_as(self, memories: Sequence[TextualMemoryItem]) -> list[tuple[str, str]]:
+        """(id, kv_cache_id) of what begins with the first of `memories`, and holds no other text of any of them."""
+        first = memories[0].id
+        with self._lock:
+            ids = [id_ for id_ in (first, *self.groups.of(first)) if self.members(id_)[0] == first]
+            stored = [(id_, self._stored[id_]) for id_ in ids if id_ in self._stored]
+        return [(id_, item_id) for id_, item_id in stored if self._is_of(id_, item_id, memories)]
+
+    def _is_of(self, id_: str, item_id: str, memories: Sequence[TextualMemoryItem]) -> bool:
+        try:
+            built_from = self._sources(id_, self.items.metadata(item_id))
+        except UnknownMemoryError:  # evicted since
+            return False
+        for member, text, memory in zip(self.members(id_), built_from, memories, strict=False):
+            if member != memory.id:
+                break
+            if text != memory.memory:
+                return False
+        return True
+
+    def _sources(self, id_: str, metadata: KVCacheMetadata) -> list[object]:
+        """The texts that an item was built from."""
+        if id_ in self.groups.members:
+            assert metadata.textual_memory is not None  # given in `build`
+            return list(metadata.textual_memory.metadata["texts"])
+        return [metadata.tokens.source]
+
+    def move(self, id_: str, tier: str) -> bool:
         """Moves the KV to another tier; False where it is in use, or gone. Raises BudgetError or StorageError."""
         with self._lock:
-            item_id = self._stored.get(memory_id)
+            item_id = self._stored.get(id_)
         try:
             return item_id is not None and self.items.move(item_id, tier)
         except UnknownMemoryError:  # its text changed meanwhile
             return False
 
-    def evict(self, memory_id: str) -> bool:
+    def evict(self, id_: str) -> bool:
         """Forgets the KV; the text stays. False if there was none."""
         with self._lock:
-            return self._forget(memory_id)
+            return self._forget(id_)
+
+    def stored(self) -> dict[str, tuple[str, str]]:
+        """Id -> (kv_cache_id, tier), for what has KV."""
+        with self._lock:
+            return {id_: (item_id, self.items.tier_of(item_id)) for id_, item_id in self._stored.items()}
 
     def tiers(self) -> dict[str, str]:
-        """Memory id -> tier, for the memories that have KV."""
-        with self._lock:
-            return {memory_id: self.items.tier_of(item_id) for memory_id, item_id in self._stored.items()}
+        """Id -> tier, for what has KV."""
+        return {id_: tier for id_, (_, tier) in self.stored().items()}
 
     def adopt(self) -> None:
         """Takes up the items that an earlier process left in the tiers, and drops those whose text is another now."""
         for item_id in self.items.ids():
             metadata = self.items.metadata(item_id)
-            source = metadata.textual_memory
-            text = source and self.texts.get(source.id)
-            if source and text and metadata.tokens.source == text.memory and source.id not in self._stored:
-                self._stored[source.id] = item_id
+            id_ = metadata.textual_memory.id if metadata.textual_memory else ""
+            known = id_ not in self._stored and all(member in self.texts for member in self.members(id_))
+            if known and self._sources(id_, metadata) == [text.memory for text in self.texts_of(id_)]:
+                self._stored[id_] = item_id
             else:
                 self.items.drop(item_id)
 
-    def _forget(self, memory_id: str) -> bool:
-        item_id = self._stored.pop(memory_id, None)
+    def _forget(self, id_: str) -> bool:
+        item_id = self._stored.pop(id_, None)
         return item_id is not None and self.items.drop(item_id)

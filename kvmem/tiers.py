@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import torch
 from kvmem import arriving, dynamic_cache
 from kvmem.backends import Backend
 from kvmem.cold import ColdPlace
+from kvmem.compressed import BITS, CompressedPlace
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
 from kvmem.items import KVCacheItem, KVCacheMetadata
+from kvmem.loads import LoadTimes
 from kvmem.places import DiskPlace, MemoryPlace, Place
 
 
@@ -23,6 +26,8 @@ from kvmem.places import DiskPlace, MemoryPlace, Place
 class _Entry:
     tier: str
     nbytes: int
+    """Where it is."""
+    built_bytes: int
     metadata: KVCacheMetadata
     leases: int = 0
     moving: bool = False
@@ -36,10 +41,11 @@ class TieredItems:
     budgets: bytes by tier, fastest first: `gpu` (where the model is), `ram` (host memory, pinned where the model is on
     a GPU), `disk` (in `folder`) and `cold` (at the URL `cold`), both one process at a time. A move has its place in the
     new tier booked before a byte is copied, and its old place freed after. An item in use is neither moved nor freed.
-    Safe from several threads.
+    `disk_int8` and `disk_int4` (in `folder` too) lose: the metadata of what was there is `lossy` from then on, wherever
+    it goes, and so is every cache and answer that it has a part in. Safe from several threads.
     """
 
-    NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk", "cold")
+    NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk", "cold", *(f"disk_{scheme}" for scheme in BITS))
 
     def __init__(
         self, backend: Backend, budgets: Mapping[str, int], folder: str | Path | None = None, cold: str | None = None
@@ -49,12 +55,17 @@ class TieredItems:
         self.budgets = dict(budgets)
         self.refused: dict[str, str] = {}
         """What an earlier process left and was not taken up, by the file's name or the item's id, with the reason."""
+        self.loads = LoadTimes()
+        """What bringing an item from each tier has taken, measured whenever one was. Host memory is at hand: to a GPU
+        its bytes come behind the forward pass, and what that can't hide is not counted."""
         self._backend = backend
         self._entries: dict[str, _Entry] = {}
         self._coming: set[str] = set()
         self._used = dict.fromkeys(self.budgets, 0)
         self._lock = threading.Lock()
         self._places = {name: self._open(name, folder, cold) for name in self.budgets}
+        self.timed = {name for name, place in self._places.items() if not isinstance(place, MemoryPlace)}
+        """The tiers whose loads are measured in `loads`."""
 
     def _open(self, name: str, folder: str | Path | None, cold: str | None) -> Place:
         on_gpu = self._backend.device.type == "cuda"
@@ -71,26 +82,30 @@ class TieredItems:
                 raise ConfigError("The tier 'cold' needs a URL. Give one as `cold`, or leave the tier out.")
             return self._take_up(name, ColdPlace(self._backend, cold))
         if folder is None:
-            raise ConfigError("The tier 'disk' needs a folder. Give one, or leave the tier out.")
-        return self._take_up(name, DiskPlace(self._backend, Path(folder)))
+            raise ConfigError(f"The tier {name!r} needs a folder. Give one, or leave the tier out.")
+        scheme = name.removeprefix("disk_")
+        place = CompressedPlace(self._backend, Path(folder) / scheme, scheme) if scheme in BITS else None
+        return self._take_up(name, place or DiskPlace(self._backend, Path(folder)))
 
     def _take_up(self, name: str, place: DiskPlace | ColdPlace) -> Place:
         found, refused = place.found()
         self.refused |= refused
         for item in found:
             twice = item.item_id in self._entries
-            if twice or self._used[name] + item.nbytes > self.budgets[name]:
+            nbytes = place.nbytes(item.metadata.token_count, item.nbytes)
+            if twice or self._used[name] + nbytes > self.budgets[name]:
                 why = "in a faster tier too" if twice else f"over the tier's {self.budgets[name]} bytes"
                 self.refused[item.item_id] = f"{why}; deleted"
                 place.drop(item.item_id)
                 continue
-            self._entries[item.item_id] = _Entry(name, item.nbytes, item.metadata)
-            self._used[name] += item.nbytes
+            self._entries[item.item_id] = _Entry(name, nbytes, item.nbytes, item.metadata)
+            self._used[name] += nbytes
         return place
 
     def put(self, item: KVCacheItem, tier: str) -> None:
         """Copies a new item into `tier`. Raises BudgetError if it does not fit, DuplicateMemoryError for a known id."""
-        item_id, nbytes = item.kv_cache_id, dynamic_cache.nbytes(item.kv_cache)
+        item_id, built_bytes = item.kv_cache_id, dynamic_cache.nbytes(item.kv_cache)
+        nbytes = self._size(tier, item.metadata.token_count, built_bytes)
         with self._lock:
             if item_id in self._entries or item_id in self._coming:
                 raise DuplicateMemoryError(f"The id {item_id} is already in the tiers. Drop it first.")
@@ -104,7 +119,7 @@ class TieredItems:
             with self._lock:
                 self._coming.remove(item_id)
                 if stored:
-                    self._entries[item_id] = _Entry(tier, nbytes, item.metadata)
+                    self._entries[item_id] = _Entry(tier, nbytes, built_bytes, self._places[tier].marked(item.metadata))
                 else:
                     self._used[tier] -= nbytes
 
@@ -118,9 +133,9 @@ class TieredItems:
         with self._lock:
             entry = self._entry(item_id)
             entry.leases += 1
-            place = self._places[entry.tier]
+            tier = entry.tier
         try:
-            item = place.read(item_id)
+            item = self._read(item_id, tier, entry.nbytes)
             cache = arriving.to_device(item.kv_cache, self._backend.device, self._backend.model_config)
             yield KVCacheItem(cache, item.metadata, item.kv_cache_id)
         finally:
@@ -137,20 +152,23 @@ class TieredItems:
                 return False
             if entry.tier == tier:
                 return True
-            self._book(item_id, tier, entry.nbytes)
+            nbytes = self._size(tier, entry.metadata.token_count, entry.built_bytes)
+            self._book(item_id, tier, nbytes)
             entry.moving = True
-        source, target = self._places[entry.tier], self._places[tier]
+        source, target = entry.tier, self._places[tier]
         copied = moved = False
         try:
-            target.take(source.read(item_id))
+            target.take(self._read(item_id, source, entry.nbytes))
             copied = True
         finally:
             with self._lock:
                 entry.moving = False
                 moved = copied and not entry.leases and not entry.gone
                 if moved:
+                    entry.metadata = target.marked(entry.metadata)
                     entry.tier, tier = tier, entry.tier  # what is freed below is the old place
-                self._used[tier] -= entry.nbytes
+                    entry.nbytes, nbytes = nbytes, entry.nbytes
+                self._used[tier] -= nbytes
                 if copied:
                     self._places[tier].drop(item_id)
                 self._free_if_gone(item_id, entry)
@@ -188,6 +206,27 @@ class TieredItems:
         for place in self._places.values():
             place.close()
 
+    def nbytes(self, item_id: str) -> int:
+        """Of its keys and values, where it is."""
+        with self._lock:
+            return self._entry(item_id).nbytes
+
+    def size(self, tier: str, tokens: int) -> int:
+        """What keys and values of `tokens` take in a tier, of a model with full attention."""
+        return self._size(tier, tokens, self._backend.fingerprint.kv_bytes(tokens))
+
+    def _size(self, tier: str, tokens: int, built_bytes: int) -> int:
+        if tier not in self.budgets:
+            raise ConfigError(f"Unknown tier {tier!r}. {did_you_mean(tier, self.budgets)}")
+        return self._places[tier].nbytes(tokens, built_bytes)
+
+    def _read(self, item_id: str, tier: str, nbytes: int) -> KVCacheItem:
+        started = time.perf_counter()
+        item = self._places[tier].read(item_id)
+        if tier in self.timed:
+            self.loads.took(tier, nbytes, time.perf_counter() - started)
+        return item
+
     def _entry(self, item_id: str) -> _Entry:
         entry = self._entries.get(item_id)
         if entry is None or entry.gone:
@@ -195,8 +234,6 @@ class TieredItems:
         return entry
 
     def _book(self, item_id: str, tier: str, nbytes: int) -> None:
-        if tier not in self.budgets:
-            raise ConfigError(f"Unknown tier {tier!r}. {did_you_mean(tier, self.budgets)}")
         free = self.budgets[tier] - self._used[tier]
         if nbytes > free:
             raise BudgetError(

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"errors"}, {"discover"}, {"fingerprint"}, {"items"}, {"dynamic_cache", "rope", "forward", "models"},
     {"prompt", "merge", "storage", "usage", "graph", "arriving"},
-    {"unverified", "policies", "journal", "polite", "failures"}, {"backends"}, {"config", "costs", "places"}, {"cold"},
-    {"memory", "tiers", "planner"}, {"shelf"}, {"scheduler"},
+    {"unverified", "policies", "journal", "polite", "failures", "loads", "grouping"}, {"backends"},
+    {"config", "costs", "places"}, {"cold", "compressed"}, {"memory", "tiers", "planner"}, {"shelf"},
+    {"intake", "lending"}, {"scheduler"},
 )  # fmt: skip
 FLOOR_OF = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 

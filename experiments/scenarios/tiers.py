@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments.bench import Bench
 from experiments.in_every_tier import COLD, RECOMPUTE, WARM, InEveryTier
+from experiments.lossy import Quality
 from experiments.row import Row
 from experiments.scenarios import Scenario
 from experiments.transfer import transfer_s
@@ -40,12 +41,19 @@ class Tiers(Scenario):
 
     A TTFT runs from the prompt's token ids to the first token on the host, and holds what the tier takes to bring the
     bytes. Warm: the file is in the page cache; cold: it was taken out just before (`cached` says how much was left).
+
+    A compressed tier is lossy: its answer is graded against the prompt's, and `nll` is the mean negative log-likelihood
+    (nats a token) of the memory's last 64 tokens behind its KV; the resident memory's stands in its own row.
     """
 
     context_tokens: Annotated[list[PositiveInt], Field(min_length=2)] = field(
         default_factory=lambda: [128, 512, 1024, 2048]
     )
     repeats: int = Field(default=5, ge=1)
+    compressed: list[str] = field(default_factory=lambda: ["disk_int8", "disk_int4"])
+    """Tiers that lose, beside the exact ones; their files are in the page cache. []: none, and no hqq needed."""
+    answer_tokens: int = Field(default=16, ge=1)
+    """Greedy tokens by which an answer from a compressed tier is graded."""
     folder: str = "outputs"
     """Where the disk tier is, and removed again: choose the disk that memories will live on."""
 
@@ -79,18 +87,24 @@ class Tiers(Scenario):
         bench.memory.extract(text)  # warms up this shape
         item = bench.memory.extract(text)
         question = asked(template, texts.ask(()).variants[0])
-        places = InEveryTier(bench, item, question, folder / str(tokens))
+        places = InEveryTier(bench, item, question, folder / str(tokens), self.compressed)
         rng = random.Random(bench.config.seed)
         rounds = [places.round(rng) for _ in range(1 + self.repeats)][1:]
         seconds = {place: [taken[place].seconds for taken in rounds] for place in rounds[0]}
-        tokens_of = {taken[place].token for taken in rounds for place in taken}
+        exact = [place for place in seconds if place not in self.compressed]
+        tokens_of = {taken[place].token for taken in rounds for place in exact}
         length = Length(
             tokens, len(places.prompt.query_ids), item.metadata.kv_bytes, seconds,
             cached_pct=max(taken[COLD].cached_pct for taken in rounds),
             read_s={place: median(taken[place].read_s for taken in rounds) for place in (COLD, WARM)},
-            fetch_s={place: median(taken[place].fetch_s for taken in rounds) for place in (COLD, WARM)},
+            fetch_s={
+                place: median(taken[place].fetch_s for taken in rounds) for place in (COLD, WARM, *self.compressed)
+            },
             transfer_s=transfer_s(item.metadata.kv_bytes, bench.backend.device),
             wrong=places.wrong(len(tokens_of)),
+            quality=places.quality(self.answer_tokens) if self.compressed else {},
+            lossy_bytes={place: places.nbytes(place) for place in self.compressed},
+            nll=places.nll(),
         )  # fmt: skip
         places.close()
         return length
@@ -98,20 +112,29 @@ class Tiers(Scenario):
     def _row(self, bench: Bench, length: Length, place: str, even: int | None, conditions: dict[str, Any]) -> Row:
         ttft_s = length.ttft_s(place)
         on_disk = place in (COLD, WARM)
+        quality = length.quality.get(place)
+        kv_bytes = length.lossy_bytes.get(place, length.kv_bytes)
+        equality = quality.equality.grade if quality else "diverged" if length.wrong else "bitwise"
+        of_resident = length.nll if place == length.resident else None
         extra: dict[str, Any] = {
-            "memory_tokens": length.tokens, "kv_bytes": length.kv_bytes, "ttft_s": ttft_s,
+            "memory_tokens": length.tokens, "kv_bytes": kv_bytes, "ttft_s": ttft_s,
             "over_resident": ttft_s / length.ttft_s(length.resident),
             "saved_pct": 100 * (1 - ttft_s / length.ttft_s(RECOMPUTE)),
             "fetch_s": length.fetch_s.get(place), "read_s": length.read_s.get(place),
             "of_read_pct": 100 * length.read_s[place] / length.fetch_s[place] if on_disk else None,
             "cached_pct": length.cached_pct if place == COLD else None, "transfer_s": length.transfer_s,
             "break_even_tokens": even, "ttft_all_s": length.seconds[place],
+            "equality": equality, "nll": quality.nll if quality else of_resident,
+            "nll_above_built": quality.nll - length.nll if quality and length.nll is not None else None,
+            "lossy": place.removeprefix("disk_") if quality else None,
         }  # fmt: skip
         return bench.row(
             self.name, arm=place, tier=place.partition(",")[0], context_tokens=length.tokens,
-            query_tokens=length.query_tokens, pairs=self.repeats, kv_bytes=length.kv_bytes,
-            equality="diverged" if length.wrong else "bitwise", verdict="invalid" if length.wrong else "ok",
-            verdict_reason=length.wrong, conditions=conditions, extra=extra,
+            query_tokens=length.query_tokens, pairs=self.repeats, kv_bytes=kv_bytes,
+            equality=equality, first_difference=quality.equality.first_difference if quality else None,
+            logit_max_abs_diff=quality.equality.logit_max_abs_diff if quality else None,
+            verdict="invalid" if length.wrong else "ok", verdict_reason=length.wrong,
+            conditions=conditions, extra=extra,
         )  # fmt: skip
 
 
@@ -128,6 +151,10 @@ class Length:
     fetch_s: dict[str, float]
     transfer_s: float | None
     wrong: str
+    quality: dict[str, Quality] = field(default_factory=dict)
+    lossy_bytes: dict[str, int] = field(default_factory=dict)
+    nll: float | None = None
+    """Of the memory as it was built."""
 
     @property
     def resident(self) -> str:

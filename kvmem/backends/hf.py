@@ -61,6 +61,10 @@ class Generation:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     cached_tokens: int
+    note: str = ""
+    """Why a memory that is stored was prefilled all the same (a scheduler's answer); "" if there is nothing to tell."""
+    lossy: str = ""
+    """What the memory's keys and values had been compressed to ("int8"); "": they were the bits that were built."""
 
 
 class HFBackend(MeasuredBackend):
@@ -103,7 +107,12 @@ class HFBackend(MeasuredBackend):
     def build(
         self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
     ) -> KVCacheItem:
-        tokens = self.template.memory_tokens(source)
+        return self.build_tokens(self.template.memory_tokens(source), textual_memory, base)
+
+    def build_tokens(
+        self, tokens: MemoryTokens, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+    ) -> KVCacheItem:
+        """As `build`, of tokens that are known already: those of several texts joined, for one."""
         self._check_length(len(tokens.token_ids))
         started = time.perf_counter()
         cache = self._prefilled(tokens.token_ids, base)
@@ -119,16 +128,21 @@ class HFBackend(MeasuredBackend):
                 kv_bytes=dynamic_cache.nbytes(stored),
                 fingerprint=self.fingerprint,
                 textual_memory=_textual_source(textual_memory),
+                lossy=base.metadata.lossy if base is not None else "",
             ),
         )
 
     def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentCache:
         if len(items) == 1:
-            return dynamic_cache.lend(items[0].kv_cache, items[0].metadata.tokens, self.model_config)
+            return dynamic_cache.lend(
+                items[0].kv_cache, items[0].metadata.tokens, self.model_config, items[0].metadata.lossy
+            )
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids))
-        return dynamic_cache.lend(merge.merge(items, separator_ids, self.model), tokens, self.model_config)
+        marks = [] if merge.exact else sorted({item.metadata.lossy for item in items} - {""})  # exact: computed anew
+        merged = merge.merge(items, separator_ids, self.model)
+        return dynamic_cache.lend(merged, tokens, self.model_config, ", ".join(marks))
 
     def split(self, query: Query, kv_cache: LentCache | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it exceeds the positions."""
@@ -191,7 +205,7 @@ class HFBackend(MeasuredBackend):
         """An answer to `query` (text or chat turns) behind a lent cache, or behind nothing."""
         prompt = self.split(query, kv_cache)
         ids = tuple(self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()))
-        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids))
+        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), **told_of(prompt, kv_cache))
 
     def stream(
         self,
@@ -253,6 +267,13 @@ class HFBackend(MeasuredBackend):
 def held_by(base: KVCacheItem, token_ids: tuple[int, ...]) -> int:
     """How many of `token_ids` `base` holds from the start, the last one never: its logits are wanted."""
     return min(common_prefix(base.metadata.tokens.token_ids, token_ids), len(token_ids) - 1)
+
+
+def told_of(prompt: TokenizedPrompt, kv_cache: LentCache | None) -> dict[str, str]:
+    """What an answer says of the cache that it came from."""
+    if kv_cache is None:
+        return {}
+    return {"note": kv_cache.note, "lossy": kv_cache.lossy if prompt.memory_ids else ""}
 
 
 def _textual_source(memory: TextualMemoryItem | None) -> TextualSource | None:

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from transformers import DynamicCache
 
 from kvmem import dynamic_cache, models
-from kvmem.backends.hf import Generation, HFBackend, HFConfig, held_by
+from kvmem.backends.hf import Generation, HFBackend, HFConfig, held_by, told_of
 from kvmem.backends.measured import FirstToken
 from kvmem.backends.sampling import Sampler, Sampling
 from kvmem.dynamic_cache import LentCache
@@ -87,7 +87,7 @@ class HFGraphBackend(HFBackend):
         first = int(logits_V.argmax())
         ends = self.end_tokens
         ids = () if first in ends else (first, *self.engine.greedy(answer, first, max_new_tokens - 1, ends))
-        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids))
+        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), **told_of(prompt, kv_cache))
 
     def answer_batch(
         self,
@@ -118,7 +118,7 @@ class HFGraphBackend(HFBackend):
                 break
             logits_BV = branches.extend([(token,) for token in tokens])
         return [
-            Generation(self._text(answer), tuple(answer), len(prompt.ids), held)
+            Generation(self._text(answer), tuple(answer), len(prompt.ids), held, **told_of(prompt, kv_cache))
             for answer, prompt in zip(answers, prompts, strict=True)
         ]
 

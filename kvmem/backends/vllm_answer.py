@@ -63,6 +63,6 @@ def verified(
     if ids and ids[-1] in end_tokens and answer.finish_reason == "stop":
         ids = ids[:-1]
     return VLLMGeneration(
-        decode(ids), ids, len(prompt.ids), cached, local, injected, max(expected - cached, 0) if failed else 0,
-        preemptions,
+        decode(ids), ids, len(prompt.ids), cached, local_tokens=local, injected_tokens=injected,
+        recomputed_tokens=max(expected - cached, 0) if failed else 0, preemptions=preemptions,
     )

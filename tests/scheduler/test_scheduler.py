@@ -229,7 +229,7 @@ def test_damaged_kv_is_answered_as_text(qwen3: HFBackend, tmp_path: Path) -> Non
     path.write_bytes(bytes(data))
     answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
-    assert "checksum" in scheduler.shelf.unreadable["m0"] and scheduler.shelf.tiers() == {}
+    assert "checksum" in scheduler.lender.unreadable["m0"] and scheduler.shelf.tiers() == {}
     scheduler.close()
 
 
@@ -270,7 +270,7 @@ def test_a_load_slower_than_prefilling_is_not_done(qwen3: HFBackend, tmp_path: P
         use(scheduler, MEMORIES[0], 6)
         assert [move.target for move in scheduler.tick()] == ["disk"]
         served[name] = scheduler.answer(QUERY, [MEMORIES[0]], 8)
-        assert scheduler.shelf.not_worth_loading == (name == "slow")
+        assert scheduler.lender.not_worth_loading == (name == "slow")
         scheduler.close()
     assert served["slow"].cached_tokens == 0 < served["fast"].cached_tokens
     assert served["slow"].token_ids == served["fast"].token_ids

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import compose, page_cache, tables
 from experiments.bench import Bench
+from experiments.run import problems
 from experiments.scenarios.tiers import Length, break_even_tokens
 from kvmem.costs import Costs
 from kvmem.tiers import TieredItems
@@ -20,13 +21,21 @@ def test_a_row_for_each_place(tmp_path: Path) -> None:
     on = Bench.open(compose.validate(compose.compose(overrides)))
     (cell,) = on.config.scenario.cells(on)
     rows = on.config.scenario.measure(on, cell)
-    assert [row.arm for row in rows] == ["ram", "disk, warm", "disk, cold", "recompute"] * 2
-    assert {row.verdict for row in rows} == {"ok"} and {row.equality for row in rows} == {"bitwise"}
-    assert [row.context_tokens for row in rows] == [64] * 4 + [256] * 4
+    assert [row.arm for row in rows] == ["ram", "disk, warm", "disk, cold", "disk_int8", "disk_int4", "recompute"] * 2
+    exact = [row for row in rows if not row.extra["lossy"]]
+    assert {row.verdict for row in rows} == {"ok"} and {row.equality for row in exact} == {"bitwise"}
+    assert [row.context_tokens for row in rows] == [64] * 6 + [256] * 6
     for row in rows:
         assert row.extra["ttft_s"] > 0 and len(row.extra["ttft_all_s"]) == 2
-        assert (row.extra["of_read_pct"] is not None) == row.arm.startswith("disk")
+        assert (row.extra["of_read_pct"] is not None) == row.arm.startswith("disk,")
         assert (row.extra["over_resident"] == 1) or row.arm != "ram"
+    for resident, int8, int4 in ((rows[i], rows[i + 3], rows[i + 4]) for i in (0, 6)):
+        assert resident.kv_bytes > 3 * int8.kv_bytes > 3 * int4.kv_bytes
+        assert (int8.extra["lossy"], int4.extra["lossy"]) == ("int8", "int4")
+        assert {int8.equality, int4.equality}.isdisjoint({"bitwise", None})
+        off = [abs(row.extra["nll"] - resident.extra["nll"]) for row in (int8, int4)]
+        assert 0 < off[0] < off[1] < 2
+    assert not problems(rows, exact=True), "a loss that is told is no failure"
     assert tables.tables(rows) and list(tmp_path.iterdir()) == [], "its files are gone"
 
 

@@ -1,0 +1,54 @@
+"""What a compressed tier costs in quality: the grade of its answer, and how likely the memory's own text still is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from experiments import measure
+from experiments.equality import Equality, Trace, grade
+from kvmem import KVCacheItem, dynamic_cache
+from kvmem.backends.hf import HFBackend
+from kvmem.prompt import TokenizedPrompt
+
+SCORED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`nll`: negative log-likelihood in nats a token, lower is better."""
+
+    equality: Equality
+    nll: float
+
+
+def graded(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, direct: Trace) -> Quality:
+    """The grade of an answer behind `item`, beside that of the prompt sent whole, and `item`'s likelihood."""
+    injected = measure.trace(backend, prompt, lambda: _lent(backend, item), len(direct.token_ids))
+    equality = grade(
+        direct,
+        injected,
+        lambda step: measure.rounding_noise(backend, prompt.ids + direct.token_ids[:step], len(prompt.memory_ids)),
+    )
+    return Quality(equality, nll(backend, item))
+
+
+@torch.inference_mode()
+def nll(backend: HFBackend, item: KVCacheItem) -> float:
+    """Mean negative log-likelihood, in nats, of the last tokens of the memory's text behind the KV of all before them.
+
+    Real text that the model did not choose, and every scored token attends to what the tier gave back.
+    """
+    tokens = item.metadata.tokens
+    scored = min(SCORED_TOKENS, len(tokens.body_ids) // 2)
+    start = tokens.body_end - scored
+    cache = _lent(backend, item)
+    assert dynamic_cache.crop(cache, start)  # a compressed tier covers full attention only
+    ids = torch.tensor([tokens.token_ids[start : tokens.body_end]], device=backend.device)
+    logits_TV = backend.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits_TV, ids[0, 1:]))
+
+
+def _lent(backend: HFBackend, item: KVCacheItem) -> dynamic_cache.LentCache:
+    return dynamic_cache.lend(item.kv_cache, item.metadata.tokens, backend.model_config, item.metadata.lossy)
