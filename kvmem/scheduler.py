@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvmem.backends.hf import Generation, HFBackend
+from kvmem.backends.generation import Generation
+from kvmem.backends.hf import HFBackend
 from kvmem.backends.sampling import Sampling
 from kvmem.costs import Costs
 from kvmem.dynamic_cache import LentCache

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from kvmem.backends.hf import HFBackend, HFConfig
+from kvmem.backends.hf import HFBackend
+from kvmem.backends.hf_config import HFConfig
 from kvmem.models import Loaded
 from tests.tiny import SHAPES, loaded, with_template
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvmem.backends.hf import HFBackend, HFConfig
+from kvmem.backends.hf import HFBackend
+from kvmem.backends.hf_config import HFConfig
 from kvmem.backends.hf_ranks import HFRanksBackend, HFRanksConfig
 from kvmem.dynamic_cache import layers_of
 from kvmem.errors import ConfigError

@@ -4,67 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass as plain_dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from transformers import DynamicCache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kvmem import dynamic_cache, models
-from kvmem.backends import BackendConfig
+from kvmem.backends.generation import Generation, told_of
+from kvmem.backends.hf_config import DTYPES, HFConfig
 from kvmem.backends.measured import FirstToken, GreedyAnswer, MeasuredBackend
 from kvmem.backends.sampling import Sampler, Sampling
 from kvmem.backends.streaming import Token, as_text
 from kvmem.dynamic_cache import LentCache
-from kvmem.errors import ConfigError, PromptError, did_you_mean
+from kvmem.errors import ConfigError, PromptError
 from kvmem.fingerprint import fingerprint
 from kvmem.forward import decode_one_token, prefill
 from kvmem.items import KVCacheItem, KVCacheMetadata, MemoryTokens, Source, TextualMemoryItem, TextualSource
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt, common_prefix
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
-class HFConfig(BackendConfig):
-    """The keys of `extractor_llm["config"]` for the backend `huggingface`."""
-
-    backend: ClassVar[str] = "huggingface"
-
-    model_name_or_path: str = models.PACKAGED
-    """A hub name, a local folder, `smollm2-135m`, or `random:<shape>`."""
-    device: str = "auto"
-    """auto: the GPU if there is one."""
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: float32 on a CPU and bfloat16 on a GPU."""
-    attn_implementation: str = "sdpa"
-    """transformers' name of the attention kernel: eager, sdpa, flash_attention_2, …"""
-    tokenizer_name_or_path: str | None = None
-    """None: the model's own; for random weights the packaged model's."""
-    seed: int = 0
-    """Seed of random weights."""
-
-    def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ConfigError(f"Unknown dtype {self.dtype!r}. {did_you_mean(self.dtype, ['auto', *DTYPES])}")
-
-
-@plain_dataclass(frozen=True)
-class Generation:
-    """An answer: its text and tokens (without the end token), and how many prompt tokens came from the cache."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    cached_tokens: int
-    note: str = ""
-    """Why a memory that is stored was prefilled all the same (a scheduler's answer); "" if there is nothing to tell."""
-    lossy: str = ""
-    """What the memory's keys and values had been compressed to ("int8"); "": they were the bits that were built."""
 
 
 class HFBackend(MeasuredBackend):
@@ -267,13 +225,6 @@ class HFBackend(MeasuredBackend):
 def held_by(base: KVCacheItem, token_ids: tuple[int, ...]) -> int:
     """How many of `token_ids` `base` holds from the start, the last one never: its logits are wanted."""
     return min(common_prefix(base.metadata.tokens.token_ids, token_ids), len(token_ids) - 1)
-
-
-def told_of(prompt: TokenizedPrompt, kv_cache: LentCache | None) -> dict[str, str]:
-    """What an answer says of the cache that it came from."""
-    if kv_cache is None:
-        return {}
-    return {"note": kv_cache.note, "lossy": kv_cache.lossy if prompt.memory_ids else ""}
 
 
 def _textual_source(memory: TextualMemoryItem | None) -> TextualSource | None:

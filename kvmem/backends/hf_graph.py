@@ -16,7 +16,9 @@ from pydantic.dataclasses import dataclass
 from transformers import DynamicCache
 
 from kvmem import dynamic_cache, models
-from kvmem.backends.hf import Generation, HFBackend, HFConfig, held_by, told_of
+from kvmem.backends.generation import Generation, told_of
+from kvmem.backends.hf import HFBackend, held_by
+from kvmem.backends.hf_config import HFConfig
 from kvmem.backends.measured import FirstToken
 from kvmem.backends.sampling import Sampler, Sampling
 from kvmem.dynamic_cache import LentCache

@@ -17,7 +17,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from kvmem import dynamic_cache, models, storage
-from kvmem.backends.hf import DTYPES, HFBackend, HFConfig
+from kvmem.backends.hf import HFBackend
+from kvmem.backends.hf_config import DTYPES, HFConfig
 from kvmem.dynamic_cache import KV
 from kvmem.errors import ConfigError, StorageError
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem

@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass
 
 from kvmem import models
 from kvmem.backends import BackendConfig
-from kvmem.backends.hf import DTYPES, Generation
+from kvmem.backends.generation import Generation
+from kvmem.backends.hf_config import DTYPES
 from kvmem.backends.lent_file import LentFile
 from kvmem.backends.sampling import Sampling
 from kvmem.errors import ConfigError, did_you_mean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvmem import models
-from kvmem.backends.hf import DTYPES
+from kvmem.backends.hf_config import DTYPES
 from kvmem.backends.vllm_config import VLLMConfig
 
 MADE_IN = "vLLM's {} workers"

@@ -1,0 +1,39 @@
+"""What the backend `huggingface` can be told."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from kvmem import models
+from kvmem.backends import BackendConfig
+from kvmem.errors import ConfigError, did_you_mean
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
+class HFConfig(BackendConfig):
+    """The keys of `extractor_llm["config"]` for the backend `huggingface`."""
+
+    backend: ClassVar[str] = "huggingface"
+
+    model_name_or_path: str = models.PACKAGED
+    """A hub name, a local folder, `smollm2-135m`, or `random:<shape>`."""
+    device: str = "auto"
+    """auto: the GPU if there is one."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: float32 on a CPU and bfloat16 on a GPU."""
+    attn_implementation: str = "sdpa"
+    """transformers' name of the attention kernel: eager, sdpa, flash_attention_2, …"""
+    tokenizer_name_or_path: str | None = None
+    """None: the model's own; for random weights the packaged model's."""
+    seed: int = 0
+    """Seed of random weights."""
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ConfigError(f"Unknown dtype {self.dtype!r}. {did_you_mean(self.dtype, ['auto', *DTYPES])}")
