@@ -14,8 +14,8 @@ from tests.tiny import copy_of, same_bits
 
 TINY = [
     "model=tiny", "model.weights=random", "scenario=injection_cost", "scenario.pairs=3", "scenario.answer_tokens=6",
-    "scenario.decode_tokens=8", "workload.context_tokens=[64,128]", "workload.query_tokens=[24]",
-    "hardware.check=false", "sink=none",
+    "scenario.decode_tokens=8", "workload=python_docs", "workload.context_tokens=[64,128]",
+    "workload.query_tokens=[24]", "hardware.check=false", "sink=none",
 ]  # fmt: skip
 
 
