@@ -161,11 +161,12 @@ def _has_an_agent() -> bool:
 
 
 def _keep_files_in(run_dir: Path, config_too: bool) -> None:
-    """W&B's caches go into the run's folder, where the user's environment does not say otherwise.
+    """W&B's caches go into the run's folder, and it is quiet, where the user's environment does not say otherwise.
 
     Online, its settings stay in the user's home, for they name the server that the user logged in to.
     """
     folder = run_dir.resolve() / "wandb"
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # tracing of calls; once vLLM is there, W&B recommends it
     for name in ("CACHE", "DATA", "ARTIFACT"):
         os.environ.setdefault(f"WANDB_{name}_DIR", str(folder / name.lower()))
     if config_too:
