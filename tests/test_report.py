@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ def test_killed_run_keeps_its_rows_and_counts_the_cut_line(tmp_path):
 
 def test_killed_before_its_first_row(tmp_path):
     assert "No row yet" in report.write_report(_run(tmp_path / "a", [])).read_text()
+
+
+def test_rows_without_a_speed_up_are_headed_by_their_question(tmp_path):
+    page = report.write_report(_run(tmp_path / "a", [storage_row()])).read_text()
+    assert re.search(r"<h1[^>]*>What do dump and load cost", page)
+    odd = report.write_report(_run(tmp_path / "b", [replace(storage_row(), scenario="os.path: no scenario")])).read_text()
+    assert re.search(r"<h1[^>]*>No speed-up to show", odd)
 
 
 def test_a_folder_that_is_no_run_is_a_friendly_error(tmp_path, capsys):
