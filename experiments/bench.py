@@ -48,11 +48,7 @@ class Bench:
         if not isinstance(backend, MeasuredBackend):
             raise ConfigError(f"backend={config.backend.backend} answers, and can't be measured. Use another backend.")
         rates = _rates(backend)
-        conditions = {
-            "rates": dataclasses.asdict(rates),
-            "origin": backend.fingerprint.origin,
-            **backend.conditions(),
-        }
+        conditions = {"rates": dataclasses.asdict(rates), "origin": backend.fingerprint.origin}
         return cls(config, memory, backend, Roofline(rates, backend.model_config), conditions)
 
     def limit_s(self, computed_tokens: int, cached_tokens: int) -> float:
@@ -67,8 +63,8 @@ class Bench:
         self.conditions["rates"] = dataclasses.asdict(rates)
 
     def conditions_now(self) -> dict[str, Any]:
-        """Clocks, temperature, versions, kernel and graph mode, read now."""
-        return hardware.conditions() | self.conditions
+        """Clocks, temperature, versions, kernel and graph mode, and what warming up has cost until now."""
+        return hardware.conditions() | self.backend.conditions() | self.conditions
 
     def row(self, scenario: str, **fields: Any) -> Row:
         """A row with what is the same for all of this run filled in."""

@@ -61,6 +61,13 @@ def test_every_way_answers_alike_and_leaves_the_memory_as_it_is(bench):
     assert same_bits(item, before)
 
 
+def test_conditions_tell_what_warming_up_has_cost_until_now(bench):
+    warm_up = bench.backend.engine.warm_up
+    before = bench.conditions_now()["warm_up"]["seconds"]
+    warm_up.seconds += 1.5
+    assert bench.conditions_now()["warm_up"]["seconds"] == before + 1.5
+
+
 def test_another_engine_is_refused(bench):
     other = Bench.open(compose.validate(compose.compose(TINY)))
     with pytest.raises(ConfigError, match="Use backend=hf_graph"):
