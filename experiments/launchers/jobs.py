@@ -6,10 +6,11 @@ import os
 import pickle
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job
 from hydra.plugins.launcher import Launcher
@@ -17,11 +18,19 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments import launchers
+from kvmem.errors import ConfigError, KVMemError
+
+if TYPE_CHECKING:
+    from experiments.resources import Resources
 
 launchers.make_known()  # in a job's process too
 
 LOOK_S = 10
 """How often a cluster is asked about all jobs at once."""
+
+NOT_TAKEN = (OSError, RuntimeError)  # submitit's FailedSubmissionError is one
+NOT_READ = (OSError, RuntimeError, EOFError, pickle.PickleError, ImportError, AttributeError)
+"""What clients raise for a job that a cluster refuses, and for an answer that was cut off or of other code."""
 
 
 class JobDied(Exception):
@@ -38,8 +47,17 @@ class PatientLauncher(Launcher):
     hydra_context: HydraContext | None
     task_function: TaskFunction | None
 
+    left_behind: ClassVar[str]
+    """What becomes of jobs that are waited for no more."""
+
     @abstractmethod
-    def submit(self, config: DictConfig, overrides: Sequence[str], index: int) -> tuple[str, Any]:
+    def options(self, config: DictConfig) -> dict[str, Any]:
+        """What one job asks of the cluster; ConfigError where it can't be had. Asked of all before one is queued."""
+
+    @abstractmethod
+    def submit(
+        self, config: DictConfig, overrides: Sequence[str], index: int, options: dict[str, Any]
+    ) -> tuple[str, Any]:
         """Queues one job; returns the cluster's name for it, and what `result` wants to know of it."""
 
     @abstractmethod
@@ -53,23 +71,36 @@ class PatientLauncher(Launcher):
         from experiments import ledger  # Hydra imports every plugin at every start
 
         outcomes: dict[int, JobReturn] = {}
-        jobs: dict[int, Any] = {}
+        configs: dict[int, DictConfig] = {}
         for index, overrides in enumerate(job_overrides, initial_job_idx):
             config = self._config(overrides, index)
             if ledger.is_finished(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)):
                 outcomes[index] = self._here(config)
-                continue
-            name, jobs[index] = self.submit(config, overrides, index)
-            print(f"job {name}: #{index} {' '.join(filter_overrides(overrides))}", flush=True)
-        if jobs:
-            with ThreadPoolExecutor(len(jobs)) as threads:
-                waiting = {
-                    index: threads.submit(self._outcome, job, job_overrides[index - initial_job_idx])
-                    for index, job in jobs.items()
-                }
-                while wait(waiting.values(), LOOK_S).not_done:
-                    self.look(list(jobs.values()))
-            outcomes |= {index: outcome.result() for index, outcome in waiting.items()}
+            else:
+                configs[index] = config
+        options = {index: self.options(config) for index, config in configs.items()}
+        jobs: dict[int, Any] = {}
+        for index, config in configs.items():
+            overrides = job_overrides[index - initial_job_idx]
+            try:
+                name, jobs[index] = self.submit(config, overrides, index, options[index])
+            except (KVMemError, *NOT_TAKEN) as error:  # the jobs that are in the queue are still ours
+                if not jobs:
+                    raise
+                outcomes[index] = _failed(f"#{index} was not taken: {type(error).__name__}: {error}", overrides, error)
+            else:
+                print(f"job {name}: #{index} {' '.join(filter_overrides(overrides))}", flush=True)
+        waiting = {
+            index: _in_a_thread(self._outcome, job, job_overrides[index - initial_job_idx])
+            for index, job in jobs.items()
+        }
+        try:
+            while wait(waiting.values(), LOOK_S).not_done:
+                self.look(list(jobs.values()))
+        except KeyboardInterrupt:
+            print(f"{self.left_behind} The same command goes on with what is missing.", file=sys.stderr)
+            raise
+        outcomes |= {index: outcome.result() for index, outcome in waiting.items()}
         return [outcomes[index] for index in sorted(outcomes)]
 
     def _config(self, overrides: Sequence[str], index: int) -> DictConfig:
@@ -92,15 +123,43 @@ class PatientLauncher(Launcher):
         )
 
     def _outcome(self, job: Any, overrides: Sequence[str]) -> JobReturn:
-        from experiments.run import NOT_ALL_VALID, JobFailed
-
         try:
             return self.result(job)
         except JobDied as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed = JobFailed(NOT_ALL_VALID, str(error))
-            failed.__cause__ = error
-            return JobReturn(overrides=list(overrides), status=JobStatus.FAILED, _return_value=failed)
+            return _failed(str(error), overrides, error)
+        except NOT_READ as error:
+            return _failed(f"the answer of {job} can't be read: {type(error).__name__}: {error}", overrides, error)
+
+
+def _failed(reason: str, overrides: Sequence[str], cause: Exception) -> JobReturn:
+    from experiments.run import NOT_ALL_VALID, JobFailed
+
+    print(f"error: {reason}", file=sys.stderr)
+    failed = JobFailed(NOT_ALL_VALID, reason)
+    failed.__cause__ = cause
+    return JobReturn(overrides=list(overrides), status=JobStatus.FAILED, _return_value=failed)
+
+
+def _in_a_thread(function: Callable[..., JobReturn], *arguments: Any) -> Future[JobReturn]:
+    """As an executor's, but that it keeps no process from ending: who waits no more has not to wait for hours."""
+    future: Future[JobReturn] = Future()
+    Thread(target=lambda: future.set_result(function(*arguments)), daemon=True).start()
+    return future
+
+
+def asked_of_one_node(config: DictConfig) -> Resources:
+    """What the job's layout asks of a node. Raises ConfigError for several: a job is one process."""
+    from hydra.utils import instantiate
+
+    from experiments.resources import resources
+
+    asked = resources(instantiate(config.hardware, _convert_="all"))
+    if asked.nodes > 1:
+        raise ConfigError(
+            f"A job is one process on one node, and hardware={config.hardware.name} has {asked.nodes} nodes. Start "
+            "vLLM on them yourself (README, Models on several GPUs), or choose a layout of one node."
+        )
+    return asked
 
 
 def knobs(config: DictConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from kvmem import dynamic_cache, models, storage
 from kvmem.backends.hf import HFBackend
 from kvmem.backends.hf_config import DTYPES, HFConfig
 from kvmem.dynamic_cache import KV
-from kvmem.errors import ConfigError, StorageError
+from kvmem.errors import ConfigError, KVMemError
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.prompt import TemplateKind
 
@@ -85,18 +85,24 @@ class HFRanksBackend(HFBackend):
     def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
         """Every rank sends its heads to the first one, which writes. Returns, or raises, on all of them."""
         whole = [self._with(item, [self._gathered(pair) for pair in _layers(item)]) for item in items]
-        failed: StorageError | None = None
+        failed: KVMemError | OSError | None = None
         if self.rank == 0:
             try:
                 super().write(path, whole)
-            except StorageError as error:
+            except (KVMemError, OSError) as error:
                 failed = error
-        if failed := self._agreed(failed):
-            raise failed
+        self._raise_any(failed)
 
     def read(self, path: Path) -> list[KVCacheItem]:
-        """Every rank maps the file, checks all of it, and keeps its own heads."""
-        items = storage.for_filename(path.name).load(path, self.fingerprint, self.model_config, CPU)
+        """Every rank maps the file, checks all of it, and keeps its own heads. Returns, or raises, on all of them: on
+        another node the file may be missing."""
+        items: list[KVCacheItem] = []
+        failed: KVMemError | OSError | None = None
+        try:
+            items = storage.for_filename(path.name).load(path, self.fingerprint, self.model_config, CPU)
+        except (KVMemError, OSError) as error:
+            failed = error
+        self._raise_any(failed)
         return [self._with(item, [self._own(pair) for pair in _layers(item)]) for item in items]
 
     def conditions(self) -> dict[str, Any]:
@@ -122,6 +128,14 @@ class HFRanksBackend(HFBackend):
         said = [mine]
         dist.broadcast_object_list(said, device=self.device)
         return said[0]
+
+    def _raise_any(self, mine: Exception | None) -> None:
+        """Raises the first rank's failure that there is, on every rank."""
+        said: list[Exception | None] = [None] * self.ranks
+        dist.all_gather_object(said, mine)
+        for failure in said:
+            if failure is not None:
+                raise failure
 
     def _with(self, item: KVCacheItem, layers: Sequence[KV]) -> KVCacheItem:
         cache = dynamic_cache.from_layers(

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from experiments.launchers.jobs import JobDied, PatientLauncher, knobs, there
+from experiments.launchers.jobs import JobDied, PatientLauncher, asked_of_one_node, knobs, there
 from kvmem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,13 +24,28 @@ INSTALL = "pip install 'kvmem[ray]' && pip install --no-deps hydra-ray-launcher=
 class LayoutRayLauncher(PatientLauncher):
     """One Ray task an engine."""
 
+    left_behind: ClassVar[str] = "The jobs end with this process."
+
     def __init__(self, ray: DictConfig) -> None:
         self.ray_cfg = ray
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.hydra_context, self.task_function = config, hydra_context, task_function
 
-    def submit(self, config: DictConfig, overrides: Sequence[str], index: int) -> tuple[str, Any]:
+    def options(self, config: DictConfig) -> dict[str, Any]:
+        """ray.remote's; those that the card leaves open are the layout's."""
+        asked = asked_of_one_node(config)
+        layout = {
+            "num_cpus": asked.cores_per_node,
+            "num_gpus": asked.gpus_per_node,
+            "memory": None if asked.memory_gb is None else int(asked.memory_gb * 1e9),
+        }
+        told = {name: value for name, value in knobs(config)["ray"]["remote"].items() if value is not None}
+        return {name: value for name, value in layout.items() if value is not None} | told
+
+    def submit(
+        self, config: DictConfig, overrides: Sequence[str], index: int, options: dict[str, Any]
+    ) -> tuple[str, Any]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
         try:
             import ray
@@ -45,7 +60,7 @@ class LayoutRayLauncher(PatientLauncher):
             "singleton_state": Singleton.get_state(),
         }
         # Pickled here, for a worker learns of our plugins only when `there` is imported.
-        task = ray.remote(**_options(config))(there).remote(os.getcwd(), ray.cloudpickle.dumps((_run_job, call)))
+        task = ray.remote(**options)(there).remote(os.getcwd(), ray.cloudpickle.dumps((_run_job, call)))
         return task.task_id().hex(), (index, task)
 
     def result(self, job: tuple[int, ObjectRef[JobReturn]]) -> JobReturn:
@@ -57,24 +72,3 @@ class LayoutRayLauncher(PatientLauncher):
         except ray.exceptions.RayError as error:
             reason = " ".join(str(error).split())
             raise JobDied(f"job {task.task_id().hex()} (#{index}) ended as {type(error).__name__}: {reason}") from error
-
-
-def _options(config: DictConfig) -> dict[str, Any]:
-    """ray.remote's; those that the card leaves open are the layout's."""
-    from hydra.utils import instantiate
-
-    from experiments.resources import resources
-
-    asked = resources(instantiate(config.hardware, _convert_="all"))
-    if asked.nodes > 1:
-        raise ConfigError(
-            f"launcher=ray starts each job on one node, and hardware={config.hardware.name} has {asked.nodes}. "
-            "Use launcher=slurm."
-        )
-    layout = {
-        "num_cpus": asked.cores_per_node,
-        "num_gpus": asked.gpus_per_node,
-        "memory": None if asked.memory_gb is None else int(asked.memory_gb * 1e9),
-    }
-    told = {name: value for name, value in knobs(config)["ray"]["remote"].items() if value is not None}
-    return {name: value for name, value in layout.items() if value is not None} | told

@@ -4,14 +4,14 @@ killed, out of memory or out of time is one failed job, and the others are waite
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 from omegaconf import DictConfig
 
-from experiments.launchers.jobs import JobDied, PatientLauncher, knobs
+from experiments.launchers.jobs import JobDied, PatientLauncher, asked_of_one_node, knobs
 
 if TYPE_CHECKING:
     from submitit import SlurmJob
@@ -24,10 +24,25 @@ ON_ANY_CLUSTER = {"timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_no
 class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
     """One Slurm job an engine."""
 
-    def submit(self, config: DictConfig, overrides: Sequence[str], index: int) -> tuple[str, Any]:
+    left_behind: ClassVar[str] = "The jobs go on without this process; scancel ends them."
+
+    def options(self, config: DictConfig) -> dict[str, Any]:
+        """submitit's; those that the card leaves open are the layout's."""
+        params = knobs(config)
+        del params["array_parallelism"]
+        asked = asked_of_one_node(config)
+        layout = {"mem_gb": asked.memory_gb, "cpus_per_task": asked.cores_per_node}
+        if params["gres"] is None:
+            layout["gpus_per_node"] = asked.gpus_per_node
+        params |= {name: value for name, value in layout.items() if params[name] is None}
+        return params | {"nodes": asked.nodes}
+
+    def submit(
+        self, config: DictConfig, overrides: Sequence[str], index: int, options: dict[str, Any]
+    ) -> tuple[str, Any]:
         import submitit
 
-        params = _params(config)
+        params = dict(options)
         executor = submitit.AutoExecutor(
             folder=params.pop("submitit_folder"), cluster="slurm", slurm_max_num_timeout=params.pop("max_num_timeout")
         )
@@ -49,19 +64,3 @@ class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
 
     def look(self, jobs: Sequence[SlurmJob[JobReturn]]) -> None:
         jobs[0].watcher.update()  # one question to accounting for all; submitit itself asks ever more rarely
-
-
-def _params(config: DictConfig) -> dict[str, Any]:
-    """The launcher card's knobs; those that it leaves open are the layout's."""
-    from hydra.utils import instantiate
-
-    from experiments.resources import resources
-
-    params = knobs(config)
-    del params["array_parallelism"]
-    asked = resources(instantiate(config.hardware, _convert_="all"))
-    layout = {"mem_gb": asked.memory_gb, "cpus_per_task": asked.cores_per_node}
-    if params["gres"] is None:
-        layout["gpus_per_node"] = asked.gpus_per_node
-    params |= {name: value for name, value in layout.items() if params[name] is None}
-    return params | {"nodes": asked.nodes}
