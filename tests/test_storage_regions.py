@@ -14,13 +14,13 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmem.dynamic_cache import layers_of
+from kvmem.dynamic_cache import from_layers, layers_of
 from kvmem.errors import DamagedFileError
 from kvmem.items import KVCacheItem
 from kvmem.storage import regions as by_regions
 from kvmem.storage import safetensors_head, staging
 from kvmem.storage.regions import REGION_BYTES, RegionHash, Regions
-from kvmem.storage.safetensors_file import SafetensorsFile, read_token_ids
+from kvmem.storage.safetensors_file import SafetensorsFile, read_staged, read_token_ids
 from kvmem.storage.safetensors_head import LENGTH_BYTES
 from tests import stored
 
@@ -104,14 +104,15 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[KVCacheI
 def test_a_staged_file_is_the_mapped_one_to_the_bit(large: tuple[Path, list[KVCacheItem]]) -> None:
     path, items = large
     assert all(map(stored.same, stored.load(path), items))
-    with open(path, "rb", buffering=0) as file:
-        head = safetensors_head.read(file, path)
-        assert head.regions is not None and len(head.regions) > 5
-        spans = [head.span(i, stored.LAYERS) for i in range(2)]
-        parts = staging.read(file, head.body_at, head.regions, spans, stored.CPU, path)
-    for part, item in zip(parts, items, strict=True):
-        tensors = [tensor for pair in layers_of(item.kv_cache) for tensor in pair]
-        assert part.equal(torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors]))
+    _same_when_staged(path, items)
+
+
+def test_tensors_of_several_widths_lie_in_one_allocation(tmp_path: Path) -> None:
+    narrow, wide = torch.arange(3).view(1, 1, 3, 1).to(torch.float8_e4m3fn), torch.arange(3.0).view(1, 1, 3, 1)
+    item = KVCacheItem(from_layers([(narrow, wide), (wide, narrow)], stored.CONFIG), stored.metadata(3, 30), "a")
+    path = stored.dump(tmp_path / "f.safetensors", item, stored.item("b"))
+    assert stored.same(stored.load(path)[0], item)
+    _same_when_staged(path, [item, stored.item("b")])
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
@@ -185,6 +186,18 @@ def _staged(path: Path, content: bytes | bytearray, regions: Regions, spans: lis
     path.write_bytes(content)
     with open(path, "rb", buffering=0) as file:
         return staging.read(file, 0, regions, spans, stored.CPU, path)
+
+
+def _same_when_staged(path: Path, items: list[KVCacheItem]) -> None:
+    with open(path, "rb", buffering=0) as file:
+        head = safetensors_head.read(file, path)
+        tensors = read_staged(file, head, [stored.LAYERS] * len(items), stored.CPU, path)
+    caches = [
+        from_layers([(tensors[f"{i}.{layer}.k"], tensors[f"{i}.{layer}.v"]) for layer in range(stored.LAYERS)],
+                    stored.CONFIG)
+        for i in range(len(items))
+    ]  # fmt: skip
+    assert all(stored.same_tensors(cache, item.kv_cache) for cache, item in zip(caches, items, strict=True))
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

@@ -7,11 +7,11 @@ behind the other; what stands before them is in `safetensors_head`.
 from __future__ import annotations
 
 import io
+import math
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -25,7 +25,6 @@ from kvmem.storage.atomic import replacing, write_all
 from kvmem.storage.hashing import HashingWriter
 from kvmem.storage.regions import RegionHash
 from kvmem.storage.safetensors_head import DTYPES, Head
-from kvmem.storage.staging import Span
 
 
 class SafetensorsFile(Storage):
@@ -63,19 +62,13 @@ class SafetensorsFile(Storage):
                 safetensors_head.check_whole(memoryview(mapping), path)
             contents = manifest.read(head.manifest, path)
             manifest.check_model(contents, fingerprint, path)
-            spans = [head.span(i, entry.layers) for i, entry in enumerate(contents.items)]
             if mapping is not None:
-                parts = _mapped(mapping, head, spans, device, path)
+                tensors = _mapped(mapping, head, device, path)
             else:
-                assert head.regions is not None
-                parts = staging.read(file, head.body_at, head.regions, spans, device, path)
+                tensors = read_staged(file, head, [entry.layers for entry in contents.items], device, path)
         items = []
-        for i, (entry, part, (start, _)) in enumerate(zip(contents.items, parts, spans, strict=True)):
-            layers = [
-                (_tensor(part, head.fields[f"{i}.{layer}.k"], start),
-                 _tensor(part, head.fields[f"{i}.{layer}.v"], start))
-                for layer in range(entry.layers)
-            ]  # fmt: skip
+        for i, entry in enumerate(contents.items):
+            layers = [(tensors[f"{i}.{layer}.k"], tensors[f"{i}.{layer}.v"]) for layer in range(entry.layers)]
             if entry.metadata.fingerprint is None:
                 manifest.check_shape(entry.kv_cache_id, layers, fingerprint, path)
             cache = dynamic_cache.from_layers(layers, config, entry.cache_tokens)
@@ -117,23 +110,33 @@ def _map(file: io.FileIO) -> mmap.mmap:
     return mapping
 
 
-def _mapped(
-    mapping: mmap.mmap, head: Head, spans: Sequence[Span], device: torch.device, path: Path
-) -> list[torch.Tensor]:
-    """Each span of the body as bytes: a view of the mapping on a CPU, else a copy on `device`; verified."""
+def _mapped(mapping: mmap.mmap, head: Head, device: torch.device, path: Path) -> dict[str, torch.Tensor]:
+    """All tensors, verified: views of the mapping on the CPU, else copies on `device`."""
     if head.regions is not None:
         head.regions.check_all(memoryview(mapping)[head.body_at :], path)
-    if len(mapping) == head.body_at:
-        return [torch.empty(0, dtype=torch.uint8, device=device) for _ in spans]
-    body_N = torch.frombuffer(mapping, dtype=torch.uint8, offset=head.body_at)
-    return [body_N[start:end].to(device) for start, end in spans]
+    return {
+        name: torch.frombuffer(
+            mapping, dtype=DTYPES[entry["dtype"]], count=math.prod(entry["shape"]),
+            offset=head.body_at + entry["data_offsets"][0],
+        ).view(entry["shape"]).to(device)
+        for name, entry in head.tensors.items()
+    }  # fmt: skip
 
 
-def _tensor(part_N: torch.Tensor, entry: dict[str, Any], part_at: int) -> torch.Tensor:
-    """One tensor of an item whose bytes are `part_N`, from byte `part_at` of the body on: a view."""
-    start, end = entry["data_offsets"]
-    dtype = DTYPES[entry["dtype"]]
-    raw_N = part_N[start - part_at : end - part_at]
-    if raw_N.storage_offset() % dtype.itemsize:  # behind an odd number of narrower elements
-        raw_N = raw_N.clone()
-    return raw_N.view(dtype).view(entry["shape"])
+def read_staged(
+    file: io.FileIO, head: Head, layers: Sequence[int], device: torch.device, path: Path
+) -> dict[str, torch.Tensor]:
+    """All tensors, verified: views of one allocation on `device` for each item, which has so many layers."""
+    assert head.regions is not None
+    spans = [head.span(i, count) for i, count in enumerate(layers)]
+    parts = staging.read(file, head.body_at, head.regions, spans, device, path)
+    tensors, entries = {}, head.tensors
+    for i, (part_N, (at, _)) in enumerate(zip(parts, spans, strict=True)):
+        for name in head.names(i, layers[i]):
+            entry = entries[name]
+            start, end = entry["data_offsets"]
+            dtype, raw_N = DTYPES[entry["dtype"]], part_N[start - at : end - at]
+            if raw_N.storage_offset() % dtype.itemsize:  # behind an odd number of narrower elements
+                raw_N = raw_N.clone()
+            tensors[name] = raw_N.view(dtype).view(entry["shape"])
+    return tensors

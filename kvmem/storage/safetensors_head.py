@@ -55,9 +55,18 @@ class Head:
     def manifest(self) -> str:
         return self.fields["__metadata__"]["manifest"]
 
+    @property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """By name: dtype, shape, data_offsets (where it starts and ends, in bytes of the body)."""
+        return {name: entry for name, entry in self.fields.items() if name != "__metadata__"}
+
+    def names(self, item: int, layers: int) -> list[str]:
+        """The names of an item's tensors, in the order in which they lie."""
+        return [f"{item}.{layer}.{kind}" for layer in range(layers) for kind in "kv"]
+
     def span(self, item: int, layers: int) -> Span:
-        """Where the item's tensors start and end, in bytes of the body: they lie together, in order."""
-        offsets = [self.fields[f"{item}.{layer}.{kind}"]["data_offsets"] for layer in range(layers) for kind in "kv"]
+        """Where the item's tensors start and end, in bytes of the body: one behind the other."""
+        offsets = [self.fields[name]["data_offsets"] for name in self.names(item, layers)]
         return (offsets[0][0], offsets[-1][1]) if offsets else (0, 0)
 
 
