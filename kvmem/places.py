@@ -70,7 +70,7 @@ class MemoryPlace(Place):
 
 
 class DiskPlace(Place):
-    """One safetensors file an item, written beside and renamed; read by mapping it, checksum first."""
+    """One safetensors file an item, written beside and renamed; verified while it is read."""
 
     def __init__(self, backend: Backend, folder: Path) -> None:
         self._backend, self._folder, self._format = backend, folder, SafetensorsFile()

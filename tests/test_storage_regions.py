@@ -96,7 +96,7 @@ def test_regions_are_taken_by_several_threads(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[KVCacheItem]]:
-    """A file of two items and six regions, the border of the items inside one."""
+    """A file of two items and twelve regions, the border of the items inside one."""
     items = [stored.item("a", 60_000), stored.item("b", 65_537, 1, torch.bfloat16)]
     return stored.dump(tmp_path_factory.mktemp("large") / "f.safetensors", *items), items
 

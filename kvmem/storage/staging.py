@@ -66,12 +66,6 @@ def read(
     @torch.inference_mode()  # a thread has a mode of its own, and the targets may be of the caller's
     def move(i: int) -> None:
         buffer = free.get()  # the one that was handed back first: its copy is the likeliest to be done
-        try:
-            fill_and_send(i, buffer)
-        finally:  # also where the region is refused: others may wait for a buffer
-            free.put(buffer)
-
-    def fill_and_send(i: int, buffer: _Buffer) -> None:
         start, end = regions.span(i)
         buffer.wait()
         data = buffer.view[: end - start]
@@ -83,6 +77,7 @@ def read(
             if low < high:
                 target[low - first : high - first].copy_(buffer.bytes_N[low - start : high - start], non_blocking=True)
         buffer.sent()
+        free.put(buffer)  # not so where the region is refused: its thread ends, and there is one for each that goes on
 
     try:
         in_threads(move, len(regions), partial(torch.cuda.set_stream, stream) if stream is not None else None)
