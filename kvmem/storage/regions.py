@@ -19,8 +19,8 @@ import xxhash
 from kvmem.errors import DamagedFileError
 
 REGION_BYTES = 2 << 20
-"""What is written now; a file says its own. Small enough that a core hashes what it has just read in its own cache (with
-8 MiB a load takes a third longer), large against the host's 10 µs a region."""
+"""What is written now; a file says its own. Small enough that a core hashes what it has just read in its own cache
+(with 8 MiB a load takes a third longer), large against the host's 10 µs a region."""
 MOST_THREADS = 8
 """An estimate: eight that each read and hash 4 GB/s are beyond a disk, and not far from what a GPU's link takes."""
 DIGEST_BYTES = xxhash.xxh3_128().digest_size

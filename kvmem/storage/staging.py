@@ -48,8 +48,8 @@ def read(
 ) -> list[torch.Tensor]:
     """For each span of the body one allocation on `device`, uint8, filled from `file`, whose body begins at `body_at`.
 
-    When this returns every region has been verified and has arrived: any stream may use the tensors. The wait for the
-    last copies is 0.1 ms, which ordering them on the caller's stream would save, and a caller with two would pay for.
+    When this returns every region has been verified and has arrived, so any stream may use the tensors. The host waits
+    for the last region's copy; to order it on the caller's stream would save that, and be wrong for who has two.
     Raises DamagedFileError if a region does not fit its checksum, or OSError.
     """
     targets = [torch.empty(end - start, dtype=torch.uint8, device=device) for start, end in spans]
