@@ -79,7 +79,7 @@ class MemoryPlace(Place):
 
 
 class DiskPlace(Place):
-    """One safetensors file an item, written beside and renamed; read by mapping it, checksum first."""
+    """One safetensors file an item, written beside and renamed; verified while it is read."""
 
     def __init__(self, backend: Backend, folder: Path, format: Storage | None = None) -> None:
         """format: what a file is like; None: safetensors that are mapped."""

@@ -14,7 +14,7 @@ from experiments.anonymous_memory import peak_extra_bytes
 from kvmem.dynamic_cache import layers_of, nbytes
 from kvmem.errors import DamagedFileError
 from kvmem.items import KVCacheItem
-from kvmem.storage.safetensors_file import ALIGN_BYTES, LENGTH_BYTES
+from kvmem.storage.safetensors_head import ALIGN_BYTES, LENGTH_BYTES
 from tests import stored
 
 

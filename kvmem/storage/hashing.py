@@ -6,9 +6,7 @@ import io
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
-
-import xxhash
+from typing import Any, Protocol
 
 from kvmem.storage.atomic import write_all
 
@@ -16,14 +14,20 @@ CHUNK_BYTES = 4 << 20  # hashed and written while it is in the CPU's cache
 FLUSH_BYTES = 16 << 20
 
 
+class Digest(Protocol):
+    """What hashlib's and xxhash's hashes have, and `regions.RegionHash`."""
+
+    def update(self, data: Any, /) -> None: ...
+
+
 class HashingWriter:
-    """`write` hashes (XXH3-128, in `digest`) and writes; leave the block to have the last flush behind you.
+    """`write` hashes into `digest` and writes; leave the block to have the last flush behind you.
 
     Every `FLUSH_BYTES` a second thread tells the disk to start, so that the fsync at the end finds little to do.
     """
 
-    def __init__(self, file: io.FileIO) -> None:
-        self.file, self.digest = file, xxhash.xxh3_128()
+    def __init__(self, file: io.FileIO, digest: Digest) -> None:
+        self.file, self.digest = file, digest
         self.unflushed_bytes = 0
         self.flusher = ThreadPoolExecutor(max_workers=1)
         self.flush: Future[None] | None = None

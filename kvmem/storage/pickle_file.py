@@ -41,10 +41,11 @@ class PickleFile(Storage):
                 "holds. Use a memory_filename that ends in .safetensors."
             )
         manifest_json = manifest.of_items(items)
+        digest = xxhash.xxh3_128()
         with replacing(path) as file:
-            with HashingWriter(file) as writer:
+            with HashingWriter(file, digest) as writer:
                 published.write(writer, items, manifest_json)
-            write_all(file, memoryview(SEAL + writer.digest.digest()))
+            write_all(file, memoryview(SEAL + digest.digest()))
 
     def load(
         self, path: Path, fingerprint: ModelFingerprint, config: PreTrainedConfig, device: torch.device
