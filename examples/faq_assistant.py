@@ -42,6 +42,8 @@ def answer(scheduler: MemScheduler, question: str, cache: LentCache, length: int
 
 def main(folder: Path) -> None:
     memories = [TextualMemoryItem(id=path.stem, memory=path.read_text()) for path in sorted(folder.glob("*.md"))]
+    if not memories:
+        sys.exit(f"{folder} holds no text (*.md). Try examples/faq.")
     memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm=LLM))
     scheduler = MemScheduler(memory, "benefit_per_byte", {"ram": 1 << 30})
     for question in filter(None, map(str.strip, sys.stdin)):
@@ -57,4 +59,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if len(sys.argv) == 2 else sys.exit(__doc__))

@@ -44,7 +44,11 @@ def sweep_file(overrides: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints the sweep file; with `job=N` first, as an agent says it, runs that job instead."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
     try:
+        arguments = [argument for argument in arguments if argument not in ("-m", "--multirun")]  # it is always a sweep
         if not arguments or not arguments[0].startswith(f"{JOB}="):
             print(sweep_file(arguments), end="")
             return 0

@@ -82,14 +82,13 @@ def validate(config: DictConfig) -> RunConfig:
 
 
 def check(arguments: list[str]) -> None:
-    """Validates every job of a command line; does nothing where it asks for help or runs no job. Of one that only
-    shows a configuration, that it can be composed."""
+    """Validates every job of a command line, and what it only shows; does nothing where it asks for help."""
     args = get_args_parser().parse_args(arguments)
     runs = not (args.help or args.hydra_help or args.info or args.shell_completion)
     if not runs or args.config_dir or args.config_path or args.config_name:
         return  # with other config folders, each job still validates its own
     if args.cfg:
-        compose(args.overrides)
+        validate(compose(args.overrides))
         return
     for job in expand(args.overrides) if args.multirun else [args.overrides]:
         try:

@@ -56,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs = [run for folder in chosen.runs for run in runs_in(folder) or [folder]]
         out = chosen.out or (JOINED if len(chosen.runs) > 1 else chosen.runs[0])
+        if empty := [run for run in runs if not read_run(run).rows]:
+            raise ConfigError(
+                f"{', '.join(map(str, empty))}: rows.jsonl holds no whole row. The run ended before its first cell, "
+                "or the file was cut off. The run's own command goes on with it."
+            )
         print(write_report(out) if runs == [out] else write_joined(runs, out))
         if chosen.log:
             from experiments.sinks.wandb import log_run  # not needed, nor imported, without --log
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for run_dir in runs:
                 if line := log_run(run_dir):
                     print(line)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -194,6 +195,11 @@ def _pretrained(
     tokenizer_name: str | None,
     tensor_parallel: bool,
 ) -> Loaded:
+    if not Path(name).is_dir():  # known without asking a hub, which takes long where none is reached
+        if Path(name).is_absolute():
+            raise ModelError(f"There is no folder {name}. Use a folder that holds a model, a hub name, or {PACKAGED}.")
+        if difflib.get_close_matches(name, [PACKAGED], cutoff=0.8):
+            raise ModelError(f"Unknown model {name!r}. Did you mean {PACKAGED}? Else name a folder that exists.")
     spread = {"distributed_config": DistributedConfig(tp_plan="auto")} if tensor_parallel else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name)

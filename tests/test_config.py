@@ -70,6 +70,11 @@ def test_every_finding_is_told_at_once():
 def test_an_unknown_shape_or_model_names_the_way_out():
     with pytest.raises(ModelError, match=r"Unknown shape random:tinny\. Did you mean tiny\?"):
         HFBackend.open(HFConfig(model_name_or_path="random:tinny", device="cpu"))
+    for near in ("smollm2-135", "smolm2-135m"):
+        with pytest.raises(ModelError, match="Did you mean smollm2-135m"):
+            models.load(near, torch.device("cpu"))
+    with pytest.raises(ModelError, match="There is no folder /no/such/folder"):
+        models.load("/no/such/folder", torch.device("cpu"))
     with pytest.raises(ModelError, match=r"Can't load the model './no/such/folder'.*random:<shape>"):
         HFBackend.open(HFConfig(model_name_or_path="./no/such/folder", device="cpu"))
 

@@ -142,3 +142,18 @@ def test_page_in_a_browser(tmp_path, browser):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         grounds.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert len(grounds) == 2
+
+
+def test_a_run_without_a_whole_row_keeps_its_table_and_is_an_error(tmp_path, capsys):
+    run = _run(tmp_path / "a", [], tail=ttft_row().to_json()[:300])
+    (run / "table.md").write_text("as it was")
+    assert report.main([str(run)]) == 2
+    assert "rows.jsonl holds no whole row" in capsys.readouterr().err
+    assert (run / "table.md").read_text() == "as it was"
+
+
+def test_a_place_that_can_not_be_written_is_one_line(tmp_path, capsys):
+    run = _run(tmp_path / "a", grid())
+    (tmp_path / "file").write_text("")
+    assert report.main([str(run), "--out", str(tmp_path / "file" / "below")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

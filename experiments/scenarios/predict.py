@@ -189,7 +189,10 @@ class Predict(Scenario):
         path = verdict.HARDWARE_CARDS / f"{name}.yaml"
         card = verdict.read_card(path) if path.is_file() else None
         if card is None or card.gpu is None:
-            raise ConfigError(f"hardware {name!r} has no card that states its rates: conf/hardware/{name}.yaml.")
+            raise ConfigError(
+                f"hardware {name!r} states no rates, and a prediction needs them. For scenario.fit_from choose runs "
+                "on a layout of conf/hardware that does: h100, h800x2, …"
+            )
         return card
 
 
