@@ -72,9 +72,9 @@ def test_an_unknown_shape_or_model_names_the_way_out():
         HFBackend.open(HFConfig(model_name_or_path="random:tinny", device="cpu"))
     for near in ("smollm2-135", "smolm2-135m"):
         with pytest.raises(ModelError, match="Did you mean smollm2-135m"):
-            models.load(near, torch.device("cpu"))
+            HFBackend.open(HFConfig(model_name_or_path=near, device="cpu"))
     with pytest.raises(ModelError, match="There is no folder /no/such/folder"):
-        models.load("/no/such/folder", torch.device("cpu"))
+        HFBackend.open(HFConfig(model_name_or_path="/no/such/folder", device="cpu"))
     with pytest.raises(ModelError, match=r"Can't load the model './no/such/folder'.*random:<shape>"):
         HFBackend.open(HFConfig(model_name_or_path="./no/such/folder", device="cpu"))
 
