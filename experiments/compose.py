@@ -87,6 +87,8 @@ def check(arguments: list[str]) -> None:
     runs = not (args.help or args.hydra_help or args.info or args.shell_completion)
     if not runs or args.config_dir or args.config_path or args.config_name:
         return  # with other config folders, each job still validates its own
+    if args.cfg and args.multirun:
+        raise ConfigError("-m runs jobs, and --cfg shows one job's configuration. Use one of them.")
     if args.cfg:
         validate(compose(args.overrides))
         return
