@@ -16,11 +16,14 @@ from typing import Any
 import psutil
 import pynvml
 import torch
+from omegaconf import OmegaConf
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvmem.errors import ConfigError
 
+CARDS = Path(__file__).parents[1] / "conf" / "hardware"
+"""Where each layout has its card."""
 PACKAGES = ("kvmem", "torch", "transformers")
 
 
@@ -198,12 +201,17 @@ def _gpu(index: int) -> GPU:
     return GPU(properties.name, properties.total_memory / 1e9, **state)
 
 
+def read_card(path: Path) -> Hardware:
+    """The layout that a card of conf/hardware tells of."""
+    fields = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(fields, dict)
+    return Hardware(**{str(key): value for key, value in fields.items() if key != "_target_"})
+
+
 if __name__ == "__main__":
     from rich import print_json
 
-    from experiments.verdict import HARDWARE_CARDS, read_card
-
     here = inspect()
-    cards = [read_card(path) for path in sorted(HARDWARE_CARDS.glob("*.yaml"))]
+    cards = [read_card(path) for path in sorted(CARDS.glob("*.yaml"))]
     layouts = [card.name for card in cards if card.is_met_by(here)]
     print_json(data=conditions() | {"memory_gb": round(here.memory_gb, 1), "layouts": layouts})

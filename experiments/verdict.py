@@ -6,12 +6,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
-from omegaconf import OmegaConf
-
-from experiments.hardware import Hardware
+from experiments.hardware import CARDS, Hardware, read_card
 from experiments.published import PublishedRow
 from experiments.roofline import DenseShape, Roofline, datasheet
 from kvmem import models
@@ -20,7 +17,6 @@ STRAW_MAN = 1.2
 """The direct arm does the work of the build and of the injected prefill in one pass, so it can't honestly take longer
 than both; a fifth is left for noise."""
 PUBLISHED_DTYPE = "bfloat16"
-HARDWARE_CARDS = Path(__file__).parents[1] / "conf" / "hardware"
 
 
 @dataclass(frozen=True)
@@ -105,14 +101,8 @@ def hardware_card(stated: str) -> Hardware | None:
     if layout is None:
         return None
     count = "" if layout["gpus"] == "1" else f"x{layout['gpus']}"
-    path = HARDWARE_CARDS / f"{layout['gpu'].lower()}{count}.yaml"
+    path = CARDS / f"{layout['gpu'].lower()}{count}.yaml"
     return read_card(path) if path.is_file() else None
-
-
-def read_card(path: Path) -> Hardware:
-    fields = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(fields, dict)
-    return Hardware(**{str(key): value for key, value in fields.items() if key != "_target_"})
 
 
 def _beats_limit(arm: str, ttft_s: float, limit_s: float) -> str | None:

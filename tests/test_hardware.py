@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from experiments.hardware import GPU, Hardware, Machine, commit, conditions, inspect
-from experiments.verdict import HARDWARE_CARDS, read_card
+from experiments.hardware import CARDS, GPU, Hardware, Machine, commit, conditions, inspect, read_card
 from kvmem.errors import ConfigError
 
-CARDS = sorted(HARDWARE_CARDS.glob("*.yaml"))
+CARD_FILES = sorted(CARDS.glob("*.yaml"))
 LAPTOP = Machine("a laptop's processor", 8, 16.0, ())
 
 
@@ -22,10 +21,10 @@ def node(name: str, gpus: int) -> Machine:
 
 
 def card(name: str) -> Hardware:
-    return read_card(HARDWARE_CARDS / f"{name}.yaml")
+    return read_card(CARDS / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CARD_FILES, ids=lambda path: path.stem)
 def test_every_card_is_named_after_its_file_and_lists_every_knob(path: Path) -> None:
     hardware = read_card(path)
     assert hardware.name == path.stem
@@ -81,7 +80,7 @@ def test_the_machine_is_told_with_what_a_figure_depends_on() -> None:
 
 
 def test_the_commit_of_this_checkout() -> None:
-    if (HARDWARE_CARDS.parents[1] / ".git").exists():
+    if (CARDS.parents[1] / ".git").exists():
         found = commit()
         assert found is not None and len(found.rstrip("+")) == 12
     else:

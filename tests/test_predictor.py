@@ -9,6 +9,7 @@ import pytest
 
 from experiments import published
 from experiments.compose import CONF, compose, validate
+from experiments.hardware import CARDS, read_card
 from experiments.predictor import Engine, Layout, Prefill
 from experiments.predictor.fit import Fit, fit, points_of
 from experiments.predictor.plan import Tier, break_even_tokens, fleet, gain_s
@@ -17,7 +18,6 @@ from experiments.row import Row
 from experiments.run import run
 from experiments.run_folder import read_run
 from experiments.scenarios.predict import Predict, _shape
-from experiments.verdict import HARDWARE_CARDS, read_card
 from kvmem import models
 from kvmem.errors import ConfigError
 from tests.rows import ttft_row
@@ -27,7 +27,7 @@ ENGINE = Engine()
 
 
 def layout(model: str = "qwen3-8b", hardware: str = "h100") -> Layout:
-    return Layout(_shape(model), read_card(HARDWARE_CARDS / f"{hardware}.yaml"))
+    return Layout(_shape(model), read_card(CARDS / f"{hardware}.yaml"))
 
 
 def fitted_on(name: str, seed: int = 0) -> Fit:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments import published, verdict
+from experiments import hardware, published, verdict
 from experiments.config import RunConfig
 from experiments.hardware import Hardware
 from experiments.predictor import Engine, Layout, Prefill
@@ -186,8 +186,8 @@ class Predict(Scenario):
         return Layout(_shape(model.lower()), card, dtype, self.host_gb_s, self.network_gb_s)
 
     def _card(self, name: str) -> Hardware:
-        path = verdict.HARDWARE_CARDS / f"{name}.yaml"
-        card = verdict.read_card(path) if path.is_file() else None
+        path = hardware.CARDS / f"{name}.yaml"
+        card = hardware.read_card(path) if path.is_file() else None
         if card is None or card.gpu is None:
             raise ConfigError(
                 f"hardware {name!r} states no rates, and a prediction needs them. For scenario.fit_from choose runs "
