@@ -58,6 +58,8 @@ class MemScheduler:
         self.lender = Lender(self.shelf, self.planner.costs)
         self.failures = Failures()
         self.builds = self.cancelled_builds = 0
+        self.failed_ticks, self.last_failed_tick = 0, ""
+        """Ticks of the thread that ended in an error, and the last one's: the thread goes on."""
         self.gate = BuildGate()
         self._max_builds = max_builds
         self._building: str | None = None
@@ -143,8 +145,13 @@ class MemScheduler:
             while not self._closing.is_set():
                 self._wake.wait(interval_s)
                 self._wake.clear()
-                if not self._closing.is_set():
+                if self._closing.is_set():
+                    return
+                try:
                     self.tick()
+                except (KVMemError, OSError) as error:  # a full disk, say; what it left undone the next tick plans
+                    self.failed_ticks += 1
+                    self.last_failed_tick = f"{type(error).__name__}: {error}"
 
         self._thread = threading.Thread(target=loop, name="MemScheduler", daemon=True)
         self._thread.start()

@@ -1,0 +1,144 @@
+"""KV that is lost, and a store that is down: answered as text, never an error, and the scheduler's thread lives on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from kvmem.backends.hf import HFBackend
+from kvmem.costs import Costs, kv_bytes_a_token
+from kvmem.intake import SNAPSHOT_EVERY
+from kvmem.scheduler import MemScheduler
+from kvmem.tiers import TieredItems
+from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, scheduler_on, use
+from tests.tiny import memory_on
+
+
+class FailingLink(LocalFileSystem):
+    """A folder behind a link that can be down."""
+
+    protocol = "failinglink"
+    down = False
+
+    def _check(self) -> None:
+        if type(self).down:
+            raise ConnectionError("connection refused")
+
+    def get_file(self, rpath: str, lpath: str, **more: object) -> None:
+        self._check()
+        super().get_file(rpath, lpath, **more)
+
+    def rm_file(self, path: str) -> None:
+        self._check()
+        super().rm_file(path)
+
+
+fsspec.register_implementation("failinglink", FailingLink, clobber=True)
+
+
+@pytest.fixture
+def link(tmp_path: Path) -> Iterator[str]:
+    FailingLink.down = False
+    yield f"failinglink://{tmp_path}/cold"
+    FailingLink.down = False
+
+
+def cold_scheduler(backend: HFBackend, url: str, folder: Path | None = None) -> MemScheduler:
+    """Everything is cold, and worth loading."""
+    costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(backend), {"cold": 1e-12})
+    scheduler = MemScheduler(memory_on(backend), "benefit_per_byte", {"cold": 1 << 30}, folder, costs, cold=url)
+    use(scheduler, MEMORIES[0], 6)
+    scheduler.tick()
+    return scheduler
+
+
+def alive_after(scheduler: MemScheduler, done: str) -> bool:
+    """Whether the thread of a scheduler builds `done`, which is hot."""
+    use(scheduler, next(memory for memory in MEMORIES if memory.id == done), 20)
+    until = time.monotonic() + 60
+    while done not in scheduler.shelf.tiers() and time.monotonic() < until:
+        time.sleep(0.01)
+    return done in scheduler.shelf.tiers()
+
+
+def test_a_lost_file_is_answered_as_text_and_built_again(qwen3: HFBackend, tmp_path: Path) -> None:
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    use(scheduler, MEMORIES[0], 6)
+    scheduler.tick()
+    for path in (tmp_path / "kv").glob("*.safetensors"):
+        path.unlink()
+    answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
+    assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
+    assert "m0 was not loaded" in answer.note and scheduler.shelf.tiers() == {}
+    assert scheduler.items.used_bytes() == {"ram": 0, "disk": 0} and scheduler.items.undropped == {}
+    scheduler.tick()
+    assert scheduler.answer(QUERY, [MEMORIES[0]], 8).cached_tokens > 50
+    scheduler.close()
+
+
+def test_the_thread_outlives_a_lost_file(qwen3: HFBackend, tmp_path: Path) -> None:
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    use(scheduler, MEMORIES[0], 6)
+    scheduler.tick()
+    scheduler.close()
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    for path in (tmp_path / "kv").glob("*.safetensors"):
+        path.unlink()
+    scheduler.start(0.01)  # its first tick finds the file gone, when it measures a load
+    assert alive_after(scheduler, "m1") and scheduler.failed_ticks == 0
+    scheduler.close()
+
+
+def test_the_thread_outlives_a_tick_that_fails(qwen3: HFBackend, tmp_path: Path) -> None:
+    """The folder of its state is gone when the state is to be written."""
+    scheduler = scheduler_on(qwen3, tmp_path / "state")
+    scheduler.lender.probe()
+    for _ in range(SNAPSHOT_EVERY):
+        scheduler._intake.use([MEMORIES[0]], 5)
+    shutil.rmtree(tmp_path / "state")
+    scheduler.start(0.01)
+    until = time.monotonic() + 60
+    while not scheduler.failed_ticks and time.monotonic() < until:
+        time.sleep(0.01)
+    assert scheduler.failed_ticks and "StorageError: " in scheduler.last_failed_tick
+    assert alive_after(scheduler, "m1")
+    (tmp_path / "state").mkdir()
+    scheduler.close()
+
+
+def test_a_store_that_is_down_keeps_no_drop_from_being_done(qwen3: HFBackend, link: str) -> None:
+    items = TieredItems(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=link)
+    first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
+    for item in (first, second):
+        items.put(item, "cold")
+    FailingLink.down = True
+    assert items.drop(first.kv_cache_id) and items.ids() == [second.kv_cache_id]
+    assert items.used_bytes()["cold"] == items.nbytes(second.kv_cache_id)
+    assert list(items.undropped) == [first.kv_cache_id]
+    assert "connection refused" in items.undropped[first.kv_cache_id]
+
+
+def test_what_a_move_leaves_behind_is_named(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+    """The link goes down between reading the file and removing it."""
+
+    class DownOnceRead(FailingLink):
+        protocol = "downonceread"
+        down = False
+
+        def get_file(self, rpath: str, lpath: str, **more: object) -> None:
+            super().get_file(rpath, lpath, **more)
+            type(self).down = True
+
+    fsspec.register_implementation("downonceread", DownOnceRead, clobber=True)
+    items = TieredItems(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=f"downonceread://{tmp_path}/cold")
+    item = qwen3.build(MEMORIES[0].memory)
+    items.put(item, "cold")
+    assert items.move(item.kv_cache_id, "ram") and items.tier_of(item.kv_cache_id) == "ram"
+    assert items.used_bytes() == {"ram": items.nbytes(item.kv_cache_id), "cold": 0}
+    assert list(items.undropped) == [item.kv_cache_id]
