@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvmem import dynamic_cache
 from kvmem.costs import Costs
 from kvmem.dynamic_cache import LentCache
-from kvmem.errors import StorageError, UnknownMemoryError
+from kvmem.errors import DamagedFileError, StorageError, UnknownMemoryError
 from kvmem.items import KVCacheItem, MemoryTokens, TextualMemoryItem
 from kvmem.loads import Load
 from kvmem.prompt import common_prefix
@@ -34,7 +34,9 @@ class Lender:
         self.not_worth_loading = 0
         """How often stored KV was not loaded because its tier brings it no sooner than prefilling it anew."""
         self.unreadable: dict[str, str] = {}
-        """Memories whose KV was found damaged when wanted, with the reason; dropped, and answered as text."""
+        """Memories whose KV was found damaged or missing when wanted, with the reason; dropped, answered as text."""
+        self.unreached: dict[str, str] = {}
+        """Memories whose KV could not be had when last wanted, with the reason; kept, answered as text meanwhile."""
         self._shelf, self._items, self._backend, self._costs = shelf, shelf.items, shelf.backend, costs
         self._declined: dict[str, list[str]] = {}  # tier -> items not loaded since its last load
         self._lock = threading.Lock()
@@ -70,10 +72,11 @@ class Lender:
                 item = lease.enter_context(self._items.use(choice.item_id))
             except UnknownMemoryError:  # evicted since
                 continue
-            except StorageError as error:
-                self._damaged(choice.memory_id, error)
+            except (StorageError, OSError) as error:
+                self._not_had(choice.memory_id, choice.item_id, error)
                 told.append(f"{choice.memory_id} was not loaded: {error}")
                 continue
+            self.unreached.pop(choice.memory_id, None)
             held = self._prefix(item, joint, choice.load.tokens)
             if held is not None:
                 return held, " ".join(told)
@@ -111,9 +114,13 @@ class Lender:
             self.not_worth_loading += 1
             self._declined.setdefault(choice.load.tier, []).append(choice.item_id)
 
-    def _damaged(self, memory_id: str, error: StorageError) -> None:
-        self.unreadable[memory_id] = str(error)
-        self._shelf.evict(memory_id)
+    def _not_had(self, memory_id: str, item_id: str, error: StorageError | OSError) -> None:
+        """Drops what is damaged or missing. Any other error may be an outage, and the item is whole after it."""
+        if isinstance(error, DamagedFileError) or isinstance(error.__cause__, FileNotFoundError):
+            self.unreadable[memory_id] = str(error)
+            self._shelf.evict(memory_id, item_id)
+        else:
+            self.unreached[memory_id] = str(error)
 
     def probe(self) -> None:
         """Loads one item of each tier that has not been measured yet, or not while many loads were declined.
@@ -123,11 +130,11 @@ class Lender:
         for memory_id, item_id in self._unsure().values():
             try:
                 with self._items.use(item_id):
-                    pass
+                    self.unreached.pop(memory_id, None)
             except UnknownMemoryError:  # evicted since
                 continue
-            except StorageError as error:
-                self._damaged(memory_id, error)
+            except (StorageError, OSError) as error:
+                self._not_had(memory_id, item_id, error)
 
     def _unsure(self) -> dict[str, tuple[str, str]]:
         """By tier, the (memory id, item id) to load."""

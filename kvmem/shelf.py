@@ -124,10 +124,10 @@ class Shelf:
         except UnknownMemoryError:  # its text changed meanwhile
             return False
 
-    def evict(self, id_: str) -> bool:
-        """Forgets the KV; the text stays. False if there was none."""
+    def evict(self, id_: str, item_id: str | None = None) -> bool:
+        """Forgets the KV; the text stays. False if there was none, or another item than `item_id` (None: any)."""
         with self._lock:
-            return self._forget(id_)
+            return item_id in (None, self._stored.get(id_)) and self._forget(id_)
 
     def stored(self) -> dict[str, tuple[str, str]]:
         """Id -> (kv_cache_id, tier), for what has KV."""

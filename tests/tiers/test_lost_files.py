@@ -142,3 +142,45 @@ def test_what_a_move_leaves_behind_is_named(qwen3: HFBackend, tmp_path: Path, li
     assert items.move(item.kv_cache_id, "ram") and items.tier_of(item.kv_cache_id) == "ram"
     assert items.used_bytes() == {"ram": items.nbytes(item.kv_cache_id), "cold": 0}
     assert list(items.undropped) == [item.kv_cache_id]
+
+
+def test_an_outage_costs_no_item(qwen3: HFBackend, link: str) -> None:
+    scheduler = cold_scheduler(qwen3, link)
+    ((item_id, _),) = scheduler.shelf.stored().values()
+    FailingLink.down = True
+    answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
+    assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
+    assert "m0 was not loaded: The cold tier" in answer.note and "connection refused" in answer.note
+    assert "connection refused" in scheduler.lender.unreached["m0"] and scheduler.lender.unreadable == {}
+    assert scheduler.shelf.stored() == {"m0": (item_id, "cold")}
+    FailingLink.down = False
+    again = scheduler.answer(QUERY, [MEMORIES[0]], 8)
+    assert again.cached_tokens > 50 and again.token_ids == answer.token_ids and scheduler.lender.unreached == {}
+    scheduler.close()
+
+
+def test_an_outage_while_a_load_is_measured_costs_no_item(qwen3: HFBackend, link: str) -> None:
+    costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(qwen3))
+    scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"cold": 1 << 30}, costs=costs, cold=link)
+    use(scheduler, MEMORIES[0], 6)
+    FailingLink.down = True
+    assert [move.kind for move in scheduler.tick()] == ["build"]
+    assert scheduler.shelf.tiers() == {"m0": "cold"} and list(scheduler.lender.unreached) == ["m0"]
+    FailingLink.down = False
+    assert scheduler.answer(QUERY, [MEMORIES[0]], 8).cached_tokens > 50
+    scheduler.close()
+
+
+def test_a_build_since_is_not_dropped_for_the_file_before_it(qwen3: HFBackend, tmp_path: Path) -> None:
+    """While the lost file of an item is looked for, another request has dropped it, and it is built again."""
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    use(scheduler, MEMORIES[0], 6)
+    scheduler.tick()
+    ((lost, _),) = scheduler.shelf.stored().values()
+    scheduler.shelf.evict("m0")
+    scheduler.tick()
+    ((built, _),) = scheduler.shelf.stored().values()
+    assert built != lost and not scheduler.shelf.evict("m0", lost)
+    assert scheduler.shelf.stored() == {"m0": (built, "disk")}
+    assert scheduler.shelf.evict("m0", built) and scheduler.shelf.stored() == {}
+    scheduler.close()
