@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from kvmem import TextualMemoryItem
 from kvmem.backends.hf import HFBackend
 from kvmem.costs import Costs, kv_bytes_a_token
 from kvmem.intake import SNAPSHOT_EVERY
@@ -25,10 +26,11 @@ class FailingLink(LocalFileSystem):
 
     protocol = "failinglink"
     down = False
+    error: type[Exception] = ConnectionError
 
     def _check(self) -> None:
         if type(self).down:
-            raise ConnectionError("connection refused")
+            raise type(self).error("connection refused")
 
     def get_file(self, rpath: str, lpath: str, **more: object) -> None:
         self._check()
@@ -44,7 +46,7 @@ fsspec.register_implementation("failinglink", FailingLink, clobber=True)
 
 @pytest.fixture
 def link(tmp_path: Path) -> Iterator[str]:
-    FailingLink.down = False
+    FailingLink.down, FailingLink.error = False, ConnectionError
     yield f"failinglink://{tmp_path}/cold"
     FailingLink.down = False
 
@@ -183,4 +185,47 @@ def test_a_build_since_is_not_dropped_for_the_file_before_it(qwen3: HFBackend, t
     assert built != lost and not scheduler.shelf.evict("m0", lost)
     assert scheduler.shelf.stored() == {"m0": (built, "disk")}
     assert scheduler.shelf.evict("m0", built) and scheduler.shelf.stored() == {}
+    scheduler.close()
+
+
+def test_an_edit_is_kept_where_the_old_kv_can_not_be_removed(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+    """The link is down when the text changes; the old KV is served neither then nor after a restart."""
+    scheduler = cold_scheduler(qwen3, link, tmp_path / "state")
+    edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
+    FailingLink.down = True
+    scheduler.update(edited)
+    assert scheduler.shelf.tiers() == {} and len(scheduler.items.undropped) == 1
+    answer = scheduler.answer(QUERY, [edited], 8)
+    assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
+    scheduler.explain("m0")
+    row = scheduler.planner.table.row_of["m0"]
+    assert scheduler.planner.table.tokens[row] == len(scheduler.shelf.tokens(edited).token_ids)
+    FailingLink.down = False
+    scheduler.items.close()
+    assert scheduler.journal is not None
+    scheduler.journal.close()  # as a process that was killed
+
+    costs = scheduler.planner.costs
+    again = MemScheduler(
+        memory_on(qwen3), "benefit_per_byte", {"cold": 1 << 30}, tmp_path / "state", costs, cold=link
+    )
+    assert again.shelf.texts["m0"].memory == edited.memory
+    assert again.shelf.tiers() == {} and again.items.ids() == [], "what was left is of the old text, and gone now"
+    assert list((tmp_path / "cold").iterdir()) == []
+    again.close()
+
+
+def test_an_edit_is_noted_before_the_store_is_asked(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+    """A store may fail with an error of its own kind, which nobody expects."""
+    scheduler = cold_scheduler(qwen3, link, tmp_path / "state")
+    edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
+    FailingLink.down, FailingLink.error = True, RuntimeError
+    with pytest.raises(RuntimeError, match="refused"):
+        scheduler.update(edited)
+    answer = scheduler.answer(QUERY, [edited], 8)
+    assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
+    scheduler.explain("m0")
+    row = scheduler.planner.table.row_of["m0"]
+    assert scheduler.planner.table.tokens[row] == len(scheduler.shelf.tokens(edited).token_ids)
+    assert b'"kind": "text", "id": "m0"' in (tmp_path / "state" / "events.jsonl").read_bytes().splitlines()[-2]
     scheduler.close()
