@@ -97,12 +97,14 @@ class Lender:
         best = paying[0].load.tokens if paying else 0
         return [choice for choice in choices if not choice.load.pays and choice.load.tokens > best] + paying
 
-    def _load(self, item_id: str, tokens: int) -> Load:
-        """Its price, as told in `costs`, else as measured; a tier that nothing was loaded from is taken to be fast."""
-        tier, nbytes = self._items.tier_of(item_id), self._items.nbytes(item_id)
+    def load_s(self, tier: str, nbytes: int) -> float:
+        """As told in `costs`, else as measured; a tier that nothing was loaded from is taken to be fast."""
         told = tier in self._costs.load_s_a_byte
-        load_s = self._costs.load_s(nbytes, tier) if told else self._items.loads.expected_s(tier, nbytes) or 0.0
-        return Load(tier, nbytes, load_s, tokens, float(self._costs.saved_s(tokens, 0.0)))
+        return float(self._costs.load_s(nbytes, tier)) if told else self._items.loads.expected_s(tier, nbytes) or 0.0
+
+    def _load(self, item_id: str, tokens: int) -> Load:
+        tier, nbytes = self._items.tier_of(item_id), self._items.nbytes(item_id)
+        return Load(tier, nbytes, self.load_s(tier, nbytes), tokens, float(self._costs.saved_s(tokens, 0.0)))
 
     def _prefix(self, item: KVCacheItem, joint: MemoryTokens, shared: int) -> LentCache | None:
         tokens = joint.model_copy(update={"token_ids": joint.token_ids[:shared]})

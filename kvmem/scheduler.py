@@ -51,7 +51,10 @@ class MemScheduler:
         self.backend = memory.backend
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         costs = costs or Costs.measured(self.backend)
-        self.planner = Planner(chosen, budget, costs, lambda tier, tokens: self.items.size(tier, tokens))
+        self.planner = Planner(
+            chosen, budget, costs, lambda tier, tokens: self.items.size(tier, tokens),
+            lambda tier, nbytes: self.lender.load_s(tier, nbytes),
+        )  # fmt: skip
         self.journal = Journal(Path(folder)) if folder is not None else None
         self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
         self.shelf = Shelf(self.backend, self.items, memory.config.separator)
