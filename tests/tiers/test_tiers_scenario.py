@@ -39,6 +39,15 @@ def test_a_row_for_each_place(tmp_path: Path) -> None:
     assert tables.tables(rows) and list(tmp_path.iterdir()) == [], "its files are gone"
 
 
+def test_short_memories_in_bf16_are_larger_compressed(tmp_path: Path) -> None:
+    """72 tokens take two groups of 64: there is room for them all the same."""
+    overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[72,80]", "backend.dtype=bfloat16"]
+    on = Bench.open(compose.validate(compose.compose(overrides)))
+    (cell,) = on.config.scenario.cells(on)
+    rows = {row.arm: row for row in on.config.scenario.measure(on, cell) if row.context_tokens == 72}
+    assert rows["disk_int8"].kv_bytes > rows["ram"].kv_bytes > rows["disk_int4"].kv_bytes
+
+
 def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[64,96]"]
     on = Bench.open(compose.validate(compose.compose(overrides)))
