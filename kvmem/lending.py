@@ -38,7 +38,8 @@ class Lender:
         self.unreached: dict[str, str] = {}
         """Memories whose KV could not be had when last wanted, with the reason; kept, answered as text meanwhile."""
         self._shelf, self._items, self._backend, self._costs = shelf, shelf.items, shelf.backend, costs
-        self._declined: dict[str, list[str]] = {}  # tier -> items not loaded since its last load
+        self._declined: dict[str, tuple[int, str]] = {}
+        """By measured tier: how many loads were not done since its last one, and of which item the latest."""
         self._lock = threading.Lock()
 
     @contextmanager
@@ -77,6 +78,8 @@ class Lender:
                 told.append(f"{choice.memory_id} was not loaded: {error}")
                 continue
             self.unreached.pop(choice.memory_id, None)
+            with self._lock:
+                self._declined.pop(choice.load.tier, None)
             held = self._prefix(item, joint, choice.load.tokens)
             if held is not None:
                 return held, " ".join(told)
@@ -114,7 +117,13 @@ class Lender:
     def _decline(self, choice: _Choice) -> None:
         with self._lock:
             self.not_worth_loading += 1
-            self._declined.setdefault(choice.load.tier, []).append(choice.item_id)
+            if self._measured(choice.load.tier):
+                count, _ = self._declined.get(choice.load.tier, (0, ""))
+                self._declined[choice.load.tier] = count + 1, choice.item_id
+
+    def _measured(self, tier: str) -> bool:
+        """Whether what a load takes is found out, and not told in `costs` or nothing."""
+        return tier in self._items.timed and tier not in self._costs.load_s_a_byte
 
     def _not_had(self, memory_id: str, item_id: str, error: StorageError | OSError) -> None:
         """Drops what is damaged or missing. Any other error may be an outage, and the item is whole after it."""
@@ -143,10 +152,10 @@ class Lender:
         chosen: dict[str, tuple[str, str]] = {}
         with self._lock:
             for memory_id, (item_id, tier) in self._shelf.stored().items():
-                if tier not in self._items.timed or tier in self._costs.load_s_a_byte:
+                if not self._measured(tier):
                     continue
-                declined = self._declined.get(tier, [])
-                if not self._items.loads.count(tier) or (len(declined) >= PROBE_AFTER and item_id == declined[-1]):
+                declined, latest = self._declined.get(tier, (0, ""))
+                if not self._items.loads.count(tier) or (declined >= PROBE_AFTER and item_id == latest):
                     chosen[tier] = memory_id, item_id
             for tier in chosen:
                 self._declined.pop(tier, None)
