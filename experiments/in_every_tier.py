@@ -86,8 +86,8 @@ class InEveryTier:
                 found[name] = graded(self.backend, item, self.prompt, direct)
         return found
 
-    def nll(self) -> float:
-        """Of the memory as it was built."""
+    def nll(self) -> float | None:
+        """Of the memory as it was built; None: too short to tell."""
         return nll(self.backend, self.item)
 
     def nbytes(self, name: str) -> int:
