@@ -50,8 +50,7 @@ class TieredItems:
     def __init__(
         self, backend: Backend, budgets: Mapping[str, int], folder: str | Path | None = None, cold: str | None = None
     ) -> None:
-        """Takes up what an earlier process left on disk and in the cold tier. Raises ConfigError for a tier that is not
-        to be had here."""
+        """Takes up what an earlier process left on disk and in the cold tier. ConfigError: a tier is not to be had."""
         self.budgets = dict(budgets)
         self.refused: dict[str, str] = {}
         """What an earlier process left and was not taken up, by the file's name or the item's id, with the reason."""
@@ -224,6 +223,8 @@ class TieredItems:
         started = time.perf_counter()
         item = self._places[tier].read(item_id)
         if tier in self.timed:
+            if self._backend.device.type == "cuda":  # its copies and kernels are only launched
+                torch.cuda.synchronize(self._backend.device)
             self.loads.took(tier, nbytes, time.perf_counter() - started)
         return item
 
