@@ -34,7 +34,7 @@ def test_a_row_for_each_place(tmp_path: Path) -> None:
         assert (int8.extra["lossy"], int4.extra["lossy"]) == ("int8", "int4")
         assert {int8.equality, int4.equality}.isdisjoint({"bitwise", None})
         off = [abs(row.extra["nll"] - resident.extra["nll"]) for row in (int8, int4)]
-        assert 0 < off[0] < off[1] < 2
+        assert all(0 < moved < 2 for moved in off)  # which moves more is chance: errors of either sign, random weights
     assert not problems(rows, exact=True), "a loss that is told is no failure"
     assert tables.tables(rows) and list(tmp_path.iterdir()) == [], "its files are gone"
 
