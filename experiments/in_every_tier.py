@@ -15,6 +15,7 @@ from experiments.bench import Bench
 from experiments.lossy import Quality, graded, nll
 from kvmem import KVCacheItem, dynamic_cache
 from kvmem.backends.hf import HFBackend
+from kvmem.compressed import BITS, compressed_bytes
 from kvmem.places import DiskPlace
 from kvmem.prompt import TokenizedPrompt
 from kvmem.tiers import TieredItems
@@ -49,8 +50,9 @@ class InEveryTier:
         room = item.metadata.kv_bytes
         self.tiers = {name: TieredItems(self.backend, {name: room}) for name in names}
         self.compressed = list(compressed)
-        for name in ("disk", *self.compressed):
-            self.tiers[name] = TieredItems(self.backend, {name: room}, folder)
+        self.tiers["disk"] = TieredItems(self.backend, {"disk": room}, folder)
+        for name in self.compressed:
+            self.tiers[name] = TieredItems(self.backend, {name: self._compressed_room(name)}, folder)
         for name, items in self.tiers.items():
             items.put(item, name)
         self.path = DiskPlace.file_of(folder, item.kv_cache_id)
@@ -84,8 +86,8 @@ class InEveryTier:
                 found[name] = graded(self.backend, item, self.prompt, direct)
         return found
 
-    def nll(self) -> float:
-        """Of the memory as it was built."""
+    def nll(self) -> float | None:
+        """Of the memory as it was built; None: too short to tell."""
         return nll(self.backend, self.item)
 
     def nbytes(self, name: str) -> int:
@@ -94,6 +96,12 @@ class InEveryTier:
     def close(self) -> None:
         for items in self.tiers.values():
             items.close()
+
+    def _compressed_room(self, name: str) -> int:
+        """Bytes for the item; a name that is no tier is for `TieredItems` to refuse."""
+        scheme, known = name.removeprefix("disk_"), self.item.metadata
+        is_of, tokens = self.backend.fingerprint, known.token_count
+        return max(known.kv_bytes, compressed_bytes(is_of, scheme, tokens) if scheme in BITS else 0)
 
     def _same_bits(self, name: str, items: TieredItems) -> bool:
         with items.use(self.item.kv_cache_id) as item:

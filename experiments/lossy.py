@@ -12,15 +12,15 @@ from kvmem import KVCacheItem, dynamic_cache
 from kvmem.backends.hf import HFBackend
 from kvmem.prompt import TokenizedPrompt
 
-SCORED_TOKENS = 64
+SCORED_TOKENS, LEAST_SCORED = 64, 2
 
 
 @dataclass(frozen=True)
 class Quality:
-    """`nll`: negative log-likelihood in nats a token, lower is better."""
+    """`nll`: negative log-likelihood in nats a token, lower is better; None: the memory is too short to tell."""
 
     equality: Equality
-    nll: float
+    nll: float | None
 
 
 def graded(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, direct: Trace) -> Quality:
@@ -35,18 +35,21 @@ def graded(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, direc
 
 
 @torch.inference_mode()
-def nll(backend: HFBackend, item: KVCacheItem) -> float:
+def nll(backend: HFBackend, item: KVCacheItem) -> float | None:
     """Mean negative log-likelihood, in nats, of the last tokens of the memory's text behind the KV of all before them.
 
-    Real text that the model did not choose, and every scored token attends to what the tier gave back.
+    Real text that the model did not choose, and every scored token attends to what the tier gave back. Up to 64 tokens
+    are scored, half the memory at most; None where that is fewer than 2, for one token tells nothing.
     """
     tokens = item.metadata.tokens
     scored = min(SCORED_TOKENS, len(tokens.body_ids) // 2)
-    start = tokens.body_end - scored
+    if scored < LEAST_SCORED:
+        return None
+    start = tokens.body_end - scored - 1  # the token before the first that is scored predicts it
     cache = _lent(backend, item)
     assert dynamic_cache.crop(cache, start)  # a compressed tier covers full attention only
     ids = torch.tensor([tokens.token_ids[start : tokens.body_end]], device=backend.device)
-    logits_TV = backend.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, :-1].float()
+    logits_TV = backend.model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits[0].float()
     return float(torch.nn.functional.cross_entropy(logits_TV, ids[0, 1:]))
 
 

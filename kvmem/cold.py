@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -54,8 +54,9 @@ class ColdPlace(Place):
     def drop(self, item_id: str) -> None:
         tensors, known = self._names(item_id)
         with self._told("removed"):
-            self._store.rm_file(known)
-            self._store.rm_file(tensors)
+            for name in (known, tensors):
+                with suppress(FileNotFoundError):
+                    self._store.rm_file(name)
 
     def found(self) -> tuple[list[Found], dict[str, str]]:
         """The items that an earlier process left, and by file name the reason why others were refused."""

@@ -44,11 +44,15 @@ class CompressedPlace(DiskPlace):
         return metadata.model_copy(update={"lossy": lossy(metadata, self.scheme)})
 
     def nbytes(self, tokens: int, built_bytes: int) -> int:
-        is_of = self._backend.fingerprint
-        rows = is_of.kv_heads * is_of.head_dim * (-(-tokens // GROUP))  # of GROUP keys each
-        value_rows = rows * GROUP // _values_group(is_of.head_dim)
-        packed = 2 * rows * GROUP * BITS[self.scheme] // 8
-        return is_of.layers * (packed + (rows + value_rows) * SCALE_BYTES)
+        return compressed_bytes(self._backend.fingerprint, self.scheme, tokens)
+
+
+def compressed_bytes(is_of: ModelFingerprint, scheme: str, tokens: int) -> int:
+    """Of keys and values of `tokens`, scales and zero points too. Few tokens in bf16 take more than as they are."""
+    rows = is_of.kv_heads * is_of.head_dim * (-(-tokens // GROUP))  # of GROUP keys each
+    value_rows = rows * GROUP // _values_group(is_of.head_dim)
+    packed = 2 * rows * GROUP * BITS[scheme] // 8
+    return is_of.layers * (packed + (rows + value_rows) * SCALE_BYTES)
 
 
 def lossy(metadata: KVCacheMetadata, scheme: str) -> str:

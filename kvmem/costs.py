@@ -82,6 +82,7 @@ class Costs:
         """Prefills a few lengths, the fastest of three where one is short: some seconds for a small model on a CPU."""
         longest = backend.model_config.max_position_embeddings - 1
         samples = []
+        _prefill_s(backend, min(CALIBRATION_TOKENS[0], longest))  # the first one pays for lazy loading: no sample
         for tokens in CALIBRATION_TOKENS:
             if tokens > longest:
                 break

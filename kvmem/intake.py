@@ -79,6 +79,7 @@ class Intake:
         changed = self._shelf.hold(memory)
         if changed:
             self._note("text", (memory.id,), 0, memory.model_dump(mode="json"))
+            self._shelf.free()
         return changed
 
     def _note(self, kind: str, ids: tuple[str, ...], query_tokens: int, memory: dict[str, Any] | None = None) -> None:

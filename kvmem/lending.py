@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvmem import dynamic_cache
 from kvmem.costs import Costs
 from kvmem.dynamic_cache import LentCache
-from kvmem.errors import StorageError, UnknownMemoryError
+from kvmem.errors import DamagedFileError, StorageError, UnknownMemoryError
 from kvmem.items import KVCacheItem, MemoryTokens, TextualMemoryItem
 from kvmem.loads import Load
 from kvmem.prompt import common_prefix
@@ -34,9 +34,12 @@ class Lender:
         self.not_worth_loading = 0
         """How often stored KV was not loaded because its tier brings it no sooner than prefilling it anew."""
         self.unreadable: dict[str, str] = {}
-        """Memories whose KV was found damaged when wanted, with the reason; dropped, and answered as text."""
+        """Memories whose KV was found damaged or missing when wanted, with the reason; dropped, answered as text."""
+        self.unreached: dict[str, str] = {}
+        """Memories whose KV could not be had when last wanted, with the reason; kept, answered as text meanwhile."""
         self._shelf, self._items, self._backend, self._costs = shelf, shelf.items, shelf.backend, costs
-        self._declined: dict[str, list[str]] = {}  # tier -> items not loaded since its last load
+        self._declined: dict[str, tuple[int, str]] = {}
+        """By measured tier: how many loads were not done since its last one, and of which item the latest."""
         self._lock = threading.Lock()
 
     @contextmanager
@@ -70,10 +73,13 @@ class Lender:
                 item = lease.enter_context(self._items.use(choice.item_id))
             except UnknownMemoryError:  # evicted since
                 continue
-            except StorageError as error:
-                self._damaged(choice.memory_id, error)
+            except (StorageError, OSError) as error:
+                self._not_had(choice.memory_id, choice.item_id, error)
                 told.append(f"{choice.memory_id} was not loaded: {error}")
                 continue
+            self.unreached.pop(choice.memory_id, None)
+            with self._lock:
+                self._declined.pop(choice.load.tier, None)
             held = self._prefix(item, joint, choice.load.tokens)
             if held is not None:
                 return held, " ".join(told)
@@ -94,12 +100,14 @@ class Lender:
         best = paying[0].load.tokens if paying else 0
         return [choice for choice in choices if not choice.load.pays and choice.load.tokens > best] + paying
 
-    def _load(self, item_id: str, tokens: int) -> Load:
-        """Its price, as told in `costs`, else as measured; a tier that nothing was loaded from is taken to be fast."""
-        tier, nbytes = self._items.tier_of(item_id), self._items.nbytes(item_id)
+    def load_s(self, tier: str, nbytes: int) -> float:
+        """As told in `costs`, else as measured; a tier that nothing was loaded from is taken to be fast."""
         told = tier in self._costs.load_s_a_byte
-        load_s = self._costs.load_s(nbytes, tier) if told else self._items.loads.expected_s(tier, nbytes) or 0.0
-        return Load(tier, nbytes, load_s, tokens, float(self._costs.saved_s(tokens, 0.0)))
+        return float(self._costs.load_s(nbytes, tier)) if told else self._items.loads.expected_s(tier, nbytes) or 0.0
+
+    def _load(self, item_id: str, tokens: int) -> Load:
+        tier, nbytes = self._items.tier_of(item_id), self._items.nbytes(item_id)
+        return Load(tier, nbytes, self.load_s(tier, nbytes), tokens, float(self._costs.saved_s(tokens, 0.0)))
 
     def _prefix(self, item: KVCacheItem, joint: MemoryTokens, shared: int) -> LentCache | None:
         tokens = joint.model_copy(update={"token_ids": joint.token_ids[:shared]})
@@ -109,11 +117,21 @@ class Lender:
     def _decline(self, choice: _Choice) -> None:
         with self._lock:
             self.not_worth_loading += 1
-            self._declined.setdefault(choice.load.tier, []).append(choice.item_id)
+            if self._measured(choice.load.tier):
+                count, _ = self._declined.get(choice.load.tier, (0, ""))
+                self._declined[choice.load.tier] = count + 1, choice.item_id
 
-    def _damaged(self, memory_id: str, error: StorageError) -> None:
-        self.unreadable[memory_id] = str(error)
-        self._shelf.evict(memory_id)
+    def _measured(self, tier: str) -> bool:
+        """Whether what a load takes is found out, and not told in `costs` or nothing."""
+        return tier in self._items.timed and tier not in self._costs.load_s_a_byte
+
+    def _not_had(self, memory_id: str, item_id: str, error: StorageError | OSError) -> None:
+        """Drops what is damaged or missing. Any other error may be an outage, and the item is whole after it."""
+        if isinstance(error, DamagedFileError) or isinstance(error.__cause__, FileNotFoundError):
+            self.unreadable[memory_id] = str(error)
+            self._shelf.evict(memory_id, item_id)
+        else:
+            self.unreached[memory_id] = str(error)
 
     def probe(self) -> None:
         """Loads one item of each tier that has not been measured yet, or not while many loads were declined.
@@ -123,21 +141,21 @@ class Lender:
         for memory_id, item_id in self._unsure().values():
             try:
                 with self._items.use(item_id):
-                    pass
+                    self.unreached.pop(memory_id, None)
             except UnknownMemoryError:  # evicted since
                 continue
-            except StorageError as error:
-                self._damaged(memory_id, error)
+            except (StorageError, OSError) as error:
+                self._not_had(memory_id, item_id, error)
 
     def _unsure(self) -> dict[str, tuple[str, str]]:
         """By tier, the (memory id, item id) to load."""
         chosen: dict[str, tuple[str, str]] = {}
         with self._lock:
             for memory_id, (item_id, tier) in self._shelf.stored().items():
-                if tier not in self._items.timed or tier in self._costs.load_s_a_byte:
+                if not self._measured(tier):
                     continue
-                declined = self._declined.get(tier, [])
-                if not self._items.loads.count(tier) or (len(declined) >= PROBE_AFTER and item_id == declined[-1]):
+                declined, latest = self._declined.get(tier, (0, ""))
+                if not self._items.loads.count(tier) or (declined >= PROBE_AFTER and item_id == latest):
                     chosen[tier] = memory_id, item_id
             for tier in chosen:
                 self._declined.pop(tier, None)

@@ -31,7 +31,7 @@ class Place(ABC):
 
     @abstractmethod
     def drop(self, item_id: str) -> None:
-        """Forgets the item."""
+        """Forgets the item; no error where its bytes are gone already. StorageError or OSError where they stay."""
 
     def marked(self, metadata: KVCacheMetadata) -> KVCacheMetadata:
         """What is known of an item once it has been here: more than before only where something is lost."""
@@ -43,6 +43,18 @@ class Place(ABC):
 
     def close(self) -> None:  # noqa: B027 - memory has nothing to hand back
         """Hands back what another process could use."""
+
+
+class Undropped(dict[str, str]):
+    """Items whose bytes could not be removed, with the reason. Nothing reads them; the next process drops them."""
+
+    def drop(self, place: Place, item_id: str) -> None:
+        """Drops the item where that can be done, and else names it here: who forgets an item needs no answer."""
+        try:
+            place.drop(item_id)
+            self.pop(item_id, None)
+        except (StorageError, OSError) as error:  # a store that is down, say
+            self[item_id] = str(error)
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class DiskPlace(Place):
         return self._load(self.path(item_id))
 
     def drop(self, item_id: str) -> None:
-        self.path(item_id).unlink()
+        self.path(item_id).unlink(missing_ok=True)
 
     def found(self) -> tuple[list[Found], dict[str, str]]:
         """The items that an earlier process left, and by file name the reason why the others were refused."""

@@ -32,15 +32,19 @@ class Planner:
     """
 
     def __init__(
-        self, policy: Policy, budgets: Mapping[str, int], costs: Costs, size: Callable[[str, int], int] | None = None
+        self, policy: Policy, budgets: Mapping[str, int], costs: Costs, size: Callable[[str, int], int] | None = None,
+        load_s: Callable[[str, int], float] | None = None,
     ) -> None:
-        """budgets: bytes by tier, fastest first. size: bytes of so many tokens in a tier; None: the same in each."""
+        """budgets: bytes by tier, fastest first. size: bytes of so many tokens in a tier; None: the same in each.
+        load_s: what loading so many bytes from a tier takes; None: what `costs` says.
+        """
         if not budgets or min(budgets.values()) < 0:
             raise ConfigError(f"budget is {dict(budgets)!r}. Give bytes by tier, fastest first: {{'ram': 1 << 30}}.")
         self.policy, self.budgets, self.costs = policy, dict(budgets), costs
         self.level = {name: level for level, name in enumerate(self.budgets)}
         self.table = UsageTable()
         self._size = size or (lambda tier, tokens: tokens * costs.kv_bytes_a_token)
+        self._load_s = load_s or (lambda tier, nbytes: float(costs.load_s(nbytes, tier)))
         self.heads: dict[str, list[str]] = {}
         """Groups of memories, and what each begins with, shortest first: KV of those is in the group's KV too."""
         self.query_tokens = 0.0
@@ -69,7 +73,7 @@ class Planner:
         """Sets what each memory costs to build and what a use of it saves, for the queries seen so far.
 
         A group's KV saves what it saves beyond the longest of its heads that has KV; and a head nothing, where the
-        group's KV is as near.
+        group's KV is as near and its load, which is the whole group's, pays for the head's tokens alone.
         """
         n = len(self.table)
         tokens = self.table.tokens[:n]
@@ -82,9 +86,11 @@ class Planner:
             if longest is not None and group not in tier_of:
                 self.table.saved_s[row_of[group]] = max(0.0, saved_s[row_of[group]] - saved_s[row_of[longest]])
         for group in self.heads.keys() & tier_of.keys():
+            tier = tier_of[group]
+            load_s = self._load_s(tier, self._nbytes(group, tier))
             for head in self.heads[group]:
-                near = self.level[tier_of[group]] <= self.level[tier_of.get(head, tier_of[group])]
-                if near and head in row_of:
+                near = self.level[tier] <= self.level[tier_of.get(head, tier)]
+                if near and head in row_of and load_s < saved_s[row_of[head]]:
                     self.table.saved_s[row_of[head]] = 0.0
 
     def plan(self, tier_of: Mapping[str, str], max_builds: int, barred: Collection[str] = ()) -> list[Move]:

@@ -51,13 +51,18 @@ class MemScheduler:
         self.backend = memory.backend
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         costs = costs or Costs.measured(self.backend)
-        self.planner = Planner(chosen, budget, costs, lambda tier, tokens: self.items.size(tier, tokens))
+        self.planner = Planner(
+            chosen, budget, costs, lambda tier, tokens: self.items.size(tier, tokens),
+            lambda tier, nbytes: self.lender.load_s(tier, nbytes),
+        )  # fmt: skip
         self.journal = Journal(Path(folder)) if folder is not None else None
         self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
         self.shelf = Shelf(self.backend, self.items, memory.config.separator)
         self.lender = Lender(self.shelf, self.planner.costs)
         self.failures = Failures()
         self.builds = self.cancelled_builds = 0
+        self.failed_ticks, self.last_failed_tick = 0, ""
+        """Ticks of the thread that ended in an error, and the last one's: the thread goes on."""
         self.gate = BuildGate()
         self._max_builds = max_builds
         self._building: str | None = None
@@ -143,8 +148,13 @@ class MemScheduler:
             while not self._closing.is_set():
                 self._wake.wait(interval_s)
                 self._wake.clear()
-                if not self._closing.is_set():
+                if self._closing.is_set():
+                    return
+                try:
                     self.tick()
+                except (KVMemError, OSError) as error:  # a full disk, say; what it left undone the next tick plans
+                    self.failed_ticks += 1
+                    self.last_failed_tick = f"{type(error).__name__}: {error}"
 
         self._thread = threading.Thread(target=loop, name="MemScheduler", daemon=True)
         self._thread.start()

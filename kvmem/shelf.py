@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 
 from kvmem.backends.hf import HFBackend
@@ -29,10 +30,14 @@ class Shelf:
         self._separator_ids = backend.template.separator_ids(separator)
         self._tokens: dict[str, MemoryTokens] = {}
         self._stored: dict[str, str] = {}  # id -> kv_cache_id
+        self._outdated: deque[str] = deque()  # items of texts that have changed, to be removed
         self._lock = threading.Lock()
 
     def hold(self, memory: TextualMemoryItem) -> bool:
-        """Takes the text in; True if it is new or has changed, and then KV of the old text is gone."""
+        """Takes the text in; True if it is new or has changed, and then KV of the old text is served no more.
+
+        Its bytes go with `free`, which may take as long as the store does: note the new text first.
+        """
         with self._lock:
             known = self.texts.get(memory.id)
             if known is not None and known.memory == memory.memory:
@@ -40,8 +45,15 @@ class Shelf:
             self.texts[memory.id] = memory
             self._tokens.pop(memory.id, None)
             for built_from_it in (memory.id, *self.groups.of(memory.id)):
-                self._forget(built_from_it)
+                outdated = self._stored.pop(built_from_it, None)
+                if outdated is not None:
+                    self._outdated.append(outdated)
             return True
+
+    def free(self) -> None:
+        """Removes the KV of texts that have changed."""
+        while self._outdated:
+            self.items.drop(self._outdated.popleft())
 
     def members(self, id_: str) -> tuple[str, ...]:
         """The memories of a group, in order; a memory is its own."""
@@ -124,10 +136,10 @@ class Shelf:
         except UnknownMemoryError:  # its text changed meanwhile
             return False
 
-    def evict(self, id_: str) -> bool:
-        """Forgets the KV; the text stays. False if there was none."""
+    def evict(self, id_: str, item_id: str | None = None) -> bool:
+        """Forgets the KV; the text stays. False if there was none, or another item than `item_id` (None: any)."""
         with self._lock:
-            return self._forget(id_)
+            return item_id in (None, self._stored.get(id_)) and self._forget(id_)
 
     def stored(self) -> dict[str, tuple[str, str]]:
         """Id -> (kv_cache_id, tier), for what has KV."""

@@ -19,7 +19,7 @@ from kvmem.compressed import BITS, CompressedPlace
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
 from kvmem.items import KVCacheItem, KVCacheMetadata
 from kvmem.loads import LoadTimes
-from kvmem.places import DiskPlace, MemoryPlace, Place
+from kvmem.places import DiskPlace, MemoryPlace, Place, Undropped
 
 
 @dataclass
@@ -50,14 +50,13 @@ class TieredItems:
     def __init__(
         self, backend: Backend, budgets: Mapping[str, int], folder: str | Path | None = None, cold: str | None = None
     ) -> None:
-        """Takes up what an earlier process left on disk and in the cold tier. Raises ConfigError for a tier that is not
-        to be had here."""
+        """Takes up what an earlier process left on disk and in the cold tier. ConfigError: a tier is not to be had."""
         self.budgets = dict(budgets)
         self.refused: dict[str, str] = {}
         """What an earlier process left and was not taken up, by the file's name or the item's id, with the reason."""
+        self.undropped = Undropped()
         self.loads = LoadTimes()
-        """What bringing an item from each tier has taken, measured whenever one was. Host memory is at hand: to a GPU
-        its bytes come behind the forward pass, and what that can't hide is not counted."""
+        """What loads from each tier took. Host memory's bytes reach a GPU behind the forward pass, and do not count."""
         self._backend = backend
         self._entries: dict[str, _Entry] = {}
         self._coming: set[str] = set()
@@ -96,7 +95,7 @@ class TieredItems:
             if twice or self._used[name] + nbytes > self.budgets[name]:
                 why = "in a faster tier too" if twice else f"over the tier's {self.budgets[name]} bytes"
                 self.refused[item.item_id] = f"{why}; deleted"
-                place.drop(item.item_id)
+                self.undropped.drop(place, item.item_id)
                 continue
             self._entries[item.item_id] = _Entry(name, nbytes, item.nbytes, item.metadata)
             self._used[name] += nbytes
@@ -170,7 +169,7 @@ class TieredItems:
                     entry.nbytes, nbytes = nbytes, entry.nbytes
                 self._used[tier] -= nbytes
                 if copied:
-                    self._places[tier].drop(item_id)
+                    self.undropped.drop(self._places[tier], item_id)
                 self._free_if_gone(item_id, entry)
         return moved
 
@@ -224,6 +223,8 @@ class TieredItems:
         started = time.perf_counter()
         item = self._places[tier].read(item_id)
         if tier in self.timed:
+            if self._backend.device.type == "cuda":  # its copies and kernels are only launched
+                torch.cuda.synchronize(self._backend.device)
             self.loads.took(tier, nbytes, time.perf_counter() - started)
         return item
 
@@ -245,4 +246,4 @@ class TieredItems:
         if entry.gone and not entry.leases and not entry.moving and self._entries.get(item_id) is entry:
             del self._entries[item_id]
             self._used[entry.tier] -= entry.nbytes
-            self._places[entry.tier].drop(item_id)
+            self.undropped.drop(self._places[entry.tier], item_id)

@@ -116,6 +116,7 @@ class Tiers(Scenario):
         kv_bytes = length.lossy_bytes.get(place, length.kv_bytes)
         equality = quality.equality.grade if quality else "diverged" if length.wrong else "bitwise"
         of_resident = length.nll if place == length.resident else None
+        nll = quality.nll if quality else of_resident
         extra: dict[str, Any] = {
             "memory_tokens": length.tokens, "kv_bytes": kv_bytes, "ttft_s": ttft_s,
             "over_resident": ttft_s / length.ttft_s(length.resident),
@@ -124,8 +125,8 @@ class Tiers(Scenario):
             "of_read_pct": 100 * length.read_s[place] / length.fetch_s[place] if on_disk else None,
             "cached_pct": length.cached_pct if place == COLD else None, "transfer_s": length.transfer_s,
             "break_even_tokens": even, "ttft_all_s": length.seconds[place],
-            "equality": equality, "nll": quality.nll if quality else of_resident,
-            "nll_above_built": quality.nll - length.nll if quality and length.nll is not None else None,
+            "equality": equality, "nll": nll,
+            "nll_above_built": nll - length.nll if quality and nll is not None and length.nll is not None else None,
             "lossy": place.removeprefix("disk_") if quality else None,
         }  # fmt: skip
         return bench.row(

@@ -11,7 +11,7 @@ import pytest
 from kvmem import TextualMemoryItem
 from kvmem.backends.hf import HFBackend
 from kvmem.backends.sampling import Sampling
-from kvmem.costs import Costs
+from kvmem.costs import Costs, kv_bytes_a_token
 from kvmem.dynamic_cache import layers_of
 from kvmem.errors import UnknownMemoryError
 from kvmem.grouping import COUNTED, LEAST_TOGETHER, LONGEST, Groups, group_id
@@ -21,7 +21,7 @@ from kvmem.policies import policy
 from kvmem.prompt import TokenizedPrompt
 from kvmem.scheduler import MemScheduler
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, scheduler_on
-from tests.tiny import same_bits
+from tests.tiny import memory_on, same_bits
 
 PAIR = MEMORIES[:2]
 ID = group_id(["m0", "m1"])
@@ -165,6 +165,28 @@ def test_it_is_joined_only_where_that_pays() -> None:
     assert [move.memory_id for move in planner.plan({}, 1)] != []
     planner.plan({"long, short": "ram"}, 1)
     assert planner.table.saved_s[planner.table.row_of["long"]] == 0, "the joined KV begins with it"
+
+
+def test_a_head_is_built_again_where_loading_its_group_does_not_pay_for_it(qwen3: HFBackend, tmp_path: Path) -> None:
+    """A disk where a load pays for just the tokens that it brings, so a group's never for its first memory alone."""
+    a_token = kv_bytes_a_token(qwen3)
+    costs = Costs(0.02, 1.2e-3, 0.0, a_token, {"disk": 8e-4 / a_token})
+    scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"disk": 1 << 30}, tmp_path, costs)
+    use_together(scheduler, MEMORIES[:4], 12)
+    group = group_id([f"m{i}" for i in range(4)])
+    assert group in ticked(scheduler).shelf.tiers()
+    for id_ in scheduler.shelf.tiers():
+        if id_ != group:
+            scheduler.shelf.evict(id_)
+    head, whole = (len(scheduler.shelf.joint(MEMORIES[:n]).token_ids) for n in (1, 4))
+    assert costs.saved_s(head, 0.0) < costs.load_s(whole * a_token, "disk"), "the case in question"
+    assert scheduler.answer(QUERY, MEMORIES[:1], 4).cached_tokens == 0
+    for _ in range(60):
+        scheduler.observe(MEMORIES[0], QUERY)
+    assert "m0" in ticked(scheduler).shelf.tiers() and group in scheduler.shelf.tiers()
+    answer = scheduler.answer(QUERY, MEMORIES[:1], 8)
+    assert answer.cached_tokens > 50 and answer.token_ids == as_text(scheduler, MEMORIES[:1])
+    scheduler.close()
 
 
 def test_orders_are_counted_apart_and_no_more_than_so_many() -> None:

@@ -9,6 +9,7 @@ import pytest
 import safetensors
 import torch
 
+from experiments.lossy import nll
 from kvmem import KVCacheItem
 from kvmem.backends.hf import HFBackend
 from kvmem.compressed import GROUP, CompressedPlace
@@ -179,3 +180,21 @@ def test_what_it_does_not_cover_is_named(sliding: HFBackend, qwen3: HFBackend, t
         TieredItems(qwen3, {"disk_int4": GB})
     with pytest.raises(ConfigError, match="disk_int4, disk_int8"):
         TieredItems(qwen3, {"disk_int3": GB}, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["one", "one two", "one two three", " ".join(["one two three four"] * 40)])
+def test_likelihood_is_of_64_tokens_or_none(qwen3: HFBackend, text: str) -> None:
+    """Against a forward pass over the whole prompt with nothing cached."""
+    item = qwen3.build(text)
+    tokens = item.metadata.tokens
+    scored = min(64, len(tokens.body_ids) // 2)
+    found = nll(qwen3, item)
+    if scored < 2:
+        assert found is None
+        return
+    assert scored == 64, "the long text"
+    ids = torch.tensor(tokens.token_ids[: tokens.body_end])
+    with torch.inference_mode():
+        likely_TV = qwen3.model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
+    of_each = -likely_TV[:-1].gather(1, ids[1:, None])[-64:]
+    assert of_each.numel() == 64 and found == pytest.approx(float(of_each.mean()), rel=1e-5)

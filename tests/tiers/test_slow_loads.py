@@ -10,10 +10,11 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from kvmem import TextualMemoryItem
 from kvmem.backends.hf import HFBackend
 from kvmem.costs import Costs, kv_bytes_a_token
 from kvmem.lending import PROBE_AFTER
-from kvmem.loads import LoadTimes
+from kvmem.loads import KEPT, LoadTimes
 from kvmem.scheduler import MemScheduler
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, use
 from tests.tiny import memory_on
@@ -76,6 +77,39 @@ def test_a_store_that_is_fast_again_is_used_again(qwen3: HFBackend, scheduler: M
     answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
     assert answer.cached_tokens > 50 and answer.note == "" and answer.token_ids == as_text(qwen3, MEMORIES[0])
     assert "; loaded when wanted: " in scheduler.explain("m0")
+
+
+def test_a_load_that_was_done_starts_the_count_anew(qwen3: HFBackend, scheduler: MemScheduler) -> None:
+    """Few loads are declined, then one is done: it has measured the tier, so that many must be declined again."""
+    short = TextualMemoryItem(id="short", memory=MEMORIES[1].memory[:60])
+    for memory in (MEMORIES[0], short):
+        use(scheduler, memory, 20)
+        scheduler.tick()
+    assert set(scheduler.shelf.tiers()) == {"m0", "short"}
+    small, large = (scheduler.items.nbytes(scheduler.shelf.stored()[id_][0]) for id_ in ("short", "m0"))
+    long_s = float(scheduler.planner.costs.saved_s(len(scheduler.shelf.tokens(MEMORIES[0]).token_ids), 0.0))
+    for _ in range(KEPT):  # what loads took lately: too long for the short one, not for the long one
+        scheduler.items.loads.took("cold", small, 0.7 * long_s)
+        scheduler.items.loads.took("cold", large, 0.7 * long_s)
+    for _ in range(PROBE_AFTER - 1):
+        assert scheduler.answer(QUERY, [short], 1).cached_tokens == 0
+    fetched = SlowLink.fetched
+    assert scheduler.answer(QUERY, [MEMORIES[0]], 1).cached_tokens > 50 and SlowLink.fetched == fetched + 1
+    scheduler.items.loads.took("cold", small, 0.7 * long_s)
+    assert scheduler.answer(QUERY, [short], 1).cached_tokens == 0
+    scheduler.lender.probe()
+    assert SlowLink.fetched == fetched + 1, "1 was declined since"
+
+
+def test_declined_loads_are_not_counted_where_the_price_is_told(qwen3: HFBackend, tmp_path: Path) -> None:
+    costs = Costs(0.001, 1e-4, 0.0, kv_bytes_a_token(qwen3), {"disk": 1.0})
+    made = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"disk": 1 << 30}, tmp_path, costs)
+    use(made, MEMORIES[0], 6)
+    made.tick()
+    for _ in range(3):
+        made.answer(QUERY, [MEMORIES[0]], 1)
+    assert made.lender.not_worth_loading == 3 and not made.lender._declined, "no load will ever clear it"
+    made.close()
 
 
 def test_an_estimate_is_a_line_that_outliers_do_not_move() -> None:

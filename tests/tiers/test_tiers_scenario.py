@@ -34,9 +34,18 @@ def test_a_row_for_each_place(tmp_path: Path) -> None:
         assert (int8.extra["lossy"], int4.extra["lossy"]) == ("int8", "int4")
         assert {int8.equality, int4.equality}.isdisjoint({"bitwise", None})
         off = [abs(row.extra["nll"] - resident.extra["nll"]) for row in (int8, int4)]
-        assert 0 < off[0] < off[1] < 2
+        assert all(0 < moved < 2 for moved in off)  # which moves more is chance: errors of either sign, random weights
     assert not problems(rows, exact=True), "a loss that is told is no failure"
     assert tables.tables(rows) and list(tmp_path.iterdir()) == [], "its files are gone"
+
+
+def test_short_memories_in_bf16_are_larger_compressed(tmp_path: Path) -> None:
+    """72 tokens take two groups of 64: there is room for them all the same."""
+    overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[72,80]", "backend.dtype=bfloat16"]
+    on = Bench.open(compose.validate(compose.compose(overrides)))
+    (cell,) = on.config.scenario.cells(on)
+    rows = {row.arm: row for row in on.config.scenario.measure(on, cell) if row.context_tokens == 72}
+    assert rows["disk_int8"].kv_bytes > rows["ram"].kv_bytes > rows["disk_int4"].kv_bytes
 
 
 def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

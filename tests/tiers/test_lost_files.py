@@ -1,0 +1,231 @@
+"""KV that is lost, and a store that is down: answered as text, never an error, and the scheduler's thread lives on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from kvmem import TextualMemoryItem
+from kvmem.backends.hf import HFBackend
+from kvmem.costs import Costs, kv_bytes_a_token
+from kvmem.intake import SNAPSHOT_EVERY
+from kvmem.scheduler import MemScheduler
+from kvmem.tiers import TieredItems
+from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, scheduler_on, use
+from tests.tiny import memory_on
+
+
+class FailingLink(LocalFileSystem):
+    """A folder behind a link that can be down."""
+
+    protocol = "failinglink"
+    down = False
+    error: type[Exception] = ConnectionError
+
+    def _check(self) -> None:
+        if type(self).down:
+            raise type(self).error("connection refused")
+
+    def get_file(self, rpath: str, lpath: str, **more: object) -> None:
+        self._check()
+        super().get_file(rpath, lpath, **more)
+
+    def rm_file(self, path: str) -> None:
+        self._check()
+        super().rm_file(path)
+
+
+fsspec.register_implementation("failinglink", FailingLink, clobber=True)
+
+
+@pytest.fixture
+def link(tmp_path: Path) -> Iterator[str]:
+    FailingLink.down, FailingLink.error = False, ConnectionError
+    yield f"failinglink://{tmp_path}/cold"
+    FailingLink.down = False
+
+
+def cold_scheduler(backend: HFBackend, url: str, folder: Path | None = None) -> MemScheduler:
+    """Everything is cold, and worth loading."""
+    costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(backend), {"cold": 1e-12})
+    scheduler = MemScheduler(memory_on(backend), "benefit_per_byte", {"cold": 1 << 30}, folder, costs, cold=url)
+    use(scheduler, MEMORIES[0], 6)
+    scheduler.tick()
+    return scheduler
+
+
+def alive_after(scheduler: MemScheduler, done: str) -> bool:
+    """Whether the thread of a scheduler builds `done`, which is hot."""
+    use(scheduler, next(memory for memory in MEMORIES if memory.id == done), 20)
+    until = time.monotonic() + 60
+    while done not in scheduler.shelf.tiers() and time.monotonic() < until:
+        time.sleep(0.01)
+    return done in scheduler.shelf.tiers()
+
+
+def test_a_lost_file_is_answered_as_text_and_built_again(qwen3: HFBackend, tmp_path: Path) -> None:
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    use(scheduler, MEMORIES[0], 6)
+    scheduler.tick()
+    for path in (tmp_path / "kv").glob("*.safetensors"):
+        path.unlink()
+    answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
+    assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
+    assert "m0 was not loaded" in answer.note and scheduler.shelf.tiers() == {}
+    assert scheduler.items.used_bytes() == {"ram": 0, "disk": 0} and scheduler.items.undropped == {}
+    scheduler.tick()
+    assert scheduler.answer(QUERY, [MEMORIES[0]], 8).cached_tokens > 50
+    scheduler.close()
+
+
+def test_the_thread_outlives_a_lost_file(qwen3: HFBackend, tmp_path: Path) -> None:
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    use(scheduler, MEMORIES[0], 6)
+    scheduler.tick()
+    scheduler.close()
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    for path in (tmp_path / "kv").glob("*.safetensors"):
+        path.unlink()
+    scheduler.start(0.01)  # its first tick finds the file gone, when it measures a load
+    assert alive_after(scheduler, "m1") and scheduler.failed_ticks == 0
+    scheduler.close()
+
+
+def test_the_thread_outlives_a_tick_that_fails(qwen3: HFBackend, tmp_path: Path) -> None:
+    """The folder of its state is gone when the state is to be written."""
+    scheduler = scheduler_on(qwen3, tmp_path / "state")
+    scheduler.lender.probe()
+    for _ in range(SNAPSHOT_EVERY):
+        scheduler._intake.use([MEMORIES[0]], 5)
+    shutil.rmtree(tmp_path / "state")
+    scheduler.start(0.01)
+    until = time.monotonic() + 60
+    while not scheduler.failed_ticks and time.monotonic() < until:
+        time.sleep(0.01)
+    assert scheduler.failed_ticks and "StorageError: " in scheduler.last_failed_tick
+    assert alive_after(scheduler, "m1")
+    (tmp_path / "state").mkdir()
+    scheduler.close()
+
+
+def test_a_store_that_is_down_keeps_no_drop_from_being_done(qwen3: HFBackend, link: str) -> None:
+    items = TieredItems(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=link)
+    first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
+    for item in (first, second):
+        items.put(item, "cold")
+    FailingLink.down = True
+    assert items.drop(first.kv_cache_id) and items.ids() == [second.kv_cache_id]
+    assert items.used_bytes()["cold"] == items.nbytes(second.kv_cache_id)
+    assert list(items.undropped) == [first.kv_cache_id]
+    assert "connection refused" in items.undropped[first.kv_cache_id]
+
+
+def test_what_a_move_leaves_behind_is_named(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+    """The link goes down between reading the file and removing it."""
+
+    class DownOnceRead(FailingLink):
+        protocol = "downonceread"
+        down = False
+
+        def get_file(self, rpath: str, lpath: str, **more: object) -> None:
+            super().get_file(rpath, lpath, **more)
+            type(self).down = True
+
+    fsspec.register_implementation("downonceread", DownOnceRead, clobber=True)
+    items = TieredItems(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=f"downonceread://{tmp_path}/cold")
+    item = qwen3.build(MEMORIES[0].memory)
+    items.put(item, "cold")
+    assert items.move(item.kv_cache_id, "ram") and items.tier_of(item.kv_cache_id) == "ram"
+    assert items.used_bytes() == {"ram": items.nbytes(item.kv_cache_id), "cold": 0}
+    assert list(items.undropped) == [item.kv_cache_id]
+
+
+def test_an_outage_costs_no_item(qwen3: HFBackend, link: str) -> None:
+    scheduler = cold_scheduler(qwen3, link)
+    ((item_id, _),) = scheduler.shelf.stored().values()
+    FailingLink.down = True
+    answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
+    assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
+    assert "m0 was not loaded: The cold tier" in answer.note and "connection refused" in answer.note
+    assert "connection refused" in scheduler.lender.unreached["m0"] and scheduler.lender.unreadable == {}
+    assert scheduler.shelf.stored() == {"m0": (item_id, "cold")}
+    FailingLink.down = False
+    again = scheduler.answer(QUERY, [MEMORIES[0]], 8)
+    assert again.cached_tokens > 50 and again.token_ids == answer.token_ids and scheduler.lender.unreached == {}
+    scheduler.close()
+
+
+def test_an_outage_while_a_load_is_measured_costs_no_item(qwen3: HFBackend, link: str) -> None:
+    costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(qwen3))
+    scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"cold": 1 << 30}, costs=costs, cold=link)
+    use(scheduler, MEMORIES[0], 6)
+    FailingLink.down = True
+    assert [move.kind for move in scheduler.tick()] == ["build"]
+    assert scheduler.shelf.tiers() == {"m0": "cold"} and list(scheduler.lender.unreached) == ["m0"]
+    FailingLink.down = False
+    assert scheduler.answer(QUERY, [MEMORIES[0]], 8).cached_tokens > 50
+    scheduler.close()
+
+
+def test_a_build_since_is_not_dropped_for_the_file_before_it(qwen3: HFBackend, tmp_path: Path) -> None:
+    """While the lost file of an item is looked for, another request has dropped it, and it is built again."""
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    use(scheduler, MEMORIES[0], 6)
+    scheduler.tick()
+    ((lost, _),) = scheduler.shelf.stored().values()
+    scheduler.shelf.evict("m0")
+    scheduler.tick()
+    ((built, _),) = scheduler.shelf.stored().values()
+    assert built != lost and not scheduler.shelf.evict("m0", lost)
+    assert scheduler.shelf.stored() == {"m0": (built, "disk")}
+    assert scheduler.shelf.evict("m0", built) and scheduler.shelf.stored() == {}
+    scheduler.close()
+
+
+def test_an_edit_is_kept_where_the_old_kv_can_not_be_removed(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+    """The link is down when the text changes; the old KV is served neither then nor after a restart."""
+    scheduler = cold_scheduler(qwen3, link, tmp_path / "state")
+    edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
+    FailingLink.down = True
+    scheduler.update(edited)
+    assert scheduler.shelf.tiers() == {} and len(scheduler.items.undropped) == 1
+    answer = scheduler.answer(QUERY, [edited], 8)
+    assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
+    scheduler.explain("m0")
+    row = scheduler.planner.table.row_of["m0"]
+    assert scheduler.planner.table.tokens[row] == len(scheduler.shelf.tokens(edited).token_ids)
+    FailingLink.down = False
+    scheduler.items.close()
+    assert scheduler.journal is not None
+    scheduler.journal.close()  # as a process that was killed
+
+    costs = scheduler.planner.costs
+    again = MemScheduler(
+        memory_on(qwen3), "benefit_per_byte", {"cold": 1 << 30}, tmp_path / "state", costs, cold=link
+    )
+    assert again.shelf.texts["m0"].memory == edited.memory
+    assert again.shelf.tiers() == {} and again.items.ids() == [], "what was left is of the old text, and gone now"
+    assert list((tmp_path / "cold").iterdir()) == []
+    again.close()
+
+
+def test_an_edit_is_noted_before_the_store_is_asked(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+    """A store may fail with an error of its own kind, which nobody expects."""
+    scheduler = cold_scheduler(qwen3, link, tmp_path / "state")
+    edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
+    FailingLink.down, FailingLink.error = True, RuntimeError
+    with pytest.raises(RuntimeError, match="refused"):
+        scheduler.update(edited)
+    answer = scheduler.answer(QUERY, [edited], 8)
+    assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
+    scheduler.explain("m0")
+    row = scheduler.planner.table.row_of["m0"]
+    assert scheduler.planner.table.tokens[row] == len(scheduler.shelf.tokens(edited).token_ids)
+    assert b'"kind": "text", "id": "m0"' in (tmp_path / "state" / "events.jsonl").read_bytes().splitlines()[-2]
+    scheduler.close()
