@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig, TextualMemoryItem, dynamic_cache
-from kvmem.dynamic_cache import LentCache
 from kvmem.scheduler import MemScheduler
 
 LLM = {"backend": "huggingface", "config": {"model_name_or_path": "smollm2-135m"}}
@@ -31,7 +30,7 @@ def closest(question: str, memories: list[TextualMemoryItem]) -> TextualMemoryIt
     return max(zip(memories, texts, strict=True), key=lambda pair: sum(worth[w] for w in words(question) & pair[1]))[0]
 
 
-def answer(scheduler: MemScheduler, question: str, cache: LentCache, length: int = ANSWER_TOKENS) -> tuple[str, float]:
+def answer(scheduler: MemScheduler, question: str, cache: dynamic_cache.LentCache, length: int = ANSWER_TOKENS) -> tuple[str, float]:
     """The answer, and the milliseconds until its first token."""
     started = time.perf_counter()
     tokens = scheduler.backend.stream(question, cache, length)
@@ -41,9 +40,8 @@ def answer(scheduler: MemScheduler, question: str, cache: LentCache, length: int
 
 
 def main(folder: Path) -> None:
-    memories = [TextualMemoryItem(id=path.stem, memory=path.read_text()) for path in sorted(folder.glob("*.md"))]
-    if not memories:
-        sys.exit(f"{folder} holds no text (*.md). Try examples/faq.")
+    texts = sorted(folder.glob("*.md")) or sys.exit(f"{folder} holds no text (*.md). Try examples/faq.")
+    memories = [TextualMemoryItem(id=path.stem, memory=path.read_text()) for path in texts]
     memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm=LLM))
     scheduler = MemScheduler(memory, "benefit_per_byte", {"ram": 1 << 30})
     for question in filter(None, map(str.strip, sys.stdin)):

@@ -77,9 +77,7 @@ class MemScheduler:
 
         Memories that are often used together are planned as one: their joined KV, where it pays, in that order.
         """
-        used = [memories] if isinstance(memories, TextualMemoryItem) else list(memories)
-        if not used:
-            raise UnknownMemoryError("No text memory is given. Give one, or several in their order.")
+        used = _text_memories([memories] if isinstance(memories, TextualMemoryItem) else memories)
         text = query if isinstance(query, str) else "\n".join(turn["content"] for turn in query)
         query_tokens = len(self.backend.tokenizer(text, add_special_tokens=False).input_ids)
         for changed in self._intake.use(used, query_tokens):
@@ -114,7 +112,7 @@ class MemScheduler:
     @contextmanager
     def lend(self, text_memories: Sequence[TextualMemoryItem]) -> Iterator[LentCache]:
         """The cache that `answer` uses, for a block in which builds stand aside. Observes nothing."""
-        with self.gate.request(), self.lender.lend(text_memories) as cache:
+        with self.gate.request(), self.lender.lend(_text_memories(text_memories)) as cache:
             yield cache
 
     def tick(self) -> list[Move]:
@@ -160,7 +158,9 @@ class MemScheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Calls off a running build, ends the thread, and writes the state."""
+        """Calls off a running build, ends the thread, and writes the state. A second time there is nothing to do."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         self._wake.set()
         self.gate.cancel()
@@ -210,3 +210,16 @@ class MemScheduler:
 
     def _failed(self, memory_id: str, error: Exception) -> None:
         self.failures.add(memory_id, error, self.planner.table.now)
+
+
+def _text_memories(given: Sequence[TextualMemoryItem]) -> list[TextualMemoryItem]:
+    """Raises UnknownMemoryError for none, and ConfigError for what has no id."""
+    if not given:
+        raise UnknownMemoryError("No text memory is given. Give one, or several in their order.")
+    for memory in given:
+        if not isinstance(memory, TextualMemoryItem):
+            raise ConfigError(
+                f"The scheduler takes text memories, and got a {type(memory).__name__}. Give a list of "
+                "TextualMemoryItem(id=..., memory=text): by its id it learns that a text was edited."
+            )
+    return list(given)
