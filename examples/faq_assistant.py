@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig, TextualMemoryItem, dynamic_cache
+from kvmem.dynamic_cache import LentCache
 from kvmem.scheduler import MemScheduler
 
 LLM = {"backend": "huggingface", "config": {"model_name_or_path": "smollm2-135m"}}
-ANSWER_TOKENS = 24
 
 
 def words(text: str) -> set[str]:
@@ -30,8 +30,8 @@ def closest(question: str, memories: list[TextualMemoryItem]) -> TextualMemoryIt
     return max(zip(memories, texts, strict=True), key=lambda pair: sum(worth[w] for w in words(question) & pair[1]))[0]
 
 
-def answer(scheduler: MemScheduler, question: str, cache: dynamic_cache.LentCache, length: int = ANSWER_TOKENS) -> tuple[str, float]:
-    """The answer, and the milliseconds until its first token."""
+def answer(scheduler: MemScheduler, question: str, cache: LentCache, length: int = 24) -> tuple[str, float]:
+    """The answer, of `length` tokens at most, and the milliseconds until its first one."""
     started = time.perf_counter()
     tokens = scheduler.backend.stream(question, cache, length)
     text = next(tokens).text
