@@ -39,7 +39,7 @@ def test_rows_of_a_cell(bench):
         assert row.arm != ways.IN_PLACE or row.extra["over_fastest"] == 1.0
     (fastest,) = [row for row in of_ways if row.arm == ways.IN_PLACE and row.context_tokens == 128]
     assert fastest.extra["place_s"] > 0 and "over_query_alone_s" in fastest.extra
-    assert fastest.conditions["left_out"] == "CUDA graphs, compiled layers"
+    assert fastest.conditions["left_out"] == "CUDA graphs, compiled layers, fused kernels"
     titles = [table.title for table in tables.tables(rows)]
     assert titles == ["injection_cost", DECODING]
     assert "over_limit" in plots.draw(rows)

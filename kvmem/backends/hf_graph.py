@@ -135,6 +135,7 @@ class HFGraphBackend(HFBackend):
             "graphs": f"one a query length, up to {engine.graph_up_to} tokens" if engine.graph_up_to else "none",
             "left_out": ", ".join(engine.left_out) or "nothing",
             "compile": engine.compile,
+            "fused": engine.fused,
             "pad_to": engine.pad_to,
             "pad_up_to": engine.knobs.pad_up_to,
             "capacity_tokens": engine.knobs.capacity_tokens,

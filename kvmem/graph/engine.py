@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvmem.dynamic_cache import KV
-from kvmem.errors import CapacityError
-from kvmem.graph import attention
+from kvmem.errors import CapacityError, ConfigError
+from kvmem.graph import attention, fused
 from kvmem.graph.buffers import Buffer
 from kvmem.graph.capture import Captured, Run, WarmUp
 from kvmem.graph.forward import Pass
@@ -56,7 +56,8 @@ class Engine:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.kernel = attention.choose(knobs.attention, self.device, self.dtype, head_dim)
         self.rows = knobs.capacity_tokens + self.pad_to  # a pad may lie behind the last token
-        self.run = Pass(model, self.kernel, self.rows, self.compile)
+        self.fused = self._is_fused(knobs.fused)
+        self.run = Pass(model, self.kernel, self.rows, self.compile, self.fused)
         self.seats: list[Seat] = []  # the one used longest ago first
         self.graphs: OrderedDict[tuple[Buffer, str], Captured] = OrderedDict()
         self.warm_up = WarmUp()
@@ -68,8 +69,18 @@ class Engine:
     @property
     def left_out(self) -> tuple[str, ...]:
         """What makes this engine fast and is not used here."""
-        absent = {"CUDA graphs": not self.graph_up_to, "compiled layers": self.compile == "none"}
+        absent = {
+            "CUDA graphs": not self.graph_up_to,
+            "compiled layers": self.compile == "none",
+            "fused kernels": not self.fused,
+        }
         return tuple(name for name, is_absent in absent.items() if is_absent)
+
+    def _is_fused(self, asked: bool | None) -> bool:
+        reason = fused.why_not(self.device)
+        if asked and reason:
+            raise ConfigError(f"fused=true does not run here: it {reason}. Use fused=null.")
+        return asked is not False and reason is None
 
     def place(self, cache: DynamicCache) -> None:
         """Puts a memory at the head of a buffer, so that it is there when a query comes. A GPU is not waited for."""

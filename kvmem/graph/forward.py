@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from kvmem.graph import attention
 from kvmem.graph.buffers import Buffer
-from kvmem.graph.layer import LayerShape, layer, layer_of_branches, rms_norm
+from kvmem.graph.fused import layer_of_one_token, next_logits
+from kvmem.graph.layer import LayerShape, Where, layer, layer_of_branches, rms_norm
 from kvmem.graph.weights import check_covered, stack
 
 Compile = Literal["auto", "none", "all_lengths", "each_length"]
@@ -25,10 +27,11 @@ class Pass:
     tokens overwrite it.
     """
 
-    def __init__(self, model: PreTrainedModel, kernel: str, rows: int, compile: Compile) -> None:
-        """rows: positions up to which the rotary table goes. Raises ModelError for a model that is not covered."""
+    def __init__(self, model: PreTrainedModel, kernel: str, rows: int, compile: Compile, fused: bool) -> None:
+        """rows: positions up to which the rotary table goes; fused: with our own Triton kernels (`fused.py`).
+        Raises ModelError for a model that is not covered."""
         check_covered(model)
-        self.shape = LayerShape.of(model.config, kernel)
+        self.shape = LayerShape.of(model.config, kernel, fused)
         self.layers = stack(model)
         decoder = model.get_decoder()
         self.embed, self.head = decoder.embed_tokens.weight.detach(), model.lm_head.weight.detach()
@@ -49,18 +52,35 @@ class Pass:
         at_S = held_1 + torch.arange(new, device=inputs.device)
         length_1, last_1 = (held_1 + new).int(), real_1 - 1
         cos, sin = (table.index_select(0, at_S)[None, :, None] for table in (self.cos_TD, self.sin_TD))
-        x_BSC = F.embedding(ids_S, self.embed)[None]
-        added_BSC = torch.zeros_like(x_BSC)
+        x_SC = F.embedding(ids_S, self.embed)
+        where = Where(cos, sin, at_S, length_1, self._plan(new, buffer, length_1))
+        if new == 1 and self.shape.fused:
+            logits_V = self._one_token(x_SC[0], buffer, where)
+        else:
+            logits_V = self._several(x_SC[None], buffer, where, last_1)
+        return logits_V.argmax(keepdim=True), logits_V
+
+    def _plan(self, new: int, buffer: Buffer, length_1: torch.Tensor) -> torch.Tensor | None:
+        shape = self.shape
+        q_like_BSHD = torch.empty((1, new, shape.heads, shape.head_dim), dtype=self.embed.dtype, device="meta")
+        return attention.kernels()[shape.kernel].plan(q_like_BSHD, buffer.layers[0][0], length_1)
+
+    def _one_token(self, x_C: torch.Tensor, buffer: Buffer, where: Where) -> torch.Tensor:
+        for w, (k, v) in zip(self.layers, buffer.layers, strict=True):
+            x_C = layer_of_one_token(x_C, k, v, where, w, self.shape)
+        return next_logits(x_C, self.last_norm, self.shape.eps, self.head)
+
+    def _several(self, x_1SC: torch.Tensor, buffer: Buffer, where: Where, last_1: torch.Tensor) -> torch.Tensor:
+        added_1SC = torch.zeros_like(x_1SC)
         with torch._dynamo.config.patch(recompile_limit=LENGTHS_COMPILED):
             for i, (w, (k, v)) in enumerate(zip(self.layers, buffer.layers, strict=True)):
-                if self.compile == "all_lengths" and new > 1:
-                    for tensor, dim in ((x_BSC, 1), (added_BSC, 1), (cos, 1), (sin, 1), (at_S, 0)):
+                if self.compile == "all_lengths" and x_1SC.shape[1] > 1:
+                    for tensor, dim in ((x_1SC, 1), (added_1SC, 1), *zip(where[:3], (1, 1, 0), strict=True)):
                         torch._dynamo.maybe_mark_dynamic(tensor, dim)
                 last = last_1 if i == len(self.layers) - 1 else None
-                x_BSC, added_BSC = self.layer(x_BSC, added_BSC, cos, sin, k, v, at_S, length_1, last, w, self.shape)
-        hidden_BSC = rms_norm(x_BSC + added_BSC, self.last_norm, self.shape.eps)
-        logits_V = F.linear(hidden_BSC, self.head)[0, 0]
-        return logits_V.argmax(keepdim=True), logits_V
+                x_1SC, added_1SC = self.layer(x_1SC, added_1SC, k, v, where, last, w, self.shape)
+        hidden_1SC = rms_norm(x_1SC + added_1SC, self.last_norm, self.shape.eps)
+        return F.linear(hidden_1SC, self.head)[0, 0]
 
     @torch.inference_mode()
     def advance(self, inputs: torch.Tensor, buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,8 @@ class Knobs:
     """Memories in place at once. A buffer is made when it is first needed, and the one used longest ago gives way."""
     compile: Compile = "auto"
     """A layer is compiled: none, once for all_lengths, or once for each_length (5 s a length); auto: all_lengths."""
+    fused: bool | None = None
+    """Heads are placed, and a token is decoded, by Triton kernels of our own; None: where Triton runs."""
     graph_up_to: int = Field(default=1024, ge=0)
     """Prefills of at most so many new tokens run as CUDA graphs, captured at first use; 0: none, nor decoding."""
     graphs: int = Field(default=64, ge=1)

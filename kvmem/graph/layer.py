@@ -6,30 +6,46 @@ Dimensions: B batch, S new tokens, T rows of a buffer, H query heads, K key head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from kvmem.graph.attention import attend, attend_lse
+from kvmem.graph.fused import place_heads
 from kvmem.graph.weights import LayerWeights
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What of a layer is not in its weights. `kernel` names the attention kernel."""
+    """What of a layer is not in its weights. `kernel` names the attention kernel; fused: see `fused.py`."""
 
     heads: int
     kv_heads: int
     head_dim: int
     eps: float
     kernel: str
+    fused: bool = False
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, kernel: str) -> LayerShape:
+    def of(cls, config: PreTrainedConfig, kernel: str, fused: bool = False) -> LayerShape:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(heads, config.num_key_value_heads or heads, head_dim, config.rms_norm_eps, kernel)
+        return cls(heads, config.num_key_value_heads or heads, head_dim, config.rms_norm_eps, kernel, fused)
+
+
+class Where(NamedTuple):
+    """Where the new tokens of one sequence lie: the same for all layers."""
+
+    cos_1S1D: torch.Tensor
+    sin_1S1D: torch.Tensor
+    at_S: torch.Tensor
+    """Their rows in the buffer, int64."""
+    length_1: torch.Tensor
+    """How many rows hold tokens, they included, int32."""
+    plan: torch.Tensor | None
+    """The attention kernel's (`Attention.plan`)."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -44,16 +60,20 @@ def rotate(x_BSHD: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor)
     return x_BSHD * cos_BS1D + torch.cat([-second, first], dim=-1) * sin_BS1D
 
 
+def qkv_products(x_BSC: torch.Tensor, w: LayerWeights, shape: LayerShape) -> torch.Tensor:
+    """(B, S, (H + 2 K) D): queries, keys and values, one behind the other."""
+    return F.linear(rms_norm(x_BSC, w.input_norm, shape.eps), w.qkv, w.qkv_bias)
+
+
 def queries_keys_values(
-    x_BSC: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor, w: LayerWeights, shape: LayerShape
+    qkv_BSX: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor, w: LayerWeights, shape: LayerShape
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(B, S, H, D), (B, S, K, D), (B, S, K, D), the first two turned to their positions."""
-    batch, new, _ = x_BSC.shape
+    batch, new, _ = qkv_BSX.shape
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    products = F.linear(rms_norm(x_BSC, w.input_norm, shape.eps), w.qkv, w.qkv_bias)
     q, k, v = (
         part.view(batch, new, count, shape.head_dim)
-        for part, count in zip(products.split([n * shape.head_dim for n in heads], -1), heads, strict=True)
+        for part, count in zip(qkv_BSX.split([n * shape.head_dim for n in heads], -1), heads, strict=True)
     )
     if w.q_norm is not None and w.k_norm is not None:
         q, k = rms_norm(q, w.q_norm, shape.eps), rms_norm(k, w.k_norm, shape.eps)
@@ -70,23 +90,27 @@ def after_attention(
 
 
 def layer(
-    x_BSC: torch.Tensor, added_BSC: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor,
-    k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, at_S: torch.Tensor, length_1: torch.Tensor,
+    x_1SC: torch.Tensor, added_1SC: torch.Tensor, k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, where: Where,
     last_1: torch.Tensor | None, w: LayerWeights, shape: LayerShape,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One sequence behind the head of its buffer, whose rows `at` it writes; `length` counts them.
+    """One sequence behind the head of its buffer.
 
     The stream comes and goes as two parts to be added, so that the addition joins the next kernel. With `last`, only
     that token goes past attention: of the last layer no other is needed.
     """
-    x_BSC = x_BSC + added_BSC
-    q, k, v = queries_keys_values(x_BSC, cos_BS1D, sin_BS1D, w, shape)
-    k_1KTD.index_copy_(2, at_S, k.transpose(1, 2))
-    v_1KTD.index_copy_(2, at_S, v.transpose(1, 2))
-    gathered = attend(q, k_1KTD, v_1KTD, length_1, True, shape.kernel)
+    x_1SC = x_1SC + added_1SC
+    qkv_1SX = qkv_products(x_1SC, w, shape)
+    turn, at_S = (where.cos_1S1D, where.sin_1S1D), where.at_S
+    if shape.fused:
+        q = place_heads(qkv_1SX, w.q_norm, w.k_norm, shape.eps, *turn, k_1KTD, v_1KTD, at_S, shape.heads)
+    else:
+        q, k, v = queries_keys_values(qkv_1SX, *turn, w, shape)
+        k_1KTD.index_copy_(2, at_S, k.transpose(1, 2))
+        v_1KTD.index_copy_(2, at_S, v.transpose(1, 2))
+    gathered = attend(q, k_1KTD, v_1KTD, where.length_1, True, shape.kernel, where.plan)
     if last_1 is not None:
-        x_BSC, gathered = x_BSC.index_select(1, last_1), gathered.index_select(1, last_1)
-    return after_attention(x_BSC, gathered, w, shape)
+        x_1SC, gathered = x_1SC.index_select(1, last_1), gathered.index_select(1, last_1)
+    return after_attention(x_1SC, gathered, w, shape)
 
 
 def layer_of_branches(
@@ -102,7 +126,7 @@ def layer_of_branches(
     """
     x_BSC = x_BSC + added_BSC
     batch, new, _ = x_BSC.shape
-    q, k, v = queries_keys_values(x_BSC, cos_BS1D, sin_BS1D, w, shape)
+    q, k, v = queries_keys_values(qkv_products(x_BSC, w, shape), cos_BS1D, sin_BS1D, w, shape)
     rows_B1 = torch.arange(batch, device=x_BSC.device)[:, None]
     own_k_BKTD[rows_B1, :, at_BS] = k
     own_v_BKTD[rows_B1, :, at_BS] = v

@@ -80,5 +80,5 @@ def test_the_backend_opens_by_its_name():
     config = {"model_name_or_path": "random:tiny", "device": "cpu", "capacity_tokens": 512}
     memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "hf_graph", "config": config}))
     assert isinstance(memory.backend, HFGraphBackend) and memory.backend.engine.knobs.capacity_tokens == 512
-    assert memory.backend.conditions()["left_out"] == "CUDA graphs, compiled layers"
+    assert memory.backend.conditions()["left_out"] == "CUDA graphs, compiled layers, fused kernels"
     assert memory.backend.attention == "sdpa"

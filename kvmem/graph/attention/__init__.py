@@ -33,10 +33,19 @@ class Attention(ABC):
         """Why this kernel can't be used here; None: it can."""
 
     @staticmethod
+    def plan(q_like_BSHD: torch.Tensor, k_BKTD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor | None:
+        """What the kernel wants to know of a pass, found once for all its layers, whose shapes and lengths are these.
+
+        Causal, as all of a pass is. None: nothing.
+        """
+        return None
+
+    @staticmethod
     @abstractmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
-    ) -> torch.Tensor:
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+        plan: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """The values that each query gathers, like q."""
 
     @staticmethod
@@ -74,13 +83,14 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
 # it lies: of a transposed one that it has written to, the compiler would pass a copy.
 @torch.library.custom_op("kvmem::attend", mutates_args=())
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, causal: bool, kernel: str
-) -> torch.Tensor:
-    return kernels()[kernel].attend(q, k, v, lengths, causal)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, causal: bool, kernel: str,
+    plan: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    return kernels()[kernel].attend(q, k, v, lengths, causal, plan)
 
 
 @attend.register_fake
-def _(q, k, v, lengths, causal, kernel):
+def _(q, k, v, lengths, causal, kernel, plan):
     return q.new_empty(q.shape)
 
 

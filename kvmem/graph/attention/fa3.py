@@ -36,22 +36,42 @@ class FA3(Attention):
         return None
 
     @staticmethod
+    def plan(q_like_BSHD: torch.Tensor, k_BKTD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor | None:
+        """How the kernel cuts up the work: else it finds out in every layer, in a kernel of 3 µs."""
+        from fa3_fwd_interface import get_scheduler_metadata
+
+        batch, new, heads, head_dim = q_like_BSHD.shape
+        _, kv_heads, rows, _ = k_BKTD.shape
+        return get_scheduler_metadata(
+            batch, new, rows, heads, kv_heads, head_dim, lengths_B, qkv_dtype=q_like_BSHD.dtype, causal=True,
+            num_splits=splits(q_like_BSHD, k_BKTD),
+        )  # fmt: skip
+
+    @staticmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
-    ) -> torch.Tensor:
-        return FA3.attend_lse(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal)[0]
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+        plan: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        return _forward(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal, plan)[0]
 
     @staticmethod
     def attend_lse(
         q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from fa3_fwd_interface import flash_attn_with_kvcache
+        return _forward(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal, None)
 
-        out_BSHD, lse_BHS, *_ = flash_attn_with_kvcache(
-            q_BSHD, k_BKTD.transpose(1, 2), v_BKTD.transpose(1, 2), cache_seqlens=lengths_B, causal=causal,
-            num_splits=splits(q_BSHD, k_BKTD), return_softmax_lse=True,
-        )  # fmt: skip
-        return out_BSHD, lse_BHS
+
+def _forward(
+    q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+    plan: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    from fa3_fwd_interface import flash_attn_with_kvcache
+
+    out_BSHD, lse_BHS, *_ = flash_attn_with_kvcache(
+        q_BSHD, k_BKTD.transpose(1, 2), v_BKTD.transpose(1, 2), cache_seqlens=lengths_B, causal=causal,
+        num_splits=splits(q_BSHD, k_BKTD), scheduler_metadata=plan, return_softmax_lse=True,
+    )  # fmt: skip
+    return out_BSHD, lse_BHS
 
 
 def splits(q_BSHD: torch.Tensor, k_BKTD: torch.Tensor) -> int:
@@ -59,5 +79,5 @@ def splits(q_BSHD: torch.Tensor, k_BKTD: torch.Tensor) -> int:
     batch, new, heads, _ = q_BSHD.shape
     kv_heads = k_BKTD.shape[1]
     tiles = batch * kv_heads * math.ceil(new * (heads // kv_heads) / QUERY_TILE)
-    processors = torch.cuda.get_device_properties(q_BSHD.device).multi_processor_count
+    processors = torch.cuda.get_device_properties(k_BKTD.device).multi_processor_count
     return max(1, processors // tiles)

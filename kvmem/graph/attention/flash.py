@@ -33,8 +33,9 @@ class Flash(Attention):
 
     @staticmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
-    ) -> torch.Tensor:
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+        plan: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         return Flash.attend_lse(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal)[0]
 
     @staticmethod

@@ -23,8 +23,9 @@ class SDPA(Attention):
 
     @staticmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
-    ) -> torch.Tensor:
+        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+        plan: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         k_BKTD, v_BKTD = _with_tokens(k_BKTD, v_BKTD, lengths_B)
         whole = causal and k_BKTD.shape[2] == q_BSHD.shape[1]  # nothing before them: a plain causal mask will do
         out_BHSD = F.scaled_dot_product_attention(

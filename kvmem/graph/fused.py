@@ -1,0 +1,67 @@
+"""What runs as Triton kernels of our own where Triton does: heads on their way into a buffer, and a decoding step.
+
+A decoding step reads every weight once and does next to nothing else, so what stands around a product (normalising,
+gating, adding to the stream) is done by the product's own kernel: seven launches a layer instead of fourteen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvmem.graph.attention import attend
+
+if TYPE_CHECKING:
+    from kvmem.graph.layer import LayerShape, Where
+    from kvmem.graph.weights import LayerWeights
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why these kernels can't be used here; None: they can."""
+    if device.type != "cuda" or torch.version.hip:
+        return "needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    return None
+
+
+# A custom operator, so that a compiled layer calls the kernel as it is and writes to the buffer itself.
+@torch.library.custom_op("kvmem::place_heads", mutates_args=("k", "v"))
+def place_heads(
+    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float,
+    cos: torch.Tensor, sin: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, heads: int,
+) -> torch.Tensor:  # fmt: skip
+    from kvmem.graph import kernels
+
+    return kernels.place_heads(qkv, q_norm, k_norm, eps, cos, sin, k, v, at, heads)
+
+
+@place_heads.register_fake
+def _(qkv, q_norm, k_norm, eps, cos, sin, k, v, at, heads):
+    return qkv.new_empty((1, qkv.shape[1], heads, k.shape[3]))
+
+
+def layer_of_one_token(
+    x_C: torch.Tensor, k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, where: Where, w: LayerWeights, shape: LayerShape
+) -> torch.Tensor:
+    """The stream, (hidden,), behind a decoder layer; see `layer.layer`."""
+    from kvmem.graph.kernels import place_heads, product
+
+    qkv_X = product(x_C, w.qkv, norm_C=w.input_norm, eps=shape.eps, bias_R=w.qkv_bias)
+    turn, at_1 = (where.cos_1S1D, where.sin_1S1D), where.at_S
+    q = place_heads(qkv_X[None, None], w.q_norm, w.k_norm, shape.eps, *turn, k_1KTD, v_1KTD, at_1, shape.heads)
+    gathered = attend(q, k_1KTD, v_1KTD, where.length_1, True, shape.kernel, where.plan)
+    x_C = product(gathered.flatten(), w.out, bias_R=w.out_bias, added_R=x_C)
+    inner_I = product(x_C, w.gate_up, norm_C=w.mlp_norm, eps=shape.eps, bias_R=w.gate_up_bias, gated=True)
+    return product(inner_I, w.down, bias_R=w.down_bias, added_R=x_C)
+
+
+def next_logits(x_C: torch.Tensor, norm_C: torch.Tensor, eps: float, head_VC: torch.Tensor) -> torch.Tensor:
+    """(vocab,), behind the last layer's stream."""
+    from kvmem.graph.kernels import product
+
+    return product(x_C, head_VC, norm_C=norm_C, eps=eps)
