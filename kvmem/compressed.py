@@ -153,6 +153,11 @@ def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_available() -> None:
+    """Raises ConfigError where hqq is missing."""
+    _hqq()
+
+
 def _hqq() -> Any:
     """HQQ's quantizer (Badri & Shaji 2023), without its search: imported where it is wanted, for few need it."""
     try:

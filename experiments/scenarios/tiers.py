@@ -24,6 +24,7 @@ from experiments.transfer import transfer_s
 from experiments.workloads.cut import asked, cut_memories
 from experiments.workloads.python_docs import docs_texts
 from kvmem.backends.hf import HFBackend
+from kvmem.compressed import check_available
 from kvmem.costs import Costs
 from kvmem.errors import ConfigError
 
@@ -65,6 +66,11 @@ class Tiers(Scenario):
                 f"scenario=tiers needs the tiers of a Hugging Face engine, and backend={type(bench.backend).name} has "
                 "its own. Use backend=huggingface."
             )
+        if self.compressed:
+            try:
+                check_available()
+            except ConfigError as error:
+                raise ConfigError(f"{error} Or leave those tiers out: scenario.compressed=[].") from error
         return [TiersCell(f"{len(self.context_tokens)} lengths in every tier")]
 
     def measure(self, bench: Bench, cell: TiersCell) -> list[Row]:
