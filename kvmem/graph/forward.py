@@ -16,7 +16,9 @@ from kvmem.graph.weights import check_covered, stack
 
 Compile = Literal["auto", "none", "all_lengths", "each_length"]
 LENGTHS_COMPILED = 64
-"""As many lengths as each_length compiles before torch would give up and run as written."""
+"""As many lengths as each_length compiles one by one: those that come later share a compilation for all lengths."""
+RECOMPILE_LIMIT = 2 * LENGTHS_COMPILED + 4
+"""Each as an inner layer and as the last, as that for all lengths is; at the limit torch would run what is written."""
 
 
 class Pass:
@@ -40,6 +42,8 @@ class Pass:
             cos_1TD, sin_1TD = decoder.rotary_emb(self.embed[:1], torch.arange(rows, device=self.embed.device)[None])
         self.cos_TD, self.sin_TD = cos_1TD[0], sin_1TD[0]
         self.compile = compile
+        self.lengths: set[int] = set()
+        """Those that were compiled one by one."""
         compiled = compile != "none"
         self.layer = torch.compile(layer, dynamic=False) if compiled else layer
         self.layer_of_branches = torch.compile(layer_of_branches) if compiled else layer_of_branches
@@ -72,15 +76,22 @@ class Pass:
 
     def _several(self, x_1SC: torch.Tensor, buffer: Buffer, where: Where, last_1: torch.Tensor) -> torch.Tensor:
         added_1SC = torch.zeros_like(x_1SC)
-        with torch._dynamo.config.patch(recompile_limit=LENGTHS_COMPILED):
+        any_length = self._is_for_any_length(x_1SC.shape[1])
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             for i, (w, (k, v)) in enumerate(zip(self.layers, buffer.layers, strict=True)):
-                if self.compile == "all_lengths" and x_1SC.shape[1] > 1:
+                if any_length:
                     for tensor, dim in ((x_1SC, 1), (added_1SC, 1), *zip(where[:3], (1, 1, 0), strict=True)):
                         torch._dynamo.maybe_mark_dynamic(tensor, dim)
                 last = last_1 if i == len(self.layers) - 1 else None
                 x_1SC, added_1SC = self.layer(x_1SC, added_1SC, k, v, where, last, w, self.shape)
         hidden_1SC = rms_norm(x_1SC + added_1SC, self.last_norm, self.shape.eps)
         return F.linear(hidden_1SC, self.head)[0, 0]
+
+    def _is_for_any_length(self, new: int) -> bool:
+        """Whether the code for so many new tokens is compiled for other lengths too."""
+        if self.compile == "each_length" and len(self.lengths) < LENGTHS_COMPILED:
+            self.lengths.add(new)
+        return self.compile != "none" and new > 1 and new not in self.lengths
 
     @torch.inference_mode()
     def advance(self, inputs: torch.Tensor, buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]:
