@@ -32,6 +32,10 @@ def test_kernels_agree_with_sdpa(kernel):
             exact, exact_lse = kernels()["sdpa"].attend_lse(q.float(), k.float(), v.float(), at, causal)
             assert (ours.float() - exact).abs().max() < 0.03
             assert (ours_lse - exact_lse).abs().max() < 0.03
+        plan = kernels()[kernel].plan(q.to("meta"), k, at)
+        for _ in range(3):  # one plan serves many layers
+            planned = kernels()[kernel].attend(q, k, v, at, True, plan)
+            assert torch.equal(planned, kernels()[kernel].attend(q, k, v, at, True))
 
 
 def test_attention_by_its_parts_is_attention(place):
