@@ -20,13 +20,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_READY := $(VENV)/.vllm
 RAY_READY := $(VENV)/.ray
+TRITON_READY := $(VENV)/.triton
 
 .PHONY: run test lint setup clean
 
 run: setup $(if $(filter vllm,$(BACKEND)),$(VLLM_READY))
 	$(BIN)/python -m experiments.run $(if $(BACKEND),backend=$(BACKEND)) $(ARGS)
 
-test: lint $(VLLM_READY) $(RAY_READY)
+test: lint $(VLLM_READY) $(RAY_READY) $(TRITON_READY)
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 lint: setup
@@ -55,6 +56,11 @@ $(RAY_READY): $(READY)
 	$(BIN)/python -m pip install --editable ".[ray]"
 	$(BIN)/python -m pip install --no-deps $(RAY_LAUNCHER)
 	touch $(RAY_READY)
+
+# torch brings it along where it runs on a GPU; elsewhere its interpreter runs the fast engine's kernels.
+$(TRITON_READY): $(READY)
+	$(BIN)/python -m pip install "triton>=3.4; sys_platform == 'linux'"
+	touch $(TRITON_READY)
 
 COMMA := ,
 

@@ -7,6 +7,8 @@ are written behind it. Lengths are data on the device, so one CUDA graph a query
     layer.py      a decoder layer as pure functions
     forward.py    the pass: token ids behind a buffer's first rows -> the next token and its logits
     attention/    one attention kernel, one file
+    fused.py      a decoding step in seven launches a layer, where Triton runs
+    kernels.py    its Triton kernels
     buffers.py    where keys and values lie, and which memory is in place
     capture.py    the pass as CUDA graphs, and what warming up cost
     engine.py     answers under way: who sits in which buffer
