@@ -94,6 +94,9 @@ def test_figures_of_the_comparison() -> None:
     differs = disagreement(real, told)
     assert differs["the seconds saved"] == 0.25 and differs["the sum of TTFT"] == pytest.approx(0.05)
     ours, other = np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.5])
-    assert behind(ours, {"lfu": other, "lru": ours - 1}).startswith("behind lfu by 1.00 s to 1.")
+    told_behind = behind(ours, {"lfu": other, "lru": ours - 1, "tinylfu": ours + np.array([0.0, 1.0, 2.0])})
+    assert told_behind == "behind lfu by 450 ms to 1.88 s a trace"  # 1.17 s ± 4.30 × 0.167; three traces tell little
     share, interval = ratio_of_sums(ours, 2 * ours)
     assert share == 50 and interval == (50, 50)
+    share, interval = ratio_of_sums(ours, np.array([2.0, 3.0, 7.0]))
+    assert share == 50 and interval is not None and interval[0] < 40 and interval[1] > 60
