@@ -36,8 +36,9 @@ PLACES = {
     "gpu-bf16-fastest": Place("cuda", torch.bfloat16, "auto", 0.2, shape="tiny_heads128"),
     "gpu-bf16-fastest-heads64": Place("cuda", torch.bfloat16, "auto", 0.15, shape="tiny_heads64", compile="none"),
 }
-"""The tiny model's logits have a standard deviation of 0.16, and 0.03 of bf16's rounding; tiny_heads128's 0.32 and 0.13,
-tiny_heads64's 0.28 and 0.08. Graphs are captured in all places on a GPU. FlashAttention 3, the fastest, is built for heads of 64 and up."""
+"""The tiny model's logits have a standard deviation of 0.16, and 0.03 of bf16's rounding; those of tiny_heads128 0.32
+and 0.13, of tiny_heads64 0.28 and 0.08. Graphs are captured in all places on a GPU. FlashAttention 3, the fastest, is
+built for heads of 64 and up."""
 
 Open = Callable[..., HFGraphBackend]
 
