@@ -13,10 +13,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -151,10 +152,19 @@ def job(config: DictConfig) -> None:
     except KVMemError as error:
         log.error("error: %s", error)
         status = WRONG_COMMAND if isinstance(error, ConfigError) else NOT_ALL_VALID
-        raise JobFailed(status, str(error)) from error
+        _end(here.mode, JobFailed(status, str(error)), error)
     if found := problems(rows, chosen.merge.exact):
         log.error("error: %d of %d rows can't be trusted:\n  %s", len(found), len(rows), "\n  ".join(found))
-        raise JobFailed(NOT_ALL_VALID, "; ".join(found))
+        _end(here.mode, JobFailed(NOT_ALL_VALID, "; ".join(found)))
+
+
+def _end(mode: RunMode | None, failed: JobFailed, cause: Exception | None = None) -> NoReturn:
+    """A job of a sweep is handed on. A run by itself just ends, for Hydra prints a line of its own behind what it is
+    handed."""
+    failed.__cause__ = cause
+    if mode is RunMode.RUN:
+        raise SystemExit(failed.exit_status) from failed
+    raise failed
 
 
 def main() -> int:
@@ -171,9 +181,12 @@ def main() -> int:
             if folder is not None and (runs := runs_in(folder)):
                 for line in [*sweep.summary(folder), f"joined: {write_joined(runs, folder)}"]:
                     print(line)
-    except JobFailed as failed:
-        if wants_traceback:
+    except (JobFailed, SystemExit) as ended:
+        failed = ended if isinstance(ended, JobFailed) else ended.__cause__
+        if not isinstance(failed, JobFailed):
             raise
+        if wants_traceback:
+            raise failed from failed.__cause__
         return failed.exit_status
     except ConfigError as error:
         if wants_traceback:
