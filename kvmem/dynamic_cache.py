@@ -1,4 +1,4 @@
-"""The only file that reaches inside transformers' DynamicCache: lend, join, crop, move, count bytes.
+"""The file that reaches inside transformers' DynamicCache (beside recompute.py): lend, join, crop, move, count bytes.
 
 Layout (transformers 5.16 to 5.19): `cache.layers[i].keys` and `.values`, each (batch, kv_heads, tokens, head_dim), keys
 after RoPE. A layer also carries `is_initialized`, `dtype` and `device`; a layer built by hand that leaves them unset

@@ -15,6 +15,8 @@ from kvmem.dynamic_cache import KV, layers_of
 from kvmem.errors import ConfigError, MergeError
 from kvmem.forward import prefill
 from kvmem.merge import MergeStrategy, merged_tokens, strategy
+from kvmem.merge.cacheblend import CacheBlend
+from kvmem.merge.legolink import LegoLink
 from kvmem.merge.naive_concat import NaiveConcat
 from kvmem.merge.reprefill import Reprefill
 from kvmem.merge.ropeshift import RopeShift
@@ -131,7 +133,48 @@ def test_chat_turns_are_refused_by_name(qwen3, name):
         memory.get_cache([item.kv_cache_id for item in memory.get_all()])
 
 
-@pytest.mark.parametrize("cls", [RopeShift, NaiveConcat])
+@pytest.mark.parametrize("merge", [CacheBlend(ratio=1), LegoLink(tokens=1000)], ids=lambda merge: merge.name)
+def test_all_tokens_computed_anew_are_a_joint_prefill(family, merge):
+    items, separator_ids, ids = built(family)
+    merged = merge.merge(items, separator_ids, family.model)
+    for ours, theirs in zip(layers_of(merged), joint_prefill(family, ids), strict=True):
+        assert distance(ours, theirs) < TOLERANCE
+
+
+@pytest.mark.parametrize("merge", [CacheBlend(), LegoLink()], ids=lambda merge: merge.name)
+def test_some_tokens_computed_anew_bring_a_merge_nearer_to_a_joint_prefill(family, merge):
+    items, separator_ids, ids = built(family)
+    joint = joint_prefill(family, ids)
+
+    def away(strategy):
+        layers = layers_of(strategy.merge(items, separator_ids, family.model))
+        return sum((a - b).pow(2).sum().item() for ours, exact in zip(layers, joint, strict=True)
+                   for a, b in zip(ours, exact, strict=True))  # fmt: skip
+
+    before = [layer[0].clone() for layer in layers_of(items[1].kv_cache)]
+    assert away(merge) < 0.95 * away(RopeShift())
+    assert all(torch.equal(a, b) for a, (b, _) in zip(before, layers_of(items[1].kv_cache), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["chat", "plain"])
+def test_what_stands_between_the_blocks_sees_all_before_it(qwen3, kind):
+    """The first separator stands behind an exact block, so it is exact; the second's keys depend on the first's."""
+    backend = with_template(qwen3, kind)
+    items, separator_ids, ids = built(backend)
+    end = items[0].metadata.tokens.body_end + len(items[0].metadata.tokens.rest_ids) + len(separator_ids)
+    for ours, theirs in zip(layers_of(RopeShift().merge(items, separator_ids, backend.model)),
+                            joint_prefill(backend, ids), strict=True):  # fmt: skip
+        assert all((a - b)[:, :, :end].abs().max() < TOLERANCE for a, b in zip(ours, theirs, strict=True))
+
+
+def test_attention_without_a_mask_is_refused(qwen3, monkeypatch):
+    items, separator_ids, _ = built(qwen3)
+    monkeypatch.setattr(qwen3.model.config, "_attn_implementation", "flash_attention_2")
+    with pytest.raises(MergeError, match=r"flash_attention_2 has no mask\. Open the model with sdpa or eager"):
+        CacheBlend().merge(items, separator_ids, qwen3.model)
+
+
+@pytest.mark.parametrize("cls", [CacheBlend, LegoLink, NaiveConcat, RopeShift])
 def test_a_sliding_window_is_refused_by_name(sliding, cls):
     items, separator_ids, _ = built(sliding)
     with pytest.raises(MergeError, match=rf"{cls.name} does not cover sliding-window attention \(mistral\).*Reprefill"):

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvmem import dynamic_cache
+from kvmem.dynamic_cache import KV
 from kvmem.errors import MergeError
-from kvmem.forward import prefill
 from kvmem.items import KVCacheItem
-from kvmem.merge import MergeStrategy
+from kvmem.merge import MergeStrategy, merged_tokens
+from kvmem.recompute import recompute
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """Blocks one behind the other: `layers` are of `token_ids`, and may be written to.
+
+    glue: where tokens stand that no block holds. bodies: first and last + 1 of each block behind the first.
+    """
+
+    token_ids: tuple[int, ...]
+    layers: list[KV]
+    glue: tuple[int, ...]
+    bodies: tuple[tuple[int, int], ...]
 
 
 class ConcatStrategy(MergeStrategy):
-    """Header and body 1 as stored, then for each further item: the glue, prefilled in place, and its body, moved.
+    """Header and body 1 as stored, then for each further item the glue, computed in place, and its body, moved.
 
-    The glue is the separator, behind the tokens of the body before it that are not stored (`plain`'s last word).
+    The glue is the separator, behind the tokens of the body before it that are not stored (`plain`'s last word). All
+    of it takes one forward pass.
     """
 
     @abstractmethod
     def move(self, keys_BHTD: torch.Tensor, offset: int, model: PreTrainedModel) -> torch.Tensor:
         """The keys of a body that now stands `offset` tokens further on than it was built."""
+
+    def chosen(self, blocks: Concatenated, model: PreTrainedModel) -> Sequence[int]:
+        """Which tokens of the bodies behind the first are computed anew, beside the glue."""
+        return ()
 
     def merge(
         self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
@@ -34,19 +54,38 @@ class ConcatStrategy(MergeStrategy):
                 f"{type(self).name} does not cover sliding-window attention ({model.config.model_type}), whose stored "
                 "blocks lack the tokens that have left the window. Use merge=Reprefill."
             )
+        if len(items) == 1:
+            body_end = items[0].metadata.tokens.body_end
+            return dynamic_cache.from_layers(dynamic_cache.cut(items[0].kv_cache, 0, body_end), model.config)
+        blocks = self._concatenated(items, separator_ids, model)
+        recompute(model, blocks.token_ids, blocks.layers, sorted({*blocks.glue, *self.chosen(blocks, model)}))
+        return dynamic_cache.from_layers(blocks.layers, model.config)
+
+    @torch.inference_mode()
+    def _concatenated(
+        self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
+    ) -> Concatenated:
         first = items[0].metadata.tokens
-        joined = dynamic_cache.from_layers(dynamic_cache.cut(items[0].kv_cache, 0, first.body_end), model.config)
+        parts = [dynamic_cache.cut(items[0].kv_cache, 0, first.body_end)]
+        glue: list[int] = []
+        bodies: list[tuple[int, int]] = []
+        end = first.body_end
         for before, item in pairwise(items):
             tokens = item.metadata.tokens
-            glue = before.metadata.tokens.rest_ids + separator_ids
-            if glue:
-                prefill(model, glue, joined)
-            offset = joined.get_seq_length() - tokens.header_tokens
-            body = [
-                (self.move(keys, offset, model), values)
+            between = len(before.metadata.tokens.rest_ids) + len(separator_ids)
+            parts.append([(_room(keys, between), _room(values, between)) for keys, values in parts[0]])
+            glue += range(end, end + between)
+            start = end + between
+            end = start + tokens.body_end - tokens.header_tokens
+            bodies.append((start, end))
+            parts.append([
+                (self.move(keys, start - tokens.header_tokens, model), values)
                 for keys, values in dynamic_cache.cut(item.kv_cache, tokens.header_tokens, tokens.body_end)
-            ]
-            joined = dynamic_cache.from_layers(
-                dynamic_cache.join([dynamic_cache.layers_of(joined), body]), model.config
-            )
-        return joined
+            ])  # fmt: skip
+        ids = merged_tokens(items, separator_ids).token_ids
+        return Concatenated(ids, dynamic_cache.join(parts), tuple(glue), tuple(bodies))
+
+
+def _room(like_BHTD: torch.Tensor, tokens: int) -> torch.Tensor:
+    batch, heads, _, head_dim = like_BHTD.shape
+    return like_BHTD.new_zeros(batch, heads, tokens, head_dim)
