@@ -8,30 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
+from kvmem import dynamic_cache
 from kvmem.dynamic_cache import KV
 from kvmem.errors import MergeError
 
 MASKS = ("sdpa", "eager")
 """The attention implementations of transformers that take a mask of any form."""
-
-
-class PatchedLayer(DynamicLayer):
-    """Some of its tokens are written anew; it does not grow."""
-
-    def __init__(self, layer: KV, at_S: torch.Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = layer
-        self.at_S = at_S
-        self.dtype, self.device, self.is_initialized = layer[0].dtype, layer[0].device, True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> KV:
-        assert self.keys is not None and self.values is not None
-        self.keys.index_copy_(2, self.at_S, key_states)
-        self.values.index_copy_(2, self.at_S, value_states)
-        return self.keys, self.values
 
 
 @torch.inference_mode()
@@ -53,8 +37,7 @@ def recompute(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence
     unseen_ST = torch.arange(len(token_ids), device=model.device) > at_S[:, None]
     mask_ST = torch.zeros(unseen_ST.shape, dtype=model.dtype, device=model.device)
     mask_ST.masked_fill_(unseen_ST, torch.finfo(model.dtype).min)
-    cache = DynamicCache()
-    cache.layers = [PatchedLayer(layer, at_S) for layer in layers]
+    cache = dynamic_cache.patched(layers, at_S)
     ids_1S = torch.tensor([token_ids], device=model.device)[:, at_S]
     decoder = _first_layers(model.get_decoder(), len(layers))
     where = {"position_ids": at_S[None], "attention_mask": mask_ST[None, None]}

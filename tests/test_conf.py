@@ -74,7 +74,7 @@ MISTAKES = {
     "modle.name=x": "Unknown key 'modle'. Did you mean model?",
     "+modle=tiny": "Unknown key 'modle'. Did you mean model?",
     "model=tinny": "Unknown choice model=tinny. Did you mean tiny? Choices: llama3_1_8b, ",
-    "merge=ropshift": "Did you mean ropeshift? Choices: naive_concat, reprefill, ropeshift",
+    "merge=ropshift": "Did you mean ropeshift? Choices: ",
     "experiment=hf_tft_table": "Did you mean hf_ttft_table?",
     "launcher=basik": "Did you mean basic?",
     "model.weigths=random": "Unknown key 'model.weigths'. Did you mean weights? Choices: label, name, seed, shape, ",

@@ -11,7 +11,8 @@ from transformers import DynamicCache
 
 from kvmem import dynamic_cache
 from kvmem.backends.sampling import Sampling
-from kvmem.dynamic_cache import FIRST_HEADROOM, LentCache, layers_of
+from kvmem.cache_layers import FIRST_HEADROOM
+from kvmem.dynamic_cache import LentCache, layers_of
 from kvmem.forward import prefill
 from tests.tiny import copy_of, greedy_by_transformers, memory_on, pairs, same_bits
 
