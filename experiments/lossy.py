@@ -54,4 +54,5 @@ def nll(backend: HFBackend, item: KVCacheItem) -> float | None:
 
 
 def _lent(backend: HFBackend, item: KVCacheItem) -> dynamic_cache.LentCache:
-    return dynamic_cache.lend(item.kv_cache, item.metadata.tokens, backend.model_config, item.metadata.lossy)
+    config, told = backend.model_config, item.metadata
+    return dynamic_cache.lend(item.kv_cache, told.tokens, config, told.lossy, backend.fingerprint)

@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvmem.cache_layers import KV, ArrivingLayer, LentLayer, PatchedLayer
-from kvmem.errors import ModelError
+from kvmem.errors import FingerprintError, ModelError
+from kvmem.fingerprint import ModelFingerprint
 from kvmem.items import MemoryTokens
 
 
@@ -25,12 +26,14 @@ class LentCache(DynamicCache):
 
     `tokens` says which token ids it was lent with, so that a query can verify the prefix. `note`: why something that is
     stored was not lent, as a sentence; "" if there is nothing to tell. `lossy`: what its keys and values have been
-    compressed to on their way ("int8"); "": they are the bits that were built.
+    compressed to on their way ("int8"); "": they are the bits that were built. `fingerprint`: the model that it
+    was lent for; None: that was not said.
     """
 
     tokens: MemoryTokens
     note: str = ""
     lossy: str = ""
+    fingerprint: ModelFingerprint | None = None
 
 
 def _shell(config: PreTrainedConfig, kind: type[DynamicCache]) -> DynamicCache:
@@ -110,22 +113,26 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def lend(cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig, lossy: str = "") -> LentCache:
+def lend(
+    cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig, lossy: str = "",
+    fingerprint: ModelFingerprint | None = None,
+) -> LentCache:  # fmt: skip
     """A fresh shell that shares `cache`'s tensors; growing, cropping or reordering it leaves `cache` as it is."""
-    shell = _shell(config, LentCache)
-    assert isinstance(shell, LentCache)
+    shell = cast("LentCache", _shell(config, LentCache))
+    held, wanted = len(cache.layers), len(shell.layers)
+    if held != wanted:
+        raise FingerprintError(f"A cache of {held} layers is none of this model's {wanted}. Extract it again with it.")
     _fill(shell, _tensors(cache), cache.get_seq_length())
     for lent, stored in zip(shell.layers, cache.layers, strict=True):
         if isinstance(lent, ArrivingLayer) and isinstance(stored, ArrivingLayer):
             lent.arrives = stored.arrives
-    shell.tokens, shell.lossy = tokens, lossy
+    shell.tokens, shell.lossy, shell.fingerprint = tokens, lossy, fingerprint
     return shell
 
 
 def lend_nothing(tokens: MemoryTokens, config: PreTrainedConfig) -> LentCache:
     """An empty shell for a prompt whose memory is all text: it grows as a lent one does."""
-    shell = _shell(config, LentCache)
-    assert isinstance(shell, LentCache)
+    shell = cast("LentCache", _shell(config, LentCache))
     shell.tokens = tokens.model_copy(update={"token_ids": ()})
     return shell
 

@@ -16,6 +16,14 @@ class ConfigError(KVMemError, ValueError):
     """A configuration names something that does not exist, or gives a value that is not allowed."""
 
 
+class ArgumentError(KVMemError, TypeError):
+    """A call was given a thing of another kind than it takes."""
+
+
+class ClosedError(KVMemError):
+    """A scheduler was asked for something after its `close`."""
+
+
 class ModelError(KVMemError):
     """A model can't be had, or its architecture is one that a cache can't be lent to."""
 
@@ -77,6 +85,18 @@ class ServerError(EngineError):
 
 class InjectionError(EngineError):
     """An engine did not reuse the memory that it was given: its file was damaged or gone, or the hit did not happen."""
+
+
+def check_kind(what: str, given: object, *kinds: type, way_out: str = "") -> None:
+    """Raises ArgumentError unless `given` is of one of `kinds`.
+
+    >>> check_kind("An id", 3, str, way_out="Give its text.")
+    Traceback (most recent call last):
+    kvmem.errors.ArgumentError: An id has to be str, not int. Give its text.
+    """
+    if not isinstance(given, kinds):
+        wanted, got = ([kind.__name__.replace("NoneType", "None") for kind in some] for some in (kinds, [type(given)]))
+        raise ArgumentError(f"{what} has to be {' or '.join(wanted)}, not {got[0]}. {way_out}".rstrip())
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

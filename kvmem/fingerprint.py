@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,26 @@ class ModelFingerprint(BaseModel):
             return 0
         itemsize: int = getattr(torch, self.dtype).itemsize
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
+
+    def shape_difference(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], shards: int = 1) -> str | None:
+        """The first way in which tensors of unknown origin can't be of this model, as "field: ours, theirs".
+
+        layers: (keys, values) of each layer, each (1, kv_heads / shards, tokens, head_dim). None: they may be.
+        """
+        ours = {
+            "layers": self.layers, "batch": 1, "kv_heads": self.kv_heads // shards, "head_dim": self.head_dim,
+            "dtype": self.dtype,
+        }  # fmt: skip
+        for tensor in (tensor for pair in layers for tensor in pair):
+            batch, kv_heads, _, head_dim = tensor.shape if tensor.dim() == 4 else (0, 0, 0, 0)
+            theirs = {
+                "layers": len(layers), "batch": batch, "kv_heads": kv_heads, "head_dim": head_dim,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+            }  # fmt: skip
+            for name, value in theirs.items():
+                if value != ours[name]:
+                    return f"{name}: {ours[name]} here, {value} there"
+        return None if layers else f"layers: {self.layers} here, 0 there"
 
     def difference(self, other: ModelFingerprint) -> str | None:
         """The first field in which `other` is not the same model, as "field: ours, theirs"; None if it is the same."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvmem.errors import PromptError
+from kvmem.errors import PromptError, UnknownMemoryError, check_kind
 from kvmem.failures import Failures
 from kvmem.items import TextualMemoryItem
 from kvmem.journal import Journal
 from kvmem.planner import Planner
 from kvmem.shelf import Shelf
+
+TextMemories = TextualMemoryItem | Sequence[TextualMemoryItem]
+"""One text memory, or several in the order in which the prompt holds them."""
 
 SNAPSHOT_EVERY = 1000
 """Events between two snapshots of the state."""
@@ -112,3 +115,15 @@ class Intake:
             self._seen.append((event["kind"], (event["id"], *event.get("behind", ())), event["query_tokens"]))
         self.take_in()
         self.snapshot(every=0)
+
+
+def text_memories_of(given: TextMemories) -> list[TextualMemoryItem]:
+    """One or several, as a list. Raises UnknownMemoryError for none, and ArgumentError for what is no text memory."""
+    way_out = "Give TextualMemoryItem(id=..., memory=text): by its id the scheduler learns that a text was edited."
+    # a pydantic model can be gone through too, field by field
+    memories = list(given) if isinstance(given, Iterable) and not isinstance(given, TextualMemoryItem) else [given]
+    if not memories:
+        raise UnknownMemoryError("No text memory is given. Give one, or several in their order.")
+    for memory in memories:
+        check_kind("What the scheduler takes", memory, TextualMemoryItem, way_out=way_out)
+    return memories

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import DynamicCache
 
+from kvmem.errors import check_kind
 from kvmem.fingerprint import ModelFingerprint
 
 Message = dict[str, str]
@@ -100,3 +101,9 @@ class KVCacheItem:
     kv_cache: DynamicCache
     metadata: KVCacheMetadata
     kv_cache_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+
+    def __post_init__(self) -> None:
+        """Raises ArgumentError for a part of another kind."""
+        check_kind("An item's kv_cache", self.kv_cache, DynamicCache, way_out="KVCacheMemory.extract makes items.")
+        check_kind("An item's metadata", self.metadata, KVCacheMetadata, way_out="KVCacheMemory.extract makes items.")
+        check_kind("An item's kv_cache_id", self.kv_cache_id, str)

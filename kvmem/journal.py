@@ -19,10 +19,14 @@ class Journal:
     dies between the two leaves events that the snapshot already holds, and they are skipped."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        """Raises StorageError for a folder that can't be made or written, or that another process has."""
         self._snapshot_path, self._events_path = folder / "state.json", folder / "events.jsonl"
         self._number = 0
-        self._events = open(self._events_path, "ab", buffering=0)  # noqa: SIM115 - open as long as the journal is
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._events = open(self._events_path, "ab", buffering=0)  # noqa: SIM115 - open as long as the journal is
+        except OSError as error:
+            raise StorageError(f"{folder} can't hold the state ({error}). Give another folder.") from error
         try:
             fcntl.flock(self._events, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -111,7 +111,9 @@ class Lender:
 
     def _prefix(self, item: KVCacheItem, joint: MemoryTokens, shared: int) -> LentCache | None:
         tokens = joint.model_copy(update={"token_ids": joint.token_ids[:shared]})
-        lent = dynamic_cache.lend(item.kv_cache, tokens, self._backend.model_config, item.metadata.lossy)
+        lent = dynamic_cache.lend(
+            item.kv_cache, tokens, self._backend.model_config, item.metadata.lossy, self._backend.fingerprint
+        )
         return lent if shared and dynamic_cache.crop(lent, shared) else None
 
     def _decline(self, choice: _Choice) -> None:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from kvmem import dynamic_cache
 from kvmem.backends import Backend
 from kvmem.config import KVCacheMemoryConfig
-from kvmem.errors import DuplicateMemoryError, FingerprintError, PromptError, UnknownMemoryError
+from kvmem.errors import (
+    ArgumentError,
+    DuplicateMemoryError,
+    PromptError,
+    StorageError,
+    UnknownMemoryError,
+    check_kind,
+)
 from kvmem.items import KVCacheItem, Message, TextualMemoryItem
 from kvmem.unverified import with_ids_from_text
+
+AN_ID = "An item's id is its kv_cache_id."
 
 
 class KVCacheMemory:
@@ -22,6 +32,8 @@ class KVCacheMemory:
 
     def __init__(self, config: KVCacheMemoryConfig, backend: Backend | None = None) -> None:
         """Loads the model that `config` names; `backend` shares one that is already loaded."""
+        check_kind("config", config, KVCacheMemoryConfig, way_out="Give KVCacheMemoryConfig(extractor_llm={...}).")
+        check_kind("backend", backend, Backend, type(None), way_out="Leave it out to load the model that config names.")
         self.config = config
         llm = config.extractor_llm
         self.backend = backend or llm.backend_class().open(llm.config, config.template)
@@ -37,47 +49,63 @@ class KVCacheMemory:
         """Builds, and does not store: a string or chat turns -> one item; a list of strings -> a list of items.
 
         base: an item of earlier turns; `text` are the turns that follow it, and only those are prefilled.
-        Raises PromptError for an empty text, or one longer than the model's positions (with both lengths).
+        Raises PromptError for an empty text, or one longer than the model's positions (with both lengths), and for what
+        is neither text nor turns; ArgumentError or FingerprintError for a base that is no item of this model.
         """
+        check_kind("base", base, KVCacheItem, type(None), way_out="Give the item that extract made of earlier turns.")
         if isinstance(text, str):
             if base is not None:
                 raise PromptError("base extends earlier turns by chat turns. Give a list of messages, not a text.")
             return self.backend.build(text)
+        if not isinstance(text, list | tuple):
+            raise PromptError(
+                f"extract takes a text, a list of texts, or a list of chat turns, and got a {type(text).__name__}."
+            )
         if not text:
             raise PromptError("Nothing to extract: the list is empty. Give a text, a list of texts, or chat turns.")
         if all(isinstance(entry, str) for entry in text):
             if base is not None:
                 raise PromptError("base extends earlier turns by chat turns. Give messages, not texts.")
-            return [self.backend.build(entry) for entry in text]  # type: ignore[arg-type]
+            return [self.backend.build(entry) for entry in text]
         turns = tuple(_checked_turn(entry) for entry in text)
         if base is None:
             return self.backend.build(turns)
-        self._check_model(base)
+        self.backend.check(base)
         earlier = base.metadata.tokens.source
         if isinstance(earlier, str):
             earlier = ({"role": "system", "content": earlier},)
         return self.backend.build((*earlier, *turns), base=base)
 
     def add(self, memories: KVCacheItem | Iterable[KVCacheItem]) -> None:
-        """Stores one item or several, all or none. Raises DuplicateMemoryError or FingerprintError, naming the id."""
-        items = [memories] if isinstance(memories, KVCacheItem) else list(memories)
+        """Stores one item or several, all or none.
+
+        Raises DuplicateMemoryError or FingerprintError, naming the id, and ArgumentError for what is no item.
+        """
+        items = [memories] if isinstance(memories, KVCacheItem) else _listed(memories)
         incoming: dict[str, KVCacheItem] = {}
         for item in items:
+            check_kind("What add stores", item, KVCacheItem, way_out="extract and from_textual_memory make items.")
             if item.kv_cache_id in self._items or item.kv_cache_id in incoming:
                 raise DuplicateMemoryError(
                     f"The id {item.kv_cache_id} is already stored. Delete it first, or extract anew."
                 )
-            self._check_model(item)
+            self.backend.check(item)
             incoming[item.kv_cache_id] = item
         self._items = self._items | incoming
 
     def get(self, memory_id: str) -> KVCacheItem | None:
-        """The stored item, or None."""
+        """The stored item, or None. Raises ArgumentError for an id that is no text."""
+        check_kind("The id that get takes", memory_id, str, way_out=AN_ID)
         return self._items.get(memory_id)
 
     def get_by_ids(self, memory_ids: Iterable[str]) -> list[KVCacheItem | None]:
-        """The stored items in the order of `memory_ids`, None where one is missing."""
-        return [self._items.get(memory_id) for memory_id in memory_ids]
+        """The stored items in the order of `memory_ids`, None where one is missing.
+
+        Raises ArgumentError for anything but a list of texts; one text alone is `get`'s.
+        """
+        if isinstance(memory_ids, str):
+            raise ArgumentError(f"get_by_ids takes a list of ids, and got {memory_ids!r}. Use get, or give a list.")
+        return [self._items.get(memory_id) for memory_id in _ids("get_by_ids", memory_ids)]
 
     def get_all(self) -> list[KVCacheItem]:
         """All items, in the order of adding."""
@@ -87,22 +115,21 @@ class KVCacheMemory:
         """A lent cache for one id, or for several through the configured merge strategy, in the given order.
 
         Always a fresh shell that shares the stored tensors: however it is used, the stored items stay bit-identical.
-        Raises UnknownMemoryError for no id, or one that is not stored.
+        Raises UnknownMemoryError for no id, or one that is not stored; ArgumentError for what is no id.
         """
-        ids = [cache_ids] if isinstance(cache_ids, str) else list(cache_ids)
+        ids = _ids("get_cache", cache_ids)
         if not ids:
             raise UnknownMemoryError("get_cache needs one id or more, and got none.")
         missing = [memory_id for memory_id in ids if memory_id not in self._items]
         if missing:
-            raise UnknownMemoryError(
-                f"Not stored: {', '.join(missing)}. Stored: {len(self._items)} items, see get_all()."
-            )
+            names = ", ".join(memory_id or "''" for memory_id in missing)
+            raise UnknownMemoryError(f"Not stored: {names}. Stored: {len(self._items)} items, see get_all().")
         items = [with_ids_from_text(self._items[memory_id], self.backend.template) for memory_id in ids]
         return self.backend.lend(items, self.config.merge, self.config.separator)  # type: ignore[return-value]
 
     def delete(self, memory_ids: str | Iterable[str]) -> int:
-        """Removes the items of these ids, where they are; how many went."""
-        ids = {memory_ids} if isinstance(memory_ids, str) else set(memory_ids)
+        """Removes the items of these ids, where they are; how many went. Raises ArgumentError for what is no id."""
+        ids = set(_ids("delete", memory_ids))
         kept = {memory_id: item for memory_id, item in self._items.items() if memory_id not in ids}
         gone = len(self._items) - len(kept)
         self._items = kept
@@ -113,9 +140,15 @@ class KVCacheMemory:
         return self.delete(list(self._items))
 
     def dump(self, dir: str | Path) -> Path:
-        """Writes all items to `<dir>/<memory_filename>`, beside and renamed; the folder is made. Returns the path."""
-        path = Path(dir) / self.config.memory_filename
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes all items to `<dir>/<memory_filename>`, beside and renamed; the folder is made. Returns the path.
+
+        Raises StorageError where it can't be written; what was there before is then as it was.
+        """
+        path = _folder(dir) / self.config.memory_filename
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"The folder {path.parent} can't be made ({error}). Give another one.") from error
         self.backend.write(path, self.get_all())
         return path
 
@@ -124,26 +157,43 @@ class KVCacheMemory:
 
         Raises StorageError or FingerprintError with the reason; the memory in place is then as it was.
         """
-        items = self.backend.read(Path(dir) / self.config.memory_filename)
+        items = self.backend.read(_folder(dir) / self.config.memory_filename)
         self._items = {item.kv_cache_id: item for item in items}
         return len(items)
 
     def from_textual_memory(self, mem: TextualMemoryItem) -> KVCacheItem:
-        """A new item, not stored, that keeps the text memory's id and metadata as its source."""
+        """A new item, not stored, that keeps the text memory's id and metadata as its source. Raises as `extract`."""
+        check_kind("A text memory", mem, TextualMemoryItem, way_out="Give TextualMemoryItem(memory=text).")
         return self.backend.build(mem.memory, textual_memory=mem)
-
-    def _check_model(self, item: KVCacheItem) -> None:
-        theirs = item.metadata.fingerprint
-        difference = theirs and self.backend.fingerprint.difference(theirs)
-        if difference:
-            raise FingerprintError(
-                f"Item {item.kv_cache_id} was built by another model: {difference}. Extract it again with this one."
-            )
 
 
 def _checked_turn(entry: object) -> Message:
-    if not isinstance(entry, dict) or set(entry) != {"role", "content"}:
+    if (
+        not isinstance(entry, dict)
+        or set(entry) != {"role", "content"}
+        or not all(isinstance(value, str) for value in entry.values())
+    ):
         raise PromptError(
-            f'A turn is {{"role": …, "content": …}}, and got {entry!r}. A list is all turns, or all texts.'
+            f'A turn is {{"role": a text, "content": a text}}, and got {entry!r}. A list is all turns, or all texts.'
         )
-    return {"role": str(entry["role"]), "content": str(entry["content"])}
+    return {"role": entry["role"], "content": entry["content"]}
+
+
+def _listed(given: object) -> list[Any]:
+    """One thing or several, as a list; what can't be gone through, and a text, are one."""
+    return [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+
+
+def _ids(verb: str, given: object) -> list[str]:
+    """One id or several, as a list; ArgumentError for what is no id."""
+    ids = _listed(given)
+    for id_ in ids:
+        check_kind(f"An id that {verb} takes", id_, str, way_out=AN_ID)
+    return ids
+
+
+def _folder(given: str | Path) -> Path:
+    check_kind("A folder", given, str, PathLike, way_out="Give its path.")
+    if "\0" in str(given):  # which no file system takes, and Python raises its own error for
+        raise StorageError(f"The path {given!r} has a null character in it. Give another folder.")
+    return Path(given)

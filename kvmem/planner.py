@@ -38,7 +38,7 @@ class Planner:
         """budgets: bytes by tier, fastest first. size: bytes of so many tokens in a tier; None: the same in each.
         load_s: what loading so many bytes from a tier takes; None: what `costs` says.
         """
-        if not budgets or min(budgets.values()) < 0:
+        if not budgets or not all(isinstance(most, int) and most >= 0 for most in budgets.values()):
             raise ConfigError(f"budget is {dict(budgets)!r}. Give bytes by tier, fastest first: {{'ram': 1 << 30}}.")
         self.policy, self.budgets, self.costs = policy, dict(budgets), costs
         self.level = {name: level for level, name in enumerate(self.budgets)}

@@ -86,6 +86,8 @@ class PromptTemplate:
 
         Raises PromptError for an empty text, or one so short that nothing of it can be stored.
         """
+        if not isinstance(source, str):
+            check_turns("A memory", source)
         if not (source.strip() if isinstance(source, str) else source):
             raise PromptError("A memory of 0 characters can't be stored. Give it some text.")
         if self.kind == "plain" and not isinstance(source, str):
@@ -121,7 +123,7 @@ class PromptTemplate:
 
     def split(self, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
         """The prompt of `query` behind a memory, split at the longest prefix that the memory really holds."""
-        self._check_query(query)
+        self.check_query(query)
         rendered = self._render(tokens.source, query)
         ids = rendered.ids
         if tokens.lead_ids:
@@ -133,7 +135,7 @@ class PromptTemplate:
 
     def bare(self, query: Query) -> TokenizedPrompt:
         """The prompt of `query` with no memory."""
-        self._check_query(query)
+        self.check_query(query)
         if self.kind == "plain":
             return TokenizedPrompt((), tuple(self.tokenizer(query).input_ids))
         return TokenizedPrompt((), self._tokenize(self._apply(_turns(query)))[0])
@@ -142,7 +144,10 @@ class PromptTemplate:
         """The tokens that stand between two bodies of a merge."""
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _check_query(self, query: Query) -> None:
+    def check_query(self, query: Query) -> None:
+        """Raises PromptError for what can't be asked: nothing, what is neither text nor turns, turns under `plain`."""
+        if not isinstance(query, str):
+            check_turns("A query", query)
         if not (query.strip() if isinstance(query, str) else query):
             raise PromptError("The query is empty. Ask something.")
         if self.kind == "plain" and not isinstance(query, str):
@@ -205,6 +210,15 @@ class PromptTemplate:
     @staticmethod
     def _text_of(source: Source) -> str:
         return source if isinstance(source, str) else source[-1]["content"]
+
+
+def check_turns(what: str, given: object) -> None:
+    """Raises PromptError unless `given` is a list of turns, each with a role and a content that are texts."""
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
+        raise PromptError(f"{what} is a text or a list of chat turns, and got a {type(given).__name__}.")
+    for turn in given:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise PromptError(f'A turn is {{"role": a text, "content": a text}}, and got {turn!r}.')
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 from kvmem.backends.generation import Generation
@@ -15,13 +16,15 @@ from kvmem.dynamic_cache import LentCache
 from kvmem.errors import (
     BudgetError,
     BuildCancelled,
+    ClosedError,
     ConfigError,
     KVMemError,
     StorageError,
     UnknownMemoryError,
+    check_kind,
 )
 from kvmem.failures import Failures
-from kvmem.intake import Intake
+from kvmem.intake import Intake, TextMemories, text_memories_of
 from kvmem.items import TextualMemoryItem
 from kvmem.journal import Journal
 from kvmem.lending import Lender
@@ -45,7 +48,16 @@ class MemScheduler:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). folder: for the state and the disk tier;
         None: the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one
         tick. cold: the URL of the cold tier. `disk_int8` and `disk_int4` in a budget lose, and answers say so.
+        Raises ArgumentError or ConfigError for what is of another kind, or a value that is not allowed.
         """
+        for name, given, kinds in (
+            ("memory", memory, (KVCacheMemory,)), ("policy", policy, (Policy, str)), ("budget", budget, (Mapping,)),
+            ("folder", folder, (str, PathLike, type(None))), ("costs", costs, (Costs, type(None))),
+            ("max_builds", max_builds, (int,)), ("cold", cold, (str, type(None))),
+        ):  # fmt: skip
+            check_kind(f"MemScheduler's {name}", given, *kinds)
+        if max_builds < 0:
+            raise ConfigError(f"max_builds is {max_builds}. Give 0 or more.")
         if not isinstance(memory.backend, HFBackend) or memory.backend.ranks > 1:  # each rank would plan for itself
             raise ConfigError(f"MemScheduler needs the backend huggingface, and has {type(memory.backend).name}.")
         self.backend = memory.backend
@@ -72,12 +84,14 @@ class MemScheduler:
         self._intake = Intake(self.planner, self.shelf, self.failures, self.journal)
         self.shelf.adopt()
 
-    def observe(self, memories: TextualMemoryItem | Sequence[TextualMemoryItem], query: Query) -> None:
+    def observe(self, memories: TextMemories, query: Query) -> None:
         """A query used this text memory, or these in this order. Returns at once; what follows is done in `tick`.
 
         Memories that are often used together are planned as one: their joined KV, where it pays, in that order.
         """
-        used = _text_memories([memories] if isinstance(memories, TextualMemoryItem) else memories)
+        used = text_memories_of(memories)
+        self._check_open()
+        self.backend.template.check_query(query)
         text = query if isinstance(query, str) else "\n".join(turn["content"] for turn in query)
         query_tokens = len(self.backend.tokenizer(text, add_special_tokens=False).input_ids)
         for changed in self._intake.use(used, query_tokens):
@@ -86,7 +100,9 @@ class MemScheduler:
 
     def update(self, text_memory: TextualMemoryItem) -> None:
         """A text changed: its KV is served no more from here on, and a running build of it is called off."""
-        if self._intake.text(text_memory):
+        (changed,) = text_memories_of([text_memory])
+        self._check_open()
+        if self._intake.text(changed):
             self._call_off(text_memory.id)
         self._wake.set()
 
@@ -96,7 +112,7 @@ class MemScheduler:
             self.gate.cancel()
 
     def answer(
-        self, query: Query, text_memories: Sequence[TextualMemoryItem], max_new_tokens: int = 128,
+        self, query: Query, text_memories: TextMemories, max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
         """Answers behind the longest stored prefix, prefills the rest as text, and observes the use.
@@ -104,15 +120,17 @@ class MemScheduler:
         The answer's `note` says so where a memory's KV was there and was not loaded, since prefilling is sooner done;
         its `lossy`, where the KV had been in a compressed tier.
         """
-        with self.lend(text_memories) as cache:
+        used = text_memories_of(text_memories)
+        with self.lend(used) as cache:
             generation = self.backend.generate(query, cache, max_new_tokens, sampling)
-        self.observe(text_memories, query)
+        if not self._closing.is_set():  # closed meanwhile: the answer is no less one
+            self.observe(used, query)
         return generation
 
     @contextmanager
-    def lend(self, text_memories: Sequence[TextualMemoryItem]) -> Iterator[LentCache]:
+    def lend(self, text_memories: TextMemories) -> Iterator[LentCache]:
         """The cache that `answer` uses, for a block in which builds stand aside. Observes nothing."""
-        with self.gate.request(), self.lender.lend(_text_memories(text_memories)) as cache:
+        with self.gate.request(), self.lender.lend(text_memories_of(text_memories)) as cache:
             yield cache
 
     def tick(self) -> list[Move]:
@@ -130,6 +148,7 @@ class MemScheduler:
 
     def explain(self, memory_id: str) -> str:
         """Why a memory is where it is, in one line with its numbers. Raises UnknownMemoryError."""
+        check_kind("A memory's id", memory_id, str, way_out="Give the id of a text memory.")
         with self._ticking:
             self._intake.take_in()
             if memory_id not in self.shelf.texts and memory_id not in self.shelf.groups.members:
@@ -140,7 +159,15 @@ class MemScheduler:
             return f"{memory_id} is {place}. {why}{self.failures.explain(memory_id)}"
 
     def start(self, interval_s: float = 0.5) -> None:
-        """Ticks in a thread of its own: after an observation, and every `interval_s` at least."""
+        """Ticks in a thread of its own: after an observation, and every `interval_s` seconds at least.
+
+        Raises ConfigError for an interval that is not positive, or where that thread runs already.
+        """
+        check_kind("interval_s", interval_s, int, float, way_out="Give seconds.")
+        self._check_open()
+        if not interval_s > 0 or self._thread is not None:
+            why = "This scheduler ticks already" if self._thread is not None else f"interval_s is {interval_s}"
+            raise ConfigError(f"{why}. Call start once, with seconds above 0.")
 
         def loop() -> None:
             while not self._closing.is_set():
@@ -172,6 +199,10 @@ class MemScheduler:
             if self.journal is not None:
                 self.journal.close()
             self.items.close()
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise ClosedError("This scheduler is closed. Make another: with the same folder it goes on as this did.")
 
     def _carry_out(self, move: Move) -> bool:
         if move.target is None:
@@ -210,16 +241,3 @@ class MemScheduler:
 
     def _failed(self, memory_id: str, error: Exception) -> None:
         self.failures.add(memory_id, error, self.planner.table.now)
-
-
-def _text_memories(given: Sequence[TextualMemoryItem]) -> list[TextualMemoryItem]:
-    """Raises UnknownMemoryError for none, and ConfigError for what has no id."""
-    if not given:
-        raise UnknownMemoryError("No text memory is given. Give one, or several in their order.")
-    for memory in given:
-        if not isinstance(memory, TextualMemoryItem):
-            raise ConfigError(
-                f"The scheduler takes text memories, and got a {type(memory).__name__}. Give a list of "
-                "TextualMemoryItem(id=..., memory=text): by its id it learns that a text was edited."
-            )
-    return list(given)

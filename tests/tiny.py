@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
 from kvmem.backends.hf import HFBackend
-from kvmem.dynamic_cache import KV, layers_of
+from kvmem.dynamic_cache import KV, LentCache, layers_of
 from kvmem.models import Loaded, load
 from kvmem.prompt import TemplateKind
 
@@ -40,6 +40,19 @@ def memory_on(backend: HFBackend, **fields: object) -> KVCacheMemory:
     fields = {"template": backend.template.kind, **fields}
     config = KVCacheMemoryConfig(extractor_llm={"backend": "huggingface", "config": {}}, **fields)
     return KVCacheMemory(config, backend)
+
+
+def kind(given: object) -> str:
+    """A parameter's id: its repr may differ from one process to the next."""
+    return type(given).__name__
+
+
+def lent_by(backend: HFBackend, text: str) -> LentCache:
+    """What a memory of `text` on this backend lends."""
+    memory = memory_on(backend)
+    item = memory.extract(text)
+    memory.add(item)
+    return memory.get_cache(item.kv_cache_id)
 
 
 def with_template(backend: HFBackend, kind: TemplateKind) -> HFBackend:

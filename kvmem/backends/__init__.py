@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from kvmem import discover, storage
+from kvmem import discover, dynamic_cache, storage
 from kvmem.backends.lent_file import LentFile
+from kvmem.errors import FingerprintError
 from kvmem.fingerprint import ModelFingerprint
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy
@@ -37,6 +38,8 @@ class Backend(ABC):
     fingerprint: ModelFingerprint
     model_config: PreTrainedConfig
     device: torch.device
+    shards: int = 1
+    """Processes that share each item's heads."""
 
     @classmethod
     @abstractmethod
@@ -52,6 +55,20 @@ class Backend(ABC):
     @abstractmethod
     def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache | LentFile:
         """What the engine injects for one item, or for several through `merge`; using it leaves them as they are."""
+
+    def check(self, item: KVCacheItem) -> None:
+        """Raises FingerprintError for another model's item: told by its fingerprint, else by its tensors' shape."""
+        theirs = item.metadata.fingerprint
+        if theirs is self.fingerprint:
+            return
+        if theirs is not None:
+            difference = self.fingerprint.difference(theirs)
+        else:
+            difference = self.fingerprint.shape_difference(dynamic_cache.layers_of(item.kv_cache), self.shards)
+        if difference:
+            raise FingerprintError(
+                f"Item {item.kv_cache_id} was built by another model: {difference}. Extract it again with this one."
+            )
 
     def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
         """One file of all items, in the format that its suffix picks; StorageError where it can't be written."""

@@ -13,11 +13,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kvmem import dynamic_cache, models
 from kvmem.backends.generation import Generation, told_of
 from kvmem.backends.hf_config import DTYPES, HFConfig
+from kvmem.backends.lent_cache import check_lent
 from kvmem.backends.measured import FirstToken, GreedyAnswer, MeasuredBackend
-from kvmem.backends.sampling import Sampler, Sampling
+from kvmem.backends.sampling import Sampler, Sampling, check_asked
 from kvmem.backends.streaming import Token, as_text
 from kvmem.dynamic_cache import LentCache
-from kvmem.errors import ConfigError, PromptError
+from kvmem.errors import PromptError
 from kvmem.fingerprint import fingerprint
 from kvmem.forward import decode_one_token, prefill
 from kvmem.items import KVCacheItem, KVCacheMetadata, MemoryTokens, Source, TextualMemoryItem, TextualSource
@@ -91,19 +92,27 @@ class HFBackend(MeasuredBackend):
         )
 
     def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentCache:
+        for item in items:
+            self.check(item)
         if len(items) == 1:
+            (item,) = items
             return dynamic_cache.lend(
-                items[0].kv_cache, items[0].metadata.tokens, self.model_config, items[0].metadata.lossy
+                item.kv_cache, item.metadata.tokens, self.model_config, item.metadata.lossy, self.fingerprint
             )
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids))
         marks = [] if merge.exact else sorted({item.metadata.lossy for item in items} - {""})  # exact: computed anew
         merged = merge.merge(items, separator_ids, self.model)
-        return dynamic_cache.lend(merged, tokens, self.model_config, ", ".join(marks))
+        return dynamic_cache.lend(merged, tokens, self.model_config, ", ".join(marks), self.fingerprint)
 
     def split(self, query: Query, kv_cache: LentCache | None = None) -> TokenizedPrompt:
-        """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it exceeds the positions."""
+        """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it exceeds the positions.
+
+        Raises ArgumentError for what is no lent cache, and FingerprintError for one of another model.
+        """
+        if kv_cache is not None:
+            check_lent(kv_cache, self.fingerprint, self.shards)
         prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
         self._check_length(len(prompt.ids))
         if kv_cache is None:
@@ -160,7 +169,11 @@ class HFBackend(MeasuredBackend):
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
-        """An answer to `query` (text or chat turns) behind a lent cache, or behind nothing."""
+        """An answer to `query` (text or chat turns) behind a lent cache, or behind nothing.
+
+        Raises PromptError, FingerprintError, ConfigError or ArgumentError before anything is computed.
+        """
+        check_asked(max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
         ids = tuple(self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()))
         return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), **told_of(prompt, kv_cache))
@@ -172,7 +185,8 @@ class HFBackend(MeasuredBackend):
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Iterator[Token]:
-        """The same answer as `generate`, token by token as it is made."""
+        """The same answer as `generate`, token by token as it is made; raises as it does, before the first one."""
+        check_asked(max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
         tokens = self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling())
         return as_text(tokens, self._text, max_new_tokens)
@@ -185,8 +199,6 @@ class HFBackend(MeasuredBackend):
     def _decode(
         self, prompt: TokenizedPrompt, kv_cache: LentCache | None, max_new_tokens: int, sampling: Sampling
     ) -> Iterator[int]:
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}. Ask for 1 or more.")
         sampler = Sampler(sampling, self.device)
         logits_V, cache = self.prefill(prompt, kv_cache)
         for step in range(max_new_tokens):

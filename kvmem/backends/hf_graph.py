@@ -20,9 +20,9 @@ from kvmem.backends.generation import Generation, told_of
 from kvmem.backends.hf import HFBackend, held_by
 from kvmem.backends.hf_config import HFConfig
 from kvmem.backends.measured import FirstToken
-from kvmem.backends.sampling import Sampler, Sampling
+from kvmem.backends.sampling import Sampler, Sampling, check_asked
 from kvmem.dynamic_cache import LentCache
-from kvmem.errors import ConfigError
+from kvmem.errors import check_kind
 from kvmem.graph.branches import Branches
 from kvmem.graph.engine import Engine, Underway
 from kvmem.graph.knobs import Knobs
@@ -82,7 +82,8 @@ class HFGraphBackend(HFBackend):
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
-        if max_new_tokens < 1 or (sampling and sampling.temperature > 0):
+        check_asked(max_new_tokens, sampling)
+        if sampling and sampling.temperature > 0:
             return super().generate(query, kv_cache, max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
         logits_V, answer = self.prefill(prompt, kv_cache)
@@ -99,8 +100,10 @@ class HFGraphBackend(HFBackend):
         sampling: Sampling | None = None,
     ) -> list[Generation]:
         """An answer to each query behind the same memory, as `generate` gives it; the memory lies in place once."""
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}. Ask for 1 or more.")
+        check_asked(max_new_tokens, sampling)
+        check_kind("queries", queries, list, tuple, way_out="For one query, use generate.")
+        if not queries:
+            return []
         prompts = [self.split(query, kv_cache) for query in queries]
         held = min(len(prompt.memory_ids) for prompt in prompts)
         if held == 0:

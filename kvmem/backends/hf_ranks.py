@@ -46,6 +46,7 @@ class HFRanksBackend(HFBackend):
     def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat") -> None:
         super().__init__(loaded, template)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.shards = self.ranks
         heads = self.fingerprint.kv_heads
         if heads % self.ranks:
             raise ConfigError(

@@ -16,10 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvmem import dynamic_cache
 from kvmem.backends.vllm_connector import part_name
 from kvmem.dynamic_cache import KV
-from kvmem.errors import StorageError
+from kvmem.errors import StorageError, check_kind
 from kvmem.fingerprint import ModelFingerprint
 from kvmem.items import KVCacheItem, MemoryTokens
 from kvmem.merge import MergeStrategy
+from kvmem.prompt import PromptTemplate, Query, TokenizedPrompt
 from kvmem.storage.safetensors_file import SafetensorsFile
 
 CPU = torch.device("cpu")
@@ -54,6 +55,14 @@ class LentFile:
 def salt_of(cache_salt: str | None, lent: LentFile | None) -> str | None:
     """The salt of the engine's blocks: the tenant's, and that of KV which is not what a prefill of its ids gives."""
     return " ".join(salt for salt in (cache_salt, lent.salt if lent else None) if salt) or None
+
+
+def split_behind(template: PromptTemplate, query: Query, kv_cache: LentFile | None) -> TokenizedPrompt:
+    """The prompt of `query`, split at what `kv_cache` holds of it. Raises ArgumentError for another engine's cache."""
+    if kv_cache is None:
+        return template.bare(query)
+    check_kind("What vLLM injects", kv_cache, LentFile, way_out="get_cache of a memory on this backend gives it.")
+    return template.split(kv_cache.tokens, query)
 
 
 class FileStore:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from kvmem.errors import ConfigError, check_kind
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True)
@@ -16,6 +20,14 @@ class Sampling:
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
     seed: int = 0
+
+
+def check_asked(max_new_tokens: int, sampling: Sampling | None) -> None:
+    """Raises ConfigError for less than 1 token, ArgumentError for what is no number, or no Sampling."""
+    check_kind("max_new_tokens", max_new_tokens, Integral, way_out="Give a whole number, 1 or more.")
+    check_kind("sampling", sampling, Sampling, type(None), way_out="Give Sampling(temperature=...); None is greedy.")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}. Ask for 1 or more.")
 
 
 class Sampler:

@@ -15,8 +15,8 @@ import torch
 
 from kvmem import models
 from kvmem.backends import vllm_measured, vllm_start
-from kvmem.backends.lent_file import FileStore, LentFile, salt_of
-from kvmem.backends.sampling import Sampling
+from kvmem.backends.lent_file import FileStore, LentFile, salt_of, split_behind
+from kvmem.backends.sampling import Sampling, check_asked
 from kvmem.backends.streaming import Token, as_text
 from kvmem.backends.vllm_answer import answer_of, verified
 from kvmem.backends.vllm_build import BUILD_TOKENS, announced, not_saved
@@ -27,7 +27,7 @@ from kvmem.backends.vllm_model import described, dtype_of
 from kvmem.backends.vllm_pins import PinningEngine, Pins
 from kvmem.backends.vllm_serving import Arrival, ServingEngine
 from kvmem.backends.vllm_start import Request
-from kvmem.errors import ConfigError, EngineError, KVMemError, PromptError
+from kvmem.errors import ArgumentError, ConfigError, EngineError, KVMemError, PromptError
 from kvmem.fingerprint import fingerprint
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy, merged_tokens
@@ -119,7 +119,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
 
     def split(self, query: Query, kv_cache: LentFile | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the window."""
-        prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
+        prompt = split_behind(self.template, query, kv_cache)
         self._check_length(len(prompt.ids), 1)
         return prompt
 
@@ -144,7 +144,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
                 prompt = self.split(ask.query, ask.kv_cache)
                 requests.append(self._request(request_id, prompt, ask))
                 prompts[request_id] = prompt
-            except (PromptError, ConfigError) as error:
+            except (PromptError, ConfigError, ArgumentError) as error:
                 results[request_id] = error
         lent = {request_id: ask.kv_cache for request_id, ask in zip(ids, asks, strict=True)}
         with self.lock:
@@ -195,8 +195,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
     def _request(
         self, request_id: str, prompt: TokenizedPrompt, ask: Ask, stream: bool = False, top_logprobs: int | None = None
     ) -> Request:
-        if ask.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {ask.max_new_tokens}. Ask for 1 or more.")
+        check_asked(ask.max_new_tokens, ask.sampling)
         lent = ask.kv_cache
         room = self.window - len(prompt.ids)
         return Request(

@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvmem import dynamic_cache, models
 from kvmem.backends import Backend
-from kvmem.backends.lent_file import FileStore, LentFile, salt_of
-from kvmem.backends.sampling import Sampling
+from kvmem.backends.lent_file import FileStore, LentFile, salt_of, split_behind
+from kvmem.backends.sampling import Sampling, check_asked
 from kvmem.backends.server_card import ServerCard, of_a_served_model
 from kvmem.backends.streaming import Token, as_text
 from kvmem.backends.vllm_answer import EngineAnswer, verified
@@ -27,7 +27,7 @@ from kvmem.backends.vllm_prefixes import Prefixes
 from kvmem.backends.vllm_server_client import START, Chunk, ServerClient, ServerRequest
 from kvmem.backends.vllm_server_config import StreamTTFT, VLLMServerConfig
 from kvmem.backends.vllm_server_probe import check_tokens_and_counts
-from kvmem.errors import ConfigError, EngineError, KVMemError, MergeError, PromptError, ServerError
+from kvmem.errors import EngineError, KVMemError, MergeError, PromptError, ServerError
 from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
@@ -125,7 +125,7 @@ class VLLMServerBackend(Backend):
 
     def split(self, query: Query, kv_cache: LentFile | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the window."""
-        prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
+        prompt = split_behind(self.template, query, kv_cache)
         self._check_length(len(prompt.ids), 1)
         return prompt
 
@@ -191,8 +191,7 @@ class VLLMServerBackend(Backend):
     def _request(
         self, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False, stream: bool = False
     ) -> ServerRequest:
-        if ask.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {ask.max_new_tokens}. Ask for 1 or more.")
+        check_asked(ask.max_new_tokens, ask.sampling)
         lent, transfer = ask.kv_cache, {}
         if lent and lent.file:
             transfer[LOAD] = lent.file.name

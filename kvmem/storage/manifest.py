@@ -84,30 +84,12 @@ def check_model(manifest: Manifest, fingerprint: ModelFingerprint, path: Path) -
 
 def check_shape(kv_cache_id: str, layers: Sequence[KV], fingerprint: ModelFingerprint, path: Path) -> None:
     """Raises FingerprintError if tensors of unknown origin can't be of this model: layers, heads, head size, dtype."""
-    ours = {
-        "layers": fingerprint.layers,
-        "batch": 1,
-        "kv_heads": fingerprint.kv_heads,
-        "head_dim": fingerprint.head_dim,
-        "dtype": fingerprint.dtype,
-    }
-    for tensor in (tensor for pair in layers for tensor in pair):
-        batch, kv_heads, _, head_dim = tensor.shape if tensor.dim() == 4 else (0, 0, 0, 0)
-        theirs = {
-            "layers": len(layers),
-            "batch": batch,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-        }
-        for name, value in theirs.items():
-            if value != ours[name]:
-                raise FingerprintError(
-                    f"{path}: item {kv_cache_id} can't be of this model: {name}: {ours[name]} here, {value} there. "
-                    "Load it with the model that built it, or extract it again."
-                )
-    if not layers:
-        raise FingerprintError(f"{path}: item {kv_cache_id} has no layers. Extract it again.")
+    difference = fingerprint.shape_difference(layers)
+    if difference:
+        raise FingerprintError(
+            f"{path}: item {kv_cache_id} can't be of this model: {difference}. "
+            "Load it with the model that built it, or extract it again."
+        )
 
 
 def tight_cpu(tensor: torch.Tensor) -> torch.Tensor:

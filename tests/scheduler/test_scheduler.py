@@ -15,7 +15,7 @@ from kvmem import TextualMemoryItem
 from kvmem.backends.hf import HFBackend
 from kvmem.backends.sampling import Sampling
 from kvmem.costs import Costs, kv_bytes_a_token
-from kvmem.errors import ConfigError, UnknownMemoryError
+from kvmem.errors import ArgumentError, UnknownMemoryError
 from kvmem.prompt import TokenizedPrompt
 from kvmem.scheduler import MemScheduler
 from tests.tiny import memory_on, pairs
@@ -279,7 +279,7 @@ def test_a_load_slower_than_prefilling_is_not_done(qwen3: HFBackend, tmp_path: P
 def test_a_text_without_an_id_is_told_what_is_wanted(qwen3: HFBackend) -> None:
     scheduler = scheduler_on(qwen3)
     for given in ["a plain text"], "a plain text":
-        with pytest.raises(ConfigError, match=r"got a str. Give a list of TextualMemoryItem\(id="):
+        with pytest.raises(ArgumentError, match=r"not str. Give TextualMemoryItem\(id="):
             scheduler.answer(QUERY, given)  # type: ignore[arg-type]
     assert scheduler.tick() == []
 

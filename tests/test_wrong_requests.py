@@ -1,0 +1,156 @@
+"""An engine asked with another model's cache, or with what is no cache, query or number: refused, nothing changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvmem import KVCacheItem
+from kvmem.backends.hf import HFBackend
+from kvmem.backends.hf_graph import HFGraphBackend
+from kvmem.backends.lent_file import LentFile, split_behind
+from kvmem.backends.sampling import Sampling
+from kvmem.errors import ArgumentError, ConfigError, FingerprintError, PromptError
+from tests.tiny import copy_of, kind, lent_by, loaded, memory_on, pairs, same_bits
+
+TEXT, OTHER = (text for text, _ in pairs(2, characters=300, seed=7))
+OTHER_FAMILIES = ["qwen2", "llama", "mistral"]  # another head size; more layers too; fewer heads, which would broadcast
+
+
+@pytest.fixture
+def stored(qwen3):
+    """A memory that holds one item; what a wrong call must leave as it is."""
+    memory = memory_on(qwen3)
+    item = memory.extract(TEXT)
+    memory.add(item)
+    before = copy_of(item)
+    yield memory
+    assert memory.get_all() == [item] and same_bits(item, before)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """The fast engine, on the weights of `qwen3`."""
+    return HFGraphBackend(loaded("tiny"))
+
+
+@pytest.fixture(params=["huggingface", "hf_graph"])
+def backend(request, qwen3, graph):
+    return qwen3 if request.param == "huggingface" else graph
+
+
+
+@pytest.mark.parametrize("family_name", OTHER_FAMILIES)
+def test_a_cache_of_another_architecture_is_refused(stored, backend, tiny, family_name):
+    cache = lent_by(tiny(family_name), OTHER)
+    for answer in (backend.generate, backend.stream, backend.split):
+        with pytest.raises(FingerprintError, match="lent by another model: architecture: Qwen3ForCausalLM here"):
+            answer("Why?", cache)
+
+
+@pytest.mark.parametrize("family_name", OTHER_FAMILIES)
+def test_a_cache_of_another_shape_that_does_not_say_whose_it_is_is_refused(stored, backend, tiny, family_name):
+    cache = lent_by(tiny(family_name), OTHER)
+    cache.fingerprint = None
+    with pytest.raises(FingerprintError, match=r"(layers|kv_heads|head_dim): \d+ here, \d+ there"):
+        backend.generate("Why?", cache)
+
+
+def test_a_cache_of_other_weights_of_the_same_shape_is_refused(stored, backend):
+    with pytest.raises(FingerprintError, match="lent by another model: weights"):
+        backend.generate("Why?", lent_by(HFBackend(loaded("tiny", seed=1)), OTHER))
+
+
+def test_a_cache_of_the_same_model_in_another_backend_is_taken(qwen3, graph):
+    expected = qwen3.generate("Why?", lent_by(qwen3, OTHER), 8)
+    assert expected.cached_tokens > 0
+    assert graph.generate("Why?", lent_by(qwen3, OTHER), 8) == expected
+    assert qwen3.generate("Why?", lent_by(graph, OTHER), 8) == expected
+
+
+def test_another_models_item_is_not_lent(backend, tiny):
+    item = memory_on(tiny("qwen2")).extract(OTHER)
+    config = memory_on(backend).config
+    with pytest.raises(FingerprintError, match=f"Item {item.kv_cache_id} was built by another model"):
+        backend.lend([item], config.merge, config.separator)
+
+
+def test_an_item_without_tensors_is_not_lent(qwen3):
+    """A prefix on a server, say."""
+    item = memory_on(qwen3).extract(OTHER)
+    config = memory_on(qwen3).config
+    bare = KVCacheItem(DynamicCache(), item.metadata)
+    with pytest.raises(FingerprintError, match="A cache of 0 layers is none of this model's 2"):
+        qwen3.lend([bare], config.merge, config.separator)
+
+
+@pytest.mark.parametrize("what", ["item", "its cache", "its id", "ids", "tuple", "a file"])
+def test_what_is_no_lent_cache(stored, backend, what):
+    item = stored.get_all()[0]
+    given = {
+        "item": item, "its cache": item.kv_cache, "its id": item.kv_cache_id, "ids": [item.kv_cache_id],
+        "tuple": ((torch.zeros(1), torch.zeros(1)),), "a file": LentFile(item.metadata.tokens, None),
+    }[what]  # fmt: skip
+    for answer in (backend.generate, backend.stream):
+        with pytest.raises(ArgumentError, match=r"A lent cache has to be LentCache, not .*get_cache"):
+            answer("Why?", given)
+
+
+def test_what_vllm_can_not_inject(stored, qwen3):
+    cache = stored.get_cache(stored.get_all()[0].kv_cache_id)
+    with pytest.raises(ArgumentError, match="What vLLM injects has to be LentFile, not LentCache"):
+        split_behind(qwen3.template, "Why?", cache)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "query", [None, 3, b"x", ["x"], [3], {"role": "user", "content": "x"}, [{"role": "user"}],
+              [{"role": "user", "content": 3}], [{"content": "x"}]], ids=kind,
+)  # fmt: skip
+@pytest.mark.parametrize("behind", [True, False], ids=["behind a memory", "behind nothing"])
+def test_what_is_no_query(stored, backend, query, behind):
+    cache = lent_by(backend, TEXT) if behind else None
+    for answer in (backend.generate, backend.stream):
+        with pytest.raises(PromptError, match=r"A query is a text or a list of chat turns|A turn is"):
+            answer(query, cache)
+
+
+@pytest.mark.parametrize("tokens", [None, "3", 2.5])
+def test_max_new_tokens_that_is_no_number(backend, tokens):
+    for answer in (backend.generate, backend.stream):
+        with pytest.raises(ArgumentError, match=r"max_new_tokens has to be .* whole number"):
+            answer("Why?", None, tokens)
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_max_new_tokens_below_one(backend, tokens):
+    for answer in (backend.generate, backend.stream):
+        with pytest.raises(ConfigError, match=f"max_new_tokens is {tokens}"):
+            answer("Why?", None, tokens)
+
+
+@pytest.mark.parametrize("sampling", [0.7, "greedy", {"temperature": 1.0}], ids=kind)
+def test_what_is_no_sampling(backend, sampling):
+    for answer in (backend.generate, backend.stream):
+        with pytest.raises(ArgumentError, match=r"Give Sampling\(temperature=...\)"):
+            answer("Why?", None, 3, sampling)
+
+
+def test_answer_batch_of_wrong_kinds(graph, tiny):
+    cache = lent_by(graph, OTHER)
+    assert graph.answer_batch([], cache) == []
+    with pytest.raises(ArgumentError, match=r"queries has to be list or tuple, not str. For one query, use generate"):
+        graph.answer_batch("Why?", cache)
+    with pytest.raises(FingerprintError, match="another model"):
+        graph.answer_batch(["Why?"], lent_by(tiny("mistral"), OTHER))
+    with pytest.raises(ArgumentError, match="Give Sampling"):
+        graph.answer_batch(["Why?"], cache, 3, {"temperature": 1.0})
+
+
+def test_a_refused_call_leaves_the_lent_cache_to_the_next(stored, backend):
+    cache, anew = lent_by(backend, TEXT), lent_by(backend, TEXT)
+    with pytest.raises(ArgumentError):
+        backend.generate("Why?", cache, "8")
+    with pytest.raises(PromptError):
+        backend.generate(3, cache, 8)
+    assert backend.generate("Why?", cache, 8, Sampling()) == backend.generate("Why?", anew, 8)
