@@ -7,69 +7,28 @@ import datetime
 import io
 import pickle
 import subprocess
-import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers.cache_utils
-from pydantic import BaseModel, ConfigDict, Field
 from transformers import DynamicCache
 
 from kvmem.dynamic_cache import from_layers, layers_of
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError, UnsafeFileError
 from kvmem.storage import inert
 from tests import stored
+from tests.memos import KVCacheItem, KVCacheRecords, OldItem, old_cache, stand_in
 
 TEXT = "The dial says seven."
 
 
-class KVCacheRecords(BaseModel):
-    """Looks like MemOS's class of this name."""
-
-    text_memories: list[str] = []
-    composed_text_memory: str = ""
-    timestamp: datetime.datetime = Field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
-
-
-class KVCacheItem(BaseModel):
-    """Looks like MemOS's current class of this name."""
-
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-
-    id: str
-    memory: Any
-    metadata: dict[str, Any] = {}
-    records: KVCacheRecords = KVCacheRecords()
-
-
-def older_class(module: str) -> type[BaseModel]:
-    """Looks like MemOS's older class, by the fields that it had."""
-
-    class OldItem(BaseModel):
-        kv_cache_id: str
-        kv_cache: Any
-        metadata: dict[str, Any] = {}
-
-    OldItem.__module__, OldItem.__qualname__ = module, "KVCacheItem"
-    return OldItem
-
-
 @pytest.fixture
-def memos(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
-    """A module where MemOS has its items, so that pickles name them as MemOS's do."""
-    name = "memos.memories.activation.item"
-    parts = name.split(".")
-    for i in range(1, len(parts) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
-    module = sys.modules[name]
-    for cls in (KVCacheItem, KVCacheRecords):
-        monkeypatch.setattr(cls, "__module__", name)
-        setattr(module, cls.__name__, cls)
-    yield module
+def memos(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module where MemOS has its items."""
+    return stand_in(monkeypatch)
 
 
 @pytest.fixture
@@ -103,16 +62,10 @@ def test_memos_current_files_load_as_unverified(memos: types.ModuleType, path: P
         assert stored.same_tensors(item.kv_cache, cache(seed))
 
 
-def test_memos_older_files_load(memos: types.ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old_item = older_class(memos.__name__)
-    monkeypatch.setattr(memos, "KVCacheItem", old_item)
-    old_cache = DynamicCache.__new__(DynamicCache)
+def test_memos_older_files_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, OldItem)
     pairs = layers_of(cache())
-    old_cache.__dict__.update(
-        _seen_tokens=6, key_cache=[keys for keys, _ in pairs], value_cache=[values for _, values in pairs],
-        _buffers=collections.OrderedDict(), training=True,
-    )  # fmt: skip
-    old = old_item(kv_cache_id="old", kv_cache=old_cache, metadata={"source_text": TEXT})
+    old = OldItem(kv_cache_id="old", kv_cache=old_cache(pairs), metadata={"source_text": TEXT})
     path.write_bytes(pickle.dumps({"kv_cache_memories": {"old": old}}))
     (item,) = stored.load(path)
     assert (item.kv_cache_id, item.metadata.source_text, item.metadata.fingerprint) == ("old", TEXT, None)
