@@ -7,8 +7,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments import hardware, roofline
+from experiments import hardware
 from experiments.config import RunConfig
+from experiments.rates import calibrate
 from experiments.roofline import Rates, Roofline
 from experiments.row import Row
 from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
@@ -85,4 +86,4 @@ class Bench:
 
 def _rates(backend: MeasuredBackend) -> Rates:
     """What the backend's device can do at best, and its ranks together."""
-    return roofline.calibrate(backend.model_config, backend.dtype, backend.compute_device).times(backend.ranks)
+    return calibrate(backend.model_config, backend.dtype, backend.compute_device).times(backend.ranks)

@@ -7,24 +7,14 @@ decoders with gated MLPs (Llama, Qwen, Mistral, …), full and sliding-window at
 from __future__ import annotations
 
 import copy
-import itertools
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from experiments.hardware import Hardware
-from kvmem.errors import ConfigError, ModelError
-
-CALIBRATION_S = 2.0  # for the products, and then a quarter of it for the bandwidth
-CALIBRATION_TOKENS = {"cpu": (64, 256, 1024), "cuda": (512, 2048, 8192)}  # none is best for every shape and machine
-FLOP_A_PRODUCT = {"cpu": 4e10, "cuda": 1e14}  # larger ones are left out: on two cores one would take a second
-BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**30}
+from kvmem.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -174,84 +164,3 @@ class Roofline:
     def mfu(self, query_tokens: int, cached_tokens: int, seconds: float) -> float:
         """Model FLOP utilisation (Chowdhery et al., PaLM, 2022, appendix B): the used share of the best rate."""
         return prefill_flop(self.shape, query_tokens, cached_tokens) / seconds / self.rates.flop_per_s
-
-
-def datasheet(hardware: Hardware, dtype: str) -> Rates:
-    """The rates that the maker states, of all GPUs of the layout together; ConfigError where the card has none."""
-    if dtype not in hardware.peak_tflops or hardware.bandwidth_gb_s is None:
-        raise ConfigError(
-            f"hardware={hardware.name} states no peak for {dtype}. Add peak_tflops.{dtype} and bandwidth_gb_s to "
-            "its card, or calibrate on the machine itself."
-        )
-    how = f"datasheet of {hardware.gpus} × {hardware.gpu}"
-    flop_per_s, bytes_per_s = hardware.peak_tflops[dtype] * 1e12, hardware.bandwidth_gb_s * 1e9
-    return Rates(hardware.gpus * flop_per_s, hardware.gpus * bytes_per_s, dtype, how)
-
-
-@torch.inference_mode()
-def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Rates:
-    """This machine's best rates for this model, in about 3 s: the best of many timings, for a true limit.
-
-    FLOP: the model's own matrix products at several token counts (square ones read lower on a CPU). Bytes: a copy and
-    a read, of no more than the model's weights, since a small model can stay in the processor's cache.
-    """
-    shape = DenseShape.of(config)
-    flop_per_s, product = _best_flop_per_s(shape, dtype, device)
-    bytes_per_s, kind = _best_bytes_per_s(shape.weights * dtype.itemsize, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    how = f"calibrated on {name}: {product}; {kind}"
-    return Rates(flop_per_s, bytes_per_s, str(dtype).removeprefix("torch."), how)
-
-
-def _best_flop_per_s(shape: DenseShape, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    by_size = {size: name for name, size in shape.products.items() if name != "head"}
-    counts = CALIBRATION_TOKENS[device.type]
-    small_first = sorted((2 * tokens * out * in_, tokens, out, in_) for out, in_ in by_size for tokens in counts)
-    affordable = [case for case in small_first if case[0] <= FLOP_A_PRODUCT[device.type]] or small_first[:1]
-    weights = {size: torch.randn(size, dtype=dtype, device=device) for size in by_size}
-    best, product, deadline = 0.0, "", time.perf_counter() + CALIBRATION_S
-    # In rounds, so that a disturbance of some tenths of a second leaves other rounds whole; large products first.
-    for flop, tokens, out, in_ in itertools.cycle(reversed(affordable)):
-        if best and time.perf_counter() > deadline:
-            break
-        x_TI = torch.randn(tokens, in_, dtype=dtype, device=device)
-        seconds = _seconds(partial(F.linear, x_TI, weights[out, in_]), device, 3)
-        if flop / seconds > best:
-            best, product = flop / seconds, f"{by_size[out, in_]} product with {tokens} tokens"
-    return best, product
-
-
-def _best_bytes_per_s(weight_bytes: int, device: torch.device) -> tuple[float, str]:
-    size = min(weight_bytes, BANDWIDTH_BYTES[device.type]) // 4
-    source, target = torch.ones(size, device=device), torch.empty(size, device=device)
-    ways: dict[str, tuple[int, Callable[[], object]]] = {
-        "a copy": (2 * source.nbytes, lambda: target.copy_(source)),
-        "a read": (source.nbytes, lambda: source.sum()),
-    }
-    best, kind, deadline = 0.0, "", time.perf_counter() + CALIBRATION_S / 4
-    for name, (moved, way) in itertools.cycle(ways.items()):
-        if kind and time.perf_counter() > deadline:
-            break
-        rate = moved / _seconds(way, device, 3)
-        if rate > best:
-            best, kind = rate, f"{name} of {source.nbytes / 1e6:.0f} MB"
-    return best, kind
-
-
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The fastest of `repeats`, after one that warms up; on a GPU between two events."""
-    work()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-    return min(times)

@@ -10,7 +10,8 @@ from typing import Literal
 
 from experiments.hardware import CARDS, Hardware, read_card
 from experiments.published import PublishedRow
-from experiments.roofline import DenseShape, Roofline, datasheet
+from experiments.rates import datasheet
+from experiments.roofline import DenseShape, Roofline
 from kvmem import models
 
 STRAW_MAN = 1.2

@@ -13,7 +13,8 @@ from experiments.hardware import CARDS, read_card
 from experiments.predictor import Engine, Layout, Prefill
 from experiments.predictor.fit import Fit, fit, points_of
 from experiments.predictor.plan import Tier, break_even_tokens, fleet, gain_s
-from experiments.roofline import Roofline, datasheet
+from experiments.rates import datasheet
+from experiments.roofline import Roofline
 from experiments.row import Row
 from experiments.run import run
 from experiments.run_folder import read_run

@@ -13,12 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.hardware import Hardware
+from experiments.rates import calibrate, datasheet
 from experiments.roofline import (
     DenseShape,
     Rates,
     Roofline,
-    calibrate,
-    datasheet,
     least_flop,
     prefill_bytes,
     prefill_flop,
