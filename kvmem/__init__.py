@@ -4,5 +4,6 @@ from kvmem.config import KVCacheMemoryConfig
 from kvmem.errors import KVMemError
 from kvmem.items import KVCacheItem, TextualMemoryItem
 from kvmem.memory import KVCacheMemory
+from kvmem.scheduler import MemScheduler
 
-__all__ = ["KVCacheItem", "KVCacheMemory", "KVCacheMemoryConfig", "KVMemError", "TextualMemoryItem"]
+__all__ = ["KVCacheItem", "KVCacheMemory", "KVCacheMemoryConfig", "KVMemError", "MemScheduler", "TextualMemoryItem"]

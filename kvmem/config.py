@@ -60,6 +60,8 @@ class KVCacheMemoryConfig(BaseModel):
     @field_validator("merge", mode="before")
     @classmethod
     def _merge_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str | MergeStrategy):
+            raise ValueError(f"merge is {value!r}. Give a strategy or its name, or leave it out for Reprefill.")
         return strategy(value) if isinstance(value, str) else value
 
     @field_validator("memory_filename")

@@ -19,6 +19,9 @@ Message = dict[str, str]
 Source = str | tuple[Message, ...]
 """What a memory was built from: a text, or earlier turns."""
 
+REPR_CHARACTERS = 40
+"""How much of an item's text its repr shows."""
+
 
 class TextualMemoryItem(BaseModel):
     """A memory as text, before it becomes KV."""
@@ -91,7 +94,7 @@ class KVCacheMetadata(BaseModel):
         return source if isinstance(source, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in source)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class KVCacheItem:
     """A memory as KV: `kv_cache` holds keys (after RoPE) and values of shape (1, kv_heads, tokens, head_dim) a layer.
 
@@ -107,3 +110,10 @@ class KVCacheItem:
         check_kind("An item's kv_cache", self.kv_cache, DynamicCache, way_out="KVCacheMemory.extract makes items.")
         check_kind("An item's metadata", self.metadata, KVCacheMetadata, way_out="KVCacheMemory.extract makes items.")
         check_kind("An item's kv_cache_id", self.kv_cache_id, str)
+
+    def __repr__(self) -> str:
+        """In one line: a list of items is looked at, and a thousand token ids would hide what they are."""
+        known, text = self.metadata, self.metadata.source_text
+        begins = text if len(text) <= REPR_CHARACTERS else text[: REPR_CHARACTERS - 1] + "…"
+        held = f"{known.token_count} tokens, {known.kv_bytes / 1e6:.1f} MB"
+        return f"KVCacheItem({self.kv_cache_id!r}, {held}, {begins!r})"

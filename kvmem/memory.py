@@ -123,9 +123,18 @@ class KVCacheMemory:
         missing = [memory_id for memory_id in ids if memory_id not in self._items]
         if missing:
             names = ", ".join(memory_id or "''" for memory_id in missing)
-            raise UnknownMemoryError(f"Not stored: {names}. Stored: {len(self._items)} items, see get_all().")
+            stored = f"Stored: {len(self._items)} items, see get_all()."
+            raise UnknownMemoryError(" ".join([f"Not stored: {names}. {stored}", *self._of_texts(missing)]))
         items = [with_ids_from_text(self._items[memory_id], self.backend.template) for memory_id in ids]
         return self.backend.lend(items, self.config.merge, self.config.separator)  # type: ignore[return-value]
+
+    def _of_texts(self, missing: Sequence[str]) -> list[str]:
+        """Sentences on ids that are a text memory's, which its item does not share: an edited text may have several."""
+        return [
+            f"{source.id} is a text memory's id, and its item is {item.kv_cache_id}."
+            for item in self._items.values()
+            if (source := item.metadata.textual_memory) is not None and source.id in missing
+        ]
 
     def delete(self, memory_ids: str | Iterable[str]) -> int:
         """Removes the items of these ids, where they are; how many went. Raises ArgumentError for what is no id."""

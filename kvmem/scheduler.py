@@ -55,7 +55,8 @@ class MemScheduler:
             ("folder", folder, (str, PathLike, type(None))), ("costs", costs, (Costs, type(None))),
             ("max_builds", max_builds, (int,)), ("cold", cold, (str, type(None))),
         ):  # fmt: skip
-            check_kind(f"MemScheduler's {name}", given, *kinds)
+            way_out = "Give bytes by tier, fastest first: {'ram': 1 << 30}." if name == "budget" else ""
+            check_kind(f"MemScheduler's {name}", given, *kinds, way_out=way_out)
         if max_builds < 0:
             raise ConfigError(f"max_builds is {max_builds}. Give 0 or more.")
         if not isinstance(memory.backend, HFBackend) or memory.backend.ranks > 1:  # each rank would plan for itself

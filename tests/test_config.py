@@ -32,7 +32,8 @@ def test_the_published_form_and_its_defaults():
 @pytest.mark.parametrize("merge", ["ropeshift", "RopeShift", RopeShift()])
 def test_a_merge_is_a_strategy_or_its_name(merge):
     assert KVCacheMemoryConfig(extractor_llm=LLM, merge=merge).merge == RopeShift()
-    assert KVCacheMemoryConfig(extractor_llm=LLM, merge="NaiveConcat").merge == NaiveConcat()
+    for name in ("NaiveConcat", "naive_concat", "naiveconcat"):
+        assert KVCacheMemoryConfig(extractor_llm=LLM, merge=name).merge == NaiveConcat()
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,8 @@ def test_a_merge_is_a_strategy_or_its_name(merge):
         ({"memory_filname": "a.safetensors"}, "unknown key 'memory_filname'. Did you mean memory_filename?"),
         ({"templat": "chat"}, "Did you mean template?"),
         ({"merge": "Repreffil"}, "Unknown merge strategy 'Repreffil'. Did you mean reprefill?"),
+        ({"merge": None}, "merge is None. Give a strategy or its name"),
+        ({"merge": 3}, "merge is 3. Give a strategy or its name"),
         ({"template": "chatt"}, "'chat' or 'plain'"),
         ({"memory_filename": "memory.safetensor"}, "unknown suffix '.safetensor'. Did you mean .safetensors?"),
         (

@@ -141,6 +141,15 @@ def test_get_cache_of_an_unknown_id(stored, missing):
         stored.get_cache(missing)
 
 
+def test_get_cache_of_a_text_memorys_id_names_its_items(qwen3):
+    memory = memory_on(qwen3)
+    memory.add([memory.from_textual_memory(TextualMemoryItem(id="hours", memory=text)) for text in (TEXT, OTHER)])
+    told = [f"hours is a text memory's id, and its item is {item.kv_cache_id}." for item in memory.get_all()]
+    with pytest.raises(UnknownMemoryError) as refused:
+        memory.get_cache("hours")
+    assert str(refused.value) == f"Not stored: hours. Stored: 2 items, see get_all(). {' '.join(told)}"
+
+
 def test_delete_of_an_unknown_id_is_no_error_and_says_so(stored):
     assert stored.delete("no-such-id") == stored.delete(["no-such-id"]) == stored.delete([]) == 0
 

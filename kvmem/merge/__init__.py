@@ -60,5 +60,6 @@ def joined_tokens(parts: Sequence[MemoryTokens], separator_ids: tuple[int, ...])
 
 
 def strategy(name: str) -> MergeStrategy:
-    """The strategy called `name` (case does not matter), with its default knobs."""
-    return discover.by_name(sys.modules[__name__], MergeStrategy, name, "merge strategy")()  # type: ignore[type-abstract]
+    """The strategy called `name` (case and underscores do not matter), with its default knobs."""
+    bare = name.replace("_", "")  # its file and its YAML card may have them: naive_concat is NaiveConcat
+    return discover.by_name(sys.modules[__name__], MergeStrategy, bare, "merge strategy")()  # type: ignore[type-abstract]
