@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from kvmem import KVCacheMemory
 from kvmem.backends.hf import HFBackend
 from kvmem.backends.hf_config import HFConfig
 from kvmem.models import Loaded
-from tests.tiny import SHAPES, loaded, with_template
+from tests.tiny import SHAPES, copy_of, loaded, memory_on, pairs, same_bits, with_template
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -77,3 +78,15 @@ def smollm2() -> HFBackend:
 @pytest.fixture(scope="session")
 def smollm2_plain(smollm2: HFBackend) -> HFBackend:
     return with_template(smollm2, "plain")
+
+
+@pytest.fixture
+def stored(qwen3: HFBackend) -> Iterator[KVCacheMemory]:
+    """A memory that holds one item; what a wrong call must leave as it is."""
+    memory = memory_on(qwen3)
+    ((text, _),) = pairs(1, characters=300, seed=7)
+    item = memory.extract(text)
+    memory.add(item)
+    before = copy_of(item)
+    yield memory
+    assert memory.get_all() == [item] and same_bits(item, before)

@@ -16,24 +16,13 @@ from kvmem.errors import (
     StorageError,
     UnknownMemoryError,
 )
-from tests.tiny import copy_of, kind, memory_on, pairs, same_bits
+from tests.tiny import kind, memory_on, pairs
 
 TEXT, OTHER = (text for text, _ in pairs(2, characters=300, seed=7))
 TURNS = [{"role": "user", "content": "Who is Bodo?"}, {"role": "assistant", "content": "My dog."}]
 NO_IDS: list[Any] = [None, 3, b"id", [3], [None], [["id"]], {"id", 4}]
 NO_FOLDERS: list[Any] = [None, 3, b"here"]
 OTHER_FAMILIES = ["qwen2", "llama", "mistral"]  # another head size; more layers too; fewer heads, which would broadcast
-
-
-@pytest.fixture
-def stored(qwen3):
-    """A memory that holds one item; what a wrong call must leave as it is."""
-    memory = memory_on(qwen3)
-    item = memory.extract(TEXT)
-    memory.add(item)
-    before = copy_of(item)
-    yield memory
-    assert memory.get_all() == [item] and same_bits(item, before)
 
 
 # extract, from_textual_memory

@@ -12,21 +12,10 @@ from kvmem.backends.hf_graph import HFGraphBackend
 from kvmem.backends.lent_file import LentFile, split_behind
 from kvmem.backends.sampling import Sampling
 from kvmem.errors import ArgumentError, ConfigError, FingerprintError, PromptError
-from tests.tiny import copy_of, kind, lent_by, loaded, memory_on, pairs, same_bits
+from tests.tiny import kind, lent_by, loaded, memory_on, pairs
 
 TEXT, OTHER = (text for text, _ in pairs(2, characters=300, seed=7))
 OTHER_FAMILIES = ["qwen2", "llama", "mistral"]  # another head size; more layers too; fewer heads, which would broadcast
-
-
-@pytest.fixture
-def stored(qwen3):
-    """A memory that holds one item; what a wrong call must leave as it is."""
-    memory = memory_on(qwen3)
-    item = memory.extract(TEXT)
-    memory.add(item)
-    before = copy_of(item)
-    yield memory
-    assert memory.get_all() == [item] and same_bits(item, before)
 
 
 @pytest.fixture(scope="module")

@@ -49,11 +49,13 @@ def layer_of_one_token(
     x_C: torch.Tensor, k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, where: Where, w: LayerWeights, shape: LayerShape
 ) -> torch.Tensor:
     """The stream, (hidden,), behind a decoder layer; see `layer.layer`."""
-    from kvmem.graph.kernels import place_heads, product
+    from kvmem.graph import kernels
 
+    product = kernels.product
     qkv_X = product(x_C, w.qkv, norm_C=w.input_norm, eps=shape.eps, bias_R=w.qkv_bias)
     turn, at_1 = (where.cos_1S1D, where.sin_1S1D), where.at_S
-    q = place_heads(qkv_X[None, None], w.q_norm, w.k_norm, shape.eps, *turn, k_1KTD, v_1KTD, at_1, shape.heads)
+    qkv_11X = qkv_X[None, None]
+    q = kernels.place_heads(qkv_11X, w.q_norm, w.k_norm, shape.eps, *turn, k_1KTD, v_1KTD, at_1, shape.heads)
     gathered = attend(q, k_1KTD, v_1KTD, where.length_1, True, shape.kernel, where.plan)
     x_C = product(gathered.flatten(), w.out, bias_R=w.out_bias, added_R=x_C)
     inner_I = product(x_C, w.gate_up, norm_C=w.mlp_norm, eps=shape.eps, bias_R=w.gate_up_bias, gated=True)
@@ -62,6 +64,6 @@ def layer_of_one_token(
 
 def next_logits(x_C: torch.Tensor, norm_C: torch.Tensor, eps: float, head_VC: torch.Tensor) -> torch.Tensor:
     """(vocab,), behind the last layer's stream."""
-    from kvmem.graph.kernels import product
+    from kvmem.graph import kernels
 
-    return product(x_C, head_VC, norm_C=norm_C, eps=eps)
+    return kernels.product(x_C, head_VC, norm_C=norm_C, eps=eps)

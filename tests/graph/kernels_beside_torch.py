@@ -9,8 +9,11 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from kvmem.graph.buffers import Buffer
+from kvmem.graph.forward import Pass
 from kvmem.graph.kernels import place_heads, product
 from kvmem.graph.layer import rms_norm, rotate
+from tests.tiny import SHAPES, loaded
 
 EPS = 1e-6
 CLOSE = {torch.float32: {"atol": 2e-5, "rtol": 2e-5}, torch.bfloat16: {"atol": 0.08, "rtol": 0.02}}
@@ -56,6 +59,22 @@ def heads(device: str, dtype: torch.dtype) -> None:
         assert not k[:, :, others].any() and not v[:, :, others].any()
 
 
+def a_token(device: str, family: str) -> None:
+    """The whole pass over several tokens and over one more, fused and as written: logits, and the buffer's rows."""
+    model = loaded(SHAPES[family]).model.to(device)
+    ids = torch.randint(1000, 40000, (9,)).tolist()
+    ends: list[tuple[torch.Tensor, ...]] = []
+    for fused in (False, True):
+        run = Pass(model, "sdpa", 32, "none", fused)
+        run.head = run.head[:64]  # of a whole vocabulary the interpreter makes minutes
+        buffer = Buffer(len(run.layers), 32, run.shape.kv_heads, run.shape.head_dim, model.dtype, model.device)
+        run(torch.tensor([0, 8, *ids[:8]], device=device), buffer)
+        _, logits_V = run(torch.tensor([8, 1, ids[8]], device=device), buffer)
+        ends.append((logits_V, buffer.k_LBKTD, buffer.v_LBKTD))
+    for as_written, by_kernels in zip(*ends, strict=True):
+        torch.testing.assert_close(by_kernels, as_written, atol=1e-4, rtol=1e-4)
+
+
 def _random(size: int | tuple[int, ...], device: str, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(size, dtype=torch.float32).to(device, dtype)
 
@@ -65,3 +84,5 @@ if __name__ == "__main__":
     for dtype in CLOSE:
         products(sys.argv[1], dtype)
         heads(sys.argv[1], dtype)
+    for family in SHAPES:  # with heads normalised and not, with biases and not
+        a_token(sys.argv[1], family)
