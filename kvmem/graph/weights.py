@@ -64,7 +64,10 @@ def stack(model: PreTrainedModel) -> list[LayerWeights]:
 
     A second call finds them so and copies nothing.
     """
-    return [_stack_layer(layer) for layer in model.get_decoder().layers]
+    stacked = [_stack_layer(layer) for layer in model.get_decoder().layers]
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # the parts' own memory, half of all weights: torch would keep it, in pieces too small
+    return stacked
 
 
 def _stack_layer(layer: Any) -> LayerWeights:

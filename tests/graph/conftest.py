@@ -34,6 +34,7 @@ PLACES = {
     "gpu-fp32": Place("cuda", torch.float32, "sdpa", 1e-3, compile="none"),
     "gpu-bf16-torch_flash": Place("cuda", torch.bfloat16, "torch_flash", 0.04, compile="none"),
     "gpu-bf16-fastest": Place("cuda", torch.bfloat16, "auto", 0.2, shape="tiny_heads128"),
+    "gpu-bf16-fastest-heads32": Place("cuda", torch.bfloat16, "auto", 0.04, compile="none"),
     "gpu-bf16-fastest-heads64": Place("cuda", torch.bfloat16, "auto", 0.15, shape="tiny_heads64", compile="none"),
 }
 """The tiny model's logits have a standard deviation of 0.16, and 0.03 of bf16's rounding; those of tiny_heads128 0.32
