@@ -35,6 +35,7 @@ class Bench:
     def open(cls, config: RunConfig) -> Bench:
         """Checks that this machine is the layout that `config` names, loads the model, and calibrates the limit."""
         config.hardware.refuse_other_machines()
+        _refuse_idle_gpus(config)
         log.info("loading %s on %s", config.model.source(), config.backend.backend)
         memory = KVCacheMemory(
             KVCacheMemoryConfig(
@@ -82,6 +83,17 @@ class Bench:
             "arm": "injected",
         }
         return Row(scenario=scenario, **(same | fields))
+
+
+def _refuse_idle_gpus(config: RunConfig) -> None:
+    """ConfigError for an engine of one device on a layout that shares the model among several: its rows would carry
+    the layout's name, and all devices but one would idle."""
+    shared = config.hardware.tensor_parallel
+    if shared > 1 and config.hardware.check and not hasattr(config.backend, "tensor_parallel_size"):
+        raise ConfigError(
+            f"hardware={config.hardware.name} shares a model among {shared} devices, and "
+            f"backend={config.backend.backend} uses one. Use backend=hf_ranks or vllm, or a layout of one device."
+        )
 
 
 def _rates(backend: MeasuredBackend) -> Rates:

@@ -126,10 +126,14 @@ class Hardware:
 def inspect() -> Machine:
     """This machine: its processor, and the GPUs that torch may use, with clocks and temperature as they are now."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return Machine(
-        _cpu_name(), cores, psutil.virtual_memory().total / 1e9, tuple(_gpu(index) for index in range(count))
+        _cpu_name(), cores(), psutil.virtual_memory().total / 1e9, tuple(_gpu(index) for index in range(count))
     )
+
+
+def cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def conditions() -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 
 from experiments.equality import Trace
+from experiments.in_step import agreed
 from kvmem.backends.measured import FirstToken, Lent, MeasuredBackend
 from kvmem.items import MemoryTokens
 from kvmem.memory import KVCacheMemory
@@ -135,7 +136,7 @@ def interleaved_calm(
 ) -> tuple[dict[str, list[Sample]], int]:
     """`interleaved`, and once more where an arm was disturbed; the calmer of the two runs, whole, and how many ran."""
     first = interleaved(arms, pairs, rng, warmups)
-    if worst_spread(first) <= NOISY_SPREAD:
+    if agreed(worst_spread(first)) <= NOISY_SPREAD:
         return first, 1
     second = interleaved(arms, pairs, rng, warmups=0)
     return min(first, second, key=worst_spread), 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from functools import partial
 
+import psutil
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
@@ -49,11 +51,18 @@ def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 
 
 def _best_flop_per_s(shape: DenseShape, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    by_size = {size: name for name, size in shape.products.items() if name != "head"}
+    room = _room(device) // dtype.itemsize
+    by_size = {size: name for name, size in shape.products.items() if name != "head" and math.prod(size) <= room // 8}
     counts = CALIBRATION_TOKENS[device.type]
     small_first = sorted((2 * tokens * out * in_, tokens, out, in_) for out, in_ in by_size for tokens in counts)
-    affordable = [case for case in small_first if case[0] <= FLOP_A_PRODUCT[device.type]] or small_first[:1]
-    weights = {size: torch.randn(size, dtype=dtype, device=device) for size in by_size}
+    fitting = [case for case in small_first if case[1] * (case[2] + case[3]) <= room // 4]
+    if not fitting:
+        raise ConfigError(
+            f"{_room(device) / 1e6:.0f} MB of {device} are free: too little to measure its best rates. "
+            "Leave an engine less (backend.gpu_memory_utilization)."
+        )
+    affordable = [case for case in fitting if case[0] <= FLOP_A_PRODUCT[device.type]] or fitting[:1]
+    weights = {(out, in_): torch.randn(out, in_, dtype=dtype, device=device) for _, _, out, in_ in affordable}
     best, product, deadline = 0.0, "", time.perf_counter() + CALIBRATION_S
     # In rounds, so that a disturbance of some tenths of a second leaves other rounds whole; large products first.
     for flop, tokens, out, in_ in itertools.cycle(reversed(affordable)):
@@ -67,7 +76,7 @@ def _best_flop_per_s(shape: DenseShape, dtype: torch.dtype, device: torch.device
 
 
 def _best_bytes_per_s(weight_bytes: int, device: torch.device) -> tuple[float, str]:
-    size = min(weight_bytes, BANDWIDTH_BYTES[device.type]) // 4
+    size = min(weight_bytes, BANDWIDTH_BYTES[device.type], _room(device) // 4) // 4
     source, target = torch.ones(size, device=device), torch.empty(size, device=device)
     ways: dict[str, tuple[int, Callable[[], object]]] = {
         "a copy": (2 * source.nbytes, lambda: target.copy_(source)),
@@ -81,6 +90,14 @@ def _best_bytes_per_s(weight_bytes: int, device: torch.device) -> tuple[float, s
         if rate > best:
             best, kind = rate, f"{name} of {source.nbytes / 1e6:.0f} MB"
     return best, kind
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that are free for what is allocated here: an engine in another process may have taken nearly all."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:

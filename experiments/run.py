@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments import compose, hardware, ledger, progress, sweep, tables, units
+from experiments import compose, hardware, ledger, progress, ranks, sweep, tables, units
 from experiments.bench import Bench
 from experiments.config import RunConfig
+from experiments.in_step import agreed
 from experiments.report import write_joined, write_report
 from experiments.row import Row
 from experiments.run_folder import runs_in
@@ -35,6 +37,10 @@ log = logging.getLogger("experiments")
 
 WRONG_COMMAND, NOT_ALL_VALID = 2, 1
 ROWS_IN_A_LOG_LINE = 4
+WAYS_OUT_OF_A_FULL_GPU = (
+    "Use a smaller model or a layout of more GPUs, or leave an engine less (backend.gpu_memory_utilization, "
+    "backend.buffers)."
+)
 
 
 class JobFailed(Exception):
@@ -67,8 +73,9 @@ def _go_on(config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: led
     for sink in sinks:
         sink.check()
     bench = config.scenario.open(config)
-    cells = {f"{number} {cell.label}": cell for number, cell in enumerate(config.scenario.cells(bench))}
+    cells = named(config.scenario.cells(bench))
     missing = {name: cell for name, cell in cells.items() if name not in done.cells}
+    agreed(list(missing))
     if len(missing) < len(cells):
         log.info("%d of %d cells were finished before", len(cells) - len(missing), len(cells))
     with ExitStack() as closing:
@@ -76,12 +83,12 @@ def _go_on(config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: led
             sink.open(run_dir, resolved, rows)
             closing.callback(_close, sink, run_dir)
         for name, cell in zip(missing, progress.over(list(missing.values())), strict=True):
-            measured = _measure(config, bench, cell)
-            for row in (replace(row, conditions=row.conditions | {"cell": name}) for row in measured):
+            found = measured(config, bench, cell)
+            for row in (replace(row, conditions=row.conditions | {"cell": name}) for row in found):
                 rows.append(row)
                 for sink in sinks:
                     sink.write(row)
-            if all(row.status == "done" for row in measured):
+            if agreed(all(row.status == "done" for row in found)):
                 done.finish(name)
         done.finished = len(done.cells) == len(cells)
         done.write()
@@ -106,7 +113,13 @@ def problems(rows: Iterable[Row], exact: bool) -> list[str]:
     return found
 
 
-def _measure(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
+def named(cells: Sequence[Any]) -> dict[str, Any]:
+    """The cells of a scenario by the names that a run's folder knows them by."""
+    return {f"{number} {cell.label}": cell for number, cell in enumerate(cells)}
+
+
+def measured(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
+    """The rows of one cell."""
     started = time.perf_counter()
     try:
         rows = config.scenario.measure(bench, cell)
@@ -148,7 +161,16 @@ def job(config: DictConfig) -> None:
         resolved = OmegaConf.to_container(config, resolve=True)
         assert isinstance(resolved, dict)
         run_dir = progress.shown(Path(here.runtime.output_dir))
-        rows = run(chosen, run_dir, {str(key): value for key, value in resolved.items()}, here.overrides.task)
+        cards = {str(key): value for key, value in resolved.items()}
+        if (count := ranks.needed(chosen)) > 1 and not ledger.is_finished(run_dir):
+            logging_ = OmegaConf.to_container(here.job_logging, resolve=True)
+            rows = ranks.run(count, run_dir, cards, here.overrides.task, logging_)  # type: ignore[arg-type]
+        else:
+            rows = run(chosen, run_dir, cards, here.overrides.task)
+    except torch.OutOfMemoryError as error:
+        told = f"{str(error).partition(' Including ')[0]} {WAYS_OUT_OF_A_FULL_GPU}"
+        log.error("error: %s", told)
+        _end(here.mode, JobFailed(NOT_ALL_VALID, told), error)
     except KVMemError as error:
         log.error("error: %s", error)
         status = WRONG_COMMAND if isinstance(error, ConfigError) else NOT_ALL_VALID

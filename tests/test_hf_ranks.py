@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.backends.hf import HFBackend
 from kvmem.backends.hf_config import HFConfig
 from kvmem.backends.hf_ranks import HFRanksBackend, HFRanksConfig
 from kvmem.dynamic_cache import layers_of
 from kvmem.errors import ConfigError
 from kvmem.fingerprint import ModelFingerprint
-from tests.hf_ranks import NEW_TOKENS, answers
+from tests.hf_ranks import NEW_TOKENS, RANDOM, answers, first_logits
 from tests.tiny import loaded, memory_on, pairs
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,13 @@ def test_tensor_parallel_memories_move_between_one_process_and_two(device: str, 
     assert one["bytes"] == [item.metadata.kv_bytes for item in items]
     assert "nowhere" in one["not everywhere"]
     assert one["refused"] == "StorageError" and "has hf_ranks" in one["not planned for"]
+
+    random = KVCacheMemory(
+        KVCacheMemoryConfig(extractor_llm={"backend": "huggingface", "config": RANDOM | {"device": device}})
+    )
+    whose, logits = one["random"]
+    assert random.backend.fingerprint.difference(ModelFingerprint(**whose)) is None
+    assert first_logits(random) == pytest.approx(logits, abs=1e-5) and max(logits) - min(logits) > 0.01
 
     alone.load(tmp_path / "of two")
     assert [item.kv_cache_id for item in alone.get_all()] == one["ids"]

@@ -17,6 +17,8 @@ class Scenario(ABC):
     """A question that a run answers."""
 
     name: ClassVar[str]
+    in_step: ClassVar[bool] = False
+    """Several processes can measure it at once: all that they do follows from its cells, and from no clock."""
 
     def open(self, config: RunConfig) -> Bench:
         """What the cells are measured on: the model, loaded, unless a scenario needs none."""

@@ -33,6 +33,7 @@ class KVvsDirect(Scenario):
     """Also time a plain shared-tensors recipe in the same rounds (one memory only)."""
 
     name: ClassVar[str] = "kv_vs_direct"
+    in_step: ClassVar[bool] = True
 
     def cells(self, bench: Bench) -> Sequence[Cell]:
         config = bench.config

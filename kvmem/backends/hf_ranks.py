@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from kvmem import dynamic_cache, models, storage
@@ -35,6 +35,9 @@ class HFRanksConfig(HFConfig):
     each rank takes its own GPU, or the CPU where there is none."""
 
     backend: ClassVar[str] = "hf_ranks"
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """How many processes share the model; 1: as many as torchrun started."""
 
 
 class HFRanksBackend(HFBackend):
@@ -61,6 +64,11 @@ class HFRanksBackend(HFBackend):
             raise ConfigError(
                 "backend=hf_ranks is several processes, and this is one. Start it with torchrun --nproc-per-node N, "
                 "or use backend=huggingface."
+            )
+        started, asked = int(os.environ["WORLD_SIZE"]), getattr(config, "tensor_parallel_size", 1)
+        if asked not in (1, started):
+            raise ConfigError(
+                f"tensor_parallel_size={asked}, and torchrun started {started}. Start {asked}, or leave it 1."
             )
         if config.device != "auto":
             raise ConfigError(f"device={config.device} is one device, and ranks have one each. Leave it auto.")
@@ -105,6 +113,10 @@ class HFRanksBackend(HFBackend):
             failed = error
         self._raise_any(failed)
         return [self._with(item, [self._own(pair) for pair in _layers(item)]) for item in items]
+
+    def reset(self) -> None:
+        """Waits for the slowest rank, so that no clock starts before all of them are there."""
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def conditions(self) -> dict[str, Any]:
         return super().conditions() | {"tensor_parallel": self.ranks}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvmem.models import RANDOM_WEIGHT_STD
+from kvmem.random_weights import STD
 
 EXTENSION = f"{__name__}.RandomWeights"
 SEEDS_APART = 1_000_003
@@ -25,6 +25,6 @@ class RandomWeights:
                 continue
             generator = torch.Generator(device=parameter.device)
             generator.manual_seed(seed * SEEDS_APART + self.rank * len(name) + drawn)  # type: ignore[attr-defined]
-            parameter.normal_(0.0, RANDOM_WEIGHT_STD, generator=generator)
+            parameter.normal_(0.0, STD, generator=generator)
             drawn += parameter.numel()
         return drawn

@@ -1,0 +1,99 @@
+"""A run whose engine is several processes: torchrun starts them, and all of them measure the same cells in step.
+
+The first one runs as any run does. The others keep nothing: neither rows nor files, and no clock of theirs decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.config import RunConfig
+from experiments.hardware import cores
+from experiments.row import Row
+from experiments.run_folder import read_run
+from kvmem.backends.hf_ranks import HFRanksConfig
+from kvmem.errors import ConfigError, EngineError
+
+LOG = "ranks.log"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What each process is told; plain JSON. `errors`: the folder where one that gives up leaves why."""
+
+    run_dir: str
+    resolved: dict[str, Any]
+    overrides: list[str]
+    logging: dict[str, Any]
+    errors: str
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """Why a process gave up; `is_config`: the command is wrong, and not the machine."""
+
+    is_config: bool
+    message: str
+
+
+def needed(config: RunConfig) -> int:
+    """How many processes the run's engine is; ConfigError where its scenario can't be measured by so many."""
+    if not isinstance(config.backend, HFRanksConfig):
+        return 1
+    count = config.backend.tensor_parallel_size
+    if count == 1:
+        raise ConfigError(
+            f"backend=hf_ranks shares a model among processes, and hardware={config.hardware.name} has "
+            "tensor_parallel=1. Use another layout (hardware=h100x4), set hardware.tensor_parallel, or use "
+            "backend=huggingface."
+        )
+    if not config.scenario.in_step:
+        raise ConfigError(
+            f"scenario={config.scenario.name} measures an engine of one process, and backend=hf_ranks is {count}. "
+            "Use scenario=kv_vs_direct."
+        )
+    return count
+
+
+def run(
+    count: int, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str], logging: dict[str, Any]
+) -> list[Row]:
+    """The rows of a run by `count` processes of this machine; raises what the first of them that gave up says."""
+    with tempfile.TemporaryDirectory() as folder:
+        order = Path(folder) / "order.json"
+        order.write_text(json.dumps(asdict(Order(str(run_dir), resolved, list(overrides), logging, folder))))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        command += ["-m", "experiments.one_rank", str(order)]
+        here = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        env = {"OMP_NUM_THREADS": str(max(1, cores() // count))} | os.environ | here
+        with (run_dir / LOG).open("a+", encoding="utf-8") as log:
+            before = log.tell()
+            done = subprocess.run(command, env=env, stderr=log, check=False)
+            log.seek(before)
+            said = log.read()
+        if done.returncode:
+            raise _failure(Path(folder), said, run_dir / LOG)
+    return list(read_run(run_dir).rows)
+
+
+def give_up(folder: str, why: GivenUp) -> None:
+    (Path(folder) / f"rank {int(os.environ['RANK']):04}.json").write_text(json.dumps(asdict(why)))
+
+
+def _failure(folder: Path, said: str, log: Path) -> ConfigError | EngineError:
+    for path in sorted(folder.glob("rank *.json")):
+        why = GivenUp(**json.loads(path.read_text()))
+        return ConfigError(why.message) if why.is_config else EngineError(why.message)
+    ended = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", said)
+    raised = re.findall(r"^(?:\[rank\d+\]: *)?([\w.]+Error: .+)$", said, re.MULTILINE)
+    told = [f"rank {rank} with status {status}" for status, rank in ended] + raised[:1]
+    return EngineError(f"A process of the run ended: {': '.join(told)}. What it said is in {log}.")
