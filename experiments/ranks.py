@@ -46,7 +46,8 @@ class GivenUp:
 
 
 def needed(config: RunConfig) -> int:
-    """How many processes the run's engine is; ConfigError where its scenario can't be measured by so many."""
+    """How many processes the run's engine is; ConfigError where its scenario can't be measured by so many, or this
+    machine is not the layout."""
     if not isinstance(config.backend, HFRanksConfig):
         return 1
     count = config.backend.tensor_parallel_size
@@ -61,6 +62,7 @@ def needed(config: RunConfig) -> int:
             f"scenario={config.scenario.name} measures an engine of one process, and backend=hf_ranks is {count}. "
             "Use scenario=kv_vs_direct."
         )
+    config.hardware.refuse_other_machines()
     return count
 
 
