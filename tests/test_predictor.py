@@ -128,3 +128,10 @@ def test_the_scenario_names_all_published_cells_and_needs_no_model(tmp_path: Pat
     text = (tmp_path / "table.md").read_text()
     assert "error of the published cells" in text and "a fleet" in text
     assert read_run(tmp_path).rows == tuple(rows)
+
+
+def test_a_fit_on_one_model_and_gpu_predicts_another_model_on_another_gpu() -> None:
+    unseen = list(Predict(fit_from=[str(REFERENCE / "injection_cost_qwen3_32b_h200")])._points())
+    assert len(unseen) == 8
+    for seed in range(4):
+        assert max(map(abs, fitted_on("injection_cost_qwen3_8b_h100", seed).errors(unseen))) < 0.15

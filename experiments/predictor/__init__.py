@@ -17,6 +17,10 @@ ALL_REDUCES_A_LAYER = 2
 ALL_REDUCE_LATENCY_S = 12e-6
 """Of one all-reduce, however small: two kernels and their synchronisation."""
 
+RIDGE = 4
+"""How sharp the roofline's ridge is: kernels that compute as long as they read hide neither wholly behind the other.
+Of 1.5 to 4 and infinity (the larger of both), by rows of the fast engine on an H100 and an H200; LOG.md has them."""
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -90,9 +94,10 @@ class Layout:
         attention = prefill_flop(shape, new, cached) - products
         kv_bytes = (cached + new) * self.kv_bytes_a_token
         weight_bytes = prefill_bytes(shape, 0, 0, self.element_bytes)
-        return max(
-            products / (flop_per_s * engine.products), weight_bytes / (bytes_per_s * engine.bandwidth)
-        ) + max(attention / (flop_per_s * engine.attention), kv_bytes / (bytes_per_s * engine.bandwidth))  # fmt: skip
+        streams_s = bytes_per_s * engine.bandwidth
+        return _at_once_s(products / (flop_per_s * engine.products), weight_bytes / streams_s) + _at_once_s(
+            attention / (flop_per_s * engine.attention), kv_bytes / streams_s
+        )
 
     def _all_reduces_s(self, tokens: int, engine: Engine) -> float:
         ranks, gb_s = self.hardware.tensor_parallel, self.hardware.interconnect_gb_s
@@ -106,3 +111,8 @@ class Layout:
         """The hidden states' way from node to node."""
         hops = self.hardware.pipeline_parallel - 1
         return hops * tokens * self.shape.hidden * self.element_bytes / (self.network_gb_s * 1e9)
+
+
+def _at_once_s(compute_s: float, read_s: float) -> float:
+    """Work and reads that overlap: at least the longer, at most 2^(1/RIDGE) of it."""
+    return (compute_s**RIDGE + read_s**RIDGE) ** (1 / RIDGE)
