@@ -45,8 +45,9 @@ def recompute(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence
 
 
 def _first_layers(decoder: Any, count: int) -> Any:
-    """The same decoder, ending after `count` layers; its modules are shared."""
-    if count == len(decoder.layers):
+    """The same decoder, ending after `count` layers; its modules are shared. Only a part asks how it calls its layers,
+    for which families have names of their own."""
+    if count == decoder.config.num_hidden_layers:
         return decoder
     shortened = copy.copy(decoder)
     shortened._modules = dict(decoder._modules)

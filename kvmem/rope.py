@@ -19,12 +19,12 @@ HALF_ROTATION = {"llama", "mistral", "qwen2", "qwen3"}
 
 def check_rotatable(config: PreTrainedConfig, strategy: str) -> None:
     """Raises MergeError, by name, for a model whose keys `rotate` does not move rightly."""
-    rope_type = config.rope_parameters.get("rope_type", "default")
-    if config.model_type not in HALF_ROTATION:
+    if config.model_type not in HALF_ROTATION:  # asked first: another family may have no rotary embeddings at all
         raise MergeError(
             f"{strategy} does not cover {config.model_type}; it covers {', '.join(sorted(HALF_ROTATION))}. "
             "Use merge=Reprefill."
         )
+    rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in FIXED_FREQUENCIES:
         raise MergeError(
             f"{strategy} does not cover rope_type={rope_type}, whose frequencies change with the length of the text; "

@@ -6,7 +6,7 @@ import pkgutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, FalconConfig, GPT2Config, LlamaConfig
 
 import kvmem.merge
 from kvmem.backends.hf import HFBackend
@@ -203,3 +203,25 @@ def test_dynamic_rope_is_refused_by_name(qwen3):
     with pytest.raises(MergeError, match=r"RopeShift does not cover rope_type=dynamic.*Reprefill"):
         RopeShift().merge(items, separator_ids, model)
     assert Reprefill().merge(items, separator_ids, model).get_seq_length() == len(ids)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=49152),
+        FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=49152),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_families_that_call_their_layers_otherwise(qwen3, config):
+    """What stands between the first two blocks is exact; what rotates keys is refused by name."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    backend = HFBackend(Loaded(model, qwen3.tokenizer, "random weights, seed 0"))
+    items, separator_ids, ids = built(backend)
+    end = items[0].metadata.tokens.body_end + len(separator_ids)
+    for ours, theirs in zip(layers_of(NaiveConcat().merge(items, separator_ids, model)),
+                            joint_prefill(backend, ids), strict=True):  # fmt: skip
+        assert all((a - b)[:, :, :end].abs().max() < TOLERANCE for a, b in zip(ours, theirs, strict=True))
+    with pytest.raises(MergeError, match=rf"RopeShift does not cover {config.model_type}"):
+        RopeShift().merge(items, separator_ids, model)

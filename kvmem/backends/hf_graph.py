@@ -109,7 +109,7 @@ class HFGraphBackend(HFBackend):
         if held == 0:
             return [self.generate(query, kv_cache, max_new_tokens, sampling) for query in queries]
         new = [prompt.ids[held:] for prompt in prompts]
-        branches = Branches(self.engine, kv_cache, held, len(new), max(map(len, new)) + max_new_tokens)
+        branches = Branches(self.engine, kv_cache, held, len(new), max(map(len, new)) + max_new_tokens - 1)
         samplers = [Sampler(sampling or Sampling(), self.device) for _ in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -30,5 +32,5 @@ class Knobs:
     """Prefills are padded to a multiple of this, which is faster up to some length; None: 8, and 1 on a CPU."""
     pad_up_to: int = Field(default=512, ge=0)
     """Longer prefills are not padded."""
-    warm_tokens: tuple[int, ...] = ()
+    warm_tokens: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Prefills of these lengths are compiled and captured while the model is opened, and not at first use."""

@@ -35,7 +35,7 @@ class LayerWeights(NamedTuple):
 def check_covered(model: PreTrainedModel) -> None:
     """Raises ModelError, by name, for a model that the straight pass does not compute rightly."""
     config = model.config
-    kind, rope = config.model_type, config.rope_parameters or {}
+    kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}  # some families have no such thing
     reason = None
     if kind not in HALF_ROTATION:
         reason = f"covers {', '.join(sorted(HALF_ROTATION))}"
@@ -91,13 +91,22 @@ def _beside(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 def _one_tensor(parts: list[torch.Tensor]) -> torch.Tensor:
     """The parts one behind the other in one tensor, which each part becomes a view of."""
     first, rows = parts[0], sum(part.shape[0] for part in parts)
-    starts = [part.untyped_storage().data_ptr() for part in parts]
-    if len(set(starts)) == 1 and first.storage_offset() == 0:  # they are so already
+    if _lie_one_behind_the_other(parts):
         return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
     joined = torch.cat([part.detach() for part in parts])
     for part, view in zip(parts, joined.split([part.shape[0] for part in parts]), strict=True):
         part.data = view
     return joined
+
+
+def _lie_one_behind_the_other(parts: list[torch.Tensor]) -> bool:
+    """Of one memory and in this order: a loader may have put others between them, or turned them round."""
+    ends = [part.data_ptr() + part.numel() * part.element_size() for part in parts]
+    return (
+        len({part.untyped_storage().data_ptr() for part in parts}) == 1
+        and all(part.is_contiguous() for part in parts)
+        and [part.data_ptr() for part in parts[1:]] == ends[:-1]
+    )
 
 
 def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:

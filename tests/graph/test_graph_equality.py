@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
+from kvmem.backends.hf import HFBackend
 from kvmem.backends.hf_graph import HFGraphBackend
 from kvmem.dynamic_cache import layers_of
 from kvmem.graph.knobs import Knobs
@@ -82,3 +83,17 @@ def test_the_backend_opens_by_its_name():
     assert isinstance(memory.backend, HFGraphBackend) and memory.backend.engine.knobs.capacity_tokens == 512
     assert memory.backend.conditions()["left_out"] == "CUDA graphs, compiled layers, fused kernels"
     assert memory.backend.attention == "sdpa"
+
+
+def test_weights_that_lie_in_one_memory_in_another_order_are_told_apart():
+    """A loader may read a file into one stretch: queries, values, keys, say, which are not the engine's order."""
+    eager, reordered = HFBackend(loaded("tiny")), loaded("tiny")
+    for layer in reordered.model.get_decoder().layers:
+        parts = [layer.self_attn.q_proj.weight, layer.self_attn.v_proj.weight, layer.self_attn.k_proj.weight]
+        flat = torch.cat([part.data.flatten() for part in parts])
+        for part, stretch in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.data = stretch.view(part.shape)
+    fast = HFGraphBackend(reordered)
+    assert fast.generate("Why is that so?", None, 8).token_ids == eager.generate("Why is that so?", None, 8).token_ids
+    weights = fast.engine.run.layers[0].qkv
+    assert HFGraphBackend(reordered).engine.run.layers[0].qkv.data_ptr() == weights.data_ptr()  # found, not copied

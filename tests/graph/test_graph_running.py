@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch._inductor.utils import run_and_get_code
 
 from kvmem.errors import CapacityError
+from kvmem.graph.knobs import Knobs
 from tests.graph.conftest import prompt_of, stored
 from tests.graph.test_graph_engine import QUERY, TEXTS, along
 
@@ -41,6 +43,26 @@ def test_beyond_the_capacity_is_refused_with_the_knob(open_engine):
     with pytest.raises(CapacityError, match="capacity_tokens=100"):
         memory.extract(TEXTS[1])
     assert fast.first_token(prompt_of(0, 100)).cached_tokens == 0  # the last row is as good as any
+
+
+def test_a_batch_has_as_much_room_as_one_answer(open_engine):
+    """Of an answer's tokens the last takes no row: it is read, and nothing follows it."""
+    fast = open_engine(capacity_tokens=100)
+    memory, item = stored(fast, TEXTS[0][:150])
+    lent = memory.get_cache(item.kv_cache_id)
+    most = 100 - len(fast.split("Why?", lent).ids) + 1
+    alone = fast.generate("Why?", lent, most)
+    assert len(alone.token_ids) == most
+    assert [len(answer.token_ids) for answer in fast.answer_batch(["Why?"] * 2, lent, most)] == [most] * 2
+    for answer in (fast.generate, lambda query, *rest: fast.answer_batch([query], *rest)):
+        with pytest.raises(CapacityError, match="capacity_tokens=100"):
+            answer("Why?", lent, most + 1)
+
+
+@pytest.mark.parametrize("tokens", [0, -8])
+def test_no_prefill_of_no_tokens_is_warmed_up(tokens):
+    with pytest.raises(ValidationError, match="warm_tokens"):
+        Knobs(warm_tokens=(tokens,))
 
 
 @pytest.mark.slow
