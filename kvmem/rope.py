@@ -1,10 +1,12 @@
-"""Rotates cached keys to another position: K' = R(Δ) K. Pure.
+"""Rotates cached keys to another position: K' = R(Δ) K.
 
 Rotary embeddings turn each pair of key dimensions by an angle proportional to the position (Su et al. 2021, RoFormer,
 section 3.2), so a key cached at position p becomes the key at p + Δ by one more turn of Δ.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,11 +39,26 @@ def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor:
     return model.get_decoder().rotary_emb.inv_freq.float()
 
 
-def rotate(keys_BHTD: torch.Tensor, offset: int, inverse_frequencies_F: torch.Tensor) -> torch.Tensor:
-    """Keys (batch, kv_heads, tokens, head_dim) moved `offset` positions on, in fp32, and returned in their dtype."""
-    if offset == 0:
-        return keys_BHTD
-    angles_F = offset * inverse_frequencies_F.double()
-    cos_F, sin_F = angles_F.cos().float(), angles_F.sin().float()
+class Turn(NamedTuple):
+    """cos and sin of the angles by which each token's key is turned, (tokens, head_dim / 2), fp32."""
+
+    cos_TF: torch.Tensor
+    sin_TF: torch.Tensor
+
+    @classmethod
+    def by(cls, offsets_T: torch.Tensor, inverse_frequencies_F: torch.Tensor) -> Turn:
+        """Of tokens that move on by so many positions each, (tokens,) int64."""
+        angles_TF = offsets_T.double()[:, None] * inverse_frequencies_F.double()
+        return cls(angles_TF.cos().float(), angles_TF.sin().float())
+
+
+def rotate(keys_BHTD: torch.Tensor, turn: Turn) -> None:
+    """Turns keys (batch, kv_heads, tokens, head_dim) in place, computed in fp32; those that move by 0 keep their bits.
+
+    Few and large operations: on a GPU what rotating costs is launches.
+    """
+    cos_TF, sin_TF = turn
     first, second = keys_BHTD.float().chunk(2, dim=-1)
-    return torch.cat([first * cos_F - second * sin_F, second * cos_F + first * sin_F], dim=-1).to(keys_BHTD.dtype)
+    turned = (first * cos_TF).addcmul_(second, sin_TF, value=-1), (second * cos_TF).addcmul_(first, sin_TF)
+    for half, values in zip(keys_BHTD.chunk(2, dim=-1), turned, strict=True):
+        half.copy_(values)

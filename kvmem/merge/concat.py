@@ -39,8 +39,9 @@ class ConcatStrategy(MergeStrategy):
     """
 
     @abstractmethod
-    def move(self, keys_BHTD: torch.Tensor, offset: int, model: PreTrainedModel) -> torch.Tensor:
-        """The keys of a body that now stands `offset` tokens further on than it was built."""
+    def move(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
+        """Brings the keys of the joined blocks, in place, to where they now stand: each token `offsets` positions,
+        (tokens,) int64, further on than it was built."""
 
     def chosen(self, blocks: Concatenated, model: PreTrainedModel) -> Sequence[int]:
         """Which tokens of the bodies behind the first are computed anew, beside the glue."""
@@ -67,23 +68,23 @@ class ConcatStrategy(MergeStrategy):
     ) -> Concatenated:
         first = items[0].metadata.tokens
         parts = [dynamic_cache.cut(items[0].kv_cache, 0, first.body_end)]
+        offsets = [0] * first.body_end
         glue: list[int] = []
         bodies: list[tuple[int, int]] = []
         end = first.body_end
         for before, item in pairwise(items):
             tokens = item.metadata.tokens
             between = len(before.metadata.tokens.rest_ids) + len(separator_ids)
-            parts.append([(_room(keys, between), _room(values, between)) for keys, values in parts[0]])
+            parts.append([(room := _room(parts[0][0][0], between), room)] * len(parts[0]))
             glue += range(end, end + between)
             start = end + between
             end = start + tokens.body_end - tokens.header_tokens
             bodies.append((start, end))
-            parts.append([
-                (self.move(keys, start - tokens.header_tokens, model), values)
-                for keys, values in dynamic_cache.cut(item.kv_cache, tokens.header_tokens, tokens.body_end)
-            ])  # fmt: skip
-        ids = merged_tokens(items, separator_ids).token_ids
-        return Concatenated(ids, dynamic_cache.join(parts), tuple(glue), tuple(bodies))
+            offsets += [0] * between + [start - tokens.header_tokens] * (end - start)
+            parts.append(dynamic_cache.cut(item.kv_cache, tokens.header_tokens, tokens.body_end))
+        layers = dynamic_cache.join(parts)
+        self.move(layers, torch.tensor(offsets, device=layers[0][0].device), model)
+        return Concatenated(merged_tokens(items, separator_ids).token_ids, layers, tuple(glue), tuple(bodies))
 
 
 def _room(like_BHTD: torch.Tensor, tokens: int) -> torch.Tensor:

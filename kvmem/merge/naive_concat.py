@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
+from kvmem.dynamic_cache import KV
 from kvmem.merge.concat import ConcatStrategy
 
 
@@ -22,5 +24,5 @@ class NaiveConcat(ConcatStrategy):
     name: ClassVar[str] = "NaiveConcat"
     exact: ClassVar[bool] = False
 
-    def move(self, keys_BHTD: torch.Tensor, offset: int, model: PreTrainedModel) -> torch.Tensor:
-        return keys_BHTD
+    def move(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
+        """They stay."""

@@ -10,9 +10,10 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from transformers import DynamicCache, PreTrainedModel
 
+from kvmem.dynamic_cache import KV
 from kvmem.items import KVCacheItem
 from kvmem.merge.concat import ConcatStrategy
-from kvmem.rope import check_rotatable, inverse_frequencies, rotate
+from kvmem.rope import Turn, check_rotatable, inverse_frequencies, rotate
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -32,5 +33,7 @@ class RopeShift(ConcatStrategy):
         check_rotatable(model.config, self.name)
         return super().merge(items, separator_ids, model)
 
-    def move(self, keys_BHTD: torch.Tensor, offset: int, model: PreTrainedModel) -> torch.Tensor:
-        return rotate(keys_BHTD, offset, inverse_frequencies(model).to(keys_BHTD.device))
+    def move(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
+        turn = Turn.by(offsets_T, inverse_frequencies(model).to(offsets_T.device))
+        for keys_BHTD, _ in layers:
+            rotate(keys_BHTD, turn)
