@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
+from typing import Self
 
 from kvmem.backends.generation import Generation
 from kvmem.backends.hf import HFBackend
@@ -39,7 +40,10 @@ from kvmem.tiers import TieredItems
 
 
 class MemScheduler:
-    """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`."""
+    """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`.
+
+    `with MemScheduler(...) as scheduler:` closes it on leaving, also by an error. It starts no thread: `start` does.
+    """
 
     def __init__(
         self, memory: KVCacheMemory, policy: Policy | str, budget: Mapping[str, int],
@@ -194,12 +198,16 @@ class MemScheduler:
         self.gate.cancel()
         if self._thread is not None:
             self._thread.join()
-        with self._ticking:
+        with self._ticking, closing(self.items), closing(self.journal) if self.journal is not None else nullcontext():
             self._intake.take_in()
             self._intake.snapshot(every=0)
-            if self.journal is not None:
-                self.journal.close()
-            self.items.close()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _check_open(self) -> None:
         if self._closing.is_set():
@@ -215,7 +223,7 @@ class MemScheduler:
         except BudgetError:  # what should have left is in use; the next tick plans anew
             return False
         except StorageError as error:
-            self._failed(move.memory_id, error)
+            self.failures.add(move.memory_id, error, self.planner.table.now)
             return False
 
     def _build(self, memory_id: str, tier: str) -> bool:
@@ -232,13 +240,10 @@ class MemScheduler:
             self.cancelled_builds += 1
             return False
         except (KVMemError, RuntimeError, OSError) as error:  # RuntimeError: torch's own, out of memory among them
-            self._failed(memory_id, error)
+            self.failures.add(memory_id, error, self.planner.table.now)
             return False
         finally:
             self._building = None
         self.builds += 1
         self.failures.pop(memory_id, None)
         return stored
-
-    def _failed(self, memory_id: str, error: Exception) -> None:
-        self.failures.add(memory_id, error, self.planner.table.now)
