@@ -40,10 +40,7 @@ from kvmem.tiers import TieredItems
 
 
 class MemScheduler:
-    """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`.
-
-    `with MemScheduler(...) as scheduler:` closes it on leaving, also by an error. It starts no thread: `start` does.
-    """
+    """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`."""
 
     def __init__(
         self, memory: KVCacheMemory, policy: Policy | str, budget: Mapping[str, int],
@@ -142,9 +139,11 @@ class MemScheduler:
         """Takes in what was observed, plans, and carries the plan out; the moves that were made. One tick at a time."""
         with self._ticking:
             self._intake.take_in()
+            if not self._closing.is_set():  # what is left in the tiers may be another process's by then
+                self.items.undropped.retry()
             barred = self.failures.barred(self.planner.table.now)
-            made = []
-            for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred):
+            made, lost = [], self.items.undropped.by_tier()
+            for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred, lost):
                 if not self._closing.is_set() and self._carry_out(move):
                     made.append(move)
             self.lender.probe()
@@ -161,7 +160,8 @@ class MemScheduler:
             tiers = self.shelf.tiers()
             place = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
             why = self.planner.explain(memory_id, tiers) + self.lender.explain(memory_id)
-            return f"{memory_id} is {place}. {why}{self.failures.explain(memory_id)}"
+            why += self.failures.explain(memory_id) + self.items.undropped.explain(memory_id)
+            return f"{memory_id} is {place}. {why}"
 
     def start(self, interval_s: float = 0.5) -> None:
         """Ticks in a thread of its own: after an observation, and every `interval_s` seconds at least.
@@ -190,7 +190,7 @@ class MemScheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Calls off a running build, ends the thread, and writes the state. A second time there is nothing to do."""
+        """Calls off a running build, ends the thread and writes the state, as leaving a `with` block does; once."""
         if self._closing.is_set():
             return
         self._closing.set()

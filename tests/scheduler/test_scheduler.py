@@ -311,7 +311,7 @@ def test_a_with_block_closes_and_starts_nothing(qwen3: HFBackend, tmp_path: Path
 def test_a_state_that_can_not_be_written_locks_no_folder(qwen3: HFBackend, tmp_path: Path) -> None:
     """Leaving told of the state, and the disk tier stayed this process's until it ended."""
     state = tmp_path / "state.json"
-    with pytest.raises(StorageError, match="state.json"), scheduler_on(qwen3, tmp_path):
+    with pytest.raises(StorageError, match=r"state\.json"), scheduler_on(qwen3, tmp_path):
         state.unlink(missing_ok=True)
         state.mkdir()
     state.rmdir()
