@@ -141,6 +141,6 @@ def every_sample(name: str, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(name: str, a_s: Sequence[float], b_s: Sequence[float]) -> dict[str, Any]:
-    """The paired ratio of two arms and its 95% interval, under `name`."""
-    middle, low, high = measure.paired_ratio(a_s, b_s)
-    return {name: middle, f"{name}_interval": [low, high]}
+    """The paired ratio of two arms and its 95% interval (None: of too few pairs), under `name`."""
+    middle, interval = measure.paired_ratio(a_s, b_s)
+    return {name: middle, f"{name}_interval": interval and list(interval)}

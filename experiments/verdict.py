@@ -15,8 +15,8 @@ from experiments.roofline import DenseShape, Roofline
 from kvmem import models
 
 STRAW_MAN = 1.2
-"""The direct arm does in one pass the work of the build, of a merge of several memories, and of the injected prefill, so
-it can't honestly take longer than all of them; a fifth is left for noise."""
+"""The direct arm does in one pass the work of the build, of a merge of several memories, and of the injected prefill,
+so it can't honestly take longer than all of them; a fifth is left for noise."""
 PUBLISHED_DTYPE = "bfloat16"
 
 
