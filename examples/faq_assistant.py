@@ -43,17 +43,17 @@ def main(folder: Path) -> None:
     texts = sorted(folder.glob("*.md")) or sys.exit(f"{folder} holds no text (*.md). Try examples/faq.")
     memories = [TextualMemoryItem(id=path.stem, memory=path.read_text()) for path in texts]
     memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm=LLM))
-    scheduler = MemScheduler(memory, "benefit_per_byte", {"ram": 1 << 30})
-    for question in filter(None, map(str.strip, sys.stdin)):
-        text = closest(question, memories)
-        nothing = dynamic_cache.lend_nothing(scheduler.shelf.tokens(text), scheduler.backend.model_config)
-        _, direct_ms = answer(scheduler, question, nothing, length=1)
-        with scheduler.lend([text]) as cache:
-            place = "KV" if cache.get_seq_length() else "text"
-            said, ttft_ms = answer(scheduler, question, cache)
-        scheduler.observe(text, question)
-        scheduler.tick()  # between two questions here; scheduler.start() does it in a thread of its own
-        print(f"{question}\n{said}\n[{text.id} as {place}: {ttft_ms:.0f} ms, without memory: {direct_ms:.0f} ms]\n")
+    with MemScheduler(memory, "benefit_per_byte", {"ram": 1 << 30}) as scheduler:
+        for question in filter(None, map(str.strip, sys.stdin)):
+            text = closest(question, memories)
+            nothing = dynamic_cache.lend_nothing(scheduler.shelf.tokens(text), scheduler.backend.model_config)
+            _, direct_ms = answer(scheduler, question, nothing, length=1)
+            with scheduler.lend([text]) as cache:
+                place = "KV" if cache.get_seq_length() else "text"
+                said, ttft_ms = answer(scheduler, question, cache)
+            scheduler.observe(text, question)
+            scheduler.tick()  # between two questions here; scheduler.start() does it in a thread of its own
+            print(f"{question}\n{said}\n[{text.id} as {place}: {ttft_ms:.0f} ms, without memory: {direct_ms:.0f} ms]\n")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def compare(
         bench.recalibrate()
         limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain.prompt.ids), 0)
     merge = bench.config.merge
+    cache_s = median(sample.cache_s for sample in reused.samples)
     verdict = judge(
         direct_digest=plain.prompt.digest,
         injected_digest=hit.prompt.digest,
@@ -75,10 +76,10 @@ def compare(
         kv_limit_s=limit_s,
         direct_limit_s=direct_limit_s,
         build_s=build_s,
+        merge_s=cache_s if memories > 1 else 0.0,
         equality=equality.grade,
         exact=memories == 1 or merge.exact,
     )
-    cache_s = median(sample.cache_s for sample in reused.samples)
     saved_s = direct.user_s - reused.user_s
     return bench.row(
         scenario,
@@ -140,6 +141,6 @@ def every_sample(name: str, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(name: str, a_s: Sequence[float], b_s: Sequence[float]) -> dict[str, Any]:
-    """The paired ratio of two arms and its 95% interval, under `name`."""
-    middle, low, high = measure.paired_ratio(a_s, b_s)
-    return {name: middle, f"{name}_interval": [low, high]}
+    """The paired ratio of two arms and its 95% interval (None: of too few pairs), under `name`."""
+    middle, interval = measure.paired_ratio(a_s, b_s)
+    return {name: middle, f"{name}_interval": interval and list(interval)}

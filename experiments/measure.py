@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from kvmem.prompt import Query, TokenizedPrompt
 NOISY_SPREAD = 0.25
 """An arm whose interquartile range is more than this share of its median was disturbed, and is measured once more."""
 RESAMPLES = 2000
+ENOUGH_FOR_INTERVAL = 3
+"""Fewer pairs than this have a median and no interval."""
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -162,37 +166,34 @@ def speedup_pct(kv_s: Sequence[float], direct_s: Sequence[float]) -> float:
     return 100 * (1 - statistics.median(kv_s) / statistics.median(direct_s))
 
 
-def paired_ratio(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """Median of a / b over the pairs, and its 95% percentile bootstrap interval: drift that hits both arms cancels."""
+def paired_ratio(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> tuple[float, Interval | None]:
+    """Median of a / b over the pairs, and its 95% interval: drift that hits both arms cancels."""
     ratios = np.asarray(a_s) / np.asarray(b_s)
-    result = stats.bootstrap(
-        (ratios,), np.median, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
-    )
-    return float(np.median(ratios)), float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return float(np.median(ratios)), median_interval(ratios.tolist(), seed)
 
 
-def median_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the median."""
-    result = stats.bootstrap(
-        (np.asarray(values),), np.median, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+def median_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
+    """95% percentile bootstrap interval of the median; None for fewer than 3 values."""
+    return _interval((np.asarray(values),), np.median, seed)
 
 
-def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int = 0) -> Interval | None:
     """95% percentile bootstrap over the pairs (Efron & Tibshirani 1993, chapter 13); None for fewer than 3 pairs."""
-    if len(kv_s) < 3:
+
+    def speedup(kv: np.ndarray, direct: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray(100 * (1 - np.median(kv, axis=axis) / np.median(direct, axis=axis)))
+
+    return _interval((np.asarray(kv_s), np.asarray(direct_s)), speedup, seed)
+
+
+def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> Interval | None:
+    if len(samples[0]) < ENOUGH_FOR_INTERVAL:
         return None
-    result = stats.bootstrap(
-        (np.asarray(kv_s), np.asarray(direct_s)),
-        lambda kv, direct, axis: 100 * (1 - np.median(kv, axis=axis) / np.median(direct, axis=axis)),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
+    found = stats.bootstrap(
+        samples, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile",
         rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
 
 
 def trace(backend: MeasuredBackend, prompt: TokenizedPrompt, lend: Callable[[], Lent] | None, steps: int) -> Trace:

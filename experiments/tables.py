@@ -119,7 +119,8 @@ def _generic_table(title: str, rows: Sequence[Row]) -> Table:
     """Of a scenario with figures of its own: the keys of `extra` are the columns."""
     extra = varying(rows)
     values = [{key: value for key, value in row.extra.items() if not isinstance(value, (dict, list))} for row in rows]
-    keys = list(dict.fromkeys(key for figures in values for key in figures if key not in _NOT_FIGURES))
+    known = dict.fromkeys(key for figures in values for key in figures)
+    keys = [key for key in known if key not in _NOT_FIGURES and not key.endswith("_interval")]  # two ends, or none
     text = {units.heading(key) for key in keys if any(isinstance(figures.get(key), str) for figures in values)}
     names = [_HEADINGS.get(name, name.capitalize()) for name in extra]
     lines = tuple(

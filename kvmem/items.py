@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import DynamicCache
 
-from kvmem.errors import check_kind
+from kvmem.errors import ArgumentError, check_kind, config_error
 from kvmem.fingerprint import ModelFingerprint
 
 Message = dict[str, str]
@@ -24,11 +24,24 @@ REPR_CHARACTERS = 40
 
 
 class TextualMemoryItem(BaseModel):
-    """A memory as text, before it becomes KV."""
+    """A memory as text, before it becomes KV. Its fields are given by name."""
+
+    model_config = ConfigDict(extra="forbid")
 
     id: str = Field(default_factory=lambda: str(uuid.uuid4()))
     memory: str
     metadata: dict[str, Any] = {}
+
+    def __init__(self, *by_place: object, **fields: Any) -> None:
+        """Raises ArgumentError for a field by place, one of another kind or name, and where the text is missing."""
+        way_out = "Give TextualMemoryItem(memory=text), and id=... where an edit is to be told from another memory."
+        if by_place:
+            raise ArgumentError(f"A text memory takes its fields by name, not by place. {way_out}")
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            found = config_error(type(self).__name__, error, type(self).model_fields)
+            raise ArgumentError(f"{found} {way_out}") from None
 
 
 class MemoryTokens(BaseModel):

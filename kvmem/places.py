@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,16 +47,73 @@ class Place(ABC):
         """Hands back what another process could use."""
 
 
-class Undropped(dict[str, str]):
-    """Items whose bytes could not be removed, with the reason. Nothing reads them; the next process drops them."""
+@dataclass(frozen=True)
+class Leftover:
+    """Bytes of a forgotten item that could not be removed."""
 
-    def drop(self, place: Place, item_id: str) -> None:
+    place: Place
+    nbytes: int
+    """Of its keys and values, where they are."""
+    metadata: KVCacheMetadata
+    reason: str
+
+
+class Undropped(dict[tuple[str, str], Leftover]):
+    """(tier, item id) -> what is left of the item there. Thread-safe.
+
+    Nothing reads it, and it counts in the tier's budget until it is gone: by `retry`, or with the next process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def drop(self, place: Place, tier: str, item_id: str, nbytes: int, metadata: KVCacheMetadata) -> bool:
         """Drops the item where that can be done, and else names it here: who forgets an item needs no answer."""
+        left = None
         try:
             place.drop(item_id)
-            self.pop(item_id, None)
         except (StorageError, OSError) as error:  # a store that is down, say
-            self[item_id] = str(error)
+            left = Leftover(place, nbytes, metadata, str(error) or type(error).__name__)
+        with self._lock:
+            self.pop((tier, item_id), None)
+            if left is not None:
+                self[tier, item_id] = left
+        return left is None
+
+    def retry(self) -> None:
+        """Drops what can be dropped now. A tier's first failure ends its turn, and is the last in the next: a store
+        that is down is asked once, and a file that is locked keeps no other from being removed."""
+        failed = set()
+        with self._lock:
+            known = list(self.items())
+        for (tier, item_id), left in known:
+            if tier not in failed and not self.drop(left.place, tier, item_id, left.nbytes, left.metadata):
+                failed.add(tier)
+
+    def by_tier(self) -> Counter[str]:
+        """Bytes of all that is left, by tier."""
+        with self._lock:
+            return sum((Counter({tier: left.nbytes}) for (tier, _), left in self.items()), Counter())
+
+    def check_gone(self, tier: str, item_id: str) -> None:
+        """Raises StorageError where something of the item is left in the tier: its removal would take a new copy."""
+        with self._lock:
+            left = self.get((tier, item_id))
+        if left is not None:
+            raise StorageError(
+                f"What {item_id} left in the tier {tier!r} is not removed yet ({left.reason}). undropped.retry() tries."
+            )
+
+    def explain(self, memory_id: str) -> str:
+        """What is left of a memory's former KV, and why, as the end of a sentence; "" if nothing."""
+        with self._lock:
+            known = [(tier, left) for (tier, _), left in self.items()]
+        return "".join(
+            f"; {left.nbytes} bytes of former KV are still in {tier}: {left.reason}"
+            for tier, left in known
+            if left.metadata.textual_memory is not None and left.metadata.textual_memory.id == memory_id
+        )
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,13 @@ class Planner:
                 if near and head in row_of and load_s < saved_s[row_of[head]]:
                     self.table.saved_s[row_of[head]] = 0.0
 
-    def plan(self, tier_of: Mapping[str, str], max_builds: int, barred: Collection[str] = ()) -> list[Move]:
+    def plan(
+        self, tier_of: Mapping[str, str], max_builds: int, barred: Collection[str] = (),
+        lost: Mapping[str, int] | None = None,
+    ) -> list[Move]:
         """The moves from where things are (`tier_of`: memory -> tier) towards where the policy wants them.
 
-        barred: memories that are not to be built now.
+        barred: memories that are not to be built now. lost: bytes by tier that are in nobody's use and not to be had.
         """
         self.price(tier_of)
         table = self.table
@@ -104,9 +107,9 @@ class Planner:
         order = self.policy.rank(table, held, sum(self.budgets.values()))
         if barred:
             order = order[[held[row] or table.ids[row] not in barred for row in order.tolist()]]
-        wanted = self._fill(table, order)
+        free = {tier: most - (lost or {}).get(tier, 0) for tier, most in self.budgets.items()}
+        wanted = self._fill(table, order, free)
         place = dict(tier_of)
-        free = dict(self.budgets)
         for memory_id, tier in place.items():
             free[tier] -= self._nbytes(memory_id, tier)
         rank = {table.ids[row]: at for at, row in enumerate(order)}
@@ -151,9 +154,9 @@ class Planner:
         held[[self.table.row_of[memory_id] for memory_id in tier_of]] = True
         return held
 
-    def _fill(self, table: UsageTable, order: np.ndarray) -> dict[str, str]:
+    def _fill(self, table: UsageTable, order: np.ndarray, budgets: Mapping[str, int]) -> dict[str, str]:
         """Memory -> the tier where it should be, best first."""
-        room = dict(self.budgets)
+        room = dict(budgets)
         wanted: dict[str, str] = {}
         tokens_of = table.tokens[order].astype(int).tolist()
         shortest = min(tokens_of, default=0)

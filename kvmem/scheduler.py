@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
+from typing import Self
 
 from kvmem.backends.generation import Generation
 from kvmem.backends.hf import HFBackend
@@ -138,9 +139,11 @@ class MemScheduler:
         """Takes in what was observed, plans, and carries the plan out; the moves that were made. One tick at a time."""
         with self._ticking:
             self._intake.take_in()
+            if not self._closing.is_set():  # what is left in the tiers may be another process's by then
+                self.items.undropped.retry()
             barred = self.failures.barred(self.planner.table.now)
-            made = []
-            for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred):
+            made, lost = [], self.items.undropped.by_tier()
+            for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred, lost):
                 if not self._closing.is_set() and self._carry_out(move):
                     made.append(move)
             self.lender.probe()
@@ -157,7 +160,8 @@ class MemScheduler:
             tiers = self.shelf.tiers()
             place = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
             why = self.planner.explain(memory_id, tiers) + self.lender.explain(memory_id)
-            return f"{memory_id} is {place}. {why}{self.failures.explain(memory_id)}"
+            why += self.failures.explain(memory_id) + self.items.undropped.explain(memory_id)
+            return f"{memory_id} is {place}. {why}"
 
     def start(self, interval_s: float = 0.5) -> None:
         """Ticks in a thread of its own: after an observation, and every `interval_s` seconds at least.
@@ -186,7 +190,7 @@ class MemScheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Calls off a running build, ends the thread, and writes the state. A second time there is nothing to do."""
+        """Calls off a running build, ends the thread and writes the state, as leaving a `with` block does; once."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -194,12 +198,16 @@ class MemScheduler:
         self.gate.cancel()
         if self._thread is not None:
             self._thread.join()
-        with self._ticking:
+        with self._ticking, closing(self.items), closing(self.journal) if self.journal is not None else nullcontext():
             self._intake.take_in()
             self._intake.snapshot(every=0)
-            if self.journal is not None:
-                self.journal.close()
-            self.items.close()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _check_open(self) -> None:
         if self._closing.is_set():
@@ -215,7 +223,7 @@ class MemScheduler:
         except BudgetError:  # what should have left is in use; the next tick plans anew
             return False
         except StorageError as error:
-            self._failed(move.memory_id, error)
+            self.failures.add(move.memory_id, error, self.planner.table.now)
             return False
 
     def _build(self, memory_id: str, tier: str) -> bool:
@@ -232,13 +240,10 @@ class MemScheduler:
             self.cancelled_builds += 1
             return False
         except (KVMemError, RuntimeError, OSError) as error:  # RuntimeError: torch's own, out of memory among them
-            self._failed(memory_id, error)
+            self.failures.add(memory_id, error, self.planner.table.now)
             return False
         finally:
             self._building = None
         self.builds += 1
         self.failures.pop(memory_id, None)
         return stored
-
-    def _failed(self, memory_id: str, error: Exception) -> None:
-        self.failures.add(memory_id, error, self.planner.table.now)

@@ -95,7 +95,7 @@ class TieredItems:
             if twice or self._used[name] + nbytes > self.budgets[name]:
                 why = "in a faster tier too" if twice else f"over the tier's {self.budgets[name]} bytes"
                 self.refused[item.item_id] = f"{why}; deleted"
-                self.undropped.drop(place, item.item_id)
+                self.undropped.drop(place, name, item.item_id, nbytes, item.metadata)
                 continue
             self._entries[item.item_id] = _Entry(name, nbytes, item.nbytes, item.metadata)
             self._used[name] += nbytes
@@ -154,8 +154,7 @@ class TieredItems:
             nbytes = self._size(tier, entry.metadata.token_count, entry.built_bytes)
             self._book(item_id, tier, nbytes)
             entry.moving = True
-        source, target = entry.tier, self._places[tier]
-        copied = moved = False
+        source, target, copied = entry.tier, self._places[tier], False
         try:
             target.take(self._read(item_id, source, entry.nbytes))
             copied = True
@@ -169,7 +168,7 @@ class TieredItems:
                     entry.nbytes, nbytes = nbytes, entry.nbytes
                 self._used[tier] -= nbytes
                 if copied:
-                    self.undropped.drop(self._places[tier], item_id)
+                    self.undropped.drop(self._places[tier], tier, item_id, nbytes, entry.metadata)
                 self._free_if_gone(item_id, entry)
         return moved
 
@@ -196,9 +195,10 @@ class TieredItems:
             return self._entry(item_id).metadata
 
     def used_bytes(self) -> dict[str, int]:
-        """Booked bytes by tier: of what is there, hidden but still in use, or on its way there."""
+        """Booked bytes by tier: what is there, hidden but in use, on its way there, or could not be removed."""
         with self._lock:
-            return dict(self._used)
+            left = self.undropped.by_tier()
+            return {tier: used + left[tier] for tier, used in self._used.items()}
 
     def close(self) -> None:
         """Leaves the disk tier to the next process."""
@@ -235,8 +235,8 @@ class TieredItems:
         return entry
 
     def _book(self, item_id: str, tier: str, nbytes: int) -> None:
-        free = self.budgets[tier] - self._used[tier]
-        if nbytes > free:
+        self.undropped.check_gone(tier, item_id)
+        if nbytes > (free := self.budgets[tier] - self._used[tier] - self.undropped.by_tier()[tier]):
             raise BudgetError(
                 f"Item {item_id} has {nbytes} bytes, and the tier {tier!r} has {free} left. Drop or demote others."
             )
@@ -246,4 +246,4 @@ class TieredItems:
         if entry.gone and not entry.leases and not entry.moving and self._entries.get(item_id) is entry:
             del self._entries[item_id]
             self._used[entry.tier] -= entry.nbytes
-            self.undropped.drop(self._places[entry.tier], item_id)
+            self.undropped.drop(self._places[entry.tier], entry.tier, item_id, entry.nbytes, entry.metadata)

@@ -86,6 +86,7 @@ MISTAKES = {
     "backend.dtype=float3": "backend: Unknown dtype 'float3'. Did you mean float32?",
     "backend.model_name_or_path=gpt2": "Set model.name and model.seed instead.",
     "storage.memory_filename=a.safetensor": "unknown suffix '.safetensor'. Did you mean .safetensors?",
+    "storage.memory_filename=../a.safetensors": "memory_filename '../a.safetensors' is no file below the folder",
     "template=chatt": "config.template: Input should be 'chat' or 'plain'",
     "seed=one": "config.seed: Input should be a valid integer",
     "scenario.pairs=0": "scenario.pairs: Input should be greater than or equal to 1",

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
+import pytest
+
+from kvmem import TextualMemoryItem
 from kvmem.backends.hf import HFBackend
+from kvmem.errors import ArgumentError
 from tests.tiny import memory_on
 
 
@@ -12,3 +19,27 @@ def test_an_item_says_what_it_is_in_one_line(qwen3: HFBackend) -> None:
     assert repr(short).endswith("'Open at 9.')") and repr(short.kv_cache_id) in repr(short)
     assert f"{long.metadata.token_count} tokens" in repr(long) and repr(long).endswith("…')")
     assert "\n" not in repr(long) and len(repr(long)) < 150
+
+
+WRONG: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+    (("some text",), {}, "takes its fields by name, not by place"),
+    ((), {}, "TextualMemoryItem: 'memory' is missing."),
+    ((), {"memory": 3}, r"TextualMemoryItem\.memory: .*\(got 3\)"),
+    ((), {"memory": "a", "id": 3}, r"TextualMemoryItem\.id: .*\(got 3\)"),
+    ((), {"memory": "a", "metadata": None}, r"TextualMemoryItem\.metadata: .*\(got None\)"),
+    ((), {"memory": "a", "metdata": {}}, "unknown key 'metdata'. Did you mean metadata?"),
+]
+
+
+@pytest.mark.parametrize(("by_place", "fields", "match"), WRONG, ids=[str(wrong[:2]) for wrong in WRONG])
+def test_a_text_memory_of_wrong_fields(by_place: tuple[Any, ...], fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"{match}.* Give TextualMemoryItem\(memory=text\)"):
+        TextualMemoryItem(*by_place, **fields)
+
+
+def test_a_text_memory_survives_every_way_of_copying() -> None:
+    memory = TextualMemoryItem(id="a", memory="Open at 9.", metadata={"from": "door"})
+    assert TextualMemoryItem.model_validate_json(memory.model_dump_json()) == memory
+    assert pickle.loads(pickle.dumps(memory)) == memory.model_copy(deep=True) == memory
+    with pytest.raises(ArgumentError, match="'memory' is missing"):
+        TextualMemoryItem.model_validate({"id": "a"})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments import compose
+import pytest
+
+from experiments import compare, compose, measure
 from experiments.bench import Bench
 from experiments.roofline import Roofline
 
@@ -33,3 +35,26 @@ def test_recalibrating_keeps_the_higher_of_each_rate() -> None:
     bench.recalibrate()
     assert bench.roofline.rates.flop_per_s == 1e30, "the higher rate is kept"
     assert bench.roofline.rates.bytes_per_s > FAR_TOO_LOW
+
+
+@pytest.mark.parametrize("memories", [1, 2])
+def test_the_merge_counts_as_work_of_the_direct_arm(memories: int) -> None:
+    """0.9 s direct, beside 0.3 s of building, 0.1 s injected, and 0.5 s of a fetch or a merge."""
+    config = compose.validate(compose.compose([*KNOBS, f"workload.memories={memories}", "merge=ropeshift"]))
+    bench = Bench.open(config)
+    (cell,) = config.scenario.cells(bench)
+    items = [bench.memory.extract(text) for text in cell.memories]
+    bench.memory.add(items)
+    ids = [item.kv_cache_id for item in items]
+    tokens = bench.memory.get_cache(ids).tokens
+    fast = measure.injected(bench.memory, bench.backend, ids, cell.question)
+    slow = measure.direct(bench.backend, tokens, cell.question)
+    answers = measure.trace(bench.backend, slow.prompt, None, 1)
+    row = compare.compare(
+        bench, "kv_vs_direct", cell, "injected",
+        compare.Arm([dataclasses.replace(fast, engine_s=0.1, cache_s=0.5)], answers),
+        compare.Arm([dataclasses.replace(slow, engine_s=0.9)], answers),
+        build_s=0.3, kv_bytes=1, memories=memories, conditions={}, extra={},
+    )  # fmt: skip
+    assert ("straw man" in row.verdict_reason) == (memories == 1)
+    assert (row.merge_s, row.fetch_s) == ((None, 0.5) if memories == 1 else (0.5, None))

@@ -35,6 +35,14 @@ def test_a_sound_cell_is_ok() -> None:
     assert judge(**SOUND | {"build_s": 0.64}).verdict == "ok"  # direct is 1.19 times the two
 
 
+def test_a_merge_is_work_that_the_direct_arm_does_too() -> None:
+    """Four memories of 1,024 tokens in all on a CPU, by RopeShift: 1.12 without the merge, close to what is noise."""
+    assert judge(**SOUND | {"build_s": 0.5}).verdict == "invalid"
+    assert judge(**SOUND | {"build_s": 0.5, "merge_s": 0.14}).verdict == "ok"
+    told = judge(**SOUND | {"build_s": 0.5, "merge_s": 0.12}).reason
+    assert told.endswith("1 s for the work of build, merge and injected arm, which take 0.5 + 0.12 + 0.2 s")
+
+
 @pytest.mark.parametrize("reason", BROKEN)
 def test_each_rule_fails_for_its_own_reason(reason: str) -> None:
     verdict = judge(**SOUND | BROKEN[reason])

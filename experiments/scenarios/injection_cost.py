@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from experiments import measure, vllm_peer, ways
 from experiments.bench import Bench
 from experiments.builds import built_once
-from experiments.compare import Arm, compare, every_sample
+from experiments.compare import Arm, compare, every_sample, ratio
 from experiments.row import Row
 from experiments.scenarios import Scenario
 from experiments.workloads import Cell
@@ -68,7 +68,7 @@ class InjectionCost(Scenario):
     """
 
     pairs: int = Field(default=5, ge=1)
-    """Interleaved rounds a cell; 30 for a figure to publish."""
+    """Interleaved rounds a cell; 30 for a figure to publish. Fewer than 3 have no interval."""
     answer_tokens: int = Field(default=16, ge=1)
     """Greedy tokens of each way that are compared with the direct one's."""
     decode_tokens: int = Field(default=128, ge=2)
@@ -123,9 +123,10 @@ class InjectionCost(Scenario):
             else:
                 row = _row_without_memory(bench, cell, name, prompt, seconds[name], conditions)
             assert row.limit_s is not None
-            low_s, high_s = measure.median_interval(seconds[name])
+            low_s, high_s = measure.median_interval(seconds[name]) or (None, None)
             figures |= {"ttft_low_s": low_s, "ttft_high_s": high_s, "limit_s": row.limit_s}
-            figures |= {"over_limit": figures["ttft_s"] / row.limit_s} | _over_fastest(seconds[name], seconds[best])
+            figures |= {"over_limit": figures["ttft_s"] / row.limit_s}
+            figures |= ratio("over_fastest", seconds[name], seconds[best])
             if name == best:
                 figures["over_query_alone_s"] = figures["ttft_s"] - median(seconds[ways.ALONE])
                 figures["place_s"] = _place_s(bench.backend, item)
@@ -147,7 +148,7 @@ class InjectionCost(Scenario):
             if repeat:
                 rates.append(len(made) / (time.perf_counter() - started))
         held = len(prompt.ids) + self.decode_tokens // 2
-        low, high = measure.median_interval(rates)
+        low, high = measure.median_interval(rates) or (None, None)
         figures: dict[str, Any] = {
             "context": cell.cell.context, "query": cell.cell.query, "context_tokens": cell.context_tokens,
             "query_tokens": cell.query_tokens, "tokens_a_second": median(rates), "low": low, "high": high,
@@ -189,11 +190,6 @@ def _as_way(row: Row, figures: dict[str, Any]) -> Row:
         break_even_queries=None, speedup_pct=None, speedup_interval=None,
         extra=figures | {key: row.extra[key] for key in ("answers",) if key in row.extra},
     )  # fmt: skip
-
-
-def _over_fastest(seconds: Sequence[float], fastest: Sequence[float]) -> dict[str, Any]:
-    middle, low, high = measure.paired_ratio(seconds, fastest)
-    return {"over_fastest": middle, "over_fastest_interval": [low, high]}
 
 
 def _place_s(backend: HFGraphBackend, item: KVCacheItem) -> float:

@@ -26,7 +26,7 @@ class KVvsDirect(Scenario):
     """Both arms eat the same token ids, in interleaved pairs, and answer greedily."""
 
     pairs: int = Field(default=5, ge=1)
-    """Interleaved pairs a cell; 30 for a figure to publish."""
+    """Interleaved pairs a cell; 30 for a figure to publish. Fewer than 3 have no interval."""
     answer_tokens: int = Field(default=16, ge=1)
     """Greedy tokens of each arm that are compared."""
     beside_recipe: bool = False

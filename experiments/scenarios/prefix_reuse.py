@@ -40,7 +40,7 @@ class PrefixReuse(Scenario):
     """
 
     pairs: int = Field(default=5, ge=1)
-    """Interleaved rounds a cell; 30 for a figure to publish."""
+    """Interleaved rounds a cell; 30 for a figure to publish. Fewer than 3 have no interval."""
     answer_tokens: int = Field(default=8, ge=1)
     """Greedy tokens of each arm that are compared."""
     beside_generate: bool = True

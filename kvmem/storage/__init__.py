@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import ClassVar
 
 import torch
@@ -36,10 +36,19 @@ class Storage(ABC):
 
 
 def for_filename(filename: str) -> Storage:
-    """The format whose suffix `filename` has."""
+    """The format whose suffix `filename` has.
+
+    Raises ConfigError for another suffix, and for what is no file below the folder that it will be put into.
+    """
+    path = PurePath(filename)
+    if path.is_absolute() or ".." in path.parts or filename.endswith("/") or "\0" in filename:
+        raise ConfigError(
+            f"memory_filename {filename!r} is no file below the folder that dump and load are given. "
+            "Give a name, as 'activation_memory.safetensors', and say where it is to be in dump and load."
+        )
     formats = discover.classes(sys.modules[__name__], Storage)  # type: ignore[type-abstract]
     by_suffix = {suffix: cls for cls in formats.values() for suffix in cls.suffixes}
-    suffix = Path(filename).suffix
+    suffix = path.suffix
     if suffix not in by_suffix:
         raise ConfigError(
             f"memory_filename {filename!r} has an unknown suffix {suffix!r}. {did_you_mean(suffix, by_suffix)}"

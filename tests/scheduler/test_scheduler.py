@@ -15,7 +15,7 @@ from kvmem import TextualMemoryItem
 from kvmem.backends.hf import HFBackend
 from kvmem.backends.sampling import Sampling
 from kvmem.costs import Costs, kv_bytes_a_token
-from kvmem.errors import ArgumentError, UnknownMemoryError
+from kvmem.errors import ArgumentError, ClosedError, StorageError, UnknownMemoryError
 from kvmem.prompt import TokenizedPrompt
 from kvmem.scheduler import MemScheduler
 from tests.tiny import memory_on, pairs
@@ -289,3 +289,30 @@ def test_closing_twice_is_closing_once(qwen3: HFBackend, tmp_path: Path) -> None
     use(scheduler, MEMORIES[0], 3)
     scheduler.close()
     scheduler.close()
+
+
+def test_a_with_block_closes_and_starts_nothing(qwen3: HFBackend, tmp_path: Path) -> None:
+    with scheduler_on(qwen3, tmp_path) as scheduler:
+        assert scheduler._thread is None, "tick or start is the user's choice"
+        scheduler.start(60.0)
+        scheduler.observe(MEMORIES[0], QUERY)
+    assert scheduler._thread is not None and not scheduler._thread.is_alive()
+    with pytest.raises(ClosedError):
+        scheduler.observe(MEMORIES[0], QUERY)
+    with pytest.raises(ClosedError), scheduler:
+        raise AssertionError("a closed one is not entered")
+    with pytest.raises(ZeroDivisionError), scheduler_on(qwen3, tmp_path) as again:
+        assert again.shelf.texts["m0"].memory == MEMORIES[0].memory, "its state was written"
+        again.update(MEMORIES[1])
+        raise ZeroDivisionError
+    scheduler_on(qwen3, tmp_path).close()  # the folder was handed back
+
+
+def test_a_state_that_can_not_be_written_locks_no_folder(qwen3: HFBackend, tmp_path: Path) -> None:
+    """Leaving told of the state, and the disk tier stayed this process's until it ended."""
+    state = tmp_path / "state.json"
+    with pytest.raises(StorageError, match=r"state\.json"), scheduler_on(qwen3, tmp_path):
+        state.unlink(missing_ok=True)
+        state.mkdir()
+    state.rmdir()
+    scheduler_on(qwen3, tmp_path).close()

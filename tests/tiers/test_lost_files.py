@@ -4,51 +4,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 
 from kvmem import TextualMemoryItem
 from kvmem.backends.hf import HFBackend
 from kvmem.costs import Costs, kv_bytes_a_token
 from kvmem.intake import SNAPSHOT_EVERY
 from kvmem.scheduler import MemScheduler
-from kvmem.tiers import TieredItems
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, scheduler_on, use
+from tests.tiers.conftest import FailingLink
 from tests.tiny import memory_on
-
-
-class FailingLink(LocalFileSystem):
-    """A folder behind a link that can be down."""
-
-    protocol = "failinglink"
-    down = False
-    error: type[Exception] = ConnectionError
-
-    def _check(self) -> None:
-        if type(self).down:
-            raise type(self).error("connection refused")
-
-    def get_file(self, rpath: str, lpath: str, **more: object) -> None:
-        self._check()
-        super().get_file(rpath, lpath, **more)
-
-    def rm_file(self, path: str) -> None:
-        self._check()
-        super().rm_file(path)
-
-
-fsspec.register_implementation("failinglink", FailingLink, clobber=True)
-
-
-@pytest.fixture
-def link(tmp_path: Path) -> Iterator[str]:
-    FailingLink.down, FailingLink.error = False, ConnectionError
-    yield f"failinglink://{tmp_path}/cold"
-    FailingLink.down = False
 
 
 def cold_scheduler(backend: HFBackend, url: str, folder: Path | None = None) -> MemScheduler:
@@ -112,38 +79,6 @@ def test_the_thread_outlives_a_tick_that_fails(qwen3: HFBackend, tmp_path: Path)
     assert alive_after(scheduler, "m1")
     (tmp_path / "state").mkdir()
     scheduler.close()
-
-
-def test_a_store_that_is_down_keeps_no_drop_from_being_done(qwen3: HFBackend, link: str) -> None:
-    items = TieredItems(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=link)
-    first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
-    for item in (first, second):
-        items.put(item, "cold")
-    FailingLink.down = True
-    assert items.drop(first.kv_cache_id) and items.ids() == [second.kv_cache_id]
-    assert items.used_bytes()["cold"] == items.nbytes(second.kv_cache_id)
-    assert list(items.undropped) == [first.kv_cache_id]
-    assert "connection refused" in items.undropped[first.kv_cache_id]
-
-
-def test_what_a_move_leaves_behind_is_named(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
-    """The link goes down between reading the file and removing it."""
-
-    class DownOnceRead(FailingLink):
-        protocol = "downonceread"
-        down = False
-
-        def get_file(self, rpath: str, lpath: str, **more: object) -> None:
-            super().get_file(rpath, lpath, **more)
-            type(self).down = True
-
-    fsspec.register_implementation("downonceread", DownOnceRead, clobber=True)
-    items = TieredItems(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=f"downonceread://{tmp_path}/cold")
-    item = qwen3.build(MEMORIES[0].memory)
-    items.put(item, "cold")
-    assert items.move(item.kv_cache_id, "ram") and items.tier_of(item.kv_cache_id) == "ram"
-    assert items.used_bytes() == {"ram": items.nbytes(item.kv_cache_id), "cold": 0}
-    assert list(items.undropped) == [item.kv_cache_id]
 
 
 def test_an_outage_costs_no_item(qwen3: HFBackend, link: str) -> None:

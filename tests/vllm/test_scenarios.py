@@ -21,7 +21,7 @@ def bench_on(engine: VLLMBackend, *overrides: str) -> Bench:
 
 
 def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    knobs = ["scenario.pairs=2", "scenario.answer_tokens=4"]
+    knobs = ["scenario.pairs=1", "scenario.answer_tokens=4"]  # one pair has a ratio, and no interval
     bench = bench_on(engine, *knobs, "workload.context_tokens=[200]", "workload.query_tokens=[32]")
     (cell,) = bench.config.scenario.cells(bench)
     injected, native = bench.config.scenario.measure(bench, cell)
@@ -29,6 +29,7 @@ def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.
     assert (native.arm, native.cached_tokens, native.equality) == ("native hit", 128, "tokens")  # one block of 128
     assert (injected.verdict, native.verdict) == ("ok", "ok"), injected.verdict_reason + native.verdict_reason
     assert injected.extra["injected_over_native_hit"] > 0
+    assert injected.extra["injected_over_native_hit_interval"] is injected.speedup_interval is None
 
     monkeypatch.setattr(measure, "hold", lambda backend, token_ids, lend=None: backend.reset())
     _, missed = bench.config.scenario.measure(bench, cell)
