@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
@@ -10,12 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from kvmem.errors import ModelError
+
 STD = 0.02
 
 
 @torch.no_grad()
 def filled(model: PreTrainedModel, device: torch.device, seed: int) -> PreTrainedModel:
-    """A model on the meta device with seeded weights, on `device`."""
+    """A model on the meta device with seeded weights, on `device`. Raises ModelError where they can't fit there."""
+    _check_room(model, device)
     model = model.to_empty(device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -55,6 +59,20 @@ def share(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrained
         else:
             _fill(name, parameter, generator)
     return model.eval()
+
+
+def _check_room(model: PreTrainedModel, device: torch.device) -> None:
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if device.type == "cuda":
+        _, room = torch.cuda.mem_get_info(device)
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > room:
+        raise ModelError(
+            f"The weights take {needed / 1e9:.0f} GB in {str(model.dtype).removeprefix('torch.')}, and {device} has "
+            f"{room / 1e9:.0f} GB. Use a smaller model or dtype, or an engine that shares it among devices (hf_ranks, "
+            "vllm)."
+        )
 
 
 def _fill(name: str, weight: torch.Tensor, generator: torch.Generator) -> None:

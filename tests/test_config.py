@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import os
 
 import pytest
 
@@ -83,6 +84,13 @@ def test_an_unknown_shape_or_model_names_the_way_out():
         HFBackend.open(HFConfig(model_name_or_path="/no/such/folder", device="cpu"))
     with pytest.raises(ModelError, match=r"Can't load the model './no/such/folder'.*random:<shape>"):
         HFBackend.open(HFConfig(model_name_or_path="./no/such/folder", device="cpu"))
+
+
+def test_weights_that_the_machine_can_not_hold_are_refused_before_they_are_made():
+    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > 280e9:
+        pytest.skip("this machine may hold 72 billion weights")
+    with pytest.raises(ModelError, match=r"The weights take 29\d GB in float32, and cpu has .*hf_ranks"):
+        HFBackend.open(HFConfig(model_name_or_path="random:qwen2.5-72b", device="cpu"))
 
 
 def test_every_error_is_the_packages_own():

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up: a room may import rooms of the floors below it. A new room gets its floor here.
 FLOORS = (
-    {"errors"}, {"discover"}, {"fingerprint"}, {"items", "cache_layers", "random_weights"},
+    {"errors"}, {"discover", "random_weights"}, {"fingerprint"}, {"items", "cache_layers"},
     {"dynamic_cache", "rope", "forward", "models"}, {"recompute"},
     {"prompt", "merge", "storage", "usage", "graph", "arriving"},
     {"unverified", "policies", "journal", "polite", "failures", "loads", "grouping"}, {"backends"},
