@@ -42,7 +42,7 @@ class Branches:
         x_BSC = F.embedding(ids_BS, run.embed)
         added_BSC = torch.zeros_like(x_BSC)
         held_1, lengths_B = self.lengths_B.new_tensor([self.held]).int(), (self.lengths_B + new).int()
-        with engine.lock:
+        with engine.turn():
             buffer = engine.take(self.memory).buffer
             for i, (w, (k, v)) in enumerate(zip(run.layers, buffer.layers, strict=True)):
                 x_BSC, added_BSC = run.layer_of_branches(

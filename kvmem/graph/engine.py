@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,16 @@ class Engine:
         self.graphs: OrderedDict[tuple[Buffer, str], Captured] = OrderedDict()
         self.warm_up = WarmUp()
         self.lock = threading.RLock()
-        self.pool = torch.cuda.graph_pool_handle() if self.graph_up_to else None
+        with self.turn():
+            self.pool = torch.cuda.graph_pool_handle() if self.graph_up_to else None
         for new in knobs.warm_tokens:
             self._warm(new)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One call at a time; what it launches goes to the model's own GPU, whichever is the thread's."""
+        with self.lock, torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            yield
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -84,20 +92,20 @@ class Engine:
 
     def place(self, cache: DynamicCache) -> None:
         """Puts a memory at the head of a buffer, so that it is there when a query comes. A GPU is not waited for."""
-        with self.lock:
+        with self.turn():
             length = cache.get_seq_length()
             self._check_room(length)
             self._seat_for(cache).buffer.place(cache, length)
 
     def forget(self) -> None:
         """Takes no memory for being in place any more: the next one of each is copied again."""
-        with self.lock:
+        with self.turn():
             for seat in self.seats:
                 seat.buffer.memory, seat.buffer.intact = None, 0
 
     def first_token(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> int:
         """The greedy token, on the host, behind the first `held` tokens of `cache` and `ids`."""
-        with self.lock:
+        with self.turn():
             token, _ = self._run(self.take(Underway(cache, held, held)), held, ids)
             return int(token)
 
@@ -108,7 +116,7 @@ class Engine:
 
     def extend(self, answer: Underway, ids: Sequence[int]) -> torch.Tensor:
         """The logits, (vocab,), behind `ids`, which the answer grows by."""
-        with self.lock:
+        with self.turn():
             _, logits_V = self._run(self.take(answer), answer.length, ids)
             answer.length += len(ids)
             return logits_V.clone()
@@ -118,7 +126,7 @@ class Engine:
 
         Each is launched before the one in front of it has been read, so the GPU need not wait for the host.
         """
-        with self.lock:
+        with self.turn():
             room = min(most, self.knobs.capacity_tokens - answer.length)
             step = self._decoding(answer, token)
             told = torch.empty(room, dtype=torch.long, pin_memory=self.device.type == "cuda")
@@ -163,7 +171,7 @@ class Engine:
 
     def read(self, answer: Underway) -> list[KV]:
         """Copies of all of an answer's keys and values, (1, kv_heads, tokens, head_dim) a layer."""
-        with self.lock:
+        with self.turn():
             return self.take(answer).buffer.read(0, answer.length)
 
     def padded(self, tokens: int) -> int:

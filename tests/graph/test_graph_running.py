@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch._inductor.utils import run_and_get_code
 
+from kvmem.backends.hf_graph import HFGraphBackend
 from kvmem.errors import CapacityError
 from kvmem.graph.knobs import Knobs
-from tests.graph.conftest import prompt_of, stored
+from tests.graph.conftest import PLACES, prompt_of, stored, weights
 from tests.graph.test_graph_engine import QUERY, TEXTS, along
+from tests.tiny import QUESTIONS
 
 
 def test_eight_queries_behind_one_memory(open_engine):
@@ -122,3 +126,18 @@ def test_lengths_to_warm_are_ready_in_every_buffer(open_engine):
     fast.generate("Why?", None, 4)
     fast.prefill(prompt_of(0, 20))
     assert fast.conditions()["warm_up"]["graphs"] in (8, 9)  # the question may be longer
+
+
+@pytest.mark.gpu
+def test_a_model_on_the_second_gpu():
+    """Graphs, kernels and buffers follow the model, and not the thread's own GPU."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"{torch.cuda.device_count()} GPUs are here, and this needs 2")
+    answers = []
+    for device in ("cuda:0", "cuda:1"):
+        place = replace(PLACES["gpu-bf16-fastest"], device=device)
+        fast = HFGraphBackend(weights(place, place.shape), "chat", Knobs(capacity_tokens=2048, compile="none"))
+        memory, item = stored(fast, TEXTS[0])
+        answers.append([fast.generate(query, memory.get_cache(item.kv_cache_id), 12) for query in QUESTIONS])
+        assert {seat.buffer.layers[0][0].device for seat in fast.engine.seats} == {torch.device(device)}
+    assert answers[0] == answers[1]
