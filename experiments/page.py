@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from experiments import describe, plots, tables, units
+from experiments import asked, describe, plots, tables, units
 from experiments.row import Row
 from experiments.run_folder import Run
 from experiments.theme import DARK, LIGHT
@@ -75,18 +74,10 @@ def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
         grades=[(name, Counter(row.equality for row in rows)[grade]) for grade, name in describe.GRADES.items()],
         summary=describe.summary(rows), in_short=in_short(rows), conditions=conditions(rows),
         tables=[tables.compact(table) for table in tables.tables(rows)], plots=_plots(rows),
-        question=question(rows), cells=[cell(row) for row in rows if row.status != "failed"],
+        question=asked.question(rows), answer=asked.answer(rows),
+        cells=[cell(row) for row in rows if row.status != "failed"],
         failed=[cell(row) for row in rows if row.status == "failed"], last_line=describe.last_line,
     )  # fmt: skip
-
-
-def question(rows: Sequence[Row]) -> str:
-    """What the first row's scenario asks, in the words of its file; "" where there is no such file."""
-    name = rows[0].scenario if rows else ""
-    module = f"experiments.scenarios.{name}"
-    if not name.isidentifier() or importlib.util.find_spec(module) is None:
-        return ""
-    return (importlib.import_module(module).__doc__ or "").strip().partition("\n")[0]
 
 
 def _speedup(row: Row) -> float:

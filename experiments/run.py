@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments import compose, hardware, ledger, progress, ranks, sweep, tables, units
+from experiments import asked, compose, hardware, ledger, progress, ranks, sweep, tables, units
 from experiments.bench import Bench
 from experiments.config import RunConfig
 from experiments.in_step import agreed
@@ -95,6 +95,8 @@ def _go_on(config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: led
         write_report(run_dir)
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(tables.console_table(rows))
+        if answer := asked.answer(rows):
+            console.print(f"\n{answer}", markup=False, highlight=False)
     for name in ("report.html", "table.md", "rows.jsonl"):
         log.info("%s", run_dir / name)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from markupsafe import escape
 
-from experiments import report, units
+from experiments import asked, report, units
 from experiments.row import Row
 from kvmem.errors import ConfigError
 from tests.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
@@ -157,3 +157,20 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert report.main([str(run), "--out", str(tmp_path / "file" / "below")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("injection_cost_qwen3_32b_h200", "1.32 to 1.78 × the least that this machine needs, 0.706 to 0.939 × vLLM"),
+        ("injection_cost_qwen3_32b_h200", "the same memory as prompt text takes 1.58 to 23.9 × as long."),
+        ("tiers_qwen3_8b_h100", "tier: ram (0.975 to 1.09), disk, warm (1.55 to 2.65)"),
+        ("storage_cpu", "dump takes 0.685 × torch.save's time, load 0.126 × torch.load's."),
+        ("reuse_trace_smollm2_cpu", "benefit_per_byte saves 67.6 to 86.1%"),
+        ("default_smollm2_cpu", ""),
+    ],
+)
+def test_a_scenario_answers_its_question_in_a_sentence(name, told):
+    rows = report.read_run(Path(__file__).parents[1] / "outputs/reference" / name).rows
+    sentence = asked.answer(rows)
+    assert told in sentence and bool(told) == bool(sentence)

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments import measure, vllm_peer, ways
+from experiments.asked import between
 from experiments.bench import Bench
 from experiments.builds import built_once
 from experiments.compare import Arm, compare, every_sample, ratio
@@ -231,3 +232,15 @@ def _request(bench: Bench, scenario: InjectionCost, cells: Sequence[Cell]) -> vl
         vocab=config.vocab_size, cells=[(cell.context_tokens, cell.query_tokens) for cell in cells],
         rounds=scenario.pairs, decode_tokens=scenario.decode_tokens,
     )  # fmt: skip
+
+
+def answer(rows: Sequence[Row]) -> str:
+    best = [row for row in rows if row.extra.get("place_s") is not None]
+    if not best:
+        return ""
+    over = between([row.extra["over_limit"] for row in best], " ×")
+    parts = [f"The fastest injected way takes {over} the least that this machine needs"]
+    if beside := [row.extra["over_vllm_quartile"] for row in best if row.extra.get("over_vllm_quartile")]:
+        parts.append(f"{between(beside, ' ×')} vLLM's prefix hit (its lower quartile)")
+    direct = between([row.extra["over_fastest"] for row in rows if row.arm == ways.DIRECT], " ×")
+    return f"{', '.join(parts)}; the same memory as prompt text takes {direct} as long."

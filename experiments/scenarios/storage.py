@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments import anonymous_memory
+from experiments.asked import between
 from experiments.bench import Bench
 from experiments.row import Row
 from experiments.scenarios import Scenario
@@ -203,3 +204,8 @@ def _named(items: Sequence[KVCacheItem]) -> Tensors:
         for layer, pair in enumerate(dynamic_cache.layers_of(item.kv_cache))
         for kind, tensor in zip("kv", pair, strict=True)
     }
+
+
+def answer(rows: Sequence[Row]) -> str:
+    dump, load = (between([row.extra[f"{step}_ratio"] for row in rows], " ×") for step in ("dump", "load"))
+    return f"dump takes {dump} torch.save's time, load {load} torch.load's."

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from experiments.asked import between
 from experiments.bench import Bench
 from experiments.in_every_tier import COLD, RECOMPUTE, WARM, InEveryTier
 from experiments.lossy import Quality
@@ -195,3 +196,13 @@ def break_even_tokens(costs: Costs, lengths: Sequence[Length], place: str) -> in
     if not pays[-1]:
         return None
     return int(every[np.flatnonzero(~pays)[-1]] + 1) if not pays.all() else 1
+
+
+def answer(rows: Sequence[Row]) -> str:
+    over: dict[str, list[float]] = {}
+    for row in rows:
+        over.setdefault(row.arm, []).append(row.extra["over_resident"])
+    _, *others = over.items()
+    told = ", ".join(f"{place} ({between(values)})" for place, values in others if place != RECOMPUTE)
+    anew = f"; prefilled anew ({between(over[RECOMPUTE])})" if RECOMPUTE in over else ""
+    return f"Time to the first token, as a multiple of a memory's in the fastest tier: {told}{anew}."

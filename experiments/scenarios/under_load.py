@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments import measure
+from experiments import measure, units
 from experiments.bench import Bench
 from experiments.builds import built_once
 from experiments.row import Row
@@ -198,3 +198,11 @@ class UnderLoad(Scenario):
 def percentile(served: Sequence[Served], percent: float) -> float:
     """Of the TTFT, in seconds; with "higher", so that no request is slower than a p100 of few."""
     return float(np.percentile([one.first_token_s for one in served], percent, method="higher"))
+
+
+def answer(rows: Sequence[Row]) -> str:
+    highest = max(row.extra["load"] for row in rows)
+    at_most = [row for row in rows if row.extra["load"] == highest]
+    told = ", ".join(f"{row.arm} {units.seconds(row.extra['ttft_p99_s'])}" for row in at_most)
+    rate = units.digits(at_most[0].extra["requests_a_second"])
+    return f"At {rate} requests a second 99 of 100 have their first token within: {told}."
