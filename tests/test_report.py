@@ -167,7 +167,7 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path, capsys):
         ("tiers_qwen3_8b_h100", "tier: ram (0.975 to 1.09), disk, warm (1.55 to 2.65)"),
         ("storage_cpu", "dump takes 0.685 × torch.save's time, load 0.126 × torch.load's."),
         ("reuse_trace_smollm2_cpu", "benefit_per_byte saves 67.6 to 86.1%"),
-        ("default_smollm2_cpu", "times as fast as behind its text, with the same answer in 9 of 9 cells."),
+        ("default_smollm2_cpu", "times as fast as behind its text; the answer is the same in 9 of 9 cells."),
         ("prefix_reuse_qwen3_8b_h100", ""),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from typing import Any, ClassVar
@@ -82,10 +83,13 @@ class KVvsDirect(Scenario):
 
 def answer(rows: Sequence[Row]) -> str:
     times = [100 / (100 - row.speedup_pct) for row in rows if row.speedup_pct is not None]
-    same = sum(row.equality in ("bitwise", "tokens") for row in rows)
+    if not times:
+        return ""
+    grades = Counter(row.equality for row in rows)
+    same = f"{grades['bitwise'] + grades['tokens']} of {units.plural(len(rows), 'cell')}"
+    others = [f"{grades[grade]} {told}" for grade, told in (("near_tie", "near ties"), ("diverged", "diverge"))
+              if grades[grade]]  # fmt: skip
     return (
-        f"Behind a stored memory the first token comes {between(times)} times as fast as behind its text, with the same "
-        f"answer in {same} of {units.plural(len(rows), 'cell')}."
-        if times
-        else ""
+        f"Behind a stored memory the first token comes {between(times)} times as fast as behind its text; "
+        f"the answer is the same in {', '.join([same, *others])}."
     )
