@@ -16,6 +16,7 @@ from experiments.asked import between
 from experiments.bench import Bench
 from experiments.builds import build_s, built_once
 from experiments.compare import Arm, compare, ratio
+from experiments.describe import GRADES
 from experiments.recipes.shared_tensors import SharedTensors
 from experiments.row import Row
 from experiments.scenarios import Scenario
@@ -87,8 +88,7 @@ def answer(rows: Sequence[Row]) -> str:
         return ""
     grades = Counter(row.equality for row in rows)
     same = f"{grades['bitwise'] + grades['tokens']} of {units.plural(len(rows), 'cell')}"
-    others = [f"{grades[grade]} {told}" for grade, told in (("near_tie", "near ties"), ("diverged", "diverge"))
-              if grades[grade]]  # fmt: skip
+    others = [f"{grades[grade]} {GRADES[grade]}" for grade in ("near_tie", "diverged") if grades[grade]]
     return (
         f"Behind a stored memory the first token comes {between(times)} times as fast as behind its text; "
         f"the answer is the same in {', '.join([same, *others])}."
