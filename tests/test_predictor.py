@@ -71,6 +71,14 @@ def test_a_fit_finds_the_engine_that_made_the_rows() -> None:
     assert found.engine.fixed_s == pytest.approx(0.005, rel=0.1)
 
 
+def test_a_memory_that_no_block_held_is_predicted_as_computed() -> None:
+    """A valid row of an engine that reuses whole blocks may have reused none: a memory shorter than one."""
+    cold, hit = (
+        points_of(ttft_row(12, 200, cached_tokens=cached, direct_ttft_s=None), layout())[0] for cached in (0, 12)
+    )
+    assert (cold.prefill, hit.prefill) == (Prefill(212, 0), Prefill(200, 12))
+
+
 @pytest.mark.parametrize("name", ["prefix_reuse_qwen3_8b_h100", "vllm_ttft_qwen3_32b_h100x2"])
 def test_vllms_other_cells_are_predicted_within_30_percent(name: str) -> None:
     for seed in range(3):
