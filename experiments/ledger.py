@@ -89,6 +89,11 @@ def opened(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[Ledger]:
 
 def _read(path: Path, config_hash: str) -> Ledger:
     if not path.is_file():
+        if (rows := path.with_name(ROWS)).is_file() and rows.stat().st_size:
+            raise ConfigError(
+                f"{path.parent} holds rows, and no {DONE} that says of which configuration. Choose another folder, or "
+                f"remove its {ROWS}."
+            )
         ledger = Ledger(path, config_hash)
         ledger.write()
         return ledger
