@@ -61,6 +61,22 @@ def test_a_failed_cell_is_tried_again_and_its_row_replaced(tmp_path: Path) -> No
     assert not ledger.is_finished(tmp_path / "run")
 
 
+@pytest.mark.parametrize("left", [0, 1, None], ids=["none", "one", "no file"])
+def test_a_finished_cell_whose_row_is_lost_is_finished_no_more(tmp_path: Path, left: int | None) -> None:
+    lines = [ttft_row(context, conditions={"cell": f"{context}/32"}).to_json() + "\n" for context in (64, 96)]
+    with ledger.opened(tmp_path, {"seed": 0}) as done:
+        done.finish("64/32")
+        done.finish("96/32")
+        done.finished = True
+        done.write()
+    if left is not None:
+        (tmp_path / "rows.jsonl").write_text("".join(lines[:left]) + lines[left][:50])
+    with ledger.opened(tmp_path, {"seed": 0}) as again:
+        assert [row.context_tokens for row in again.kept()] == [64][:left or 0]
+        assert again.cells == ["64/32"][:left or 0] and not again.finished
+    assert not ledger.is_finished(tmp_path)
+
+
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     with ledger.opened(tmp_path, {"seed": 0}):
         pass
