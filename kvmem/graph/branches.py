@@ -43,7 +43,7 @@ class Branches:
         x_BSC = F.embedding(ids_BS, run.embed)
         added_BSC = torch.zeros_like(x_BSC)
         held_1, lengths_B = self.lengths_B.new_tensor([self.held]).int(), (self.lengths_B + new).int()
-        # One or more answers, one or more tokens, the last layer or another: torch's own limit of 8 ends before they do.
+        # One or more answers, one or more tokens, the last layer or not: more kinds than torch's own limit of 8.
         with engine.lock, torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             buffer = engine.take(self.memory).buffer
             for i, (w, (k, v)) in enumerate(zip(run.layers, buffer.layers, strict=True)):
