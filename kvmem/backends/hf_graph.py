@@ -44,8 +44,8 @@ class HFGraphConfig(Knobs, HFConfig):
 class HFGraphBackend(HFBackend):
     """`HFBackend` with another forward pass.
 
-    The weights are shared with the model, so changes in place are seen. Tensors assigned anew, or an adapter added later,
-    are seen by neither the pass nor the fingerprint of either backend: open the changed model again.
+    The weights are shared with the model, so changes in place are seen. Tensors assigned anew, or an adapter added
+    later, are not; and no backend's fingerprint sees any change. Open a changed model again.
     """
 
     name: ClassVar[str] = HFGraphConfig.backend
