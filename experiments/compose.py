@@ -7,7 +7,8 @@ command line, so that a sweep fails before its first job.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -35,11 +37,8 @@ launchers.make_known()  # before Hydra looks for its plugins, which it does once
 
 def compose(overrides: list[str]) -> DictConfig:
     """The configuration of one job; ConfigError for a key, group or choice that does not exist."""
-    try:
-        with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-            return hydra_compose("config", overrides)
-    except HydraException as error:
-        raise _explained(error) from error
+    with _explaining(), initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+        return hydra_compose("config", overrides)
 
 
 def expand(overrides: list[str]) -> list[list[str]]:
@@ -48,18 +47,17 @@ def expand(overrides: list[str]) -> list[list[str]]:
     >>> expand(["seed=1,2", "merge=ropeshift"])
     [['seed=1', 'merge=ropeshift'], ['seed=2', 'merge=ropeshift']]
     """
-    try:
-        with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
-            sweep = hydra.compose_config("config", overrides, RunMode.MULTIRUN, with_log_configuration=False).hydra
-            params = [f"{key}={value}" for key, value in (sweep.sweeper.params or {}).items()]
-            parsed = OverridesParser.create(hydra.config_loader).parse_overrides(params + list(sweep.overrides.task))
-            jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-            on_hydra = list(sweep.overrides.hydra)
-    except HydraException as error:
-        raise _explained(error) from error
+    with _sweeping(overrides) as (loader, sweep):
+        params = [f"{key}={value}" for key, value in (sweep.sweeper.params or {}).items()]
+        task, on_hydra = (_as_written(sweep.overrides[kind]) for kind in ("task", "hydra"))
+        jobs = BasicSweeper.split_arguments(OverridesParser.create(loader).parse_overrides(params + task), None)[0]
     return [job + on_hydra for job in jobs]
+
+
+def sweep_dir(overrides: list[str]) -> Path:
+    """Where Hydra puts the jobs of a sweep of these overrides."""
+    with _sweeping(overrides) as (_, sweep):
+        return Path(sweep.sweep.dir)
 
 
 def validate(config: DictConfig) -> RunConfig:
@@ -82,11 +80,13 @@ def validate(config: DictConfig) -> RunConfig:
 
 
 def check(arguments: list[str]) -> None:
-    """Validates every job of a command line, and what it only shows; does nothing where it asks for help."""
+    """Validates every job of a command line, and what it only shows; of one that asks for help, what it names."""
     args = get_args_parser().parse_args(arguments)
-    runs = not (args.help or args.hydra_help or args.info or args.shell_completion)
-    if not runs or args.config_dir or args.config_path or args.config_name:
+    if args.hydra_help or args.shell_completion or args.config_dir or args.config_path or args.config_name:
         return  # with other config folders, each job still validates its own
+    if args.help or args.info:
+        compose(args.overrides)  # which they show as far as it goes
+        return
     if args.cfg and args.multirun:
         raise ConfigError("-m runs jobs, and --cfg shows one job's configuration. Use one of them.")
     if args.cfg:
@@ -111,6 +111,35 @@ def _card(group: str, card: dict[str, Any]) -> Any:
             raise ConfigError(f"{group}: {error}") from error
         known = [field.name for field in dataclasses.fields(get_class(card["_target_"])) if field.init]
         raise config_error(group, error.__cause__, known) from error
+
+
+@contextmanager
+def _sweeping(overrides: list[str]) -> Iterator[tuple[ConfigLoader, DictConfig]]:
+    """Hydra's loader, and its own part of a sweep's configuration."""
+    with _explaining(), initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        composed = hydra.compose_config("config", overrides, RunMode.MULTIRUN, with_log_configuration=False)
+        yield hydra.config_loader, composed.hydra
+
+
+def _as_written(overrides: ListConfig) -> list[str]:
+    """Overrides are texts, though one may name a value of its job's, ${hydra.job.num} say, that is not there yet."""
+    texts = OmegaConf.to_container(overrides, resolve=False)
+    assert isinstance(texts, list)
+    return texts
+
+
+@contextmanager
+def _explaining() -> Iterator[None]:
+    try:
+        yield
+    except HydraException as error:
+        raise _explained(error) from error
+    except OmegaConfBaseException as error:  # a value that names another, which is not there
+        raise ConfigError(str(error).splitlines()[0]) from error
+    except ValueError as error:  # Hydra's own: a group that is set to null
+        raise ConfigError(f"{error}. Give each group one of its choices, which --help lists.") from error
 
 
 def _explained(error: HydraException) -> ConfigError:

@@ -44,10 +44,16 @@ class Ledger:
     """Every cell of the run is in `cells`."""
 
     def kept(self) -> list[Row]:
-        """The rows of the finished cells, and rows.jsonl cut down to them."""
+        """The rows of the finished cells, and rows.jsonl cut down to them. A cell of which no row is left is finished
+        no more: a machine that goes down may lose what it had not yet put on disk."""
         if not self.cells:
             return []
-        rows = [row for row in read_run(self.path.parent).rows if row.conditions.get("cell") in self.cells]
+        there = read_run(self.path.parent).rows if self.path.with_name(ROWS).is_file() else ()
+        rows = [row for row in there if row.conditions.get("cell") in self.cells]
+        left = {row.conditions["cell"] for row in rows}
+        if not left.issuperset(self.cells):
+            self.cells, self.finished = [cell for cell in self.cells if cell in left], False
+            self.write()
         _replace(self.path.with_name(ROWS), "".join(f"{row.to_json()}\n" for row in rows))
         return rows
 
@@ -89,6 +95,11 @@ def opened(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[Ledger]:
 
 def _read(path: Path, config_hash: str) -> Ledger:
     if not path.is_file():
+        if (rows := path.with_name(ROWS)).is_file() and rows.stat().st_size:
+            raise ConfigError(
+                f"{path.parent} holds rows, and no {DONE} that says of which configuration. Choose another folder, or "
+                f"remove its {ROWS}."
+            )
         ledger = Ledger(path, config_hash)
         ledger.write()
         return ledger

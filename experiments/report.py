@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from experiments import page, plots, tables
@@ -26,7 +27,10 @@ def write_report(run_dir: Path) -> Path:
 
 def write_joined(run_dirs: Sequence[Path], out: Path) -> Path:
     """One report of several runs in `out`, which is made; each row says which run it is of."""
-    runs = [read_run(run_dir) for run_dir in dict.fromkeys(path.resolve() for path in run_dirs)]
+    folders = list(dict.fromkeys(path.resolve() for path in run_dirs))
+    # As many names of each path as tell them apart: two machines' copies of a sweep end alike.
+    depth = next(depth for depth in count(2) if len({folder.parts[-depth:] for folder in folders}) == len(folders))
+    runs = [dataclasses.replace(read_run(folder), name="/".join(folder.parts[-depth:])) for folder in folders]
     return _write(runs, out)
 
 

@@ -125,6 +125,8 @@ def measured(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
     started = time.perf_counter()
     try:
         rows = config.scenario.measure(bench, cell)
+        for row in rows:
+            row.to_json()  # a figure that is no number would end the run where the row is written
     except Exception as error:  # whatever a cell raises is kept in its row, so that a long run keeps its other cells
         log.error("%s failed: %s: %s", cell.label, type(error).__name__, error)
         return [config.scenario.failed(bench, cell, traceback.format_exc())]

@@ -45,4 +45,9 @@ def runs_in(folder: Path) -> list[Path]:
     if (folder / "rows.jsonl").is_file():
         return [folder]
     runs = [path.parent for path in folder.glob("*/rows.jsonl")]
-    return sorted(runs, key=lambda run: (len(run.name), run.name))  # 10 behind 9
+    return sorted(runs, key=in_order)
+
+
+def in_order(run_dir: Path) -> tuple[int, str]:
+    """Sorts the jobs of a sweep: 10 behind 9."""
+    return len(run_dir.name), run_dir.name

@@ -11,7 +11,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from experiments import compose, ledger
-from experiments.run_folder import SWEEPS
+from experiments.run_folder import SWEEPS, in_order
 
 FOLDER_KNOB = "hydra.sweep.dir"
 
@@ -22,9 +22,8 @@ def with_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
     asks = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
     if not args.multirun or asks or args.config_dir or args.config_path or args.config_name:
         return arguments, None
-    chosen = [override for override in args.overrides if override.startswith(f"{FOLDER_KNOB}=")]
-    if chosen:
-        return arguments, Path(chosen[-1].partition("=")[2])
+    if any(override.lstrip("+").startswith(f"{FOLDER_KNOB}=") for override in args.overrides):
+        return arguments, compose.sweep_dir(args.overrides)
     folder = folder_of(args.overrides)
     # Beside another override: argparse takes them from one place of the line only.
     place = arguments.index(args.overrides[0]) if args.overrides else len(arguments)
@@ -33,7 +32,8 @@ def with_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 def summary(folder: Path) -> list[str]:
     """What a sweep that has ended says: which jobs are not finished, and how offline W&B runs are sent."""
-    runs = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda run: int(run.name))
+    jobs = [path for path in folder.iterdir() if path.name.isdigit() or (path / ledger.DONE).is_file()]
+    runs = sorted(jobs, key=in_order)
     missing = [run.name for run in runs if not ledger.is_finished(run)]
     lines = [f"{len(runs) - len(missing)} of {len(runs)} jobs finished, in {folder}"]
     if missing:

@@ -161,7 +161,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _md(text: str) -> str:
     """Text that stays one cell, and stays text."""
-    for sign in ("\\", "|", "<", "*", "`"):
+    for sign in ("\\", "|", "<", "*", "`", "[", "~", "&"):
         text = text.replace(sign, "\\" + sign)
     return " ".join(text.split())
 

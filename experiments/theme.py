@@ -28,6 +28,7 @@ def style(theme: Theme) -> AbstractContextManager[None]:
     return matplotlib.rc_context(
         {
             "font.family": ["DejaVu Sans"], "font.size": 9.5, "svg.hashsalt": "kvmem", "axes.unicode_minus": True,
+            "text.parse_math": False,  # labels are text: a $ of theirs is a dollar
             "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.faint,
             "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
             "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "axes.axisbelow": True,

@@ -125,8 +125,12 @@ def test_a_sweeps_own_params_are_expanded_and_can_be_overridden() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["modle=tiny"], ["-m", "model=tiny,tinny", "sink=none"], ["--cfg", "job", "model=tinny"]],
-    ids=["job", "sweep", "shown"],
+    "arguments",
+    [
+        ["modle=tiny"], ["-m", "model=tiny,tinny", "sink=none"], ["--cfg", "job", "model=tinny"],
+        ["--help", "model=tinny"], ["--help", "modle=tiny"], ["--info", "all", "model=tinny"],
+    ],
+    ids=["job", "sweep", "shown", "help", "help of a key", "info"],
 )  # fmt: skip
 def test_the_command_ends_with_status_2_and_no_traceback(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.run", *arguments]
@@ -136,6 +140,12 @@ def test_the_command_ends_with_status_2_and_no_traceback(arguments: list[str], t
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: Unknown") and "Did you mean" in line
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["model=null"], ["-m", "sink=null", "seed=0,1"]], ids=["job", "sweep"])
+def test_a_group_that_is_set_to_null_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"Got NoneType\. Give each group one of its choices, which --help lists"):
+        check(arguments)
 
 
 def test_help_lists_every_group_and_choice(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ledger, sweep
+from experiments import compose, ledger, sweep
 from experiments.compose import CONF
 from experiments.run_folder import runs_in
 from experiments.sinks.jsonl import read_rows
 from kvmem.errors import ConfigError
+from tests.rows import ttft_row
 
 KNOBS = ["model=tiny", "sink=none", "workload.query_tokens=[32]", "scenario.pairs=2", "scenario.answer_tokens=2"]
 TWO_CELLS = "workload.context_tokens=[64,96]"
@@ -60,11 +61,36 @@ def test_a_failed_cell_is_tried_again_and_its_row_replaced(tmp_path: Path) -> No
     assert not ledger.is_finished(tmp_path / "run")
 
 
+@pytest.mark.parametrize("left", [0, 1, None], ids=["none", "one", "no file"])
+def test_a_finished_cell_whose_row_is_lost_is_finished_no_more(tmp_path: Path, left: int | None) -> None:
+    lines = [ttft_row(context, conditions={"cell": f"{context}/32"}).to_json() + "\n" for context in (64, 96)]
+    with ledger.opened(tmp_path, {"seed": 0}) as done:
+        done.finish("64/32")
+        done.finish("96/32")
+        done.finished = True
+        done.write()
+    if left is not None:
+        (tmp_path / "rows.jsonl").write_text("".join(lines[:left]) + lines[left][:50])
+    with ledger.opened(tmp_path, {"seed": 0}) as again:
+        assert [row.context_tokens for row in again.kept()] == [64][:left or 0]
+        assert again.cells == ["64/32"][:left or 0] and not again.finished
+    assert not ledger.is_finished(tmp_path)
+
+
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     with ledger.opened(tmp_path, {"seed": 0}):
         pass
     with pytest.raises(ConfigError, match="holds rows of another configuration"), ledger.opened(tmp_path, {"seed": 1}):
         pass
+
+
+def test_rows_without_a_ledger_are_not_written_over(tmp_path: Path) -> None:
+    """Such as a run of an older kvmem left, or one whose DONE.json was not copied along with it."""
+    rows = ttft_row().to_json() + "\n"
+    (tmp_path / "rows.jsonl").write_text(rows)
+    with pytest.raises(ConfigError, match=r"holds rows, and no DONE\.json"), ledger.opened(tmp_path, {"seed": 0}):
+        pass
+    assert (tmp_path / "rows.jsonl").read_text() == rows
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
@@ -85,6 +111,32 @@ def test_the_same_command_finds_its_sweep_and_another_one_does_not() -> None:
     assert sweep.with_folder(elsewhere)[1] == folder
     assert sweep.with_folder(["-m", "model=tiny", "seed=0,2"])[1] != folder
     assert sweep.with_folder(["model=tiny"]) == (["model=tiny"], None)
+
+
+@pytest.mark.parametrize("plus", ["", "++"])
+def test_a_folder_that_is_chosen_is_the_one_that_hydra_takes(plus: str) -> None:
+    command = ["-m", "model=tiny", "seed=0,1", plus + "hydra.sweep.dir='my runs/${hydra.job.name}'"]
+    arguments, folder = sweep.with_folder(command)
+    assert arguments == command and folder is not None and folder.parent == Path("my runs")
+    assert "$" not in folder.name and "'" not in folder.name
+
+
+def test_an_override_may_name_what_only_its_job_knows() -> None:
+    jobs = compose.expand(["seed=3,4", "workload.seed=${seed}", "hydra.sweep.subdir=job_${hydra.job.num}"])
+    assert [job[-1] for job in jobs] == ["hydra.sweep.subdir=job_${hydra.job.num}"] * 2
+    assert [compose.compose(job).workload.seed for job in jobs] == [3, 4]
+
+
+def test_the_jobs_of_a_sweep_may_be_called_anything(tmp_path: Path) -> None:
+    for name in ("job_0", "job_1"):
+        (tmp_path / name).mkdir()
+        with ledger.opened(tmp_path / name, {"seed": 0}) as done:
+            done.finished = name == "job_0"
+            done.write()
+    (tmp_path / "plots").mkdir()
+    assert sweep.summary(tmp_path)[:2] == [
+        f"1 of 2 jobs finished, in {tmp_path}", "not finished: job_1. The same command goes on with them.",
+    ]  # fmt: skip
 
 
 def test_a_sweep_is_joined(tmp_path: Path) -> None:

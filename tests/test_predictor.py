@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,14 @@ def test_a_fit_finds_the_engine_that_made_the_rows() -> None:
     assert found.engine.fixed_s == pytest.approx(0.005, rel=0.1)
 
 
+def test_a_memory_that_no_block_held_is_predicted_as_computed() -> None:
+    """A valid row of an engine that reuses whole blocks may have reused none: a memory shorter than one."""
+    cold, hit = (
+        points_of(ttft_row(12, 200, cached_tokens=cached, direct_ttft_s=None), layout())[0] for cached in (0, 12)
+    )
+    assert (cold.prefill, hit.prefill) == (Prefill(212, 0), Prefill(200, 12))
+
+
 @pytest.mark.parametrize("name", ["prefix_reuse_qwen3_8b_h100", "vllm_ttft_qwen3_32b_h100x2"])
 def test_vllms_other_cells_are_predicted_within_30_percent(name: str) -> None:
     for seed in range(3):
@@ -115,6 +124,27 @@ def test_a_fleet_of_memories() -> None:
     )  # the KV of a measured 6064-token memory
     assert none.network_gb_per_second == pytest.approx(2 * half.network_gb_per_second)
     assert half.replicas_injected < none.replicas_injected < none.replicas_direct
+
+
+def test_a_plan_on_a_layout_that_does_not_hold_the_model_is_refused(tmp_path: Path) -> None:
+    overrides = ["scenario=predict", "sink=none", "hardware=h100", "scenario.plan_model=qwen2.5-72b"]
+    rows = run(validate(compose(overrides)), tmp_path, {"backend": {}}, overrides)
+    refused = [row for row in rows if row.status == "failed"]
+    assert [row.scenario for row in refused] == ["break-even lengths", "fleet"]
+    assert all("qwen2.5-72b does not fit hardware=h100" in row.error for row in refused)
+
+
+def test_a_figure_that_is_no_number_costs_its_cell_and_not_the_run(tmp_path: Path) -> None:
+    class OneNaN(Predict):
+        def measure(self, bench: Any, cell: Any) -> list[Row]:
+            rows = super().measure(bench, cell)
+            return [dataclasses.replace(rows[0], mfu=float("nan"))] if cell.label == "fleet" else rows
+
+    overrides = ["scenario=predict", "sink=none", "hardware=h100"]
+    config = dataclasses.replace(validate(compose(overrides)), scenario=OneNaN())
+    rows = run(config, tmp_path, {"backend": {}}, overrides)
+    assert [row.scenario for row in rows if row.status == "failed"] == ["fleet"] and len(rows) > 75
+    assert read_run(tmp_path).rows == tuple(rows) and (tmp_path / "report.html").is_file()
 
 
 def test_the_scenario_names_all_published_cells_and_needs_no_model(tmp_path: Path) -> None:

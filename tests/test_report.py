@@ -44,6 +44,12 @@ def test_joined_runs_say_which_run_a_row_is_of(tmp_path):
     assert "15 rows" not in table and "11 rows: 11 ok" in table
 
 
+def test_joined_runs_whose_paths_end_alike_are_told_apart(tmp_path):
+    runs = [_run(tmp_path / machine / "sweep" / "0", grid()[:1]) for machine in ("one", "two")]
+    table = report.write_joined(runs, tmp_path / "joined").with_name("table.md").read_text()
+    assert table.count("one/sweep/0") == table.count("two/sweep/0") == 1
+
+
 def test_killed_run_keeps_its_rows_and_counts_the_cut_line(tmp_path):
     run = _run(tmp_path / "a", grid()[:4], tail=ttft_row().to_json()[:300])
     assert len(report.read_run(run).rows) == 4

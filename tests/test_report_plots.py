@@ -57,6 +57,13 @@ def test_heat_map_says_why_a_cell_has_no_speedup():
     assert plots.draw([slower])["speedup"].axes[0].texts[0].get_text() == "−5.0%"
 
 
+@pytest.mark.parametrize("text", ["costs $x^{ and $y", "$\\frac$"])
+def test_labels_are_text_and_no_formulas(text, tmp_path):
+    rows = [ttft_row(model=text, extra={"context": text, "query": text}), ttft_row(128, model=text)]
+    assert len(plots.write_plots(rows, tmp_path)) == 2
+    assert text.encode() in plots.svg(plots.draw(rows)["speedup"], LIGHT)
+
+
 def test_svg_is_the_same_twice_and_follows_the_theme():
     first, again = (plots.svg(plots.draw(grid(), DARK)["ttft"], DARK) for _ in range(2))
     assert first == again

@@ -100,6 +100,11 @@ def test_a_table_cell_stays_one_cell():
     assert "a\\|b \\<script>" in line
 
 
+def test_what_markdown_would_make_of_a_label_is_left_out():
+    text = tables.markdown([ttft_row(model="[a](http://b) ~~c~~ &lt;")])
+    assert "| \\[a](http://b) \\~\\~c\\~\\~ \\&lt; |" in text
+
+
 def test_console_shows_every_figure_in_80_columns():
     console = Console(width=80, record=True, file=io.StringIO())
     rows = [*grid(), invalid_row(), failed_row()]

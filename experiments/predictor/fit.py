@@ -49,7 +49,8 @@ class Fit:
 def points_of(row: Row, layout: Layout) -> list[Point]:
     """Both arms of a row, as far as they were measured; the direct arm computes everything. Of scenario=injection_cost
     the fast engine's ways, of which each has a row."""
-    cell, cached = (row.context_tokens, row.query_tokens), row.cached_tokens or row.context_tokens
+    cell = (row.context_tokens, row.query_tokens)
+    cached = row.context_tokens if row.cached_tokens is None else row.cached_tokens
     total = sum(cell)
     fast = {ways.DIRECT: Prefill(total, 0), ways.GRAPH: Prefill(row.query_tokens, row.context_tokens)}
     if row.scenario == InjectionCost.name:

@@ -168,7 +168,13 @@ class Predict(Scenario):
 
     def _plan_layout(self, paper: Paper) -> Layout:
         chosen = paper.config.hardware
-        return self._layout(self.plan_model, chosen if chosen.gpu else self._first_that_holds(self.plan_model))
+        layout = self._layout(self.plan_model, chosen if chosen.gpu else self._first_that_holds(self.plan_model))
+        if not layout.fits:
+            raise ConfigError(
+                f"{self.plan_model} does not fit hardware={chosen.name}: no request is answered there, in no time. "
+                "Choose a larger layout, or another scenario.plan_model."
+            )
+        return layout
 
     def _of(self, cell: PublishedRow) -> Hardware:
         return verdict.hardware_card(cell.hardware) or self._first_that_holds(cell.model)

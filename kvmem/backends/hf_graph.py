@@ -42,7 +42,11 @@ class HFGraphConfig(Knobs, HFConfig):
 
 
 class HFGraphBackend(HFBackend):
-    """`HFBackend` with another forward pass."""
+    """`HFBackend` with another forward pass.
+
+    The weights are shared with the model, so changes in place are seen. Tensors assigned anew, or an adapter added
+    later, are not; and no backend's fingerprint sees any change. Open a changed model again.
+    """
 
     name: ClassVar[str] = HFGraphConfig.backend
     config_class: ClassVar[type] = HFGraphConfig

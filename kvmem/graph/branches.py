@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from kvmem.errors import CapacityError
 from kvmem.graph.engine import Engine, Underway
+from kvmem.graph.forward import RECOMPILE_LIMIT
 from kvmem.graph.layer import rms_norm
 
 
@@ -42,7 +43,8 @@ class Branches:
         x_BSC = F.embedding(ids_BS, run.embed)
         added_BSC = torch.zeros_like(x_BSC)
         held_1, lengths_B = self.lengths_B.new_tensor([self.held]).int(), (self.lengths_B + new).int()
-        with engine.turn():
+        # One or more answers, one or more tokens, the last layer or not: more kinds than torch's own limit of 8.
+        with engine.turn(), torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             buffer = engine.take(self.memory).buffer
             for i, (w, (k, v)) in enumerate(zip(run.layers, buffer.layers, strict=True)):
                 x_BSC, added_BSC = run.layer_of_branches(
