@@ -25,12 +25,8 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 def test_other_architectures_are_refused_by_name():
     assert "Phi3ForCausalLM: it covers llama, mistral, qwen2, qwen3" in refused(Phi3Config(**SMALL))
-<<<<<<< HEAD
-    assert "GPT2LMHeadModel: it covers" in refused(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100))
-=======
     without_rope = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100)
     assert "GPT2LMHeadModel: it covers" in refused(without_rope)
->>>>>>> help-b
     assert "sliding window of 24 tokens" in refused(MistralConfig(sliding_window=24, **SMALL))
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "this qwen3 has dynamic" in refused(Qwen3Config(rope_parameters=rope, head_dim=16, **SMALL))

@@ -128,7 +128,6 @@ def test_lengths_to_warm_are_ready_in_every_buffer(open_engine):
     assert fast.conditions()["warm_up"]["graphs"] in (8, 9)  # the question may be longer
 
 
-<<<<<<< HEAD
 @pytest.mark.gpu
 def test_a_model_on_the_second_gpu():
     """Graphs, kernels and buffers follow the model, and not the thread's own GPU."""
@@ -142,7 +141,8 @@ def test_a_model_on_the_second_gpu():
         answers.append([fast.generate(query, memory.get_cache(item.kv_cache_id), 12) for query in QUESTIONS])
         assert {seat.buffer.layers[0][0].device for seat in fast.engine.seats} == {torch.device(device)}
     assert answers[0] == answers[1]
-=======
+
+
 @pytest.mark.slow
 def test_batches_of_any_size_run_compiled(open_engine, place):
     """At its limit of compilations torch would run what is written, and be slow without a word."""
@@ -156,4 +156,3 @@ def test_batches_of_any_size_run_compiled(open_engine, place):
             for batch in (1, 2, 3, 4):
                 answers = fast.answer_batch([query] * batch, memory.get_cache(item.kv_cache_id), 3)
                 assert len({answer.token_ids for answer in answers}) == 1
->>>>>>> help-b
