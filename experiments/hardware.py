@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,11 @@ def conditions() -> dict[str, Any]:
     }
 
 
+@cache
 def commit() -> str | None:
-    """The checkout's commit, "+" where tracked files differ from it; KVMEM_COMMIT in a copy without its history."""
+    """The checkout's commit, "+" where tracked files differ from it; KVMEM_COMMIT in a copy without its history. As it
+    was when first asked, which is the code that runs: nor is a process with a model in it forked for each cell, whose
+    memory a cluster would count twice for a moment."""
     if "KVMEM_COMMIT" in os.environ:
         return os.environ["KVMEM_COMMIT"]
     folder = Path(__file__).parents[1]
