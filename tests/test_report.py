@@ -181,3 +181,12 @@ def test_a_scenario_answers_its_question_in_a_sentence(name, told):
     rows = report.read_run(Path(__file__).parents[1] / "outputs/reference" / name).rows
     sentence = asked.answer(rows)
     assert told in sentence and bool(told) == bool(sentence)
+
+
+def test_a_report_is_written_where_the_row_that_an_answer_needs_is_invalid():
+    """For each arm in turn: no answer, or a shorter one."""
+    for name in ("injection_cost_qwen3_32b_h200", "tiers_qwen3_8b_h100", "storage_cpu", "reuse_trace_smollm2_cpu"):
+        rows = report.read_run(Path(__file__).parents[1] / "outputs/reference" / name).rows
+        for arm in dict.fromkeys(row.arm for row in rows):
+            judged = [replace(row, verdict="invalid") if row.arm == arm else row for row in rows]
+            assert "nan" not in asked.answer(judged)

@@ -242,5 +242,6 @@ def answer(rows: Sequence[Row]) -> str:
     parts = [f"The fastest injected way takes {over} the least that this machine needs"]
     if beside := [row.extra["over_vllm_quartile"] for row in best if row.extra.get("over_vllm_quartile")]:
         parts.append(f"{between(beside, ' ×')} vLLM's prefix hit (its lower quartile)")
-    direct = between([row.extra["over_fastest"] for row in rows if row.arm == ways.DIRECT], " ×")
-    return f"{', '.join(parts)}; the same memory as prompt text takes {direct} as long."
+    direct = [row.extra["over_fastest"] for row in rows if row.arm == ways.DIRECT]
+    as_text = f"; the same memory as prompt text takes {between(direct, ' ×')} as long" if direct else ""
+    return f"{', '.join(parts)}{as_text}."

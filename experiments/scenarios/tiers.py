@@ -202,7 +202,8 @@ def answer(rows: Sequence[Row]) -> str:
     over: dict[str, list[float]] = {}
     for row in rows:
         over.setdefault(row.arm, []).append(row.extra["over_resident"])
-    _, *others = over.items()
-    told = ", ".join(f"{place} ({between(values)})" for place, values in others if place != RECOMPUTE)
+    told = ", ".join(
+        f"{place} ({between(values)})" for place, values in over.items() if place != RECOMPUTE and set(values) != {1.0}
+    )
     anew = f"; prefilled anew ({between(over[RECOMPUTE])})" if RECOMPUTE in over else ""
     return f"Time to the first token, as a multiple of a memory's in the fastest tier: {told}{anew}."
