@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from kvmem import KVCacheMemory, KVCacheMemoryConfig, TextualMemoryItem, dynamic_cache
-from kvmem.dynamic_cache import LentCache
-from kvmem.scheduler import MemScheduler
+from kvmem import KVCacheMemory, KVCacheMemoryConfig, TextualMemoryItem
+from kvmem.cache import dynamic_cache
+from kvmem.cache.dynamic_cache import CacheView
+from kvmem.scheduler.scheduler import MemScheduler
 
 LLM = {"backend": "huggingface", "config": {"model_name_or_path": "smollm2-135m"}}
 
@@ -30,7 +31,7 @@ def closest(question: str, memories: list[TextualMemoryItem]) -> TextualMemoryIt
     return max(zip(memories, texts, strict=True), key=lambda pair: sum(worth[w] for w in words(question) & pair[1]))[0]
 
 
-def answer(scheduler: MemScheduler, question: str, cache: LentCache, length: int = 24) -> tuple[str, float]:
+def answer(scheduler: MemScheduler, question: str, cache: CacheView, length: int = 24) -> tuple[str, float]:
     """The answer, of `length` tokens at most, and the milliseconds until its first one."""
     started = time.perf_counter()
     tokens = scheduler.backend.stream(question, cache, length)

@@ -2,158 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
 import os
 import sys
-import time
-import traceback
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
-from experiments import asked, compose, hardware, ledger, progress, ranks, sweep, tables, units
-from experiments.bench import Bench
-from experiments.config import RunConfig
-from experiments.in_step import agreed
-from experiments.report import write_joined, write_report
-from experiments.row import Row
-from experiments.run_folder import runs_in
-from experiments.sinks import Sink
-from experiments.sinks.jsonl import JSONL
-from kvmem.errors import ConfigError, KVMemError
-
-log = logging.getLogger("experiments")
-
-WRONG_COMMAND, NOT_ALL_VALID = 2, 1
-ROWS_IN_A_LOG_LINE = 4
-WAYS_OUT_OF_A_FULL_GPU = (
-    "Use a smaller model or a layout of more GPUs, or leave an engine less (backend.gpu_memory_utilization, "
-    "backend.buffers)."
+from experiments.config import compose
+from experiments.execution import checkpoint, ranks, sweep
+from experiments.execution.runner import (
+    NOT_ALL_VALID,
+    WAYS_OUT_OF_A_FULL_GPU,
+    WRONG_COMMAND,
+    JobFailed,
+    log,
+    problems,
+    run,
 )
-
-
-class JobFailed(Exception):
-    """A job that has told why it failed; `exit_status` is the process's."""
-
-    def __init__(self, exit_status: int, reason: str) -> None:
-        super().__init__(exit_status, reason)
-        self.exit_status = exit_status
-
-
-def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str] = ()) -> list[Row]:
-    """Measures every cell of `config`, and leaves rows, tables, plots and report in `run_dir`. Returns the rows.
-
-    A cell that raises becomes a failed row, and the others go on. Rows are written as they come; where the folder holds
-    finished cells of the same configuration, they are not measured again.
-    """
-    with ledger.opened(run_dir, resolved) as done:
-        rows = done.kept()
-        if done.finished:
-            log.info("%s was finished before", run_dir)
-        else:
-            _write_conditions(config, run_dir, resolved, overrides)
-            _go_on(config, run_dir, resolved, done, rows)
-    return rows
-
-
-def _go_on(config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: ledger.Ledger, rows: list[Row]) -> None:
-    """Measures the cells that are not done yet, and adds their rows to `rows`."""
-    sinks: list[Sink] = [JSONL(), config.sink]
-    for sink in sinks:
-        sink.check()
-    bench = config.scenario.open(config)
-    cells = named(config.scenario.cells(bench))
-    missing = {name: cell for name, cell in cells.items() if name not in done.cells}
-    agreed(list(missing))
-    if len(missing) < len(cells):
-        log.info("%d of %d cells were finished before", len(cells) - len(missing), len(cells))
-    with ExitStack() as closing:
-        for sink in sinks:
-            sink.open(run_dir, resolved, rows)
-            closing.callback(_close, sink, run_dir)
-        for name, cell in zip(missing, progress.over(list(missing.values())), strict=True):
-            found = measured(config, bench, cell)
-            for row in (replace(row, conditions=row.conditions | {"cell": name}) for row in found):
-                rows.append(row)
-                for sink in sinks:
-                    sink.write(row)
-            if agreed(all(row.status == "done" for row in found)):
-                done.finish(name)
-        done.finished = len(done.cells) == len(cells)
-        done.write()
-        write_report(run_dir)
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(tables.console_table(rows))
-        if answer := asked.answer(rows):
-            console.print(f"\n{answer}", markup=False, highlight=False)
-    for name in ("report.html", "table.md", "rows.jsonl"):
-        log.info("%s", run_dir / name)
-
-
-def problems(rows: Iterable[Row], exact: bool) -> list[str]:
-    """What makes a run end with status 1: a failed cell, an invalid verdict, a divergence where the merge is exact."""
-    found = []
-    for row in rows:
-        cell = f"{row.model} {row.scenario} {row.context_tokens}/{row.query_tokens}"
-        if row.status == "failed":
-            found.append(f"{cell}: failed: {row.error.strip().splitlines()[-1]}")
-        elif row.verdict == "invalid":
-            found.append(f"{cell}: invalid: {row.verdict_reason}")
-        elif row.equality == "diverged" and (exact or row.memories == 1) and not row.extra.get("lossy"):
-            found.append(f"{cell}: the injected arm's answer diverged from the prompt's")
-    return found
-
-
-def named(cells: Sequence[Any]) -> dict[str, Any]:
-    """The cells of a scenario by the names that a run's folder knows them by."""
-    return {f"{number} {cell.label}": cell for number, cell in enumerate(cells)}
-
-
-def measured(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
-    """The rows of one cell."""
-    started = time.perf_counter()
-    try:
-        rows = config.scenario.measure(bench, cell)
-        for row in rows:
-            row.to_json()  # a figure that is no number would end the run where the row is written
-    except Exception as error:  # whatever a cell raises is kept in its row, so that a long run keeps its other cells
-        log.error("%s failed: %s: %s", cell.label, type(error).__name__, error)
-        return [config.scenario.failed(bench, cell, traceback.format_exc())]
-    figures = "; ".join(map(_figures, rows)) if len(rows) <= ROWS_IN_A_LOG_LINE else units.plural(len(rows), "row")
-    log.info("%s: %s (%.1f s)", cell.label, figures, time.perf_counter() - started)
-    return rows
-
-
-def _figures(row: Row) -> str:
-    if row.kv_ttft_s is None or row.direct_ttft_s is None:
-        return row.verdict or row.status
-    ttft = f"TTFT {row.kv_ttft_s * 1e3:.1f} ms injected, {row.direct_ttft_s * 1e3:.1f} ms direct"
-    return ", ".join(part for part in (ttft, row.equality, row.verdict) if part)
-
-
-def _close(sink: Sink, run_dir: Path) -> None:
-    if line := sink.close(run_dir):
-        log.info("%s", line)
-
-
-def _write_conditions(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str]) -> None:
-    card = dataclasses.asdict(config.backend)  # type: ignore[call-overload]
-    resolved["backend"] |= card  # what it took from the model and the layout
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)), encoding="utf-8")
-    machine = dataclasses.asdict(hardware.inspect())
-    environment = {"overrides": list(overrides), "machine": machine, "conditions": hardware.conditions()}
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2, default=str) + "\n", encoding="utf-8")
+from experiments.reporting import write_joined
+from experiments.results import displayed_path, runs_in
+from kvmem.errors import ConfigError, KVMemError
 
 
 @hydra.main(config_path=str(compose.CONF), config_name="config", version_base=compose.VERSION_BASE)
@@ -164,9 +37,9 @@ def job(config: DictConfig) -> None:
         chosen = compose.validate(config)
         resolved = OmegaConf.to_container(config, resolve=True)
         assert isinstance(resolved, dict)
-        run_dir = progress.shown(Path(here.runtime.output_dir))
+        run_dir = displayed_path(Path(here.runtime.output_dir))
         cards = {str(key): value for key, value in resolved.items()}
-        if (count := ranks.needed(chosen)) > 1 and not ledger.is_finished(run_dir):
+        if (count := ranks.needed(chosen)) > 1 and not checkpoint.is_finished(run_dir):
             logging_ = OmegaConf.to_container(here.job_logging, resolve=True)
             rows = ranks.run(count, run_dir, cards, here.overrides.task, logging_)  # type: ignore[arg-type]
         else:
@@ -223,6 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from experiments.run import main  # a job's function is then pickled by its name, for other processes
-
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""A sweep file for W&B's agents: python -m experiments.agents OVERRIDES > sweep.yaml, then `wandb sweep sweep.yaml`.
+"""A sweep file for W&B's agents: python -m experiments.wandb_sweep OVERRIDES > sweep.yaml, then `wandb sweep sweep.yaml`.
 
 W&B's server hands out the numbers of the sweep's jobs, one to each agent that asks. A job's folder is the one that
 `python -m experiments.run -m` with the same overrides gives it, so that either goes on where the other left off.
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 import yaml
 
-from experiments import compose, run, sweep
-from experiments.sinks.wandb import WandB
+from experiments import run
+from experiments.config import compose
+from experiments.execution import sweep
+from experiments.sinks import WandB
 from kvmem.errors import ConfigError
 
 JOB = "job"
@@ -32,10 +34,10 @@ def sweep_file(overrides: Sequence[str]) -> str:
             "name": sweep.folder_of(overrides).name,
             "project": card.sink.project,
             **({"entity": card.sink.entity} if card.sink.entity else {}),
-            "program": "experiments/agents.py",  # W&B wants one, and shows it
+            "program": "experiments/wandb_sweep.py",  # W&B wants one, and shows it
             "method": "grid",
             "parameters": {JOB: {"values": list(range(len(jobs)))}},
-            "command": ["${env}", "python", "-m", "experiments.agents", "${args_no_hyphens}", *overrides, *told],
+            "command": ["${env}", "python", "-m", "experiments.wandb_sweep", "${args_no_hyphens}", *overrides, *told],
         },
         sort_keys=False,
         width=1000,

@@ -1,8 +1,8 @@
 """Text memories as precomputed KV caches, injected into a language model."""
 
+from kvmem.cache import KVCacheItem, TextualMemoryItem
 from kvmem.config import KVCacheMemoryConfig
 from kvmem.errors import KVMemError
-from kvmem.items import KVCacheItem, TextualMemoryItem
 from kvmem.memory import KVCacheMemory
 from kvmem.scheduler import MemScheduler
 

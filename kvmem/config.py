@@ -8,7 +8,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kvmem import storage
-from kvmem.backends import Backend, backend_class
+from kvmem.engines import Backend, backend_class
 from kvmem.errors import ConfigError, config_error
 from kvmem.merge import MergeStrategy, strategy
 from kvmem.prompt import TemplateKind

@@ -7,19 +7,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
-from kvmem import dynamic_cache
-from kvmem.backends import Backend
+from kvmem.cache import KVCacheItem, Message, TextualMemoryItem, dynamic_cache
 from kvmem.config import KVCacheMemoryConfig
-from kvmem.errors import (
-    ArgumentError,
-    DuplicateMemoryError,
-    PromptError,
-    StorageError,
-    UnknownMemoryError,
-    check_kind,
-)
-from kvmem.items import KVCacheItem, Message, TextualMemoryItem
-from kvmem.unverified import with_ids_from_text
+from kvmem.engines import Backend
+from kvmem.errors import ArgumentError, DuplicateMemoryError, PromptError, StorageError, UnknownMemoryError, check_kind
+from kvmem.prompt import with_ids_from_text
 
 AN_ID = "An item's id is its kv_cache_id."
 
@@ -111,7 +103,7 @@ class KVCacheMemory:
         """All items, in the order of adding."""
         return list(self._items.values())
 
-    def get_cache(self, cache_ids: str | Sequence[str]) -> dynamic_cache.LentCache:
+    def get_cache(self, cache_ids: str | Sequence[str]) -> dynamic_cache.CacheView:
         """A lent cache for one id, or for several through the configured merge strategy, in the given order.
 
         Always a fresh shell that shares the stored tensors: however it is used, the stored items stay bit-identical.

@@ -1,32 +1,117 @@
-"""Finds the ideas that live one to a file in a package, so that adding one edits no list."""
+"""Finds an implementation by its name: in a package of this repository, or in an installed package of the user's.
+
+A new merge strategy, policy, file format or engine is one new file in its package. Nothing else is edited. A package of
+the user's own declares its class as an entry point in the group that has the package's name:
+
+    [project.entry-points."kvmem.merge"]
+    mean = "my_package.merges:Mean"
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from kvmem.errors import ConfigError, did_you_mean
 
-T = TypeVar("T")
+
+class Named(Protocol):
+    """A class with the name that configurations call it by."""
+
+    name: str
 
 
-def classes(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
-    """Every concrete subclass of `base` that a module of `package` defines, by its `name` in lower case."""
-    found: dict[str, type[T]] = {}
-    for module_info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        module = importlib.import_module(module_info.name)
-        for _, cls in inspect.getmembers(module, inspect.isclass):
-            if issubclass(cls, base) and cls.__module__ == module.__name__ and not inspect.isabstract(cls):
-                found[cls.name.lower()] = cls  # type: ignore[attr-defined]
-    return found
+T = TypeVar("T", bound=Named)
 
 
-def by_name(package: ModuleType, base: type[T], name: str, what: str) -> type[T]:
-    """The subclass of `base` called `name` (case does not matter), or a ConfigError with the choices."""
-    found = classes(package, base)
-    if name.lower() not in found:
-        raise ConfigError(f"Unknown {what} {name!r}. {did_you_mean(name.lower(), found)}")
-    return found[name.lower()]
+class Registry(Generic[T]):
+    """The concrete subclasses of `base`, by name. Case, underscores and hyphens in a name do not matter.
+
+    Searched are the modules of `package`, and of a subpackage what its `__init__` exports; then the entry points of the
+    group `package`. A lookup imports the module that has the wanted name first, and others only if that is not it.
+    """
+
+    def __init__(self, base: type[T], package: str, what: str) -> None:
+        """`what` says in an error what was looked for, such as "merge strategy"."""
+        self.base, self.package, self.what = base, package, what
+
+    def find(self, name: str) -> type[T]:
+        """The class called `name`.
+
+        Raises ConfigError with the nearest name and all choices, or if two installed classes have the name.
+        """
+        wanted = _normalized(name)
+        here = next((cls for cls in self._of_package(wanted) if _normalized(cls.name) == wanted), None)
+        installed = [point for point in self._entry_points() if _normalized(point.name) == wanted]
+        if len(installed) + (here is not None) > 1:
+            origins = [f"{point.value} (entry point {point.name})" for point in installed]
+            origins += [f"{here.__module__}:{here.__qualname__}"] if here is not None else []
+            raise ConfigError(f"The {self.what} {name!r} exists more than once: {', '.join(origins)}. Rename one.")
+        if installed:
+            return self._loaded(installed[0])
+        if here is None:
+            choices = [cls.name for cls in self._of_package()] + [point.name for point in self._entry_points()]
+            raise ConfigError(f"Unknown {self.what} {name!r}. {did_you_mean(name, choices)}")
+        return here
+
+    def classes(self) -> dict[str, type[T]]:
+        """Every class by its name in lower case; imports all modules of the package and all entry points."""
+        found = {cls.name.lower(): cls for cls in self._of_package()}
+        return found | {point.name.lower(): self._loaded(point) for point in self._entry_points()}
+
+    def installed(self) -> dict[str, type[T]]:
+        """The classes of other installed packages, by the names of their entry points."""
+        return {point.name: self._loaded(point) for point in self._entry_points()}
+
+    def _of_package(self, first: str = "") -> Iterator[type[T]]:
+        for module in _modules(importlib.import_module(self.package), first):
+            for _, cls in inspect.getmembers(module, inspect.isclass):
+                defined_there = cls.__module__ == module.__name__ or cls.__module__.startswith(module.__name__ + ".")
+                if issubclass(cls, self.base) and defined_there and not inspect.isabstract(cls):
+                    yield cls
+
+    def _entry_points(self) -> list[EntryPoint]:
+        return sorted(entry_points(group=self.package), key=lambda point: point.name)
+
+    def _loaded(self, point: EntryPoint) -> type[T]:
+        try:
+            cls = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"The entry point {point.name} = {point.value} can't be imported: {error}") from error
+        if not (inspect.isclass(cls) and issubclass(cls, self.base)):
+            raise ConfigError(
+                f"The entry point {point.name} = {point.value} in the group {self.package} is not a "
+                f"{self.base.__name__}. Derive it from {self.base.__module__}.{self.base.__name__}."
+            )
+        return cls
+
+
+def _normalized(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _modules(package: ModuleType, first: str) -> Iterator[ModuleType]:
+    """The modules of a package, then its subpackages and theirs; one that is called `first` before all others."""
+    children = sorted(pkgutil.iter_modules(package.__path__), key=lambda child: _normalized(child.name) != first)
+    packages = []
+    for child in children:
+        module = importlib.import_module(f"{package.__name__}.{child.name}")
+        if child.ispkg:
+            packages.append(module)
+        yield module
+    for module in packages:
+        yield from (below for below in _modules_of_faces(module, first))
+
+
+def _modules_of_faces(package: ModuleType, first: str) -> Iterator[ModuleType]:
+    """The subpackages of a subpackage. Its modules are its own affair: they may need what is not installed."""
+    for child in pkgutil.iter_modules(package.__path__):
+        if child.ispkg:
+            module = importlib.import_module(f"{package.__name__}.{child.name}")
+            yield module
+            yield from _modules_of_faces(module, first)

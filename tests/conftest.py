@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from kvmem import KVCacheMemory
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.hf_config import HFConfig
-from kvmem.models import Loaded
-from tests.tiny import SHAPES, copy_of, loaded, memory_on, pairs, same_bits, with_template
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.engines.huggingface.config import HFConfig
+from kvmem.models.loading import Loaded
+from tests.helpers.tiny import SHAPES, copy_of, loaded, memory_on, pairs, same_bits, with_template
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -57,9 +57,16 @@ def qwen3_plain(qwen3: HFBackend) -> HFBackend:
 def sliding(qwen3: HFBackend) -> HFBackend:
     """A tiny Mistral whose window of 24 tokens is shorter than the tests' memories."""
     config = MistralConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=49152, max_position_embeddings=4096, sliding_window=24,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=49152,
+        max_position_embeddings=4096,
+        sliding_window=24,
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
     with torch.no_grad():

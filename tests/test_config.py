@@ -9,8 +9,8 @@ import pytest
 
 import kvmem.errors
 from kvmem import KVCacheMemoryConfig
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.hf_config import HFConfig
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.engines.huggingface.config import HFConfig
 from kvmem.errors import ConfigError, KVMemError, ModelError
 from kvmem.merge.naive_concat import NaiveConcat
 from kvmem.merge.reprefill import Reprefill

@@ -11,13 +11,22 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up: a room may import rooms of the floors below it. A new room gets its floor here.
 FLOORS = (
-    {"errors"}, {"discover", "random_weights"}, {"fingerprint"}, {"items", "cache_layers"},
-    {"dynamic_cache", "rope", "forward", "models"}, {"recompute"},
+    {"errors"},
+    {"discover", "random_weights"},
+    {"fingerprint"},
+    {"items", "cache_layers"},
+    {"dynamic_cache", "rope", "forward", "models"},
+    {"recompute"},
     {"prompt", "merge", "storage", "usage", "graph", "arriving"},
-    {"unverified", "policies", "journal", "polite", "failures", "loads", "grouping"}, {"backends"},
-    {"config", "costs", "places"}, {"cold", "compressed"}, {"memory", "tiers", "planner"}, {"shelf"},
-    {"intake", "lending"}, {"scheduler"},
-)  # fmt: skip
+    {"unverified", "policies", "journal", "polite", "failures", "loads", "grouping"},
+    {"backends"},
+    {"config", "costs", "places"},
+    {"cold", "compressed"},
+    {"memory", "tiers", "planner"},
+    {"shelf"},
+    {"intake", "lending"},
+    {"scheduler"},
+)
 FLOOR_OF = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 
 # Where what one cell raises becomes a failed row, with its traceback, and the other cells go on.

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kvmem import KVCacheItem, TextualMemoryItem
-from kvmem.backends.hf import HFBackend
-from kvmem.dynamic_cache import LentCache, layers_of
+from kvmem.cache.dynamic_cache import CacheView, layers_of
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import (
     DamagedFileError,
     DuplicateMemoryError,
@@ -20,7 +20,7 @@ from kvmem.errors import (
     StorageError,
     UnknownMemoryError,
 )
-from tests.tiny import copy_of, greedy_by_transformers, loaded, memory_on, pairs, same_bits
+from tests.helpers.tiny import copy_of, greedy_by_transformers, loaded, memory_on, pairs, same_bits
 
 TURNS = [
     {"role": "system", "content": "You answer in one word."},
@@ -219,7 +219,7 @@ def test_a_lent_cache_outlives_its_item(stored, qwen3):
 
 def test_get_cache_of_one_and_of_several(stored):
     memory, ids = stored
-    assert isinstance(memory.get_cache(ids[0]), LentCache)
+    assert isinstance(memory.get_cache(ids[0]), CacheView)
     assert memory.get_cache(ids[0]).get_seq_length() == memory.get_cache([ids[0]]).get_seq_length()
     both = memory.get_cache(ids[:2])
     assert both.get_seq_length() == len(both.tokens.token_ids) > memory.get_cache(ids[0]).get_seq_length()

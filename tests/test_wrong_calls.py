@@ -9,14 +9,8 @@ import pytest
 from transformers import DynamicCache
 
 from kvmem import KVCacheItem, KVCacheMemory, TextualMemoryItem
-from kvmem.errors import (
-    ArgumentError,
-    FingerprintError,
-    PromptError,
-    StorageError,
-    UnknownMemoryError,
-)
-from tests.tiny import kind, memory_on, pairs
+from kvmem.errors import ArgumentError, FingerprintError, PromptError, StorageError, UnknownMemoryError
+from tests.helpers.tiny import kind, memory_on, pairs
 
 TEXT, OTHER = (text for text, _ in pairs(2, characters=300, seed=7))
 TURNS = [{"role": "user", "content": "Who is Bodo?"}, {"role": "assistant", "content": "My dog."}]
@@ -159,9 +153,11 @@ def test_a_folder_that_can_not_be(stored, tmp_path, verb, why):
     (tmp_path / "file").write_text("kept")
     (tmp_path / stored.config.memory_filename).mkdir()
     folder = {
-        "a file": tmp_path / "file", "below a file": tmp_path / "file" / "deeper", "a null character": "a\0b",
+        "a file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "deeper",
+        "a null character": "a\0b",
         "a folder of the file's name": tmp_path,
-    }[why]  # fmt: skip
+    }[why]
     with pytest.raises(StorageError):
         getattr(stored, verb)(folder)
     assert (tmp_path / "file").read_text() == "kept"

@@ -7,12 +7,13 @@ import torch
 from transformers import DynamicCache
 
 from kvmem import KVCacheItem
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.hf_graph import HFGraphBackend
-from kvmem.backends.lent_file import LentFile, split_behind
-from kvmem.backends.sampling import Sampling
+from kvmem.engines.base import FileHandle
+from kvmem.engines.generation import Sampling
+from kvmem.engines.graph.backend import HFGraphBackend
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.engines.vllm.memory_files import split_behind
 from kvmem.errors import ArgumentError, ConfigError, FingerprintError, PromptError
-from tests.tiny import kind, lent_by, loaded, memory_on, pairs
+from tests.helpers.tiny import kind, lent_by, loaded, memory_on, pairs
 
 TEXT, OTHER = (text for text, _ in pairs(2, characters=300, seed=7))
 OTHER_FAMILIES = ["qwen2", "llama", "mistral"]  # another head size; more layers too; fewer heads, which would broadcast
@@ -27,7 +28,6 @@ def graph():
 @pytest.fixture(params=["huggingface", "hf_graph"])
 def backend(request, qwen3, graph):
     return qwen3 if request.param == "huggingface" else graph
-
 
 
 @pytest.mark.parametrize("family_name", OTHER_FAMILIES)
@@ -78,9 +78,13 @@ def test_an_item_without_tensors_is_not_lent(qwen3):
 def test_what_is_no_lent_cache(stored, backend, what):
     item = stored.get_all()[0]
     given = {
-        "item": item, "its cache": item.kv_cache, "its id": item.kv_cache_id, "ids": [item.kv_cache_id],
-        "tuple": ((torch.zeros(1), torch.zeros(1)),), "a file": LentFile(item.metadata.tokens, None),
-    }[what]  # fmt: skip
+        "item": item,
+        "its cache": item.kv_cache,
+        "its id": item.kv_cache_id,
+        "ids": [item.kv_cache_id],
+        "tuple": ((torch.zeros(1), torch.zeros(1)),),
+        "a file": FileHandle(item.metadata.tokens, None),
+    }[what]
     for answer in (backend.generate, backend.stream):
         with pytest.raises(ArgumentError, match=r"A lent cache has to be LentCache, not .*get_cache"):
             answer("Why?", given)
@@ -93,9 +97,20 @@ def test_what_vllm_can_not_inject(stored, qwen3):
 
 
 @pytest.mark.parametrize(
-    "query", [None, 3, b"x", ["x"], [3], {"role": "user", "content": "x"}, [{"role": "user"}],
-              [{"role": "user", "content": 3}], [{"content": "x"}]], ids=kind,
-)  # fmt: skip
+    "query",
+    [
+        None,
+        3,
+        b"x",
+        ["x"],
+        [3],
+        {"role": "user", "content": "x"},
+        [{"role": "user"}],
+        [{"role": "user", "content": 3}],
+        [{"content": "x"}],
+    ],
+    ids=kind,
+)
 @pytest.mark.parametrize("behind", [True, False], ids=["behind a memory", "behind nothing"])
 def test_what_is_no_query(stored, backend, query, behind):
     cache = lent_by(backend, TEXT) if behind else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -10,16 +9,14 @@ from typing import ClassVar
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from experiments import measure
-from experiments.equality import Trace
-from experiments.measure import Sample, synchronize
-from kvmem import discover
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.measured import FirstToken, MeasuredBackend
+from experiments.measurement import Sample, Trace, synchronize, ttft
+from kvmem.cache import KVCacheItem, MemoryTokens
+from kvmem.engines import FirstToken, MeasuredBackend
+from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
-from kvmem.forward import decode_one_token
-from kvmem.items import KVCacheItem, MemoryTokens
+from kvmem.models import decode_one_token
 from kvmem.prompt import Query, TokenizedPrompt
+from kvmem.registry import Registry
 
 
 class Recipe(ABC):
@@ -72,10 +69,10 @@ class Recipe(ABC):
 
 def recipes() -> dict[str, type[Recipe]]:
     """Every recipe, by name."""
-    return discover.classes(sys.modules[__name__], Recipe)  # type: ignore[type-abstract]
+    return Registry(Recipe, "experiments.baselines", "recipe").classes()
 
 
-def arm(name: str, backend: MeasuredBackend, item: KVCacheItem, tokens: MemoryTokens, query: Query) -> measure.Arm:
+def arm(name: str, backend: MeasuredBackend, item: KVCacheItem, tokens: MemoryTokens, query: Query) -> ttft.Arm:
     """A recipe as an arm of a comparison; ConfigError on an engine that is not Hugging Face's."""
     if not isinstance(backend, HFBackend):
         raise ConfigError(f"The {name} recipe is Hugging Face's, and this is backend={type(backend).name}.")

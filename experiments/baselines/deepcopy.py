@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from transformers import DynamicCache
 
-from experiments.recipes import Recipe
+from experiments.baselines.base import Recipe
 
 
 class DeepCopy(Recipe):

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from transformers import DynamicCache, PreTrainedConfig
 
-from experiments.recipes import Recipe
-from kvmem import dynamic_cache
-from kvmem.items import KVCacheItem
+from experiments.baselines.base import Recipe
+from kvmem.cache import KVCacheItem, dynamic_cache
 
 
 class MemOS(Recipe):

@@ -7,8 +7,8 @@ from typing import ClassVar, cast
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from experiments.recipes import Recipe
-from kvmem import dynamic_cache
+from experiments.baselines.base import Recipe
+from kvmem.cache import dynamic_cache
 
 
 class SharedTensors(Recipe):

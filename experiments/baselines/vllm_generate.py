@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm import LLM, SamplingParams
 
-from kvmem.backends.measured import FirstToken
+from kvmem.engines import FirstToken
 from kvmem.prompt import TokenizedPrompt
 
 

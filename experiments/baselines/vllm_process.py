@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from kvmem.backends.vllm_start import CPU_KV_CACHE_GIB, ENVIRONMENT
+from kvmem.engines.vllm import CPU_KV_CACHE_GIB, ENVIRONMENT
 from kvmem.errors import EngineError
 
 LEFT_FREE_BYTES = 2 << 30
@@ -72,7 +72,7 @@ def ask(request: Request, timeout_s: float) -> Reply:
     with tempfile.TemporaryDirectory() as folder:
         asked, replied = Path(folder) / "request.json", Path(folder) / "reply.json"
         asked.write_text(json.dumps(dataclasses.asdict(request)))
-        command = [sys.executable, "-m", "experiments.vllm_peer", str(asked), str(replied)]
+        command = [sys.executable, "-m", "experiments.baselines.vllm_process", str(asked), str(replied)]
         env = ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
@@ -96,9 +96,14 @@ def measure(request: Request) -> Reply:
     else:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": int(CPU_KV_CACHE_GIB * 2**30)}
     llm = LLM(
-        model=request.model, skip_tokenizer_init=True, dtype=request.dtype, max_model_len=window,
-        enable_prefix_caching=True, disable_log_stats=True, **options,
-    )  # fmt: skip
+        model=request.model,
+        skip_tokenizer_init=True,
+        dtype=request.dtype,
+        max_model_len=window,
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        **options,
+    )
     chance = random.Random(0)
 
     def fresh(tokens: int) -> list[int]:

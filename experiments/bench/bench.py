@@ -7,13 +7,13 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments import hardware
-from experiments.config import RunConfig
-from experiments.rates import calibrate
-from experiments.roofline import Rates, Roofline
-from experiments.row import Row
-from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
-from kvmem.backends.measured import MeasuredBackend
+from experiments.bench.setup import Setup
+from experiments.hardware import layout
+from experiments.performance_model import Rates, Roofline, calibrate
+from experiments.results import Row
+from kvmem import KVCacheMemory, KVCacheMemoryConfig
+from kvmem.cache import KVCacheItem, Source
+from kvmem.engines import MeasuredBackend
 from kvmem.errors import ConfigError
 
 log = logging.getLogger("experiments")
@@ -23,7 +23,7 @@ log = logging.getLogger("experiments")
 class Bench:
     """Opened once a run; every scenario measures on it."""
 
-    config: RunConfig
+    setup: Setup
     memory: KVCacheMemory
     backend: MeasuredBackend
     roofline: Roofline
@@ -32,26 +32,26 @@ class Bench:
     """Items in order of building, so that cells with the same memory build it once."""
 
     @classmethod
-    def open(cls, config: RunConfig) -> Bench:
-        """Checks that this machine is the layout that `config` names, loads the model, and calibrates the limit."""
-        config.hardware.refuse_other_machines()
-        _refuse_idle_gpus(config)
-        log.info("loading %s on %s", config.model.source(), config.backend.backend)
+    def open(cls, setup: Setup) -> Bench:
+        """Checks that this machine is the layout that `setup` names, loads the model, and calibrates the limit."""
+        setup.hardware.refuse_other_machines()
+        _refuse_idle_gpus(setup)
+        log.info("loading %s on %s", setup.model.source(), setup.backend.backend)
         memory = KVCacheMemory(
             KVCacheMemoryConfig(
-                extractor_llm={"backend": config.backend.backend, "config": config.backend},
-                memory_filename=config.storage.memory_filename,
-                merge=config.merge,
-                template=config.template,
-                separator=config.separator,
+                extractor_llm={"backend": setup.backend.backend, "config": setup.backend},
+                memory_filename=setup.storage.memory_filename,
+                merge=setup.merge,
+                template=setup.template,
+                separator=setup.separator,
             )
         )
         backend = memory.backend
         if not isinstance(backend, MeasuredBackend):
-            raise ConfigError(f"backend={config.backend.backend} answers, and can't be measured. Use another backend.")
+            raise ConfigError(f"backend={setup.backend.backend} answers, and can't be measured. Use another backend.")
         rates = _rates(backend)
         conditions = {"rates": dataclasses.asdict(rates), "origin": backend.fingerprint.origin}
-        return cls(config, memory, backend, Roofline(rates, backend.model_config), conditions)
+        return cls(setup, memory, backend, Roofline(rates, backend.model_config), conditions)
 
     def limit_s(self, computed_tokens: int, cached_tokens: int) -> float:
         """The least seconds in which this machine prefills so many tokens behind so many."""
@@ -66,18 +66,18 @@ class Bench:
 
     def conditions_now(self) -> dict[str, Any]:
         """Clocks, temperature, versions, kernel and graph mode, and what warming up has cost until now."""
-        return hardware.conditions() | self.backend.conditions() | self.conditions
+        return layout.conditions() | self.backend.conditions() | self.conditions
 
     def row(self, scenario: str, **fields: Any) -> Row:
         """A row with what is the same for all of this run filled in."""
         fingerprint = self.backend.fingerprint
         same: dict[str, Any] = {
-            "model": self.config.model.label,
-            "weights": self.config.model.weights,
+            "model": self.setup.model.label,
+            "weights": self.setup.model.weights,
             "dtype": fingerprint.dtype,
             "backend": type(self.backend).name,
             "attention": self.backend.attention,
-            "hardware": self.config.hardware.label(),
+            "hardware": self.setup.hardware.label(),
             "merge": "single",
             "tier": self.backend.device.type,
             "arm": "injected",
@@ -85,17 +85,44 @@ class Bench:
         return Row(scenario=scenario, **(same | fields))
 
 
-def _refuse_idle_gpus(config: RunConfig) -> None:
+def _refuse_idle_gpus(setup: Setup) -> None:
     """ConfigError for an engine of one device on a layout that shares the model among several: its rows would carry
     the layout's name, and all devices but one would idle."""
-    shared = config.hardware.tensor_parallel
-    if shared > 1 and config.hardware.check and not hasattr(config.backend, "tensor_parallel_size"):
+    shared = setup.hardware.tensor_parallel
+    if shared > 1 and setup.hardware.check and not hasattr(setup.backend, "tensor_parallel_size"):
         raise ConfigError(
-            f"hardware={config.hardware.name} shares a model among {shared} devices, and "
-            f"backend={config.backend.backend} uses one. Use backend=hf_ranks or vllm, or a layout of one device."
+            f"hardware={setup.hardware.name} shares a model among {shared} devices, and "
+            f"backend={setup.backend.backend} uses one. Use backend=hf_ranks or vllm, or a layout of one device."
         )
 
 
 def _rates(backend: MeasuredBackend) -> Rates:
     """What the backend's device can do at best, and its ranks together."""
     return calibrate(backend.model_config, backend.dtype, backend.compute_device).times(backend.ranks)
+
+
+def built_once(bench: Bench, source: Source) -> KVCacheItem:
+    """The item of `source`, built now if it was not before."""
+    for item in bench.built:
+        if item.metadata.tokens.source == source:
+            return item
+    base = next((item for item in reversed(bench.built) if _goes_on(item.metadata.tokens.source, source)), None)
+    turns = source if base is None else source[len(base.metadata.tokens.source) :]
+    bench.memory.extract(turns, base=base)  # warms up this shape
+    bench.built.append(bench.memory.extract(turns, base=base))
+    return bench.built[-1]
+
+
+def build_s(bench: Bench, item: KVCacheItem) -> float:
+    """Seconds that the item took in all: an extended one stands on those built before it."""
+    source = item.metadata.tokens.source
+    return item.metadata.build_s + sum(
+        built.metadata.build_s for built in bench.built if _goes_on(built.metadata.tokens.source, source)
+    )
+
+
+def _goes_on(earlier: Source, source: Source) -> bool:
+    """True where `source` is a dialogue that `earlier` begins."""
+    if isinstance(earlier, str) or isinstance(source, str):
+        return False
+    return len(earlier) < len(source) and source[: len(earlier)] == earlier

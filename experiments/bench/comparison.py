@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments import measure
-from experiments.bench import Bench
-from experiments.equality import Trace, grade
-from experiments.measure import Sample
-from experiments.row import Row
-from experiments.verdict import judge
+from experiments.bench.bench import Bench
+from experiments.measurement import Sample, Trace, grade, judge, ttft
+from experiments.results import Row
 from experiments.workloads import Cell
-from kvmem.backends.measured import MeasuredBackend
+from kvmem.engines import MeasuredBackend
 
 ENOUGH_FOR_P90 = 10
 
@@ -38,21 +35,31 @@ class Arm:
 
 
 def compare(
-    bench: Bench, scenario: str, cell: Cell, arm: str, reused: Arm, direct: Arm, *,
-    build_s: float, kv_bytes: int, memories: int = 1, conditions: dict[str, Any], extra: dict[str, Any],
+    bench: Bench,
+    scenario: str,
+    cell: Cell,
+    arm: str,
+    reused: Arm,
+    direct: Arm,
+    *,
+    build_s: float,
+    kv_bytes: int,
+    memories: int = 1,
+    conditions: dict[str, Any],
+    extra: dict[str, Any],
     engine: MeasuredBackend | None = None,
-) -> Row:  # fmt: skip
+) -> Row:
     """The row of `arm`, which reuses a memory, beside the direct one; both were sampled in the same rounds.
 
     engine: what ran both arms, where that is not the bench's own.
     """
-    hit, plain = measure.missed(reused.samples), measure.missed(direct.samples)
+    hit, plain = ttft.missed(reused.samples), ttft.missed(direct.samples)
     kv_s, direct_s = median(reused.engine_s), median(direct.engine_s)
     cached, whole = hit.token.cached_tokens, len(hit.prompt.ids)
     equality = grade(
         direct.trace,
         reused.trace,
-        lambda step: measure.rounding_noise(
+        lambda step: ttft.rounding_noise(
             engine or bench.backend,
             plain.prompt.ids + direct.trace.token_ids[:step],
             len(hit.prompt.memory_ids),
@@ -62,7 +69,7 @@ def compare(
     if kv_s < limit_s or direct_s < direct_limit_s:
         bench.recalibrate()
         limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain.prompt.ids), 0)
-    merge = bench.config.merge
+    merge = bench.setup.merge
     cache_s = median(sample.cache_s for sample in reused.samples)
     verdict = judge(
         direct_digest=plain.prompt.digest,
@@ -97,8 +104,8 @@ def compare(
         direct_ttft_s=direct_s,
         kv_user_ttft_s=reused.user_s,
         direct_user_ttft_s=direct.user_s,
-        speedup_pct=measure.speedup_pct(reused.engine_s, direct.engine_s),
-        speedup_interval=measure.speedup_interval(reused.engine_s, direct.engine_s),
+        speedup_pct=ttft.speedup_pct(reused.engine_s, direct.engine_s),
+        speedup_interval=ttft.speedup_interval(reused.engine_s, direct.engine_s),
         break_even_queries=build_s / saved_s if saved_s > 0 else None,
         cached_tokens=cached,
         limit_s=limit_s,
@@ -125,7 +132,7 @@ def _told(bench: Bench, cell: Cell, reused: Arm, direct: Arm) -> dict[str, Any]:
             "injected": decode(list(reused.trace.token_ids)),
             "direct": decode(list(direct.trace.token_ids)),
         },
-        "spread": {"injected": measure.spread(reused.engine_s), "direct": measure.spread(direct.engine_s)},
+        "spread": {"injected": ttft.spread(reused.engine_s), "direct": ttft.spread(direct.engine_s)},
     }
     for label, arm in (("kv", reused), ("direct", direct)):
         told |= every_sample(f"{label}_ttft", arm.engine_s)
@@ -142,5 +149,5 @@ def every_sample(name: str, seconds: Sequence[float]) -> dict[str, Any]:
 
 def ratio(name: str, a_s: Sequence[float], b_s: Sequence[float]) -> dict[str, Any]:
     """The paired ratio of two arms and its 95% interval (None: of too few pairs), under `name`."""
-    middle, interval = measure.paired_ratio(a_s, b_s)
+    middle, interval = ttft.paired_ratio(a_s, b_s)
     return {name: middle, f"{name}_interval": interval and list(interval)}

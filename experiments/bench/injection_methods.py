@@ -10,22 +10,18 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from experiments import measure, recipes
-from experiments.equality import Trace
-from experiments.measure import Sample, synchronize
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.hf_graph import HFGraphBackend
-from kvmem.backends.measured import FirstToken, MeasuredBackend
-from kvmem.graph.engine import Engine
-from kvmem.items import KVCacheItem
+from experiments import baselines
+from experiments.measurement import Sample, Trace, synchronize, ttft
+from experiments.results.arms import ALONE, DIRECT, DIRECT_EAGER, GRAPH, IN_PLACE
+from kvmem.cache import KVCacheItem
+from kvmem.engines import FirstToken, MeasuredBackend
+from kvmem.engines.graph import Engine, HFGraphBackend
+from kvmem.engines.huggingface import HFBackend
 from kvmem.prompt import Query, TokenizedPrompt
-
-DIRECT, DIRECT_EAGER, ALONE = "direct", "direct, eager", "query alone"
-IN_PLACE, GRAPH = "in place", "in place + graph"
 
 
 @dataclass(frozen=True)
-class Way:
+class InjectionMethod:
     """`first_token` takes one sample, whose engine_s holds the passing of the cache too. `trace` gives a longer answer
     of so many tokens; None: it is not the whole prompt's. `engine` ran it, and its own direct way, `beside`, is what
     the answer must be equal to: another engine's kernels round otherwise."""
@@ -36,7 +32,7 @@ class Way:
     beside: str
 
 
-def ways(backend: HFGraphBackend, item: KVCacheItem, question: Query) -> dict[str, Way]:
+def ways(backend: HFGraphBackend, item: KVCacheItem, question: Query) -> dict[str, InjectionMethod]:
     """By name, on the backend's weights: the fast engine's, Hugging Face's, and every recipe."""
     prompt = backend.template.split(item.metadata.tokens, question)
     whole, alone = TokenizedPrompt((), prompt.ids), TokenizedPrompt((), prompt.query_ids)
@@ -52,12 +48,14 @@ def ways(backend: HFGraphBackend, item: KVCacheItem, question: Query) -> dict[st
         found[GRAPH] = _on(backend, fast, cache, prompt)
     else:
         found[IN_PLACE] = _on(backend, fast, cache, prompt)
-    for name, recipe in recipes.recipes().items():
+    for name, recipe in baselines.recipes().items():
         found[name] = _by(recipe(item, backend.model_config), backend.eager, prompt)
     return found
 
 
-def _on(backend: HFGraphBackend, engine: Engine, cache: DynamicCache | None, prompt: TokenizedPrompt) -> Way:
+def _on(
+    backend: HFGraphBackend, engine: Engine, cache: DynamicCache | None, prompt: TokenizedPrompt
+) -> InjectionMethod:
     held, ids = len(prompt.memory_ids), prompt.query_ids
 
     def trace(steps: int) -> Trace:
@@ -70,22 +68,22 @@ def _on(backend: HFGraphBackend, engine: Engine, cache: DynamicCache | None, pro
     def token() -> int:
         return engine.first_token(cache, held, ids)
 
-    return Way(lambda: _sample(engine.device, prompt, token), trace, backend, DIRECT)
+    return InjectionMethod(lambda: _sample(engine.device, prompt, token), trace, backend, DIRECT)
 
 
-def _by(recipe: recipes.Recipe, backend: HFBackend, prompt: TokenizedPrompt) -> Way:
+def _by(recipe: baselines.Recipe, backend: HFBackend, prompt: TokenizedPrompt) -> InjectionMethod:
     def first_token() -> Sample:
         sample = recipe.first_token(backend, prompt)
         return dataclasses.replace(sample, engine_s=sample.user_s)
 
-    return Way(first_token, lambda steps: recipe.trace(backend, prompt, steps), backend, DIRECT_EAGER)
+    return InjectionMethod(first_token, lambda steps: recipe.trace(backend, prompt, steps), backend, DIRECT_EAGER)
 
 
-def _eager(backend: HFBackend, whole: TokenizedPrompt) -> Way:
+def _eager(backend: HFBackend, whole: TokenizedPrompt) -> InjectionMethod:
     def trace(steps: int) -> Trace:
-        return measure.trace(backend, whole, None, steps)
+        return ttft.trace(backend, whole, None, steps)
 
-    return Way(
+    return InjectionMethod(
         lambda: _sample(backend.device, whole, lambda: backend.first_token(whole).id), trace, backend, DIRECT_EAGER
     )
 

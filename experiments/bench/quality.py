@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments import measure
-from experiments.equality import Equality, Trace, grade
-from kvmem import KVCacheItem, dynamic_cache
-from kvmem.backends.hf import HFBackend
+from experiments.measurement import Equality, Trace, grade, ttft
+from kvmem import KVCacheItem
+from kvmem.cache import dynamic_cache
+from kvmem.engines.huggingface import HFBackend
 from kvmem.prompt import TokenizedPrompt
 
 SCORED_TOKENS, LEAST_SCORED = 64, 2
@@ -25,11 +25,11 @@ class Quality:
 
 def graded(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, direct: Trace) -> Quality:
     """The grade of an answer behind `item`, beside that of the prompt sent whole, and `item`'s likelihood."""
-    injected = measure.trace(backend, prompt, lambda: _lent(backend, item), len(direct.token_ids))
+    injected = ttft.trace(backend, prompt, lambda: _lent(backend, item), len(direct.token_ids))
     equality = grade(
         direct,
         injected,
-        lambda step: measure.rounding_noise(backend, prompt.ids + direct.token_ids[:step], len(prompt.memory_ids)),
+        lambda step: ttft.rounding_noise(backend, prompt.ids + direct.token_ids[:step], len(prompt.memory_ids)),
     )
     return Quality(equality, nll(backend, item))
 
@@ -53,6 +53,6 @@ def nll(backend: HFBackend, item: KVCacheItem) -> float | None:
     return float(torch.nn.functional.cross_entropy(logits_TV, ids[0, 1:]))
 
 
-def _lent(backend: HFBackend, item: KVCacheItem) -> dynamic_cache.LentCache:
+def _lent(backend: HFBackend, item: KVCacheItem) -> dynamic_cache.CacheView:
     config, told = backend.model_config, item.metadata
     return dynamic_cache.lend(item.kv_cache, told.tokens, config, told.lossy, backend.fingerprint)

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import torch
 
-from experiments import measure, page_cache
-from experiments.bench import Bench
-from experiments.lossy import Quality, graded, nll
-from kvmem import KVCacheItem, dynamic_cache
-from kvmem.backends.hf import HFBackend
-from kvmem.compressed import BITS, compressed_bytes
-from kvmem.places import DiskPlace
+from experiments.bench.bench import Bench
+from experiments.bench.quality import Quality, graded, nll
+from experiments.measurement import page_cache, ttft
+from kvmem import KVCacheItem
+from kvmem.cache import dynamic_cache
+from kvmem.engines.huggingface import HFBackend
 from kvmem.prompt import TokenizedPrompt
-from kvmem.tiers import TieredItems
+from kvmem.tiers import BITS, DiskPlace, TieredItems, compressed_bytes
 
 RECOMPUTE = "recompute"
 COLD, WARM = "disk, cold", "disk, warm"
@@ -61,8 +60,12 @@ class InEveryTier:
         self.prompt = self.backend.split(question, lent)
         memory, lossy = ({n: (lambda n=n: self._answer(n)) for n in places} for places in (names, self.compressed))
         self.arms: dict[str, Callable[[], Taken]] = {
-            **memory, WARM: self._warm, COLD: self._cold, **lossy, RECOMPUTE: self._recompute,
-        }  # fmt: skip
+            **memory,
+            WARM: self._warm,
+            COLD: self._cold,
+            **lossy,
+            RECOMPUTE: self._recompute,
+        }
 
     def round(self, rng: random.Random) -> dict[str, Taken]:
         taken = {name: self.arms[name]() for name in rng.sample(sorted(self.arms), len(self.arms))}
@@ -80,7 +83,7 @@ class InEveryTier:
     def quality(self, steps: int) -> dict[str, Quality]:
         """What the item from each compressed tier is still worth, by `steps` greedy tokens and by likelihood."""
         found = {}
-        direct = measure.trace(self.backend, TokenizedPrompt((), self.prompt.ids), None, steps)
+        direct = ttft.trace(self.backend, TokenizedPrompt((), self.prompt.ids), None, steps)
         for name in self.compressed:
             with self.tiers[name].use(self.item.kv_cache_id) as item:
                 found[name] = graded(self.backend, item, self.prompt, direct)
@@ -109,7 +112,7 @@ class InEveryTier:
             return all(torch.equal(a, b) for a, b in zip(now, (t for pair in self.before for t in pair), strict=True))
 
     def _answer(self, name: str) -> Taken:
-        measure.synchronize(self.backend.device)
+        ttft.synchronize(self.backend.device)
         started = time.perf_counter()
         with self.tiers[name].use(self.item.kv_cache_id) as item:
             fetched = time.perf_counter()
@@ -133,7 +136,7 @@ class InEveryTier:
         return Taken(taken.seconds, taken.token, taken.fetch_s, read_s, cached_pct)
 
     def _recompute(self) -> Taken:
-        measure.synchronize(self.backend.device)
+        ttft.synchronize(self.backend.device)
         started = time.perf_counter()
         token = self.backend.first_token(TokenizedPrompt((), self.prompt.ids))
         return Taken(time.perf_counter() - started, token.id)

@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.simulate import Outcome
-from experiments.traces import Trace
-from experiments.workloads.cut import asked, cut_memories
-from experiments.workloads.python_docs import QUESTIONS, docs_text
-from kvmem import KVCacheMemory, TextualMemoryItem, dynamic_cache
-from kvmem.backends.hf import HFBackend
-from kvmem.costs import Costs
-from kvmem.scheduler import MemScheduler
+from experiments.traces import Outcome, Trace
+from experiments.workloads import QUESTIONS, asked, cut_memories, docs_text
+from kvmem import KVCacheMemory, TextualMemoryItem
+from kvmem.cache import dynamic_cache
+from kvmem.engines.huggingface import HFBackend
+from kvmem.scheduler import Costs, MemScheduler
 
 Samples = list[tuple[int, int, float]]
 """(new tokens, tokens behind which they were computed, seconds)."""

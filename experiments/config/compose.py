@@ -26,13 +26,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from experiments import launchers
-from experiments.config import RunConfig
+from experiments.config import plugin_path
+from experiments.config.schema import RunConfig
 from kvmem.errors import ConfigError, config_error, did_you_mean
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 VERSION_BASE = "1.3"
-launchers.make_known()  # before Hydra looks for its plugins, which it does once
+plugin_path.make_known()  # before Hydra looks for its plugins, which it does once
 
 
 def compose(overrides: list[str]) -> DictConfig:

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-PLUGINS = Path(__file__).resolve().parent
+PLUGINS = Path(__file__).resolve().parents[1] / "execution" / "launchers"
 """Where our part of `hydra_plugins` lies."""
 
 

@@ -1,94 +1,18 @@
-"""What a run is made of: one card a group, each a dataclass that its YAML in conf/ lists the knobs of."""
+"""The typed root of a run: conf/config.yaml as one dataclass, with one field for each configuration group."""
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from experiments.hardware import Hardware
+from experiments.bench import Setup
 from experiments.scenarios import Scenario
 from experiments.sinks import Sink
-from experiments.workloads import Workload
-from kvmem import models, storage
-from kvmem.backends import BackendConfig
-from kvmem.errors import ConfigError, did_you_mean
-from kvmem.merge import MergeStrategy
-from kvmem.prompt import TemplateKind
 
 
-@dataclass(config=ConfigDict(extra="forbid"))
-class ModelCard:
-    """A model and where its weights come from: `pretrained` (a hub or the packaged copy) or `random` (seeded)."""
+@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True), kw_only=True)
+class RunConfig(Setup):
+    """A whole run: what is measured (`Setup`), the question that is asked of it, and where its rows go."""
 
-    label: str
-    """Its name in tables, as published: "Qwen3-8B"."""
-    name: str | None = None
-    """A hub name, a local folder, or smollm2-135m; None: there is none but its shape."""
-    shape: str | None = None
-    """The shape (kvmem/shapes/<shape>.json) that random weights are made of."""
-    weights: Literal["pretrained", "random"] = "pretrained"
-    seed: int = 0
-    """Seed of random weights."""
-
-    def __post_init__(self) -> None:
-        self.source()
-        if self.shape is not None and self.shape not in models.shapes():
-            raise ConfigError(f"Unknown shape {self.shape!r}. {did_you_mean(self.shape, models.shapes())}")
-
-    def source(self) -> str:
-        """The library's `model_name_or_path`."""
-        if self.weights == "random":
-            if self.shape is None:
-                raise ConfigError(f"{self.label} has no shape to make random weights of. Use model.weights=pretrained.")
-            return models.RANDOM + self.shape
-        if self.name is None:
-            raise ConfigError(
-                f"{self.label} is a shape without trained weights. Use model.weights=random, or set model.name."
-            )
-        return self.name
-
-
-@dataclass(config=ConfigDict(extra="forbid"))
-class StorageCard:
-    """The file that a memory is dumped to; its suffix is the format."""
-
-    memory_filename: str = "activation_memory.safetensors"
-
-    def __post_init__(self) -> None:
-        storage.for_filename(self.memory_filename)
-
-
-@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
-class RunConfig:
-    """A whole run: the root of conf/config.yaml, one field a group."""
-
-    model: ModelCard
-    backend: BackendConfig
-    hardware: Hardware
-    merge: MergeStrategy
-    storage: StorageCard
-    workload: Workload
     scenario: Scenario
     sink: Sink
-    template: TemplateKind = "chat"
-    separator: str = "\n\n"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """The model card names the model, and the layout the ranks; the backend card, which is the library's own, takes
-        them from there."""
-        given = {"model_name_or_path": (models.PACKAGED, self.model.source()), "seed": (0, self.model.seed)}
-        knobs = {field.name for field in dataclasses.fields(self.backend)}  # type: ignore[arg-type]
-        for knob, (default, chosen) in given.items():
-            if knob in knobs and getattr(self.backend, knob) not in (default, chosen):
-                raise ConfigError(
-                    "backend.model_name_or_path and backend.seed come from the model card. "
-                    "Set model.name and model.seed instead."
-                )
-        taken = {knob: chosen for knob, (_, chosen) in given.items() if knob in knobs}
-        if getattr(self.backend, "tensor_parallel_size", None) == 1 and self.hardware.is_here():
-            taken["tensor_parallel_size"] = self.hardware.tensor_parallel
-        self.backend = dataclasses.replace(self.backend, **taken)  # type: ignore[type-var]

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.row import Row
-from experiments.run_folder import read_run
-from experiments.sinks.jsonl import FILENAME as ROWS
+from experiments.results import ROWS_FILE as ROWS
+from experiments.results import Row, read_run
 from kvmem.errors import ConfigError
 
 DONE, LOCK = "DONE.json", "LOCK"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import rich
@@ -22,12 +21,6 @@ class ConsoleHandler(logging.Handler):
         rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
-def shown(path: Path) -> Path:
-    """The path as a person would type it here: relative where it lies in the working folder."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
 def over(cells: Sequence[T]) -> Iterator[T]:
     """The cells one by one; each has a `label`."""
     if not sys.stdout.isatty():
@@ -36,9 +29,13 @@ def over(cells: Sequence[T]) -> Iterator[T]:
             yield cell
         return
     columns = [
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    ]  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
     with Progress(*columns, console=rich.get_console()) as bar:
         task = bar.add_task("cells", total=len(cells))
         for cell in cells:

@@ -1,4 +1,4 @@
-"""One process of a run by several (experiments/ranks.py): `python -m experiments.one_rank ORDER`, by torchrun."""
+"""One process of a run by several (experiments/execution/ranks.py): `python -m experiments.execution.rank_worker ORDER`, by torchrun."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from experiments import compose, ranks
-from experiments.config import RunConfig
-from experiments.in_step import agreed
-from experiments.run import measured, named, run
+from experiments.config import RunConfig, compose
+from experiments.execution import ranks
+from experiments.execution.runner import measured, named, run
+from experiments.measurement import agreed
 from kvmem.errors import ConfigError, EngineError, KVMemError
 
 

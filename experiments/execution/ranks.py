@@ -18,9 +18,8 @@ from typing import Any
 
 from experiments.config import RunConfig
 from experiments.hardware import cores
-from experiments.row import Row
-from experiments.run_folder import read_run
-from kvmem.backends.hf_ranks import HFRanksConfig
+from experiments.results import Row, read_run
+from kvmem.engines.huggingface import HFRanksConfig
 from kvmem.errors import ConfigError, EngineError
 
 LOG = "ranks.log"
@@ -74,7 +73,7 @@ def run(
         order = Path(folder) / "order.json"
         order.write_text(json.dumps(asdict(Order(str(run_dir), resolved, list(overrides), logging, folder))))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command += ["-m", "experiments.one_rank", str(order)]
+        command += ["-m", "experiments.execution.rank_worker", str(order)]
         here = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         env = {"OMP_NUM_THREADS": str(max(1, cores() // count))} | os.environ | here
         with (run_dir / LOG).open("a+", encoding="utf-8") as log:

@@ -10,8 +10,9 @@ from pathlib import Path
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from experiments import compose, ledger
-from experiments.run_folder import SWEEPS, in_order
+from experiments.config import compose
+from experiments.execution import checkpoint
+from experiments.results import SWEEPS, in_order
 
 FOLDER_KNOB = "hydra.sweep.dir"
 
@@ -32,9 +33,9 @@ def with_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 def summary(folder: Path) -> list[str]:
     """What a sweep that has ended says: which jobs are not finished, and how offline W&B runs are sent."""
-    jobs = [path for path in folder.iterdir() if path.name.isdigit() or (path / ledger.DONE).is_file()]
+    jobs = [path for path in folder.iterdir() if path.name.isdigit() or (path / checkpoint.DONE).is_file()]
     runs = sorted(jobs, key=in_order)
-    missing = [run.name for run in runs if not ledger.is_finished(run)]
+    missing = [run.name for run in runs if not checkpoint.is_finished(run)]
     lines = [f"{len(runs) - len(missing)} of {len(runs)} jobs finished, in {folder}"]
     if missing:
         lines.append(f"not finished: {', '.join(missing)}. The same command goes on with them.")
@@ -46,11 +47,11 @@ def summary(folder: Path) -> list[str]:
 def folder_of(overrides: Sequence[str]) -> Path:
     """Where the sweep of these overrides lives; sinks don't count."""
     jobs = [compose.compose(job) for job in compose.expand(list(overrides))]
-    hashes = [ledger.config_hash({str(k): v for k, v in _plain(job).items()}) for job in jobs]
+    hashes = [checkpoint.config_hash({str(k): v for k, v in _plain(job).items()}) for job in jobs]
     experiment = [override.partition("=")[2] for override in overrides if override.startswith("experiment=")]
     name = experiment[-1] if experiment else compose.validate(jobs[0]).scenario.name
     name = re.sub(r"[^\w.-]+", "-", name)  # of several experiments a list: Hydra would take its comma for a sweep's
-    return SWEEPS / f"{name}-{ledger.config_hash({'jobs': hashes})}"
+    return SWEEPS / f"{name}-{checkpoint.config_hash({'jobs': hashes})}"
 
 
 def _plain(job: object) -> dict[object, object]:

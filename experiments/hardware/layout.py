@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from kvmem.errors import ConfigError
 
-CARDS = Path(__file__).parents[1] / "conf" / "hardware"
+CARDS = Path(__file__).parents[2] / "conf" / "hardware"
 """Where each layout has its card."""
 PACKAGES = ("kvmem", "torch", "transformers")
 
@@ -161,7 +161,7 @@ def commit() -> str | None:
     memory a cluster would count twice for a moment."""
     if "KVMEM_COMMIT" in os.environ:
         return os.environ["KVMEM_COMMIT"]
-    folder = Path(__file__).parents[1]
+    folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return None
     git = ["git", "-C", str(folder)]

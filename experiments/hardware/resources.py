@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.hardware import Hardware
+from experiments.hardware.layout import Hardware
 
 CORES_A_GPU = 4
 """One that launches kernels, and the engine's own processes beside it."""

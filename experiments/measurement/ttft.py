@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from scipy import stats
 
-from experiments.equality import Trace
-from experiments.in_step import agreed
-from kvmem.backends.measured import FirstToken, Lent, MeasuredBackend
-from kvmem.items import MemoryTokens
+from experiments.measurement.consensus import agreed
+from experiments.measurement.equality import Trace
+from kvmem.cache import MemoryTokens
+from kvmem.engines import FirstToken, Lent, MeasuredBackend
 from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query, TokenizedPrompt
 
@@ -190,9 +190,14 @@ def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], se
     if len(samples[0]) < ENOUGH_FOR_INTERVAL:
         return None
     found = stats.bootstrap(
-        samples, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile",
+        samples,
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
         rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
+    ).confidence_interval
     return float(found.low), float(found.high)
 
 

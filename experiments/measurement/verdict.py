@@ -9,10 +9,9 @@ from functools import cache
 from typing import Literal
 
 from experiments.hardware import CARDS, Hardware, read_card
-from experiments.published import PublishedRow
-from experiments.rates import datasheet
-from experiments.roofline import DenseShape, Roofline
-from kvmem import models
+from experiments.performance_model import DenseShape, Roofline, datasheet
+from experiments.results.published import PublishedRow
+from kvmem.models import loading
 
 STRAW_MAN = 1.2
 """The direct arm does in one pass the work of the build, of a merge of several memories, and of the injected prefill,
@@ -29,10 +28,21 @@ class Verdict:
 
 
 def judge(
-    *, direct_digest: str, injected_digest: str, cached_tokens: int, expected_tokens: int, kv_ttft_s: float,
-    direct_ttft_s: float, kv_limit_s: float, direct_limit_s: float, build_s: float, equality: str, exact: bool,
-    direct_cached_tokens: int = 0, merge_s: float = 0.0,
-) -> Verdict:  # fmt: skip
+    *,
+    direct_digest: str,
+    injected_digest: str,
+    cached_tokens: int,
+    expected_tokens: int,
+    kv_ttft_s: float,
+    direct_ttft_s: float,
+    kv_limit_s: float,
+    direct_limit_s: float,
+    build_s: float,
+    equality: str,
+    exact: bool,
+    direct_cached_tokens: int = 0,
+    merge_s: float = 0.0,
+) -> Verdict:
     """Judges one cell of the direct arm against the injected one.
 
     1. Both arms ate the same token ids (`*_digest`: hash of all of them).
@@ -140,9 +150,9 @@ def _larger_is_faster(row: PublishedRow, rows: Iterable[PublishedRow]) -> list[s
 def _roofline(model: str, hardware: str) -> Roofline:
     card = hardware_card(hardware)
     assert card is not None
-    return Roofline(datasheet(card, PUBLISHED_DTYPE), models.shape_config(model.lower()))
+    return Roofline(datasheet(card, PUBLISHED_DTYPE), loading.shape_config(model.lower()))
 
 
 @cache
 def _weights(model: str) -> int:
-    return DenseShape.of(models.shape_config(model.lower())).weights
+    return DenseShape.of(loading.shape_config(model.lower())).weights

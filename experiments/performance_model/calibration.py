@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from experiments.hardware import Hardware
-from experiments.roofline import DenseShape, Rates
+from experiments.performance_model.roofline import DenseShape, Rates
 from kvmem.errors import ConfigError
 
 CALIBRATION_S = 2.0  # for the products, and then a quarter of it for the bandwidth

@@ -12,10 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
-from experiments import ways
-from experiments.predictor import Engine, Layout, Prefill
-from experiments.row import Row
-from experiments.scenarios.injection_cost import InjectionCost
+from experiments.performance_model.predictor import Engine, Layout, Prefill
+from experiments.results import DIRECT, GRAPH, INJECTION_COST, Row
 from kvmem.errors import ConfigError
 
 SHARES = ("products", "attention", "bandwidth", "interconnect", "host_link")
@@ -52,8 +50,8 @@ def points_of(row: Row, layout: Layout) -> list[Point]:
     cell = (row.context_tokens, row.query_tokens)
     cached = row.context_tokens if row.cached_tokens is None else row.cached_tokens
     total = sum(cell)
-    fast = {ways.DIRECT: Prefill(total, 0), ways.GRAPH: Prefill(row.query_tokens, row.context_tokens)}
-    if row.scenario == InjectionCost.name:
+    fast = {DIRECT: Prefill(total, 0), GRAPH: Prefill(row.query_tokens, row.context_tokens)}
+    if row.scenario == INJECTION_COST:
         return [Point(cell, row.arm, layout, fast[row.arm], row.extra["ttft_s"])] if row.arm in fast else []
     found = []
     if row.kv_ttft_s is not None:

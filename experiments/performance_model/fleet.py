@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from experiments.predictor import Engine, Layout, Prefill
+from experiments.performance_model.predictor import Engine, Layout, Prefill
 
 LONGEST_TOKENS = 131_072
 
@@ -57,9 +57,17 @@ class Fleet:
 
 
 def fleet(
-    layout: Layout, engine: Engine, tier: Tier, *, requests_per_s: float, memories: int, memory_tokens: int,
-    query_tokens: int, local_share: float, busy_share: float = 0.7,
-) -> Fleet:  # fmt: skip
+    layout: Layout,
+    engine: Engine,
+    tier: Tier,
+    *,
+    requests_per_s: float,
+    memories: int,
+    memory_tokens: int,
+    query_tokens: int,
+    local_share: float,
+    busy_share: float = 0.7,
+) -> Fleet:
     """`local_share` of the requests find their memory on the GPU, the others fetch it; a replica prefills for at most
     `busy_share` of the time (decoding comes on top, and is the same for both)."""
     direct = layout.ttft_s(Prefill(memory_tokens + query_tokens, 0), engine)

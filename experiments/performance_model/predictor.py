@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from experiments.hardware import Hardware
-from experiments.rates import datasheet
-from experiments.roofline import DenseShape, prefill_bytes, prefill_flop
+from experiments.performance_model.calibration import datasheet
+from experiments.performance_model.roofline import DenseShape, prefill_bytes, prefill_flop
 
 ALL_REDUCES_A_LAYER = 2
 """Behind attention's and the MLP's last product (Shoeybi et al., Megatron-LM, 2019)."""

@@ -40,11 +40,14 @@ class DenseShape:
         layers, window = config.num_hidden_layers, fields.get("sliding_window")
         kinds = fields.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
         shape = cls(
-            hidden=config.hidden_size, intermediate=config.intermediate_size, heads=heads,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=heads,
             kv_heads=fields.get("num_key_value_heads") or heads,
-            head_dim=fields.get("head_dim") or config.hidden_size // heads, vocab=config.vocab_size,
+            head_dim=fields.get("head_dim") or config.hidden_size // heads,
+            vocab=config.vocab_size,
             windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
-        )  # fmt: skip
+        )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
@@ -60,10 +63,15 @@ class DenseShape:
         """(out, in) features of each matrix product of a layer, and of the head."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
-            "q": (q, self.hidden), "k": (kv, self.hidden), "v": (kv, self.hidden), "o": (self.hidden, q),
-            "gate": (self.intermediate, self.hidden), "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate), "head": (self.vocab, self.hidden),
-        }  # fmt: skip
+            "q": (q, self.hidden),
+            "k": (kv, self.hidden),
+            "v": (kv, self.hidden),
+            "o": (self.hidden, q),
+            "gate": (self.intermediate, self.hidden),
+            "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+            "head": (self.vocab, self.hidden),
+        }
 
     @property
     def layer_weights(self) -> int:

@@ -7,8 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 
-from experiments import units
-from experiments.row import Row
+from experiments.results import Row
 
 
 def question(rows: Sequence[Row]) -> str:
@@ -27,18 +26,6 @@ def answer(rows: Sequence[Row]) -> str:
         return module.answer(told)
     except KeyError:  # rows that another version left may lack a figure
         return ""
-
-
-def between(values: Sequence[float], unit: str = "") -> str:
-    """The smallest and the largest, in a sentence.
-
-    >>> between([1.32, 1.78, 1.35], " ×")
-    '1.32 to 1.78 ×'
-    >>> between([0.685])
-    '0.685'
-    """
-    ends = list(dict.fromkeys(units.digits(end) for end in (min(values), max(values))))
-    return " to ".join(ends) + unit
 
 
 def _file_of(rows: Sequence[Row]) -> ModuleType | None:

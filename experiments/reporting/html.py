@@ -11,25 +11,45 @@ from typing import Any
 
 import jinja2
 
-from experiments import asked, describe, plots, tables, units
-from experiments.row import Row
-from experiments.run_folder import Run
-from experiments.theme import DARK, LIGHT
+from experiments.reporting import findings, plots, tables
+from experiments.reporting.theme import DARK, LIGHT
+from experiments.results import Row, Run, formatting, labels
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 IN_SHORT = ("machine", "cuda", "torch", "transformers", "vllm", "graphs", "commit")
 _FIGURES = (
-    "pairs", "memories", "build_s", "kv_bytes", "fetch_s", "merge_s", "kv_ttft_s", "direct_ttft_s", "kv_user_ttft_s",
-    "direct_user_ttft_s", "break_even_queries", "cached_tokens", "limit_s", "mfu", "first_difference",
-    "logit_max_abs_diff", "near_tie_margin",
-)  # fmt: skip
+    "pairs",
+    "memories",
+    "build_s",
+    "kv_bytes",
+    "fetch_s",
+    "merge_s",
+    "kv_ttft_s",
+    "direct_ttft_s",
+    "kv_user_ttft_s",
+    "direct_user_ttft_s",
+    "break_even_queries",
+    "cached_tokens",
+    "limit_s",
+    "mfu",
+    "first_difference",
+    "logit_max_abs_diff",
+    "near_tie_margin",
+)
 _CALLED = {
-    "kv_ttft_s": "engine TTFT, injected", "direct_ttft_s": "engine TTFT, direct", "kv_bytes": "KV size",
-    "kv_user_ttft_s": "user TTFT, injected", "direct_user_ttft_s": "user TTFT, direct", "limit_s": "limit, injected",
-    "direct_limit_s": "limit, direct", "mfu": "MFU, injected", "kv_ttft_p90_s": "p90, injected",
-    "direct_ttft_p90_s": "p90, direct", "logit_max_abs_diff": "largest logit difference",
+    "kv_ttft_s": "engine TTFT, injected",
+    "direct_ttft_s": "engine TTFT, direct",
+    "kv_bytes": "KV size",
+    "kv_user_ttft_s": "user TTFT, injected",
+    "direct_user_ttft_s": "user TTFT, direct",
+    "limit_s": "limit, injected",
+    "direct_limit_s": "limit, direct",
+    "mfu": "MFU, injected",
+    "kv_ttft_p90_s": "p90, injected",
+    "direct_ttft_p90_s": "p90, direct",
+    "logit_max_abs_diff": "largest logit difference",
     "first_difference": "first token that differs",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -61,23 +81,34 @@ def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: getattr(units, name) for name in ("seconds", "percent", "percent_range", "count")}
+    environment.filters |= {
+        name: getattr(formatting, name) for name in ("seconds", "percent", "percent_range", "count")
+    }
     environment.filters["zip"] = zip
-    environment.filters["times"] = lambda percent: units.times(100 / (100 - percent))
-    shown = sorted((row for row in rows if describe.shown_speedup(row) is not None), key=_speedup)
+    environment.filters["times"] = lambda percent: formatting.times(100 / (100 - percent))
+    shown = sorted((row for row in rows if labels.shown_speedup(row) is not None), key=_speedup)
     breaks_even = [row.break_even_queries for row in shown if row.break_even_queries is not None]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" · ".join(dict.fromkeys(row.model for row in rows)) or "an empty run",
-        models=list(dict.fromkeys(row.model for row in rows)), runs=runs, rows=rows, shown=shown,
-        best=cell(shown[-1]) if shown else None, worst_queries=units.digits(max(breaks_even)) if breaks_even else None,
-        kinds=Counter(describe.kind(row) for row in rows),
-        grades=[(name, Counter(row.equality for row in rows)[grade]) for grade, name in describe.GRADES.items()],
-        summary=describe.summary(rows), in_short=in_short(rows), conditions=conditions(rows),
-        tables=[tables.compact(table) for table in tables.tables(rows)], plots=_plots(rows),
-        question=asked.question(rows), answer=asked.answer(rows),
+        models=list(dict.fromkeys(row.model for row in rows)),
+        runs=runs,
+        rows=rows,
+        shown=shown,
+        best=cell(shown[-1]) if shown else None,
+        worst_queries=formatting.digits(max(breaks_even)) if breaks_even else None,
+        kinds=Counter(labels.kind(row) for row in rows),
+        grades=[(name, Counter(row.equality for row in rows)[grade]) for grade, name in labels.GRADES.items()],
+        summary=labels.summary(rows),
+        in_short=in_short(rows),
+        conditions=conditions(rows),
+        tables=[tables.compact(table) for table in tables.tables(rows)],
+        plots=_plots(rows),
+        question=findings.question(rows),
+        answer=findings.answer(rows),
         cells=[cell(row) for row in rows if row.status != "failed"],
-        failed=[cell(row) for row in rows if row.status == "failed"], last_line=describe.last_line,
-    )  # fmt: skip
+        failed=[cell(row) for row in rows if row.status == "failed"],
+        last_line=labels.last_line,
+    )
 
 
 def _speedup(row: Row) -> float:
@@ -102,27 +133,37 @@ def cell(row: Row) -> CellView:
     extra = {key: value for key, value in row.extra.items() if not isinstance(value, (dict, list, str))}
     values: dict[str, Any] = {name: getattr(row, name) for name in _FIGURES} | extra
     named = {key: value for key, value in values.items() if value is not None}
-    figures = [(_CALLED.get(key, units.heading(key)), units.by_name(key, value)) for key, value in named.items()]
+    figures = [
+        (_CALLED.get(key, formatting.heading(key)), formatting.by_name(key, value)) for key, value in named.items()
+    ]
     longest = max((time for time in (row.kv_ttft_s, row.direct_ttft_s) if time is not None), default=0.0)
     arms = (("direct", row.direct_ttft_s, row.extra.get("direct_limit_s")), ("injected", row.kv_ttft_s, row.limit_s))
     bars = [
-        (arm, units.seconds(time), 100 * time / longest, 100 * limit / longest if limit is not None else None)
-        for arm, time, limit in arms if time is not None and longest > 0
-    ]  # fmt: skip
-    parts = [describe.label(row, "context"), describe.label(row, "query")]
-    sizes = f"{units.count(row.context_tokens)} tokens of memory, {units.count(row.query_tokens)} of query"
-    labels = "" if all(part.replace(",", "").isdigit() for part in parts) else f"{' / '.join(parts)}: "
-    title = f"{labels}{sizes}" if row.context_tokens or row.query_tokens else row.scenario
+        (arm, formatting.seconds(time), 100 * time / longest, 100 * limit / longest if limit is not None else None)
+        for arm, time, limit in arms
+        if time is not None and longest > 0
+    ]
+    parts = [labels.label(row, "context"), labels.label(row, "query")]
+    sizes = f"{formatting.count(row.context_tokens)} tokens of memory, {formatting.count(row.query_tokens)} of query"
+    sizes_told = "" if all(part.replace(",", "").isdigit() for part in parts) else f"{' / '.join(parts)}: "
+    title = f"{sizes_told}{sizes}" if row.context_tokens or row.query_tokens else row.scenario
     return CellView(
-        title, row, describe.kind(row), describe.verdict(row), describe.equality(row), describe.shown_speedup(row),
-        figures, bars, row.extra.get("answers") or {},
-    )  # fmt: skip
+        title,
+        row,
+        labels.kind(row),
+        labels.verdict(row),
+        labels.equality(row),
+        labels.shown_speedup(row),
+        figures,
+        bars,
+        row.extra.get("answers") or {},
+    )
 
 
 def in_short(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The conditions that a reader needs to judge the figures by: a few, all of them in `conditions`."""
     known = dict(conditions(rows))
-    names = ["model", *(name for name in describe.CONDITIONS if name not in ("arm", "memories")), *IN_SHORT]
+    names = ["model", *(name for name in labels.CONDITIONS if name not in ("arm", "memories")), *IN_SHORT]
     return [(name, known[name]) for name in names if name in known]
 
 
@@ -130,7 +171,7 @@ def conditions(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Every condition of every row: its value, the range of a number that moved, or the different values."""
     seen: dict[str, list[Any]] = {}
     for row in rows:
-        fields = {name: getattr(row, name) for name in ("model", *describe.CONDITIONS)}
+        fields = {name: getattr(row, name) for name in ("model", *labels.CONDITIONS)}
         for name, value in (_flat(fields) | _flat(row.conditions)).items():
             seen.setdefault(name, []).append(value)
     return [(name, _values(values)) for name, values in seen.items()]
@@ -151,5 +192,5 @@ def _flat(fields: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def _values(values: Sequence[Any]) -> str:
     different = list(dict.fromkeys(values))
     if len(different) > 1 and {type(value) for value in different} <= {int, float}:
-        return f"{units.by_name('', min(different))} to {units.by_name('', max(different))}"
-    return ", ".join(units.by_name("", value) for value in different)
+        return f"{formatting.by_name('', min(different))} to {formatting.by_name('', max(different))}"
+    return ", ".join(formatting.by_name("", value) for value in different)

@@ -15,22 +15,23 @@ import rich.console
 import rich.table
 from rich.text import Text
 
-from experiments import published, units
-from experiments.describe import (
+from experiments.measurement import STRAW_MAN
+from experiments.results import (
     Kind,
+    Row,
     caption,
     condition,
     equality,
+    formatting,
     kind,
     label,
+    published,
     shown_speedup,
     summary,
     varying,
     verdict,
 )
-from experiments.published import PublishedRow
-from experiments.row import Row
-from experiments.verdict import STRAW_MAN
+from experiments.results.published import PublishedRow
 
 _NOT_FIGURES = {"context", "query", "question", "answers", "truth"}
 _HEADINGS = {"arm": "Arm", "attention": "Attention", "run": "Run"}
@@ -69,36 +70,57 @@ def is_ttft(rows: Sequence[Row]) -> bool:
 def _ttft_line(row: Row, extra_columns: Sequence[str], merged: bool) -> Line:
     speedup = shown_speedup(row)
     queries = row.break_even_queries
-    pays = units.NONE if queries is None or speedup is None else units.digits(queries)
+    pays = formatting.NONE if queries is None or speedup is None else formatting.digits(queries)
     return Line(
         kind(row),
         (
-            row.model, label(row, "context"), units.count(row.context_tokens), label(row, "query"),
-            units.count(row.query_tokens), *(str(condition(row, name)) for name in extra_columns),
-            units.seconds(row.build_s), units.seconds(row.kv_ttft_s), units.seconds(row.direct_ttft_s),
-            *(map(units.seconds, (row.merge_s, row.kv_user_ttft_s, row.direct_user_ttft_s)) if merged else ()),
-            units.percent(speedup), units.percent_range(row.speedup_interval if speedup is not None else None),
-            equality(row), verdict(row), pays,
+            row.model,
+            label(row, "context"),
+            formatting.count(row.context_tokens),
+            label(row, "query"),
+            formatting.count(row.query_tokens),
+            *(str(condition(row, name)) for name in extra_columns),
+            formatting.seconds(row.build_s),
+            formatting.seconds(row.kv_ttft_s),
+            formatting.seconds(row.direct_ttft_s),
+            *(map(formatting.seconds, (row.merge_s, row.kv_user_ttft_s, row.direct_user_ttft_s)) if merged else ()),
+            formatting.percent(speedup),
+            formatting.percent_range(row.speedup_interval if speedup is not None else None),
+            equality(row),
+            verdict(row),
+            pays,
         ),
         speedup,
-    )  # fmt: skip
+    )
 
 
 def _published_line(row: PublishedRow, extra_columns: Sequence[str], merged: bool) -> Line:
     known = {"hardware": row.hardware, "run": row.table}
     remark = f"published ({row.table}), hardware {row.hardware}"
     if row.build_s is not None and row.direct_ttft_s > STRAW_MAN * (row.build_s + row.kv_ttft_s):
-        remark += f"; its direct arm takes {units.times(row.direct_ttft_s / (row.build_s + row.kv_ttft_s))} build + KV"
+        remark += (
+            f"; its direct arm takes {formatting.times(row.direct_ttft_s / (row.build_s + row.kv_ttft_s))} build + KV"
+        )
     return Line(
         "published",
         (
-            row.model, row.context, units.count(row.context_tokens), row.query, units.count(row.query_tokens),
-            *(known.get(name, units.NONE) for name in extra_columns), units.seconds(row.build_s),
-            units.seconds(row.kv_ttft_s), units.seconds(row.direct_ttft_s),
-            *(units.NONE for _ in _USER_COLUMNS if merged), units.percent(row.speedup_pct),
-            units.NONE, units.NONE, remark, units.NONE,
+            row.model,
+            row.context,
+            formatting.count(row.context_tokens),
+            row.query,
+            formatting.count(row.query_tokens),
+            *(known.get(name, formatting.NONE) for name in extra_columns),
+            formatting.seconds(row.build_s),
+            formatting.seconds(row.kv_ttft_s),
+            formatting.seconds(row.direct_ttft_s),
+            *(formatting.NONE for _ in _USER_COLUMNS if merged),
+            formatting.percent(row.speedup_pct),
+            formatting.NONE,
+            formatting.NONE,
+            remark,
+            formatting.NONE,
         ),
-    )  # fmt: skip
+    )
 
 
 def _ttft_table(title: str, rows: Sequence[Row]) -> Table:
@@ -121,19 +143,21 @@ def _generic_table(title: str, rows: Sequence[Row]) -> Table:
     values = [{key: value for key, value in row.extra.items() if not isinstance(value, (dict, list))} for row in rows]
     known = dict.fromkeys(key for figures in values for key in figures)
     keys = [key for key in known if key not in _NOT_FIGURES and not key.endswith("_interval")]  # two ends, or none
-    text = {units.heading(key) for key in keys if any(isinstance(figures.get(key), str) for figures in values)}
+    text = {formatting.heading(key) for key in keys if any(isinstance(figures.get(key), str) for figures in values)}
     names = [_HEADINGS.get(name, name.capitalize()) for name in extra]
     lines = tuple(
         Line(
             kind(row),
             (
-                row.model, *(str(condition(row, name)) for name in extra),
-                *(units.by_name(key, figures.get(key)) for key in keys), verdict(row),
+                row.model,
+                *(str(condition(row, name)) for name in extra),
+                *(formatting.by_name(key, figures.get(key)) for key in keys),
+                verdict(row),
             ),
         )
         for row, figures in zip(rows, values, strict=True)
-    )  # fmt: skip
-    columns = ("Model", *names, *(units.heading(key) for key in keys), "Verdict")
+    )
+    columns = ("Model", *names, *(formatting.heading(key) for key in keys), "Verdict")
     return Table(title, caption(rows), columns, frozenset({"Model", "Verdict", *names} | text), lines)
 
 
@@ -191,9 +215,14 @@ def console_table(rows: Sequence[Row]) -> rich.console.RenderableType:
     shown: list[rich.console.RenderableType] = []
     for table in map(compact, tables(rows)):
         grid = rich.table.Table(
-            title=Text(table.title, "bold"), caption=Text(table.caption), title_justify="left", caption_justify="left",
-            box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False,
-        )  # fmt: skip
+            title=Text(table.title, "bold"),
+            caption=Text(table.caption),
+            title_justify="left",
+            caption_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            padding=0,
+            show_edge=False,
+        )
         for name in table.columns:
             align: Literal["left", "right"] = "left" if name in table.text_columns else "right"
             grid.add_column(Text("\n".join(name.split())), justify=align, vertical="bottom")

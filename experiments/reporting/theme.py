@@ -27,13 +27,30 @@ DARK = Theme("#14171c", "#e3e6ec", "#3a404b", "#56b4e9", "#e69f00", ("#1d2a35", 
 def style(theme: Theme) -> AbstractContextManager[None]:
     return matplotlib.rc_context(
         {
-            "font.family": ["DejaVu Sans"], "font.size": 9.5, "svg.hashsalt": "kvmem", "axes.unicode_minus": True,
+            "font.family": ["DejaVu Sans"],
+            "font.size": 9.5,
+            "svg.hashsalt": "kvmem",
+            "axes.unicode_minus": True,
             "text.parse_math": False,  # labels are text: a $ of theirs is a dollar
-            "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.faint,
-            "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-            "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none", "axes.axisbelow": True,
-            "axes.grid": True, "grid.color": theme.faint, "grid.linewidth": 0.6, "xtick.color": theme.faint,
-            "ytick.color": theme.faint, "xtick.labelcolor": theme.ink, "ytick.labelcolor": theme.ink,
-            "legend.frameon": False, "figure.facecolor": theme.ground, "savefig.facecolor": theme.ground,
+            "text.color": theme.ink,
+            "axes.labelcolor": theme.ink,
+            "axes.edgecolor": theme.faint,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.facecolor": "none",
+            "axes.axisbelow": True,
+            "axes.grid": True,
+            "grid.color": theme.faint,
+            "grid.linewidth": 0.6,
+            "xtick.color": theme.faint,
+            "ytick.color": theme.faint,
+            "xtick.labelcolor": theme.ink,
+            "ytick.labelcolor": theme.ink,
+            "legend.frameon": False,
+            "figure.facecolor": theme.ground,
+            "savefig.facecolor": theme.ground,
         }
-    )  # fmt: skip
+    )

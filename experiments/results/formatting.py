@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 NONE = "–"
@@ -124,3 +125,15 @@ def by_name(key: str, value: Any) -> str:
                 return form(value)
         return count(value) if isinstance(value, int) else digits(value)
     return str(value)
+
+
+def between(values: Sequence[float], unit: str = "") -> str:
+    """The smallest and the largest, in a sentence.
+
+    >>> between([1.32, 1.78, 1.35], " ×")
+    '1.32 to 1.78 ×'
+    >>> between([0.685])
+    '0.685'
+    """
+    ends = list(dict.fromkeys(digits(end) for end in (min(values), max(values))))
+    return " to ".join(ends) + unit

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from experiments import units
-from experiments.row import Row
+from experiments.results import formatting
+from experiments.results.row import Row
 
 Kind = Literal["ok", "invalid", "failed", "unjudged", "published"]
 GRADES = {"bitwise": "bitwise", "tokens": "tokens", "near_tie": "near-tie", "diverged": "diverged"}
@@ -17,7 +17,7 @@ CONDITIONS = ("weights", "dtype", "backend", "attention", "hardware", "merge", "
 def label(row: Row, side: Literal["context", "query"]) -> str:
     """The published name of a cell's side ("long"), or its token count."""
     tokens = row.context_tokens if side == "context" else row.query_tokens
-    return str(row.extra.get(side) or units.count(tokens))
+    return str(row.extra.get(side) or formatting.count(tokens))
 
 
 def kind(row: Row) -> Kind:
@@ -52,12 +52,12 @@ def verdict(row: Row) -> str:
 def equality(row: Row) -> str:
     """The grade, with the margin of a near tie and the place of a first difference."""
     if row.equality is None:
-        return units.NONE
+        return formatting.NONE
     notes = []
     if row.equality in ("near_tie", "diverged") and row.first_difference is not None:
         notes.append(f"at token {row.first_difference}")
     if row.equality == "near_tie" and row.near_tie_margin is not None:
-        notes.append(f"margin {units.digits(row.near_tie_margin)}")
+        notes.append(f"margin {formatting.digits(row.near_tie_margin)}")
     return GRADES.get(row.equality, row.equality) + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -77,7 +77,9 @@ def caption(rows: Sequence[Row]) -> str:
     parts = [f"{name} {condition(rows[0], name)}" for name in shared if condition(rows[0], name)]
     pairs = sorted({row.pairs for row in rows if row.pairs})
     if pairs:
-        parts.append(f"{units.count(pairs[0])}{f' to {units.count(pairs[-1])}' if len(pairs) > 1 else ''} pairs a cell")
+        parts.append(
+            f"{formatting.count(pairs[0])}{f' to {formatting.count(pairs[-1])}' if len(pairs) > 1 else ''} pairs a cell"
+        )
     if any(row.break_even_queries is not None and row.kv_ttft_s is not None for row in rows):
         parts.append("break even in queries")
     if rows[0].memories > 1 and "memories" not in varying(rows):
@@ -91,7 +93,7 @@ def summary(rows: Sequence[Row]) -> str:
     verdicts = [f"{kinds['ok']} ok", f"{kinds['invalid']} invalid", f"{kinds['failed']} failed"]
     if kinds["unjudged"]:
         verdicts.append(f"{kinds['unjudged']} not judged")
-    line = f"{units.plural(len(rows), 'row')}: {', '.join(verdicts)}."
+    line = f"{formatting.plural(len(rows), 'row')}: {', '.join(verdicts)}."
     grades = Counter(row.equality for row in rows if row.equality is not None)
     if grades:
         line += f" Equality: {', '.join(f'{grades[grade]} {name}' for grade, name in GRADES.items())}."

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from experiments.row import Row
-
-if TYPE_CHECKING:
-    from experiments.bench import Bench
-    from experiments.config import RunConfig
+from experiments.bench import Bench, Setup
+from experiments.results import Row
 
 
 class Scenario(ABC):
@@ -20,11 +17,9 @@ class Scenario(ABC):
     in_step: ClassVar[bool] = False
     """Several processes can measure it at once: all that they do follows from its cells, and from no clock."""
 
-    def open(self, config: RunConfig) -> Bench:
+    def open(self, setup: Setup) -> Bench:
         """What the cells are measured on: the model, loaded, unless a scenario needs none."""
-        from experiments.bench import Bench  # whose configuration is made of scenarios
-
-        return Bench.open(config)
+        return Bench.open(setup)
 
     @abstractmethod
     def cells(self, bench: Bench) -> Sequence[Any]:

@@ -17,18 +17,16 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments import measure, vllm_peer, ways
-from experiments.asked import between
-from experiments.bench import Bench
-from experiments.builds import built_once
-from experiments.compare import Arm, compare, every_sample, ratio
-from experiments.row import Row
-from experiments.scenarios import Scenario
+from experiments.baselines import vllm_process
+from experiments.bench import Arm, Bench, built_once, compare, every_sample, injection_methods, ratio
+from experiments.measurement import ttft
+from experiments.results import Row, arms, between
+from experiments.scenarios.base import Scenario
 from experiments.workloads import Cell
-from kvmem import models
-from kvmem.backends.hf_graph import HFGraphBackend
+from kvmem.cache import KVCacheItem
+from kvmem.engines.graph import HFGraphBackend
 from kvmem.errors import ConfigError
-from kvmem.items import KVCacheItem
+from kvmem.models import loading
 from kvmem.prompt import TokenizedPrompt
 
 DECODING = "decoding behind a memory"
@@ -42,7 +40,7 @@ class CostCell:
     """One cell, and vLLM's figures where it was asked. `decodes`: measure the rate of decoding too."""
 
     cell: Cell
-    peer: vllm_peer.Reply | None
+    peer: vllm_process.Reply | None
     decodes: bool
 
     @property
@@ -81,26 +79,26 @@ class InjectionCost(Scenario):
     name: ClassVar[str] = "injection_cost"
 
     def cells(self, bench: Bench) -> Sequence[CostCell]:
-        config = bench.config
+        setup = bench.setup
         if not isinstance(bench.backend, HFGraphBackend):
             raise ConfigError(
                 f"scenario=injection_cost compares ways on the fast engine's weights, and this is "
                 f"backend={type(bench.backend).name}. Use backend=hf_graph."
             )
-        cells = config.workload.cells(bench.backend.template, config.separator)
+        cells = setup.workload.cells(bench.backend.template, setup.separator)
         if any(len(cell.memories) > 1 for cell in cells):
             raise ConfigError("scenario=injection_cost is about one memory a cell. Use scenario=kv_vs_direct.")
         asks = self.beside_vllm and bench.backend.device.type == "cuda" and importlib.util.find_spec("vllm") is not None
-        peer = vllm_peer.ask(_request(bench, self, cells), self.vllm_timeout_s) if asks else None
+        peer = vllm_process.ask(_request(bench, self, cells), self.vllm_timeout_s) if asks else None
         longest = max(cells, key=lambda cell: (cell.context_tokens, -cell.query_tokens))
         return [CostCell(cell, peer, cell is longest) for cell in cells]
 
-    def measure(self, bench: Bench, cell: CostCell) -> list[Row]:
+    def ttft(self, bench: Bench, cell: CostCell) -> list[Row]:
         assert isinstance(bench.backend, HFGraphBackend)
         item = built_once(bench, cell.cell.memories[0])
-        found = ways.ways(bench.backend, item, cell.cell.question)
-        arms: dict[str, measure.Arm] = {name: way.first_token for name, way in found.items()}
-        samples, runs = measure.interleaved_calm(arms, self.pairs, random.Random(bench.config.seed))
+        found = injection_methods.ways(bench.backend, item, cell.cell.question)
+        arms: dict[str, ttft.Arm] = {name: way.first_token for name, way in found.items()}
+        samples, runs = ttft.interleaved_calm(arms, self.pairs, random.Random(bench.setup.seed))
         seconds = {name: [sample.engine_s for sample in taken] for name, taken in samples.items()}
         conditions = bench.conditions_now() | {"measured_times": runs}
         best = best_arm(bench.backend)
@@ -109,27 +107,38 @@ class InjectionCost(Scenario):
         for name, taken in samples.items():
             prompt = taken[0].prompt
             figures: dict[str, Any] = {
-                "context": cell.cell.context, "query": cell.cell.query, "context_tokens": cell.context_tokens,
-                "query_tokens": cell.query_tokens, "ttft_s": median(seconds[name]),
-            }  # fmt: skip
+                "context": cell.cell.context,
+                "query": cell.cell.query,
+                "context_tokens": cell.context_tokens,
+                "query_tokens": cell.query_tokens,
+                "ttft_s": median(seconds[name]),
+            }
             if name in traced and prompt.memory_ids:
                 beside = found[name].beside
                 direct = Arm(samples[beside], traced[beside])
                 row = compare(
-                    bench, self.name, cell.cell, name, Arm(taken, traced[name]), direct,
-                    build_s=item.metadata.build_s, kv_bytes=item.metadata.kv_bytes, conditions=conditions, extra={},
+                    bench,
+                    self.name,
+                    cell.cell,
+                    name,
+                    Arm(taken, traced[name]),
+                    direct,
+                    build_s=item.metadata.build_s,
+                    kv_bytes=item.metadata.kv_bytes,
+                    conditions=conditions,
+                    extra={},
                     engine=found[name].engine,
-                )  # fmt: skip
+                )
                 figures["equal"] = row.equality
             else:
                 row = _row_without_memory(bench, cell, name, prompt, seconds[name], conditions)
             assert row.limit_s is not None
-            low_s, high_s = measure.median_interval(seconds[name]) or (None, None)
+            low_s, high_s = ttft.median_interval(seconds[name]) or (None, None)
             figures |= {"ttft_low_s": low_s, "ttft_high_s": high_s, "limit_s": row.limit_s}
             figures |= {"over_limit": figures["ttft_s"] / row.limit_s}
             figures |= ratio("over_fastest", seconds[name], seconds[best])
             if name == best:
-                figures["over_query_alone_s"] = figures["ttft_s"] - median(seconds[ways.ALONE])
+                figures["over_query_alone_s"] = figures["ttft_s"] - median(seconds[arms.ALONE])
                 figures["place_s"] = _place_s(bench.backend, item)
             figures |= _beside(cell, name, best, figures["ttft_s"]) | every_sample("ttft", seconds[name])
             rows.append(_as_way(row, figures))
@@ -149,48 +158,77 @@ class InjectionCost(Scenario):
             if repeat:
                 rates.append(len(made) / (time.perf_counter() - started))
         held = len(prompt.ids) + self.decode_tokens // 2
-        low, high = measure.median_interval(rates) or (None, None)
+        low, high = ttft.median_interval(rates) or (None, None)
         figures: dict[str, Any] = {
-            "context": cell.cell.context, "query": cell.cell.query, "context_tokens": cell.context_tokens,
-            "query_tokens": cell.query_tokens, "tokens_a_second": median(rates), "low": low, "high": high,
-            "of_the_limit": median(rates) * bench.limit_s(1, held), "tokens_a_second_all": rates,
-        }  # fmt: skip
+            "context": cell.cell.context,
+            "query": cell.cell.query,
+            "context_tokens": cell.context_tokens,
+            "query_tokens": cell.query_tokens,
+            "tokens_a_second": median(rates),
+            "low": low,
+            "high": high,
+            "of_the_limit": median(rates) * bench.limit_s(1, held),
+            "tokens_a_second_all": rates,
+        }
         if cell.peer is not None:
             figures["vllm_tokens_a_second"] = median(cell.peer.decode_tokens_per_s_all)
         row = bench.row(
-            DECODING, arm=best_arm(backend), context_tokens=cell.context_tokens, query_tokens=cell.query_tokens,
-            pairs=len(rates), limit_s=bench.limit_s(1, held), conditions=conditions, extra=figures,
+            DECODING,
+            arm=best_arm(backend),
+            context_tokens=cell.context_tokens,
+            query_tokens=cell.query_tokens,
+            pairs=len(rates),
+            limit_s=bench.limit_s(1, held),
+            conditions=conditions,
+            extra=figures,
             verdict="ok" if figures["of_the_limit"] <= 1 else "invalid",
-        )  # fmt: skip
+        )
         return dataclasses.replace(row, verdict_reason="" if row.verdict == "ok" else "it beats the hardware's limit")
 
 
 def best_arm(backend: HFGraphBackend) -> str:
     """Our fastest way here."""
-    return ways.GRAPH if backend.engine.graph_up_to else ways.IN_PLACE
+    return arms.GRAPH if backend.engine.graph_up_to else arms.IN_PLACE
 
 
 def _row_without_memory(
-    bench: Bench, cell: CostCell, name: str, prompt: TokenizedPrompt, seconds: Sequence[float],
+    bench: Bench,
+    cell: CostCell,
+    name: str,
+    prompt: TokenizedPrompt,
+    seconds: Sequence[float],
     conditions: dict[str, Any],
-) -> Row:  # fmt: skip
+) -> Row:
     limit_s = bench.limit_s(len(prompt.ids), 0)
     beats = median(seconds) < limit_s
     return bench.row(
-        InjectionCost.name, arm=name, context_tokens=cell.context_tokens, query_tokens=cell.query_tokens,
-        pairs=len(seconds), limit_s=limit_s, mfu=bench.roofline.mfu(len(prompt.ids), 0, median(seconds)),
-        verdict="invalid" if beats else "ok", verdict_reason="it beats the hardware's limit" if beats else "",
+        InjectionCost.name,
+        arm=name,
+        context_tokens=cell.context_tokens,
+        query_tokens=cell.query_tokens,
+        pairs=len(seconds),
+        limit_s=limit_s,
+        mfu=bench.roofline.mfu(len(prompt.ids), 0, median(seconds)),
+        verdict="invalid" if beats else "ok",
+        verdict_reason="it beats the hardware's limit" if beats else "",
         conditions=conditions,
-    )  # fmt: skip
+    )
 
 
 def _as_way(row: Row, figures: dict[str, Any]) -> Row:
     """The figures stand in `extra`, for a table of ways; of the user's TTFT nothing was taken."""
     return dataclasses.replace(
-        row, kv_ttft_s=None, direct_ttft_s=None, kv_user_ttft_s=None, direct_user_ttft_s=None, fetch_s=None,
-        break_even_queries=None, speedup_pct=None, speedup_interval=None,
+        row,
+        kv_ttft_s=None,
+        direct_ttft_s=None,
+        kv_user_ttft_s=None,
+        direct_user_ttft_s=None,
+        fetch_s=None,
+        break_even_queries=None,
+        speedup_pct=None,
+        speedup_interval=None,
         extra=figures | {key: row.extra[key] for key in ("answers",) if key in row.extra},
-    )  # fmt: skip
+    )
 
 
 def _place_s(backend: HFGraphBackend, item: KVCacheItem) -> float:
@@ -198,10 +236,10 @@ def _place_s(backend: HFGraphBackend, item: KVCacheItem) -> float:
     times = []
     for repeat in range(1 + REPEATS):
         backend.engine.forget()
-        measure.synchronize(backend.device)
+        ttft.synchronize(backend.device)
         started = time.perf_counter()
         backend.engine.place(item.kv_cache)
-        measure.synchronize(backend.device)
+        ttft.synchronize(backend.device)
         if repeat:
             times.append(time.perf_counter() - started)
     return median(times)
@@ -210,28 +248,32 @@ def _place_s(backend: HFGraphBackend, item: KVCacheItem) -> float:
 def _beside(cell: CostCell, name: str, best: str, ttft_s: float) -> dict[str, float]:
     """vLLM's figures of this cell beside ours: the hit's beside the fastest way, the cold one's beside the direct."""
     peer = cell.peer and cell.peer.cell(cell.context_tokens, cell.query_tokens)
-    if not peer or name not in (best, ways.DIRECT):
+    if not peer or name not in (best, arms.DIRECT):
         return {}
     theirs = peer.hit_all_s if name == best else peer.cold_all_s
     quartile = float(np.percentile(theirs, 25))
     return {"vllm_s": median(theirs), "vllm_quartile_s": quartile, "over_vllm_quartile": ttft_s / quartile}
 
 
-def _request(bench: Bench, scenario: InjectionCost, cells: Sequence[Cell]) -> vllm_peer.Request:
-    name, config = bench.config.model.source(), bench.backend.model_config
-    is_random = name.startswith(models.RANDOM)
+def _request(bench: Bench, scenario: InjectionCost, cells: Sequence[Cell]) -> vllm_process.Request:
+    name, config = bench.setup.model.source(), bench.backend.model_config
+    is_random = name.startswith(loading.RANDOM)
     if is_random:
         name = tempfile.mkdtemp(prefix="kvmem-")
         config = copy.deepcopy(config)
         config.architectures = [bench.backend.fingerprint.architecture]
         config.save_pretrained(name)
-    elif name == models.PACKAGED:
-        name = str(models.packaged_folder() or models.PACKAGED_HUB_NAME)
-    return vllm_peer.Request(
-        model=name, dummy_weights=is_random, dtype=str(bench.backend.dtype).removeprefix("torch."),
-        vocab=config.vocab_size, cells=[(cell.context_tokens, cell.query_tokens) for cell in cells],
-        rounds=scenario.pairs, decode_tokens=scenario.decode_tokens,
-    )  # fmt: skip
+    elif name == loading.PACKAGED:
+        name = str(loading.packaged_folder() or loading.PACKAGED_HUB_NAME)
+    return vllm_process.Request(
+        model=name,
+        dummy_weights=is_random,
+        dtype=str(bench.backend.dtype).removeprefix("torch."),
+        vocab=config.vocab_size,
+        cells=[(cell.context_tokens, cell.query_tokens) for cell in cells],
+        rounds=scenario.pairs,
+        decode_tokens=scenario.decode_tokens,
+    )
 
 
 def answer(rows: Sequence[Row]) -> str:
@@ -242,6 +284,6 @@ def answer(rows: Sequence[Row]) -> str:
     parts = [f"The fastest injected way takes {over} the least that this machine needs"]
     if beside := [row.extra["over_vllm_quartile"] for row in best if row.extra.get("over_vllm_quartile")]:
         parts.append(f"{between(beside, ' ×')} vLLM's prefix hit (its lower quartile)")
-    direct = [row.extra["over_fastest"] for row in rows if row.arm == ways.DIRECT]
+    direct = [row.extra["over_fastest"] for row in rows if row.arm == arms.DIRECT]
     as_text = f"; the same memory as prompt text takes {between(direct, ' ×')} as long" if direct else ""
     return f"{', '.join(parts)}{as_text}."

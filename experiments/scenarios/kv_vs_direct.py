@@ -11,17 +11,14 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments import measure, recipes, units
-from experiments.asked import between
-from experiments.bench import Bench
-from experiments.builds import build_s, built_once
-from experiments.compare import Arm, compare, ratio
-from experiments.describe import GRADES
-from experiments.recipes.shared_tensors import SharedTensors
-from experiments.row import Row
-from experiments.scenarios import Scenario
+from experiments import baselines
+from experiments.baselines import SharedTensors
+from experiments.bench import Arm, Bench, build_s, built_once, compare, ratio
+from experiments.measurement import ttft
+from experiments.results import GRADES, Row, between, formatting
+from experiments.scenarios.base import Scenario
 from experiments.workloads import Cell
-from kvmem.items import KVCacheItem
+from kvmem.cache import KVCacheItem
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -39,10 +36,10 @@ class KVvsDirect(Scenario):
     in_step: ClassVar[bool] = True
 
     def cells(self, bench: Bench) -> Sequence[Cell]:
-        config = bench.config
-        return config.workload.cells(bench.backend.template, config.separator)
+        setup = bench.setup
+        return setup.workload.cells(bench.backend.template, setup.separator)
 
-    def measure(self, bench: Bench, cell: Cell) -> list[Row]:
+    def ttft(self, bench: Bench, cell: Cell) -> list[Row]:
         items = [built_once(bench, source) for source in cell.memories]
         bench.memory.add(items)
         try:
@@ -54,19 +51,19 @@ class KVvsDirect(Scenario):
         memory, backend = bench.memory, bench.backend
         ids = [item.kv_cache_id for item in items]
         tokens = memory.get_cache(ids).tokens
-        arms: dict[str, measure.Arm] = {
-            "injected": lambda: measure.injected(memory, backend, ids, cell.question),
-            "direct": lambda: measure.direct(backend, tokens, cell.question),
+        arms: dict[str, ttft.Arm] = {
+            "injected": lambda: ttft.injected(memory, backend, ids, cell.question),
+            "direct": lambda: ttft.direct(backend, tokens, cell.question),
         }
         if self.beside_recipe and len(items) == 1:
-            arms["shared_tensors"] = recipes.arm(SharedTensors.name, backend, items[0], tokens, cell.question)
-        samples, runs = measure.interleaved_calm(arms, self.pairs, random.Random(bench.config.seed))
+            arms["shared_tensors"] = baselines.arm(SharedTensors.name, backend, items[0], tokens, cell.question)
+        samples, runs = ttft.interleaved_calm(arms, self.pairs, random.Random(bench.setup.seed))
         conditions = bench.conditions_now()
 
         kv, direct = samples["injected"][0].prompt, samples["direct"][0].prompt
         injected = Arm(
             samples["injected"],
-            measure.trace(backend, kv, lambda: memory.get_cache(ids), self.answer_tokens),
+            ttft.trace(backend, kv, lambda: memory.get_cache(ids), self.answer_tokens),
         )
         extra: dict[str, Any] = {"measured_times": runs}
         if recipe := samples.get("shared_tensors"):
@@ -74,12 +71,18 @@ class KVvsDirect(Scenario):
             extra |= {"shared_tensors_ttft_s": median(seconds), "shared_tensors_ttft_all_s": seconds}
             extra |= ratio("injected_over_shared_tensors", injected.engine_s, seconds)
         return compare(
-            bench, self.name, cell, "injected", injected,
-            Arm(samples["direct"], measure.trace(backend, direct, None, self.answer_tokens)),
+            bench,
+            self.name,
+            cell,
+            "injected",
+            injected,
+            Arm(samples["direct"], ttft.trace(backend, direct, None, self.answer_tokens)),
             build_s=sum(build_s(bench, item) for item in items),
             kv_bytes=sum(item.metadata.kv_bytes for item in items),
-            memories=len(items), conditions=conditions, extra=extra,
-        )  # fmt: skip
+            memories=len(items),
+            conditions=conditions,
+            extra=extra,
+        )
 
 
 def answer(rows: Sequence[Row]) -> str:
@@ -87,7 +90,7 @@ def answer(rows: Sequence[Row]) -> str:
     if not times:
         return ""
     grades = Counter(row.equality for row in rows)
-    same = f"{grades['bitwise'] + grades['tokens']} of {units.plural(len(rows), 'cell')}"
+    same = f"{grades['bitwise'] + grades['tokens']} of {formatting.plural(len(rows), 'cell')}"
     others = [f"{grades[grade]} {GRADES[grade]}" for grade in ("near_tie", "diverged") if grades[grade]]
     return (
         f"Behind a stored memory the first token comes {between(times)} times as fast as behind its text; "

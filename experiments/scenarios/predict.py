@@ -13,19 +13,28 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments import hardware, published, verdict
-from experiments.config import RunConfig
-from experiments.hardware import Hardware
-from experiments.predictor import Engine, Layout, Prefill
-from experiments.predictor.fit import Fit, Point, described, fit, points_of
-from experiments.predictor.plan import Tier, break_even_tokens, fleet
-from experiments.published import PublishedRow
-from experiments.roofline import DenseShape
-from experiments.row import Row
-from experiments.run_folder import read_run
-from experiments.scenarios import Scenario
-from kvmem import models
+from experiments.bench import Setup
+from experiments.hardware import Hardware, layout
+from experiments.measurement import verdict
+from experiments.performance_model import (
+    DenseShape,
+    Engine,
+    Fit,
+    Layout,
+    Point,
+    Prefill,
+    Tier,
+    break_even_tokens,
+    described,
+    fit,
+    fleet,
+    points_of,
+)
+from experiments.results import Row, published, read_run
+from experiments.results.published import PublishedRow
+from experiments.scenarios.base import Scenario
 from kvmem.errors import ConfigError
+from kvmem.models import loading
 
 GIVEN = "as given"
 
@@ -42,7 +51,7 @@ class Table:
 class Paper:
     """What the tables are computed with: no model and no machine."""
 
-    config: RunConfig
+    setup: Setup
     engine: Engine
     fit: Fit | None
 
@@ -69,9 +78,9 @@ class Predict(Scenario):
 
     name: ClassVar[str] = "predict"
 
-    def open(self, config: RunConfig) -> Paper:  # type: ignore[override]
-        found = fit(list(self._points()), config.seed) if self.fit_from else None
-        return Paper(config, found.engine if found else Engine(), found)
+    def open(self, setup: Setup) -> Paper:  # type: ignore[override]
+        found = fit(list(self._points()), setup.seed) if self.fit_from else None
+        return Paper(setup, found.engine if found else Engine(), found)
 
     def cells(self, bench: Any) -> Sequence[Table]:
         tables = [
@@ -110,18 +119,26 @@ class Predict(Scenario):
             errors.setdefault(f"{cell.table}, {cell.hardware}", []).extend(off.values())
             impossible = [arm for arm in off if (cell, arm) in beyond]
             yield _row(
-                "predict", cell.model, layout.hardware.name,
+                "predict",
+                cell.model,
+                layout.hardware.name,
                 {
-                    "table": cell.table, "memory_tokens": context, "prompt_tokens": query,
-                    "direct_ttft_s": direct, "published_direct_s": cell.direct_ttft_s,
+                    "table": cell.table,
+                    "memory_tokens": context,
+                    "prompt_tokens": query,
+                    "direct_ttft_s": direct,
+                    "published_direct_s": cell.direct_ttft_s,
                     "direct_error_pct": off["direct"],
-                    "injected_ttft_s": injected, "published_injected_s": cell.kv_ttft_s,
+                    "injected_ttft_s": injected,
+                    "published_injected_s": cell.kv_ttft_s,
                     "injected_error_pct": off["injected"],
-                    "speedup_pct": 100 * (1 - injected / direct), "published_speedup_pct": cell.speedup_pct,
+                    "speedup_pct": 100 * (1 - injected / direct),
+                    "published_speedup_pct": cell.speedup_pct,
                     "published_beyond_its_hardware": " and ".join(impossible) or "no",
                 },
-                context_tokens=context, query_tokens=query,
-            )  # fmt: skip
+                context_tokens=context,
+                query_tokens=query,
+            )
         for name, off_pct in errors.items():
             yield _row("predict: error of the published cells", "all", name, _distribution(off_pct))
 
@@ -142,32 +159,45 @@ class Predict(Scenario):
         for tier in self._tiers():
             tokens = break_even_tokens(layout, paper.engine, tier, self.query_tokens)
             figures = {
-                "memory_in": tier.name, "gb_per_second": tier.gb_s, "query_tokens": self.query_tokens,
-                "loading_wins_from_tokens": tokens, f"fetch_of_{self.memory_tokens}_tokens_s":
-                tier.fetch_s(layout, self.memory_tokens),
-            }  # fmt: skip
+                "memory_in": tier.name,
+                "gb_per_second": tier.gb_s,
+                "query_tokens": self.query_tokens,
+                "loading_wins_from_tokens": tokens,
+                f"fetch_of_{self.memory_tokens}_tokens_s": tier.fetch_s(layout, self.memory_tokens),
+            }
             yield _row("predict: where loading beats recomputing", self.plan_model, layout.hardware.name, figures)
 
     def _fleet(self, paper: Paper) -> Iterator[Row]:
         layout = self._plan_layout(paper)
         needed = fleet(
-            layout, paper.engine, self._tiers()[-1], requests_per_s=self.requests_per_s, memories=self.memories,
-            memory_tokens=self.memory_tokens, query_tokens=self.query_tokens, local_share=self.local_share,
-        )  # fmt: skip
+            layout,
+            paper.engine,
+            self._tiers()[-1],
+            requests_per_s=self.requests_per_s,
+            memories=self.memories,
+            memory_tokens=self.memory_tokens,
+            query_tokens=self.query_tokens,
+            local_share=self.local_share,
+        )
         given = {
-            "requests_per_second": self.requests_per_s, "memories": self.memories, "memory_tokens": self.memory_tokens,
-            "query_tokens": self.query_tokens, "local_share": self.local_share,
-        }  # fmt: skip
+            "requests_per_second": self.requests_per_s,
+            "memories": self.memories,
+            "memory_tokens": self.memory_tokens,
+            "query_tokens": self.query_tokens,
+            "local_share": self.local_share,
+        }
         yield _row("predict: a fleet", self.plan_model, layout.hardware.name, given | asdict(needed))
 
     def _tiers(self) -> list[Tier]:
         return [
-            Tier("GPU", None, 0.0), Tier("host memory", self.host_gb_s, 20e-6), Tier("disk", self.disk_gb_s, 200e-6),
+            Tier("GPU", None, 0.0),
+            Tier("host memory", self.host_gb_s, 20e-6),
+            Tier("disk", self.disk_gb_s, 200e-6),
             Tier("network", self.network_gb_s, 1e-3),
-        ]  # fmt: skip
+        ]
 
     def _plan_layout(self, paper: Paper) -> Layout:
-        chosen = paper.config.hardware
+        chosen = paper.setup.hardware
         layout = self._layout(self.plan_model, chosen if chosen.gpu else self._first_that_holds(self.plan_model))
         if not layout.fits:
             raise ConfigError(
@@ -192,8 +222,8 @@ class Predict(Scenario):
         return Layout(_shape(model.lower()), card, dtype, self.host_gb_s, self.network_gb_s)
 
     def _card(self, name: str) -> Hardware:
-        path = hardware.CARDS / f"{name}.yaml"
-        card = hardware.read_card(path) if path.is_file() else None
+        path = layout.CARDS / f"{name}.yaml"
+        card = layout.read_card(path) if path.is_file() else None
         if card is None or card.gpu is None:
             raise ConfigError(
                 f"hardware {name!r} states no rates, and a prediction needs them. For scenario.fit_from choose runs "
@@ -204,7 +234,7 @@ class Predict(Scenario):
 
 @cache
 def _shape(name: str) -> DenseShape:
-    return DenseShape.of(models.shape_config(name))  # counts the weights of a whole architecture: tenths of a second
+    return DenseShape.of(loading.shape_config(name))  # counts the weights of a whole architecture: tenths of a second
 
 
 def _error_pct(predicted: float, told: float) -> float:
@@ -215,16 +245,26 @@ def _distribution(errors_pct: Sequence[float]) -> dict[str, Any]:
     """Of the errors' sizes, and the median with its sign."""
     sizes = sorted(abs(error) for error in errors_pct)
     return {
-        "figures": len(sizes), "median_error_pct": median(errors_pct), "median_size_pct": median(sizes),
-        "p90_size_pct": quantiles(sizes, n=10)[-1] if len(sizes) > 1 else sizes[0], "largest_size_pct": sizes[-1],
+        "figures": len(sizes),
+        "median_error_pct": median(errors_pct),
+        "median_size_pct": median(sizes),
+        "p90_size_pct": quantiles(sizes, n=10)[-1] if len(sizes) > 1 else sizes[0],
+        "largest_size_pct": sizes[-1],
         "within_15_pct": 100 * sum(size <= 15 for size in sizes) / len(sizes),
         "within_30_pct": 100 * sum(size <= 30 for size in sizes) / len(sizes),
-    }  # fmt: skip
+    }
 
 
-def _row(table: str, model: str, hardware: str, figures: dict[str, Any], **fields: Any) -> Row:
+def _row(table: str, model: str, layout: str, figures: dict[str, Any], **fields: Any) -> Row:
     same: dict[str, Any] = {
-        "weights": "none", "dtype": verdict.PUBLISHED_DTYPE, "backend": "predicted", "attention": "", "merge": "",
-        "tier": "", "arm": "", "context_tokens": 0, "query_tokens": 0,
-    }  # fmt: skip
-    return Row(scenario=table, model=model, hardware=hardware, extra=figures, **(same | fields))
+        "weights": "none",
+        "dtype": verdict.PUBLISHED_DTYPE,
+        "backend": "predicted",
+        "attention": "",
+        "merge": "",
+        "tier": "",
+        "arm": "",
+        "context_tokens": 0,
+        "query_tokens": 0,
+    }
+    return Row(scenario=table, model=model, hardware=layout, extra=figures, **(same | fields))

@@ -11,18 +11,14 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments import measure
-from experiments.bench import Bench
-from experiments.builds import built_once
-from experiments.compare import Arm, compare, every_sample, ratio
-from experiments.equality import Trace
-from experiments.row import Row
-from experiments.scenarios import Scenario
-from experiments.transfer import transfer_s
+from experiments.bench import Arm, Bench, built_once, compare, every_sample, ratio
+from experiments.measurement import Trace, transfer_s, ttft
+from experiments.results import Row
+from experiments.scenarios.base import Scenario
 from experiments.workloads import Cell
-from kvmem.backends.measured import Lent, MeasuredBackend
+from kvmem.cache import KVCacheItem
+from kvmem.engines import Lent, MeasuredBackend
 from kvmem.errors import ConfigError
-from kvmem.items import KVCacheItem
 from kvmem.prompt import TokenizedPrompt
 
 NATIVE = "native hit"
@@ -54,12 +50,12 @@ class PrefixReuse(Scenario):
                 f"scenario=prefix_reuse asks for an engine with a prefix cache of its own, and "
                 f"backend={type(bench.backend).name} has none. Use backend=vllm, or scenario=kv_vs_direct."
             )
-        if bench.config.workload.memories > 1:  # type: ignore[attr-defined]
+        if bench.setup.workload.memories > 1:  # type: ignore[attr-defined]
             raise ConfigError("scenario=prefix_reuse is about one memory a cell. Use scenario=kv_vs_direct for merges.")
-        config = bench.config
-        return config.workload.cells(bench.backend.template, config.separator)
+        setup = bench.setup
+        return setup.workload.cells(bench.backend.template, setup.separator)
 
-    def measure(self, bench: Bench, cell: Cell) -> list[Row]:
+    def ttft(self, bench: Bench, cell: Cell) -> list[Row]:
         item = built_once(bench, cell.memories[0])
         bench.memory.add(item)
         try:
@@ -74,23 +70,23 @@ class PrefixReuse(Scenario):
         def lend() -> Lent:
             return memory.get_cache(ids)
 
-        prompt = measure.direct_prompt(backend, tokens, cell.question)
+        prompt = ttft.direct_prompt(backend, tokens, cell.question)
         split = backend.split(cell.question, lend())
         # The answers first: each warms up its arm's shape.
-        direct_trace = measure.trace(backend, prompt, None, self.answer_tokens)
-        injected_trace = measure.trace(backend, split, lend, self.answer_tokens)
+        direct_trace = ttft.trace(backend, prompt, None, self.answer_tokens)
+        injected_trace = ttft.trace(backend, split, lend, self.answer_tokens)
         native_trace = self._native_trace(backend, split)
-        arms: dict[str, measure.Arm] = {
-            "injected": lambda: measure.injected(memory, backend, ids, cell.question),
-            NATIVE: lambda: measure.native_hit(backend, tokens, cell.question, lend),
-            "direct": lambda: measure.direct(backend, tokens, cell.question),
+        arms: dict[str, ttft.Arm] = {
+            "injected": lambda: ttft.injected(memory, backend, ids, cell.question),
+            NATIVE: lambda: ttft.native_hit(backend, tokens, cell.question, lend),
+            "direct": lambda: ttft.direct(backend, tokens, cell.question),
         }
         if self.beside_generate and backend.compute_device.type == "cuda":
-            from experiments.vllm_generate import first_token  # imports vLLM
+            from experiments.baselines import first_token  # imports vLLM
 
             theirs = partial(first_token, backend.llm)  # type: ignore[attr-defined]
-            arms[GENERATE] = lambda: measure.native_hit(backend, tokens, cell.question, lend, theirs)
-        samples, runs = measure.interleaved_calm(arms, self.pairs, random.Random(bench.config.seed), warmups=0)
+            arms[GENERATE] = lambda: ttft.native_hit(backend, tokens, cell.question, lend, theirs)
+        samples, runs = ttft.interleaved_calm(arms, self.pairs, random.Random(bench.setup.seed), warmups=0)
         conditions = bench.conditions_now()
         direct = Arm(samples["direct"], direct_trace)
         injected, native = Arm(samples["injected"], injected_trace), Arm(samples[NATIVE], native_trace)
@@ -111,13 +107,21 @@ class PrefixReuse(Scenario):
                 extra |= ratio("native_hit_over_generate", native.engine_s, generate_s)
             rows.append(
                 compare(
-                    bench, self.name, cell, name, arm, direct, build_s=item.metadata.build_s,
-                    kv_bytes=item.metadata.kv_bytes, conditions=conditions, extra=extra,
+                    bench,
+                    self.name,
+                    cell,
+                    name,
+                    arm,
+                    direct,
+                    build_s=item.metadata.build_s,
+                    kv_bytes=item.metadata.kv_bytes,
+                    conditions=conditions,
+                    extra=extra,
                 )
             )
         return rows
 
     def _native_trace(self, backend: MeasuredBackend, prompt: TokenizedPrompt) -> Trace:
-        measure.hold(backend, prompt.memory_ids)
+        ttft.hold(backend, prompt.memory_ids)
         answer = backend.greedy(TokenizedPrompt((), prompt.ids), None, self.answer_tokens)
         return Trace(answer.token_ids, answer.logits_SV, answer.complete)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -14,21 +13,14 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from scipy import stats
 
-from experiments import trace_file, traces, units
-from experiments.asked import between
-from experiments.bench import Bench
-from experiments.replay import replay
-from experiments.row import Row
-from experiments.scenarios import Scenario
-from experiments.simulate import Outcome, best_oracle, bound_s, simulate
-from experiments.traces import Trace, TraceFamily
-from kvmem import discover
-from kvmem.backends.hf import HFBackend
-from kvmem.costs import Costs
+from experiments.bench import Bench, replay
+from experiments.results import Row, between, formatting
+from experiments.scenarios.base import Scenario
+from experiments.traces import FAMILIES, Outcome, Trace, TraceFamily, best_oracle, bound_s, jsonl, simulate
+from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
-from kvmem.policies import policy_classes
-from kvmem.policies.benefit_per_byte import BenefitPerByte
-from kvmem.policies.oracle import Oracle
+from kvmem.scheduler import Costs
+from kvmem.scheduler.policies import BenefitPerByte, Oracle, policy_classes
 
 AGREEMENT = 0.10
 """By how much a simulated figure may differ from the replayed one."""
@@ -73,36 +65,36 @@ class ReuseTrace(Scenario):
     """Budgets, as shares of the KV of all memories."""
     tick_every: int = Field(default=2, ge=1)
     """Uses between two ticks, each of which builds one memory at most."""
-    trace_file: str | None = None
-    """A trace of your own (JSON lines, see experiments/trace_file.py) instead of the families."""
+    jsonl: str | None = None
+    """A trace of your own (JSON lines, see experiments/traces/jsonl.py) instead of the families."""
 
     name: ClassVar[str] = "reuse_trace"
 
     def __post_init__(self) -> None:
         self._costs: Costs | None = None
-        discover.by_name(sys.modules[traces.__name__], TraceFamily, self.replay_family, "family of traces")  # type: ignore[type-abstract]
+        FAMILIES.find(self.replay_family)
 
     def cells(self, bench: Bench) -> Sequence[ReplayCell | TrafficCell]:
         if type(bench.backend) is not HFBackend:
             raise ConfigError(
                 f"scenario=reuse_trace plays its trace on backend=huggingface, not on {type(bench.backend).name}."
             )
-        families = discover.classes(sys.modules[traces.__name__], TraceFamily)  # type: ignore[type-abstract]
-        short = families[self.replay_family]().draw(self.replay_memories, self.replay_uses, bench.config.seed, 0)
+        families = FAMILIES.classes()
+        short = families[self.replay_family]().draw(self.replay_memories, self.replay_uses, bench.setup.seed, 0)
         return [ReplayCell(f"replay of {short.uses} uses", short), *self._traffic(bench, families)]
 
     def _traffic(self, bench: Bench, families: dict[str, type[TraceFamily]]) -> list[TrafficCell]:
         drawn: dict[str, tuple[Trace, ...]]
         if self.trace_file is not None:
-            drawn = {self.trace_file: (trace_file.read(Path(self.trace_file), bench.backend.template),)}
+            drawn = {self.trace_file: (jsonl.read(Path(self.trace_file), bench.backend.template),)}
         else:
             seeds = range(self.first_seed, self.first_seed + self.seeds)
             drawn = {
-                name: tuple(family().draw(self.memories, self.uses, seed, trace_file.QUERY_TOKENS) for seed in seeds)
+                name: tuple(family().draw(self.memories, self.uses, seed, jsonl.QUERY_TOKENS) for seed in seeds)
                 for name, family in sorted(families.items())
             }
         return [
-            TrafficCell(f"{name} {units.percent(100 * share)}", of_family, share)
+            TrafficCell(f"{name} {formatting.percent(100 * share)}", of_family, share)
             for name, of_family in drawn.items()
             for share in self.budget_shares
         ]
@@ -125,23 +117,32 @@ class ReuseTrace(Scenario):
         hits = real.outcome.hits
         wrong = f"{hits - real.same_first_tokens} of {hits} hits began with another token than the whole prompt"
         worst = max(differs, key=lambda name: differs[name])
-        apart = f"{worst} differs by {units.percent(100 * differs[worst])}"
+        apart = f"{worst} differs by {formatting.percent(100 * differs[worst])}"
         same = hits == real.same_first_tokens
         shared = {
-            "traffic": f"{cell.trace.family}, {cell.trace.uses} uses", "budget_pct": 100 * self.replay_budget_share,
-        }  # fmt: skip
+            "traffic": f"{cell.trace.family}, {cell.trace.uses} uses",
+            "budget_pct": 100 * self.replay_budget_share,
+        }
         conditions = bench.conditions_now()
         return [
             self._row(
-                bench, OURS, {**shared, "run": "replayed", **_figures([real.outcome]), "samples": real.samples},
-                "ok" if same else "invalid", "" if same else wrong, conditions, equality="tokens" if same else None,
+                bench,
+                OURS,
+                {**shared, "run": "replayed", **_figures([real.outcome]), "samples": real.samples},
+                "ok" if same else "invalid",
+                "" if same else wrong,
+                conditions,
+                equality="tokens" if same else None,
             ),
             self._row(
-                bench, OURS,
+                bench,
+                OURS,
                 {**shared, "run": "simulated", **_figures([told]), "differs": differs, "costs": vars(costs)},
-                "ok" if differs[worst] <= AGREEMENT else "invalid", f"{apart} from the replay", conditions,
+                "ok" if differs[worst] <= AGREEMENT else "invalid",
+                f"{apart} from the replay",
+                conditions,
             ),
-        ]  # fmt: skip
+        ]
 
     def _simulate(self, bench: Bench, cell: TrafficCell, costs: Costs) -> list[Row]:
         budgets = [int(cell.budget_share * sum(trace.tokens) * costs.kv_bytes_a_token) for trace in cell.traces]
@@ -158,25 +159,42 @@ class ReuseTrace(Scenario):
         for name, of_policy in outcomes.items():
             share_pct, share_interval = ratio_of_sums(net[name], net[Oracle.name])
             extra = {
-                "traffic": cell.traces[0].family, "budget_pct": 100 * cell.budget_share, "run": "simulated",
+                "traffic": cell.traces[0].family,
+                "budget_pct": 100 * cell.budget_share,
+                "run": "simulated",
                 **_figures(of_policy),
-                "of_oracle_pct": share_pct, "interval": units.percent_range(share_interval),
+                "of_oracle_pct": share_pct,
+                "interval": formatting.percent_range(share_interval),
                 "of_bound_pct": 100 * float(net[name].sum() / bounds.sum()),
-                "of_oracle_interval": share_interval and list(share_interval), "net_saved_all_s": net[name].tolist(),
+                "of_oracle_interval": share_interval and list(share_interval),
+                "net_saved_all_s": net[name].tolist(),
                 "seeds": [trace.seed for trace in cell.traces],
-            }  # fmt: skip
+            }
             remark = behind(net[OURS], {other: net[other] for other in net if other != Oracle.name})
             rows.append(self._row(bench, name, extra, "ok", remark if name == OURS else "", {}))
         return rows
 
     def _row(
-        self, bench: Bench, policy: str, extra: dict[str, Any], verdict: str, reason: str, conditions: dict[str, Any],
+        self,
+        bench: Bench,
+        policy: str,
+        extra: dict[str, Any],
+        verdict: str,
+        reason: str,
+        conditions: dict[str, Any],
         equality: str | None = None,
-    ) -> Row:  # fmt: skip
+    ) -> Row:
         return bench.row(
-            self.name, arm=policy, context_tokens=0, query_tokens=0, equality=equality, verdict=verdict,
-            verdict_reason=reason, conditions=conditions, extra=extra,
-        )  # fmt: skip
+            self.name,
+            arm=policy,
+            context_tokens=0,
+            query_tokens=0,
+            equality=equality,
+            verdict=verdict,
+            verdict_reason=reason,
+            conditions=conditions,
+            extra=extra,
+        )
 
 
 def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -186,19 +204,23 @@ def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     hit_tokens = sum(outcome.hit_tokens for outcome in outcomes)
     return {
         "hit_pct": 100 * hit_tokens / sum(outcome.memory_tokens for outcome in outcomes),
-        "ttft_p50_s": p50, "ttft_p90_s": p90, "ttft_p99_s": p99,
+        "ttft_p50_s": p50,
+        "ttft_p90_s": p90,
+        "ttft_p99_s": p99,
         "builds": float(np.mean([outcome.builds for outcome in outcomes])),
         "moved_bytes": float(np.mean([outcome.moved_bytes for outcome in outcomes])),
         "net_saved_s": float(np.mean([outcome.net_saved_s for outcome in outcomes])),
-    }  # fmt: skip
+    }
 
 
 def disagreement(real: Outcome, told: Outcome) -> dict[str, float]:
     """By which share each figure of the simulation differs from the replay's."""
     pairs = {
-        "the sum of TTFT": (real.ttft_s.sum(), told.ttft_s.sum()), "the seconds saved": (real.saved_s, told.saved_s),
-        "the seconds of builds": (real.build_s, told.build_s), "the tokens hit": (real.hit_tokens, told.hit_tokens),
-    }  # fmt: skip
+        "the sum of TTFT": (real.ttft_s.sum(), told.ttft_s.sum()),
+        "the seconds saved": (real.saved_s, told.saved_s),
+        "the seconds of builds": (real.build_s, told.build_s),
+        "the tokens hit": (real.hit_tokens, told.hit_tokens),
+    }
     return {name: float(abs(b - a) / abs(a)) if a else float(bool(b)) for name, (a, b) in pairs.items()}
 
 
@@ -221,7 +243,7 @@ def behind(ours: np.ndarray, others: dict[str, np.ndarray]) -> str:
     for name, other in others.items():
         low, high = _t_interval(other - ours)
         if low > 0:
-            found.append(f"behind {name} by {units.seconds(low)} to {units.seconds(high)} a trace")
+            found.append(f"behind {name} by {formatting.seconds(low)} to {formatting.seconds(high)} a trace")
     return "; ".join(found)
 
 
@@ -232,8 +254,10 @@ def _t_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def answer(rows: Sequence[Row]) -> str:
-    of = {arm: [row.extra["of_oracle_pct"] for row in rows if row.arm == arm and "of_oracle_pct" in row.extra]
-          for arm in dict.fromkeys(row.arm for row in rows)}  # fmt: skip
+    of = {
+        arm: [row.extra["of_oracle_pct"] for row in rows if row.arm == arm and "of_oracle_pct" in row.extra]
+        for arm in dict.fromkeys(row.arm for row in rows)
+    }
     others = [max(values) for arm, values in of.items() if arm not in (OURS, Oracle.name) and values]
     if not of.get(OURS) or not others:
         return ""

@@ -17,14 +17,13 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments import anonymous_memory
-from experiments.asked import between
 from experiments.bench import Bench
-from experiments.row import Row
-from experiments.scenarios import Scenario
-from kvmem import KVCacheItem, dynamic_cache
+from experiments.measurement import process_memory
+from experiments.results import Row, between
+from experiments.scenarios.base import Scenario
+from kvmem import KVCacheItem
 from kvmem import storage as formats
-from kvmem.items import KVCacheMetadata, MemoryTokens
+from kvmem.cache import KVCacheMetadata, MemoryTokens, dynamic_cache
 from kvmem.storage import Storage
 
 ITEMS = 8
@@ -58,7 +57,7 @@ class StorageScenario(Scenario):
     name: ClassVar[str] = "storage"
 
     def cells(self, bench: Bench) -> Sequence[StorageCell]:
-        filename = bench.config.storage.memory_filename
+        filename = bench.setup.storage.memory_filename
         return [StorageCell(formats.for_filename(filename).name, filename)]
 
     def measure(self, bench: Bench, cell: StorageCell) -> list[Row]:
@@ -67,7 +66,7 @@ class StorageScenario(Scenario):
         with tempfile.TemporaryDirectory(prefix="kvmem-storage-", dir=self.folder) as folder:
             pair = _Pair(bench, items, formats.for_filename(cell.memory_filename), Path(folder) / cell.memory_filename)
             peaks = pair.peaks()
-            rng = random.Random(bench.config.seed)
+            rng = random.Random(bench.setup.seed)
             rounds = [pair.seconds(rng) for _ in range(self.repeats)]
             equal = pair.loads_the_same_bits()
         seconds = {name: median(taken[name] for taken in rounds) for name in rounds[0]}
@@ -105,7 +104,7 @@ def random_items(bench: Bench, total_bytes: int, count: int) -> list[KVCacheItem
     token_bytes = 2 * fingerprint.layers * fingerprint.kv_heads * fingerprint.head_dim * dtype.itemsize
     tokens = max(1, total_bytes // (token_bytes * count))
     shape = (1, fingerprint.kv_heads, tokens, fingerprint.head_dim)
-    generator = torch.Generator().manual_seed(bench.config.seed)
+    generator = torch.Generator().manual_seed(bench.setup.seed)
 
     def draw() -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, generator=generator)
@@ -170,11 +169,11 @@ class _Pair:
         A dump's is what it takes beside the tensors. A load's counts what it returns, unless that is pages of a file.
         """
         extra: dict[str, int] = {}
-        if not anonymous_memory.can_be_told():
+        if not process_memory.can_be_told():
             return extra
         for name, step in self.steps.items():
             self._prepare(name)
-            kept, extra[name] = anonymous_memory.peak_extra_bytes(step)
+            kept, extra[name] = process_memory.peak_extra_bytes(step)
             del kept
         return extra
 

@@ -15,19 +15,15 @@ import numpy as np
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments.asked import between
-from experiments.bench import Bench
-from experiments.in_every_tier import COLD, RECOMPUTE, WARM, InEveryTier
-from experiments.lossy import Quality
-from experiments.row import Row
-from experiments.scenarios import Scenario
-from experiments.transfer import transfer_s
-from experiments.workloads.cut import asked, cut_memories
-from experiments.workloads.python_docs import docs_texts
-from kvmem.backends.hf import HFBackend
-from kvmem.compressed import check_available
-from kvmem.costs import Costs
+from experiments.bench import COLD, RECOMPUTE, WARM, Bench, InEveryTier, Quality
+from experiments.measurement import transfer_s
+from experiments.results import Row, between
+from experiments.scenarios.base import Scenario
+from experiments.workloads import asked, cut_memories, docs_texts
+from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
+from kvmem.scheduler import Costs
+from kvmem.tiers import check_available
 
 
 @plain_dataclass(frozen=True)
@@ -88,20 +84,23 @@ class Tiers(Scenario):
         ]
 
     def _length(self, bench: Bench, i: int, tokens: int, folder: Path) -> Length:
-        texts = docs_texts(bench.config.seed, i, 1)
+        texts = docs_texts(bench.setup.seed, i, 1)
         template = bench.backend.template
-        (text,) = cut_memories(texts.memories, tokens, template, bench.config.separator, "scenario")
+        (text,) = cut_memories(texts.memories, tokens, template, bench.setup.separator, "scenario")
         bench.memory.extract(text)  # warms up this shape
         item = bench.memory.extract(text)
         question = asked(template, texts.ask(()).variants[0])
         places = InEveryTier(bench, item, question, folder / str(tokens), self.compressed)
-        rng = random.Random(bench.config.seed)
+        rng = random.Random(bench.setup.seed)
         rounds = [places.round(rng) for _ in range(1 + self.repeats)][1:]
         seconds = {place: [taken[place].seconds for taken in rounds] for place in rounds[0]}
         exact = [place for place in seconds if place not in self.compressed]
         tokens_of = {taken[place].token for taken in rounds for place in exact}
         length = Length(
-            tokens, len(places.prompt.query_ids), item.metadata.kv_bytes, seconds,
+            tokens,
+            len(places.prompt.query_ids),
+            item.metadata.kv_bytes,
+            seconds,
             cached_pct=max(taken[COLD].cached_pct for taken in rounds),
             read_s={place: median(taken[place].read_s for taken in rounds) for place in (COLD, WARM)},
             fetch_s={
@@ -112,7 +111,7 @@ class Tiers(Scenario):
             quality=places.quality(self.answer_tokens) if self.compressed else {},
             lossy_bytes={place: places.nbytes(place) for place in self.compressed},
             nll=places.nll(),
-        )  # fmt: skip
+        )
         places.close()
         return length
 
@@ -125,25 +124,39 @@ class Tiers(Scenario):
         of_resident = length.nll if place == length.resident else None
         nll = quality.nll if quality else of_resident
         extra: dict[str, Any] = {
-            "memory_tokens": length.tokens, "kv_bytes": kv_bytes, "ttft_s": ttft_s,
+            "memory_tokens": length.tokens,
+            "kv_bytes": kv_bytes,
+            "ttft_s": ttft_s,
             "over_resident": ttft_s / length.ttft_s(length.resident),
             "saved_pct": 100 * (1 - ttft_s / length.ttft_s(RECOMPUTE)),
-            "fetch_s": length.fetch_s.get(place), "read_s": length.read_s.get(place),
+            "fetch_s": length.fetch_s.get(place),
+            "read_s": length.read_s.get(place),
             "of_read_pct": 100 * length.read_s[place] / length.fetch_s[place] if on_disk else None,
-            "cached_pct": length.cached_pct if place == COLD else None, "transfer_s": length.transfer_s,
-            "break_even_tokens": even, "ttft_all_s": length.seconds[place],
-            "equality": equality, "nll": nll,
+            "cached_pct": length.cached_pct if place == COLD else None,
+            "transfer_s": length.transfer_s,
+            "break_even_tokens": even,
+            "ttft_all_s": length.seconds[place],
+            "equality": equality,
+            "nll": nll,
             "nll_above_built": nll - length.nll if quality and nll is not None and length.nll is not None else None,
             "lossy": place.removeprefix("disk_") if quality else None,
-        }  # fmt: skip
+        }
         return bench.row(
-            self.name, arm=place, tier=place.partition(",")[0], context_tokens=length.tokens,
-            query_tokens=length.query_tokens, pairs=self.repeats, kv_bytes=kv_bytes,
-            equality=equality, first_difference=quality.equality.first_difference if quality else None,
+            self.name,
+            arm=place,
+            tier=place.partition(",")[0],
+            context_tokens=length.tokens,
+            query_tokens=length.query_tokens,
+            pairs=self.repeats,
+            kv_bytes=kv_bytes,
+            equality=equality,
+            first_difference=quality.equality.first_difference if quality else None,
             logit_max_abs_diff=quality.equality.logit_max_abs_diff if quality else None,
-            verdict="invalid" if length.wrong else "ok", verdict_reason=length.wrong,
-            conditions=conditions, extra=extra,
-        )  # fmt: skip
+            verdict="invalid" if length.wrong else "ok",
+            verdict_reason=length.wrong,
+            conditions=conditions,
+            extra=extra,
+        )
 
 
 @plain_dataclass(frozen=True)

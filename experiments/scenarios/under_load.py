@@ -13,16 +13,14 @@ import numpy as np
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments import measure, units
-from experiments.bench import Bench
-from experiments.builds import built_once
-from experiments.row import Row
-from experiments.scenarios import Scenario
-from experiments.workloads.cut import asked, cut_memories
-from experiments.workloads.python_docs import docs_texts
-from kvmem.backends.vllm_serving import Arrival, Served, ServingEngine
+from experiments.bench import Bench, built_once
+from experiments.measurement import ttft
+from experiments.results import Row, formatting
+from experiments.scenarios.base import Scenario
+from experiments.workloads import asked, cut_memories, docs_texts
+from kvmem.cache import KVCacheItem
+from kvmem.engines.vllm import Arrival, Served, ServingEngine
 from kvmem.errors import ConfigError, KVMemError
-from kvmem.items import KVCacheItem
 from kvmem.prompt import TokenizedPrompt
 
 ARMS = ("direct", "native hit", "injected")
@@ -88,7 +86,7 @@ class UnderLoad(Scenario):
         alone_s, whole_s = self._alone(bench, items[0])
         return [ArmCell(arm, self.memory_tokens, query_tokens, alone_s, whole_s) for arm in ARMS]
 
-    def measure(self, bench: Bench, cell: ArmCell) -> list[Row]:
+    def ttft(self, bench: Bench, cell: ArmCell) -> list[Row]:
         items = self._items(bench)
         goal_s = self.goal_ttft_s or 2 * cell.alone_s
         runs = []
@@ -100,9 +98,16 @@ class UnderLoad(Scenario):
         return [self._row(bench, cell, *run, goal_s, highest) for run in runs]
 
     def _row(
-        self, bench: Bench, cell: ArmCell, load: float, rate: float, served: list[Served], seconds: float,
-        goal_s: float, highest: float,
-    ) -> Row:  # fmt: skip
+        self,
+        bench: Bench,
+        cell: ArmCell,
+        load: float,
+        rate: float,
+        served: list[Served],
+        seconds: float,
+        goal_s: float,
+        highest: float,
+    ) -> Row:
         answers = [one.answer for one in served if not isinstance(one.answer, KVMemError)]
         errors = [str(one.answer) for one in served if isinstance(one.answer, KVMemError)]
         prompt = sum(answer.prompt_tokens for answer in answers)
@@ -140,8 +145,8 @@ class UnderLoad(Scenario):
         )
 
     def _items(self, bench: Bench) -> list[KVCacheItem]:
-        template, separator = bench.backend.template, bench.config.separator
-        texts = [docs_texts(bench.config.seed, i, 1).memories for i in range(self.memories)]
+        template, separator = bench.backend.template, bench.setup.separator
+        texts = [docs_texts(bench.setup.seed, i, 1).memories for i in range(self.memories)]
         cut = [cut_memories(text, self.memory_tokens, template, separator, "under_load")[0] for text in texts]
         items = [built_once(bench, text) for text in cut]
         held = {item.kv_cache_id for item in bench.memory.get_all()}
@@ -150,11 +155,11 @@ class UnderLoad(Scenario):
 
     def _requests(self, bench: Bench, rate: float) -> list[Asked]:
         """The same requests for every arm; each question has a number, so that no two share more than the memory."""
-        rng = np.random.default_rng(bench.config.seed)
+        rng = np.random.default_rng(bench.setup.seed)
         popularity = 1.0 / np.arange(1, self.memories + 1) ** self.zipf_exponent
         chosen = rng.choice(self.memories, size=self.requests, p=popularity / popularity.sum())
         at_s = np.cumsum(rng.exponential(1 / rate, size=self.requests))
-        asks = [docs_texts(bench.config.seed, i, 1).ask(()).variants[-1] for i in range(self.memories)]
+        asks = [docs_texts(bench.setup.seed, i, 1).ask(()).variants[-1] for i in range(self.memories)]
         template = bench.backend.template
         return [
             Asked(float(at), int(memory), asked(template, f"{random.Random(n).randrange(10**6)}: {asks[memory]}"))
@@ -170,7 +175,7 @@ class UnderLoad(Scenario):
         assert isinstance(engine, ServingEngine)
         taken = []
         for ask in self._requests(bench, 1.0)[:5]:
-            prompt = measure.direct_prompt(bench.backend, item.metadata.tokens, ask.question)
+            prompt = ttft.direct_prompt(bench.backend, item.metadata.tokens, ask.question)
             engine.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])  # warms up
             taken += engine.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])
         first = float(np.median([one.first_token_s for one in taken]))
@@ -203,6 +208,6 @@ def percentile(served: Sequence[Served], percent: float) -> float:
 def answer(rows: Sequence[Row]) -> str:
     highest = max(row.extra["load"] for row in rows)
     at_most = [row for row in rows if row.extra["load"] == highest]
-    told = ", ".join(f"{row.arm} {units.seconds(row.extra['ttft_p99_s'])}" for row in at_most)
-    rate = units.digits(at_most[0].extra["requests_a_second"])
+    told = ", ".join(f"{row.arm} {formatting.seconds(row.extra['ttft_p99_s'])}" for row in at_most)
+    rate = formatting.digits(at_most[0].extra["requests_a_second"])
     return f"At {rate} requests a second 99 of 100 have their first token within: {told}."

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.row import Row
+from experiments.results import Row
 
 
 class Sink(ABC):

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.row import Row
-from experiments.sinks import Sink
-
-FILENAME = "rows.jsonl"
+from experiments.results import ROWS_FILE, Row
+from experiments.sinks.base import Sink
 
 
 class JSONL(Sink):
@@ -21,7 +19,7 @@ class JSONL(Sink):
         pass
 
     def open(self, run_dir: Path, config: dict[str, Any], kept: Sequence[Row] = ()) -> None:
-        self.file = (run_dir / FILENAME).open("a" if kept else "w", encoding="utf-8")
+        self.file = (run_dir / ROWS_FILE).open("a" if kept else "w", encoding="utf-8")
 
     def write(self, row: Row) -> None:
         self.file.write(row.to_json() + "\n")
@@ -29,9 +27,3 @@ class JSONL(Sink):
 
     def close(self, run_dir: Path) -> None:
         self.file.close()
-
-
-def read_rows(run_dir: Path) -> list[Row]:
-    """The whole rows of a run's folder; a last line that a kill cut short is left out."""
-    lines = (run_dir / FILENAME).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [Row.from_json(line) for line in lines if line.endswith("\n")]

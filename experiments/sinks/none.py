@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from experiments.row import Row
-from experiments.sinks import Sink
+from experiments.results import Row
+from experiments.sinks.base import Sink
 
 
 @dataclass(config=ConfigDict(extra="forbid"))

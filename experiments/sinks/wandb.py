@@ -15,18 +15,19 @@ import yaml
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from experiments.progress import shown
-from experiments.row import Row
-from experiments.run_folder import SWEEPS
-from experiments.sinks import Sink
-from experiments.sinks.jsonl import read_rows
+from experiments.results import SWEEPS, Row, displayed_path, read_rows
+from experiments.sinks.base import Sink
 from kvmem.errors import ConfigError, did_you_mean
 
 Mode = Literal["offline", "online", "disabled"]
 _MODES: dict[str, Mode] = {
-    "": "offline", "offline": "offline", "dryrun": "offline",
-    "online": "online", "run": "online", "disabled": "disabled",
-}  # fmt: skip
+    "": "offline",
+    "offline": "offline",
+    "dryrun": "offline",
+    "online": "online",
+    "run": "online",
+    "disabled": "disabled",
+}
 INIT_TIMEOUT_S = 30
 
 
@@ -112,7 +113,7 @@ class WandB(Sink):
         self._run.log({"rows": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
         for plot in sorted((run_dir / "plots").glob("*.png")):
             self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
-        folder = shown(Path(self._run.dir).parent)  # …/wandb/offline-run-<time>-<id>/files
+        folder = displayed_path(Path(self._run.dir).parent)  # …/wandb/offline-run-<time>-<id>/files
         said = {
             "online": lambda: f"W&B run: {self._run.url}",
             "offline": lambda: f"W&B run: {folder} (send it with: wandb sync {folder})",

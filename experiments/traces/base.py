@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from kvmem.registry import Registry
+
 
 @dataclass(frozen=True)
 class Event:
@@ -46,6 +48,9 @@ class TraceFamily(ABC):
         rng = np.random.default_rng([seed, sum(self.name.encode())])
         tokens = tuple(int(length) for length in np.exp(rng.uniform(np.log(128), np.log(1024), memories)))
         return Trace(self.name, seed, tokens, query_tokens, tuple(self.events(memories, uses, rng)))
+
+
+FAMILIES = Registry(TraceFamily, "experiments.traces", "family of traces")
 
 
 def zipf_shares(memories: int, exponent: float, rng: np.random.Generator) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments.traces import Event, TraceFamily, zipf_shares
+from experiments.traces.base import Event, TraceFamily, zipf_shares
 
 
 @dataclass(config=ConfigDict(extra="forbid"))

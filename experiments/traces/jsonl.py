@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from experiments.traces import Event, Trace
+from experiments.traces.base import Event, Trace
 from kvmem.errors import ConfigError, PromptError
 from kvmem.prompt import PromptTemplate
 
@@ -53,7 +53,7 @@ def read(path: Path, template: PromptTemplate) -> Trace:
                 tokens[line.memory] = line.tokens or len(template.memory_tokens(line.text or "").token_ids)
         except (json.JSONDecodeError, ValidationError, PromptError) as error:
             raise ConfigError(
-                f"{path}, line {at}: {str(error).splitlines()[0]}. See experiments/trace_file.py."
+                f"{path}, line {at}: {str(error).splitlines()[0]}. See experiments/traces/jsonl.py."
             ) from error
         events.append(Event(line.kind, number_of.setdefault(line.memory, len(number_of))))
         if line.kind == "use":

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.traces import Trace
-from kvmem.costs import Costs
-from kvmem.planner import Planner
-from kvmem.policies import Policy
-from kvmem.policies.oracle import Oracle
+from experiments.traces.base import Trace
+from kvmem.scheduler import Costs, Planner
+from kvmem.scheduler.policies import Oracle, Policy
 
 HORIZONS = (64, 256, 1024, 4096)
 """How far an oracle looks ahead, in uses. Greedy is not optimal, so several are tried and the best is taken."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvmem.items import Source
+from kvmem.cache import Source
 from kvmem.prompt import PromptTemplate
 
 

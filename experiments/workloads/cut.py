@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 from transformers import DynamicCache
 
+from kvmem.cache import KVCacheItem, KVCacheMetadata, MemoryTokens, Source
 from kvmem.errors import PromptError
-from kvmem.items import KVCacheItem, KVCacheMetadata, MemoryTokens, Source
 from kvmem.merge import merged_tokens
 from kvmem.prompt import PromptTemplate, TokenizedPrompt
 

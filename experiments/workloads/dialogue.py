@@ -9,9 +9,9 @@ from typing import Literal
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments.workloads import Cell, Workload
+from experiments.workloads.base import Cell, Workload
+from kvmem.cache import Message
 from kvmem.errors import ConfigError, PromptError
-from kvmem.items import Message
 from kvmem.prompt import PromptTemplate
 
 Exchange = tuple[str, str]

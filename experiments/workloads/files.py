@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments.workloads import Cell, Workload
+from experiments.workloads.base import Cell, Workload
 from experiments.workloads.cut import asked, held
 from kvmem.errors import ConfigError
 from kvmem.prompt import PromptTemplate

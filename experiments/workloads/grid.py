@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass as card
 
-from experiments.workloads import Cell, Workload
+from experiments.workloads.base import Cell, Workload
 from experiments.workloads.cut import cut_memories, cut_question, held
 from kvmem.prompt import PromptTemplate
 

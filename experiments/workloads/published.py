@@ -10,12 +10,12 @@ from pathlib import Path
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments.workloads import Cell, Workload
+from experiments.workloads.base import Cell, Workload
 from experiments.workloads.grid import grid
 from experiments.workloads.python_docs import docs_texts
 from kvmem.prompt import PromptTemplate
 
-TABLE = Path(__file__).parent.parent / "published" / "huggingface_ttft.csv"
+TABLE = Path(__file__).parents[1] / "results" / "published" / "huggingface_ttft.csv"
 
 
 def published_counts() -> tuple[list[int], list[int]]:

@@ -12,13 +12,13 @@ import torch
 from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments import units
-from experiments.workloads import Cell, Workload
+from experiments.results import formatting
+from experiments.workloads.base import Cell, Workload
 from experiments.workloads.grid import grid
 from experiments.workloads.python_docs import docs_texts
 from kvmem.prompt import PromptTemplate
 
-TABLE = Path(__file__).parent.parent / "published" / "vllm_ttft.csv"
+TABLE = Path(__file__).parents[1] / "results" / "published" / "vllm_ttft.csv"
 CPU_COUNTS = [128, 256, 512], [32, 64, 128, 256]
 """Memory and prompt tokens that two cores prefill in about a second."""
 
@@ -54,6 +54,6 @@ class PublishedVLLM(Workload):
             template,
             separator,
             "published_vllm",
-            lambda counts: {count: units.count(count) for count in counts},
+            lambda counts: {count: formatting.count(count) for count in counts},
         )
         return list(islice(cells, self.max_cells))

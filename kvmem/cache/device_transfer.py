@@ -8,8 +8,8 @@ from functools import cache
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from kvmem import dynamic_cache
-from kvmem.dynamic_cache import KV
+from kvmem.cache import dynamic_cache
+from kvmem.cache.dynamic_cache import KV
 
 
 def to_device(stored: DynamicCache, device: torch.device, config: PreTrainedConfig) -> DynamicCache:

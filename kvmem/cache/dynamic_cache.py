@@ -15,13 +15,13 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvmem.cache_layers import KV, ArrivingLayer, LentLayer, PatchedLayer
+from kvmem.cache.fingerprint import ModelFingerprint
+from kvmem.cache.items import MemoryTokens
+from kvmem.cache.layers import KV, ArrivingLayer, CopyOnWriteLayer, PatchedLayer
 from kvmem.errors import FingerprintError, ModelError
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import MemoryTokens
 
 
-class LentCache(DynamicCache):
+class CacheView(DynamicCache):
     """A DynamicCache lent from stored memories: using it leaves them as they are.
 
     `tokens` says which token ids it was lent with, so that a query can verify the prefix. `note`: why something that is
@@ -40,8 +40,8 @@ def _shell(config: PreTrainedConfig, kind: type[DynamicCache]) -> DynamicCache:
     cache = kind(config=config)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            if kind is LentCache:
-                cache.layers[i] = LentLayer()
+            if kind is CacheView:
+                cache.layers[i] = CopyOnWriteLayer()
         elif type(layer) is not DynamicSlidingWindowLayer:
             raise ModelError(
                 f"{config.model_type} has a layer of kind {type(layer).__name__}, whose state is no list of keys and "
@@ -114,11 +114,14 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def lend(
-    cache: DynamicCache, tokens: MemoryTokens, config: PreTrainedConfig, lossy: str = "",
+    cache: DynamicCache,
+    tokens: MemoryTokens,
+    config: PreTrainedConfig,
+    lossy: str = "",
     fingerprint: ModelFingerprint | None = None,
-) -> LentCache:  # fmt: skip
+) -> CacheView:
     """A fresh shell that shares `cache`'s tensors; growing, cropping or reordering it leaves `cache` as it is."""
-    shell = cast("LentCache", _shell(config, LentCache))
+    shell = cast("CacheView", _shell(config, CacheView))
     held, wanted = len(cache.layers), len(shell.layers)
     if held != wanted:
         raise FingerprintError(f"A cache of {held} layers is none of this model's {wanted}. Extract it again with it.")
@@ -130,9 +133,9 @@ def lend(
     return shell
 
 
-def lend_nothing(tokens: MemoryTokens, config: PreTrainedConfig) -> LentCache:
+def lend_nothing(tokens: MemoryTokens, config: PreTrainedConfig) -> CacheView:
     """An empty shell for a prompt whose memory is all text: it grows as a lent one does."""
-    shell = cast("LentCache", _shell(config, LentCache))
+    shell = cast("CacheView", _shell(config, CacheView))
     shell.tokens = tokens.model_copy(update={"token_ids": ()})
     return shell
 

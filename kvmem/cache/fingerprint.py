@@ -52,15 +52,21 @@ class ModelFingerprint(BaseModel):
         layers: (keys, values) of each layer, each (1, kv_heads / shards, tokens, head_dim). None: they may be.
         """
         ours = {
-            "layers": self.layers, "batch": 1, "kv_heads": self.kv_heads // shards, "head_dim": self.head_dim,
+            "layers": self.layers,
+            "batch": 1,
+            "kv_heads": self.kv_heads // shards,
+            "head_dim": self.head_dim,
             "dtype": self.dtype,
-        }  # fmt: skip
+        }
         for tensor in (tensor for pair in layers for tensor in pair):
             batch, kv_heads, _, head_dim = tensor.shape if tensor.dim() == 4 else (0, 0, 0, 0)
             theirs = {
-                "layers": len(layers), "batch": batch, "kv_heads": kv_heads, "head_dim": head_dim,
+                "layers": len(layers),
+                "batch": batch,
+                "kv_heads": kv_heads,
+                "head_dim": head_dim,
                 "dtype": str(tensor.dtype).removeprefix("torch."),
-            }  # fmt: skip
+            }
             for name, value in theirs.items():
                 if value != ours[name]:
                     return f"{name}: {ours[name]} here, {value} there"
@@ -112,8 +118,15 @@ def _names(model: PreTrainedModel) -> list[str]:
 
 
 # Written by whoever saved the model, and without effect on a cache.
-_WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype",
-                   "distributed_config"}  # fmt: skip
+_WITHOUT_EFFECT = {
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "use_cache",
+    "dtype",
+    "torch_dtype",
+    "distributed_config",
+}
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str) -> ModelFingerprint:

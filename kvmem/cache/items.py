@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import DynamicCache
 
+from kvmem.cache.fingerprint import ModelFingerprint
 from kvmem.errors import ArgumentError, check_kind, config_error
-from kvmem.fingerprint import ModelFingerprint
 
 Message = dict[str, str]
 """One chat turn: {"role": "system" | "user" | "assistant", "content": text}."""

@@ -25,7 +25,7 @@ class ArrivingLayer(DynamicLayer):
             self.arrives = None
 
 
-class LentLayer(ArrivingLayer):
+class CopyOnWriteLayer(ArrivingLayer):
     """A layer that starts from tensors it must not write to, and grows without copying them at each step.
 
     The first update copies the lent tokens and the new ones into a buffer of its own with room to spare (one `cat`,

@@ -1,23 +1,58 @@
-"""One engine, one file. A backend builds items from text, and answers queries behind a lent cache."""
+"""One engine, one file. A backend builds items from tet, and answers queries behind a lent cache."""
 
 from __future__ import annotations
 
-import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from kvmem import discover, dynamic_cache, storage
-from kvmem.backends.lent_file import LentFile
-from kvmem.errors import FingerprintError
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import KVCacheItem, Source, TextualMemoryItem
+from kvmem import storage
+from kvmem.cache import (
+    CacheView,
+    KVCacheItem,
+    MemoryTokens,
+    ModelFingerprint,
+    Source,
+    TextualMemoryItem,
+    dynamic_cache,
+)
+from kvmem.errors import FingerprintError, check_kind
 from kvmem.merge import MergeStrategy
-from kvmem.prompt import PromptTemplate, TemplateKind
+from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
+from kvmem.registry import Registry
+
+
+class StoredFile:
+    """A file that goes with the last one who holds this; what is mapped from it stays readable."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class FileHandle:
+    """What `get_cache` gives where the engine holds the KV: which tokens, and the file that they are injected from.
+
+    file None: an exact merge, which the engine prefills as a prefix of the prompt and then finds in its own cache.
+    salt: not None keeps the engine's blocks apart from those of the same ids, because this KV is not what a prefill of
+    the ids gives (an inexact merge, a cache of unknown origin).
+    """
+
+    tokens: MemoryTokens
+    file: StoredFile | None
+    salt: str | None = None
 
 
 class BackendConfig:
@@ -53,7 +88,7 @@ class Backend(ABC):
         """Prefills `source` into a new item; behind `base`, only the tokens that it does not hold."""
 
     @abstractmethod
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache | LentFile:
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache | FileHandle:
         """What the engine injects for one item, or for several through `merge`; using it leaves them as they are."""
 
     def check(self, item: KVCacheItem) -> None:
@@ -79,6 +114,104 @@ class Backend(ABC):
         return storage.for_filename(path.name).load(path, self.fingerprint, self.model_config, self.device)
 
 
+ENGINES = Registry(Backend, "kvmem.engines", "backend")
+
+
 def backend_class(name: str) -> type[Backend]:
     """The backend called `name`, or a ConfigError with the choices."""
-    return discover.by_name(sys.modules[__name__], Backend, name, "backend")  # type: ignore[type-abstract]
+    return ENGINES.find(name)
+
+
+def check_lent(cache: CacheView, fingerprint: ModelFingerprint, shards: int = 1) -> None:
+    """Raises ArgumentError for what is no lent cache, FingerprintError for one of another model than `fingerprint`'s.
+
+    A cache that does not say whose it is is told by its tensors' shape; `shards` processes share its heads.
+    """
+    check_kind("A lent cache", cache, CacheView, way_out="KVCacheMemory.get_cache lends one for ids.")
+    theirs = cache.fingerprint
+    if theirs is fingerprint:
+        return
+    if theirs is not None:
+        difference = fingerprint.difference(theirs)
+    elif cache.get_seq_length():
+        difference = fingerprint.shape_difference(dynamic_cache.layers_of(cache), shards)
+    else:  # nothing is held yet: all of the prompt is computed
+        return
+    if difference:
+        raise FingerprintError(
+            f"This cache was lent by another model: {difference}. Answer with that model's backend, or extract the "
+            "memory again with this one."
+        )
+
+
+Lent = CacheView | FileHandle
+"""What `get_cache` gives, on one engine or another."""
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """One greedy token, and the engine's own count of prompt tokens that it did not compute for it.
+
+    `local_tokens` came from the engine's prefix cache, the others from the memory.
+    """
+
+    id: int
+    cached_tokens: int
+    local_tokens: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class GreedyAnswer:
+    """Greedy tokens past any end token, and the logits, (steps, vocab), that gave each.
+
+    Where an engine tells its largest log-probabilities only, `complete` is False and all others are -inf: differences
+    between two tokens are the logits', equality to the bit can't be told.
+    """
+
+    token_ids: tuple[int, ...]
+    logits_SV: torch.Tensor
+    complete: bool = True
+
+
+class MeasuredBackend(Backend):
+    """An engine that experiments can measure."""
+
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    compute_device: torch.device
+    """Where it computes; `device` is where items lie."""
+    ranks: int = 1
+    """GPUs that share the work."""
+    prefix_block_tokens: int | None = None
+    """Tokens of a block of the engine's own prefix cache; None: it has none."""
+    attention: str
+    """The attention kernel's name."""
+
+    @abstractmethod
+    def split(self, query: Query, kv_cache: Any = None) -> TokenizedPrompt:
+        """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is too long."""
+
+    @abstractmethod
+    def first_token(self, prompt: TokenizedPrompt, kv_cache: Any = None) -> FirstToken:
+        """The first greedy token, on the host. With a cache, only what it does not hold is computed."""
+
+    @abstractmethod
+    def greedy(self, prompt: TokenizedPrompt, kv_cache: Any, steps: int) -> GreedyAnswer:
+        """`steps` greedy tokens, with the logits that gave each."""
+
+    @abstractmethod
+    def two_chunkings(self, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last token's logits, (vocab,), of a plain prompt prefilled whole, and in two parts that meet at token
+        `at` or as near to it as the engine can: what lies between the two is rounding. No stored memory has a part in
+        it. -inf where the engine does not tell them."""
+
+    def held_tokens(self, prompt: TokenizedPrompt, kv_cache: Any) -> int:
+        """How many of the prompt's tokens an answer behind `kv_cache` must not compute: exactly so many, or no hit."""
+        return len(prompt.memory_ids)
+
+    def reset(self) -> None:
+        """Empties what the engine keeps of earlier prompts by itself; this one keeps nothing."""
+
+    @abstractmethod
+    def conditions(self) -> dict[str, Any]:
+        """What the engine's figures depend on: its version, graphs, sizes. Plain JSON."""

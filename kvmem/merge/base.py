@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
 from transformers import DynamicCache, PreTrainedModel
 
-from kvmem import discover
+from kvmem.cache import KVCacheItem, MemoryTokens
 from kvmem.errors import MergeError
-from kvmem.items import KVCacheItem, MemoryTokens
+from kvmem.registry import Registry
 
 
 class MergeStrategy(ABC):
@@ -59,7 +58,9 @@ def joined_tokens(parts: Sequence[MemoryTokens], separator_ids: tuple[int, ...])
     )
 
 
+STRATEGIES = Registry(MergeStrategy, "kvmem.merge", "merge strategy")
+
+
 def strategy(name: str) -> MergeStrategy:
     """The strategy called `name` (case and underscores do not matter), with its default knobs."""
-    bare = name.replace("_", "")  # its file and its YAML card may have them: naive_concat is NaiveConcat
-    return discover.by_name(sys.modules[__name__], MergeStrategy, bare, "merge strategy")()  # type: ignore[type-abstract]
+    return STRATEGIES.find(name)()

@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from kvmem.merge.concat import Concatenated
+from kvmem.merge.recompute import recompute
 from kvmem.merge.ropeshift import RopeShift
-from kvmem.recompute import recompute
 
 LAYERS = 2
 """Layer 0 deviates nowhere; the next is the first that tells, and tokens that deviate there do so in later ones too."""

@@ -10,12 +10,10 @@ from itertools import pairwise
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvmem import dynamic_cache
-from kvmem.dynamic_cache import KV
+from kvmem.cache import KV, KVCacheItem, dynamic_cache
 from kvmem.errors import MergeError
-from kvmem.items import KVCacheItem
-from kvmem.merge import MergeStrategy, merged_tokens
-from kvmem.recompute import recompute
+from kvmem.merge.base import MergeStrategy, merged_tokens
+from kvmem.merge.recompute import recompute
 
 
 @dataclass(frozen=True)

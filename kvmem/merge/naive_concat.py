@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
-from kvmem.dynamic_cache import KV
+from kvmem.cache import KV
 from kvmem.merge.concat import ConcatStrategy
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvmem import dynamic_cache
-from kvmem.dynamic_cache import KV
+from kvmem.cache import KV, dynamic_cache
 from kvmem.errors import MergeError
 
 MASKS = ("sdpa", "eager")

@@ -9,9 +9,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from transformers import DynamicCache, PreTrainedModel
 
-from kvmem.forward import prefill
-from kvmem.items import KVCacheItem
-from kvmem.merge import MergeStrategy, merged_tokens
+from kvmem.cache import KVCacheItem
+from kvmem.merge.base import MergeStrategy, merged_tokens
+from kvmem.models import prefill
 
 
 @dataclass(config=ConfigDict(extra="forbid"))

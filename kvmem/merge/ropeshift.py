@@ -10,10 +10,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from transformers import DynamicCache, PreTrainedModel
 
-from kvmem.dynamic_cache import KV
-from kvmem.items import KVCacheItem
+from kvmem.cache import KV, KVCacheItem
 from kvmem.merge.concat import ConcatStrategy
-from kvmem.rope import Turn, check_rotatable, inverse_frequencies, rotate
+from kvmem.merge.rope import Turn, check_rotatable, inverse_frequencies, rotate
 
 
 @dataclass(config=ConfigDict(extra="forbid"))

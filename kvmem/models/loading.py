@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from kvmem import random_weights
 from kvmem.errors import ModelError, did_you_mean
+from kvmem.models import random_weights
 
 PACKAGED = "smollm2-135m"
 PACKAGED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

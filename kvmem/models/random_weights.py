@@ -44,9 +44,13 @@ def share(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrained
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "DTensor random operators")  # it fills them too, and for nothing
             model = kind.from_pretrained(
-                None, config=config, state_dict={}, dtype=dtype, attn_implementation=config._attn_implementation,
+                None,
+                config=config,
+                state_dict={},
+                dtype=dtype,
+                attn_implementation=config._attn_implementation,
                 distributed_config=DistributedConfig(tp_plan="auto"),
-            )  # fmt: skip
+            )
     finally:
         logging.set_verbosity(verbosity)
     generator = torch.Generator(device=model.device).manual_seed(seed)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from jinja2.exceptions import TemplateError
 
+from kvmem.cache import KVCacheItem, MemoryTokens
 from kvmem.errors import FingerprintError, PromptError
-from kvmem.items import KVCacheItem, MemoryTokens
-from kvmem.prompt import PromptTemplate
+from kvmem.prompt.template import PromptTemplate
 
 MEMOS_PREFACE = "Below is some information about the user.\n"
 """What MemOS (2.0) puts before a text in the system turn that it prefills, alone, through the model's chat template."""

@@ -16,9 +16,8 @@ from typing import Literal
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from kvmem.cache import MemoryTokens, Message, Source, sha256
 from kvmem.errors import PromptError
-from kvmem.fingerprint import sha256
-from kvmem.items import MemoryTokens, Message, Source
 
 Query = str | Sequence[Message]
 """What is asked: a text, or the turns that follow the memory."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from kvmem.backends.hf import HFBackend
+from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
-from kvmem.forward import prefill
+from kvmem.models import prefill
 
 Number = Any
 """int, float, or a numpy array of them."""
@@ -54,7 +54,9 @@ class Costs:
 
     @classmethod
     def fitted(
-        cls, samples: Sequence[tuple[int, int, float]], kv_bytes_a_token: int,
+        cls,
+        samples: Sequence[tuple[int, int, float]],
+        kv_bytes_a_token: int,
         load_s_a_byte: Mapping[str, float] | None = None,
     ) -> Costs:
         """Least squares over (new tokens, tokens behind, seconds), where variance grows with seconds; no term below 0.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmem.errors import DamagedFileError, StorageError
-from kvmem.storage.atomic import replacing, write_all
+from kvmem.storage import replacing, write_all
 
 VERSION = 1
 

@@ -6,18 +6,18 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from kvmem.backends.hf import HFBackend
+from kvmem.cache import KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
+from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import UnknownMemoryError
-from kvmem.grouping import Groups
-from kvmem.items import KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
 from kvmem.merge import joined_tokens
+from kvmem.scheduler.groups import Groups
 from kvmem.tiers import TieredItems
 
 Texts = tuple[TextualMemoryItem, ...]
 """What KV is built from: one text memory, or a group's in their order."""
 
 
-class Shelf:
+class KVIndex:
     """Text is the truth: KV is kept only for the very texts that it was built from. Thread-safe.
 
     An id is a memory's, or a group's: the joined KV of several memories, which goes when one of their texts changes.

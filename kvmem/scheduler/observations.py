@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from kvmem.cache import TextualMemoryItem
 from kvmem.errors import PromptError, UnknownMemoryError, check_kind
-from kvmem.failures import Failures
-from kvmem.items import TextualMemoryItem
-from kvmem.journal import Journal
-from kvmem.planner import Planner
-from kvmem.shelf import Shelf
+from kvmem.scheduler.backoff import Failures
+from kvmem.scheduler.journal import Journal
+from kvmem.scheduler.kv_index import KVIndex
+from kvmem.scheduler.planner import Planner
 
 TextMemories = TextualMemoryItem | Sequence[TextualMemoryItem]
 """One text memory, or several in the order in which the prompt holds them."""
@@ -21,10 +21,10 @@ SNAPSHOT_EVERY = 1000
 """Events between two snapshots of the state."""
 
 
-class Intake:
+class ObservationQueue:
     """Uses and new texts. `use` and `text` are for any thread and return at once; `take_in` is for one at a time."""
 
-    def __init__(self, planner: Planner, shelf: Shelf, failures: Failures, journal: Journal | None) -> None:
+    def __init__(self, planner: Planner, shelf: KVIndex, failures: Failures, journal: Journal | None) -> None:
         """Takes back what `journal` holds."""
         self._planner, self._shelf, self._failures, self._journal = planner, shelf, failures, journal
         self._seen: deque[tuple[str, tuple[str, ...], int]] = deque()
@@ -73,10 +73,14 @@ class Intake:
         with self._lock:  # nothing is noted between the counts and the new journal
             self.take_in()
             texts = [memory.model_dump(mode="json") for memory in self._shelf.texts.values()]
-            self._journal.snapshot({
-                "planner": self._planner.state(), "texts": texts, "failures": self._failures.state(),
-                "groups": self._shelf.groups.state(),
-            })  # fmt: skip
+            self._journal.snapshot(
+                {
+                    "planner": self._planner.state(),
+                    "texts": texts,
+                    "failures": self._failures.state(),
+                    "groups": self._shelf.groups.state(),
+                }
+            )
 
     def _hold(self, memory: TextualMemoryItem) -> bool:
         changed = self._shelf.hold(memory)

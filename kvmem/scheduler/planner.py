@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvmem.costs import Costs
 from kvmem.errors import ConfigError
-from kvmem.policies import Policy
-from kvmem.usage import UsageTable
+from kvmem.scheduler.cost_model import Costs
+from kvmem.scheduler.policies import Policy
+from kvmem.scheduler.usage import UsageTable
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class Planner:
     """
 
     def __init__(
-        self, policy: Policy, budgets: Mapping[str, int], costs: Costs, size: Callable[[str, int], int] | None = None,
+        self,
+        policy: Policy,
+        budgets: Mapping[str, int],
+        costs: Costs,
+        size: Callable[[str, int], int] | None = None,
         load_s: Callable[[str, int], float] | None = None,
     ) -> None:
         """budgets: bytes by tier, fastest first. size: bytes of so many tokens in a tier; None: the same in each.
@@ -94,7 +98,10 @@ class Planner:
                     self.table.saved_s[row_of[head]] = 0.0
 
     def plan(
-        self, tier_of: Mapping[str, str], max_builds: int, barred: Collection[str] = (),
+        self,
+        tier_of: Mapping[str, str],
+        max_builds: int,
+        barred: Collection[str] = (),
         lost: Mapping[str, int] | None = None,
     ) -> list[Move]:
         """The moves from where things are (`tier_of`: memory -> tier) towards where the policy wants them.
@@ -139,7 +146,9 @@ class Planner:
     def state(self) -> dict[str, Any]:
         """Counts and what the policy has learned, as plain values."""
         return {
-            "policy": self.policy.name, "learned": self.policy.state(), "query_tokens": self.query_tokens,
+            "policy": self.policy.name,
+            "learned": self.policy.state(),
+            "query_tokens": self.query_tokens,
             "table": self.table.state(),
         }
 
@@ -171,8 +180,13 @@ class Planner:
         return wanted
 
     def _make_room(
-        self, tier: str, nbytes: int, wanted: Mapping[str, str], place: dict[str, str],
-        free: dict[str, int], rank: Mapping[str, int],
+        self,
+        tier: str,
+        nbytes: int,
+        wanted: Mapping[str, str],
+        place: dict[str, str],
+        free: dict[str, int],
+        rank: Mapping[str, int],
     ) -> list[Move]:
         """Moves that free `nbytes` of `tier`: out of it goes what is not wanted there, worst first, down or away."""
         moves: list[Move] = []

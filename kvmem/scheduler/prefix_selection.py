@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from kvmem import dynamic_cache
-from kvmem.costs import Costs
-from kvmem.dynamic_cache import LentCache
+from kvmem.cache import CacheView, KVCacheItem, MemoryTokens, TextualMemoryItem, dynamic_cache
 from kvmem.errors import DamagedFileError, StorageError, UnknownMemoryError
-from kvmem.items import KVCacheItem, MemoryTokens, TextualMemoryItem
-from kvmem.loads import Load
 from kvmem.prompt import common_prefix
-from kvmem.shelf import Shelf
+from kvmem.scheduler.cost_model import Costs
+from kvmem.scheduler.kv_index import KVIndex
+from kvmem.tiers import Load
 
 PROBE_AFTER = 8
 """So many loads of a tier that were not done, and one is done beside the requests: the tier may be faster now."""
@@ -27,10 +25,10 @@ class _Choice:
     load: Load
 
 
-class Lender:
+class PrefixSelector:
     """Lends what the shelf holds. Thread-safe."""
 
-    def __init__(self, shelf: Shelf, costs: Costs) -> None:
+    def __init__(self, shelf: KVIndex, costs: Costs) -> None:
         self.not_worth_loading = 0
         """How often stored KV was not loaded because its tier brings it no sooner than prefilling it anew."""
         self.unreadable: dict[str, str] = {}
@@ -43,7 +41,7 @@ class Lender:
         self._lock = threading.Lock()
 
     @contextmanager
-    def lend(self, memories: Sequence[TextualMemoryItem]) -> Iterator[LentCache]:
+    def lend(self, memories: Sequence[TextualMemoryItem]) -> Iterator[CacheView]:
         """A cache for the prompt that holds these memories in this order, for use inside the block.
 
         It holds the exact prefix whose load and prefill of the rest are soonest done, which may be nothing; the prompt
@@ -60,7 +58,7 @@ class Lender:
 
     def _held(
         self, memories: Sequence[TextualMemoryItem], joint: MemoryTokens, lease: ExitStack
-    ) -> tuple[LentCache | None, str]:
+    ) -> tuple[CacheView | None, str]:
         """The best prefix that could be had, and the note that goes with it."""
         choices = self._choices(memories, joint)
         told: list[str] = []
@@ -109,7 +107,7 @@ class Lender:
         tier, nbytes = self._items.tier_of(item_id), self._items.nbytes(item_id)
         return Load(tier, nbytes, self.load_s(tier, nbytes), tokens, float(self._costs.saved_s(tokens, 0.0)))
 
-    def _prefix(self, item: KVCacheItem, joint: MemoryTokens, shared: int) -> LentCache | None:
+    def _prefix(self, item: KVCacheItem, joint: MemoryTokens, shared: int) -> CacheView | None:
         tokens = joint.model_copy(update={"token_ids": joint.token_ids[:shared]})
         lent = dynamic_cache.lend(
             item.kv_cache, tokens, self._backend.model_config, item.metadata.lossy, self._backend.fingerprint

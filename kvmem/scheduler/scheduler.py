@@ -9,11 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Self
 
-from kvmem.backends.generation import Generation
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.sampling import Sampling
-from kvmem.costs import Costs
-from kvmem.dynamic_cache import LentCache
+from kvmem.cache import CacheView, TextualMemoryItem
+from kvmem.engines import Generation, Sampling
+from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import (
     BudgetError,
     BuildCancelled,
@@ -24,18 +22,18 @@ from kvmem.errors import (
     UnknownMemoryError,
     check_kind,
 )
-from kvmem.failures import Failures
-from kvmem.intake import Intake, TextMemories, text_memories_of
-from kvmem.items import TextualMemoryItem
-from kvmem.journal import Journal
-from kvmem.lending import Lender
 from kvmem.memory import KVCacheMemory
-from kvmem.planner import Move, Planner
-from kvmem.policies import Policy
-from kvmem.policies import policy as policy_by_name
-from kvmem.polite import BuildGate
 from kvmem.prompt import Query
-from kvmem.shelf import Shelf
+from kvmem.scheduler.backoff import Failures
+from kvmem.scheduler.build_gate import BuildGate
+from kvmem.scheduler.cost_model import Costs
+from kvmem.scheduler.journal import Journal
+from kvmem.scheduler.kv_index import KVIndex
+from kvmem.scheduler.observations import ObservationQueue, TextMemories, text_memories_of
+from kvmem.scheduler.planner import Move, Planner
+from kvmem.scheduler.policies import Policy
+from kvmem.scheduler.policies import policy as policy_by_name
+from kvmem.scheduler.prefix_selection import PrefixSelector
 from kvmem.tiers import TieredItems
 
 
@@ -43,8 +41,14 @@ class MemScheduler:
     """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`."""
 
     def __init__(
-        self, memory: KVCacheMemory, policy: Policy | str, budget: Mapping[str, int],
-        folder: str | Path | None = None, costs: Costs | None = None, max_builds: int = 1, cold: str | None = None,
+        self,
+        memory: KVCacheMemory,
+        policy: Policy | str,
+        budget: Mapping[str, int],
+        folder: str | Path | None = None,
+        costs: Costs | None = None,
+        max_builds: int = 1,
+        cold: str | None = None,
     ) -> None:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). folder: for the state and the disk tier;
         None: the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one
@@ -52,10 +56,14 @@ class MemScheduler:
         Raises ArgumentError or ConfigError for what is of another kind, or a value that is not allowed.
         """
         for name, given, kinds in (
-            ("memory", memory, (KVCacheMemory,)), ("policy", policy, (Policy, str)), ("budget", budget, (Mapping,)),
-            ("folder", folder, (str, PathLike, type(None))), ("costs", costs, (Costs, type(None))),
-            ("max_builds", max_builds, (int,)), ("cold", cold, (str, type(None))),
-        ):  # fmt: skip
+            ("memory", memory, (KVCacheMemory,)),
+            ("policy", policy, (Policy, str)),
+            ("budget", budget, (Mapping,)),
+            ("folder", folder, (str, PathLike, type(None))),
+            ("costs", costs, (Costs, type(None))),
+            ("max_builds", max_builds, (int,)),
+            ("cold", cold, (str, type(None))),
+        ):
             way_out = "Give bytes by tier, fastest first: {'ram': 1 << 30}." if name == "budget" else ""
             check_kind(f"MemScheduler's {name}", given, *kinds, way_out=way_out)
         if max_builds < 0:
@@ -66,13 +74,16 @@ class MemScheduler:
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         costs = costs or Costs.measured(self.backend)
         self.planner = Planner(
-            chosen, budget, costs, lambda tier, tokens: self.items.size(tier, tokens),
+            chosen,
+            budget,
+            costs,
+            lambda tier, tokens: self.items.size(tier, tokens),
             lambda tier, nbytes: self.lender.load_s(tier, nbytes),
-        )  # fmt: skip
+        )
         self.journal = Journal(Path(folder)) if folder is not None else None
         self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
-        self.shelf = Shelf(self.backend, self.items, memory.config.separator)
-        self.lender = Lender(self.shelf, self.planner.costs)
+        self.shelf = KVIndex(self.backend, self.items, memory.config.separator)
+        self.lender = PrefixSelector(self.shelf, self.planner.costs)
         self.failures = Failures()
         self.builds = self.cancelled_builds = 0
         self.failed_ticks, self.last_failed_tick = 0, ""
@@ -83,7 +94,7 @@ class MemScheduler:
         self._ticking = threading.Lock()
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._intake = Intake(self.planner, self.shelf, self.failures, self.journal)
+        self._intake = ObservationQueue(self.planner, self.shelf, self.failures, self.journal)
         self.shelf.adopt()
 
     def observe(self, memories: TextMemories, query: Query) -> None:
@@ -114,7 +125,10 @@ class MemScheduler:
             self.gate.cancel()
 
     def answer(
-        self, query: Query, text_memories: TextMemories, max_new_tokens: int = 128,
+        self,
+        query: Query,
+        text_memories: TextMemories,
+        max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
         """Answers behind the longest stored prefix, prefills the rest as text, and observes the use.
@@ -130,7 +144,7 @@ class MemScheduler:
         return generation
 
     @contextmanager
-    def lend(self, text_memories: TextMemories) -> Iterator[LentCache]:
+    def lend(self, text_memories: TextMemories) -> Iterator[CacheView]:
         """The cache that `answer` uses, for a block in which builds stand aside. Observes nothing."""
         with self.gate.request(), self.lender.lend(text_memories_of(text_memories)) as cache:
             yield cache

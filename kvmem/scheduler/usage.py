@@ -43,9 +43,18 @@ class UsageTable:
         self.use_weights, self.edit_weights = zeros(len(HALF_LIVES)), zeros(len(HALF_LIVES))
 
     _COLUMNS = (
-        "uses", "edits", "first_use", "last_use", "weighed_at", "tokens", "nbytes", "build_s", "saved_s", "use_weights",
+        "uses",
+        "edits",
+        "first_use",
+        "last_use",
+        "weighed_at",
+        "tokens",
+        "nbytes",
+        "build_s",
+        "saved_s",
+        "use_weights",
         "edit_weights",
-    )  # fmt: skip
+    )
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -11,10 +10,9 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedConfig
 
-from kvmem import discover
+from kvmem.cache import KVCacheItem, ModelFingerprint
 from kvmem.errors import ConfigError, did_you_mean
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import KVCacheItem
+from kvmem.registry import Registry
 
 
 class Storage(ABC):
@@ -35,6 +33,9 @@ class Storage(ABC):
         the file and the reason. Checks format version, fingerprint and checksum before anything is returned."""
 
 
+FORMATS = Registry(Storage, "kvmem.storage", "file format")
+
+
 def for_filename(filename: str) -> Storage:
     """The format whose suffix `filename` has.
 
@@ -46,7 +47,7 @@ def for_filename(filename: str) -> Storage:
             f"memory_filename {filename!r} is no file below the folder that dump and load are given. "
             "Give a name, as 'activation_memory.safetensors', and say where it is to be in dump and load."
         )
-    formats = discover.classes(sys.modules[__name__], Storage)  # type: ignore[type-abstract]
+    formats = FORMATS.classes()
     by_suffix = {suffix: cls for cls in formats.values() for suffix in cls.suffixes}
     suffix = path.suffix
     if suffix not in by_suffix:

@@ -11,11 +11,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticSerializationError
 
-from kvmem import dynamic_cache
-from kvmem.dynamic_cache import KV
+from kvmem.cache import KV, KVCacheItem, KVCacheMetadata, ModelFingerprint, dynamic_cache
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import KVCacheItem, KVCacheMetadata
 
 FORMAT_VERSION = 1
 

@@ -11,12 +11,10 @@ from typing import Any, ClassVar
 import torch
 from transformers import DynamicCache
 
-from kvmem import dynamic_cache
-from kvmem.dynamic_cache import KV
+from kvmem.cache import KV, KVCacheItem, KVCacheMetadata, MemoryTokens, TextualSource, dynamic_cache
 from kvmem.errors import DamagedFileError
-from kvmem.items import KVCacheItem, KVCacheMetadata, MemoryTokens, TextualSource
-from kvmem.storage import inert
-from kvmem.storage.hashing import HashingWriter
+from kvmem.storage import safe_unpickler
+from kvmem.storage.atomic_write import HashingWriter
 from kvmem.storage.manifest import tight_cpu
 
 ITEMS_KEY = "kv_cache_memories"
@@ -107,7 +105,7 @@ def items_of(contents: Any, path: Path) -> list[dict[str, Any]]:
     entries = list(found.values()) if isinstance(found, dict) else found
     if not isinstance(entries, list):
         raise DamagedFileError(f"{path} holds a {type(contents).__name__} and no memories: another program's file?")
-    fields = [entry.fields if isinstance(entry, inert.Item) else entry for entry in entries]
+    fields = [entry.fields if isinstance(entry, safe_unpickler.Item) else entry for entry in entries]
     if not all(isinstance(entry, dict) for entry in fields):
         raise DamagedFileError(f"{path} holds things that are no KV cache items: another program's file?")
     return fields
@@ -116,9 +114,9 @@ def items_of(contents: Any, path: Path) -> list[dict[str, Any]]:
 def layers_of(fields: dict[str, Any], path: Path) -> list[KV]:
     """The (keys, values) of an item's cache, whichever transformers wrote it."""
     cache = fields.get("memory", fields.get("kv_cache"))
-    parts = cache.fields if isinstance(cache, inert.Cache) else {}
+    parts = cache.fields if isinstance(cache, safe_unpickler.Cache) else {}
     if "layers" in parts:
-        layers = [layer.fields for layer in _list(parts["layers"]) if isinstance(layer, inert.Layer)]
+        layers = [layer.fields for layer in _list(parts["layers"]) if isinstance(layer, safe_unpickler.Layer)]
         pairs: list[KV] = [(layer.get("keys"), layer.get("values")) for layer in layers]  # type: ignore[misc]
     else:
         pairs = list(zip(_list(parts.get("key_cache")), _list(parts.get("value_cache")), strict=False))
@@ -132,7 +130,7 @@ def unverified_item(fields: dict[str, Any], cache: DynamicCache, path: Path) -> 
     metadata = fields.get("metadata")
     told = metadata if isinstance(metadata, dict) else {}
     records = fields.get("records")
-    composed = records.fields.get("composed_text_memory") if isinstance(records, inert.ItemRecords) else None
+    composed = records.fields.get("composed_text_memory") if isinstance(records, safe_unpickler.ItemRecords) else None
     source = told.get("source_text") or composed or ""
     kv_cache_id = str(fields.get("id", fields.get("kv_cache_id")))
     carried = {k: v for k, v in told.items() if k not in ("source_text", "extracted_at") and _is_plain(v)}

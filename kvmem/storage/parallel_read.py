@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from kvmem.storage.regions import Regions, damaged, in_threads, threads_for
+from kvmem.storage.checksums import Regions, damaged, in_threads, threads_for
 
 BUFFERS_A_THREAD = 2
 """One is filled while the other is sent."""

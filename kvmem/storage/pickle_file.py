@@ -11,13 +11,11 @@ import torch
 import xxhash
 from transformers import PreTrainedConfig
 
-from kvmem import dynamic_cache
+from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
 from kvmem.errors import DamagedFileError, StorageError
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import KVCacheItem
-from kvmem.storage import Storage, inert, manifest, published
-from kvmem.storage.atomic import replacing, write_all
-from kvmem.storage.hashing import CHUNK_BYTES, HashingWriter
+from kvmem.storage import manifest, memos_pickle, safe_unpickler
+from kvmem.storage.atomic_write import CHUNK_BYTES, HashingWriter, replacing, write_all
+from kvmem.storage.base import Storage
 
 SEAL = b"kvmem xxh3_128: "
 SEAL_BYTES = len(SEAL) + xxhash.xxh3_128().digest_size
@@ -44,7 +42,7 @@ class PickleFile(Storage):
         digest = xxhash.xxh3_128()
         with replacing(path) as file:
             with HashingWriter(file, digest) as writer:
-                published.write(writer, items, manifest_json)
+                memos_pickle.write(writer, items, manifest_json)
             write_all(file, memoryview(SEAL + digest.digest()))
 
     def load(
@@ -53,16 +51,16 @@ class PickleFile(Storage):
         try:
             with open(path, "rb") as file:
                 sealed = _check_seal(file, path)
-                contents = inert.load(file, path)
+                contents = safe_unpickler.load(file, path)
         except OSError as error:
             raise StorageError(
                 f"{path} can't be read ({error}). Dump a memory there, or give another folder."
             ) from error
-        entries = published.items_of(contents, path)
-        if isinstance(contents, dict) and published.MANIFEST_KEY in contents:
+        entries = memos_pickle.items_of(contents, path)
+        if isinstance(contents, dict) and memos_pickle.MANIFEST_KEY in contents:
             if not sealed:
                 raise DamagedFileError(f"{path} is damaged: its seal is gone. Take another copy of the file.")
-            told = manifest.read(contents[published.MANIFEST_KEY], path)
+            told = manifest.read(contents[memos_pickle.MANIFEST_KEY], path)
             return _verified(entries, told, path, fingerprint, config, device)
         return _unverified(entries, path, fingerprint, config, device)
 
@@ -90,13 +88,17 @@ def _check_seal(file: IO[bytes], path: Path) -> bool:
 
 
 def _verified(
-    entries: list[dict[str, Any]], contents: manifest.Manifest, path: Path, fingerprint: ModelFingerprint,
-    config: PreTrainedConfig, device: torch.device,
-) -> list[KVCacheItem]:  # fmt: skip
+    entries: list[dict[str, Any]],
+    contents: manifest.Manifest,
+    path: Path,
+    fingerprint: ModelFingerprint,
+    config: PreTrainedConfig,
+    device: torch.device,
+) -> list[KVCacheItem]:
     manifest.check_model(contents, fingerprint, path)
     items = []
     for fields, entry in zip(entries, contents.items, strict=True):
-        layers = published.layers_of(fields, path)
+        layers = memos_pickle.layers_of(fields, path)
         if entry.metadata.fingerprint is None:
             manifest.check_shape(entry.kv_cache_id, layers, fingerprint, path)
         cache = dynamic_cache.from_layers([(k.to(device), v.to(device)) for k, v in layers], config, entry.cache_tokens)
@@ -113,8 +115,8 @@ def _unverified(
 ) -> list[KVCacheItem]:
     items = []
     for fields in entries:
-        layers = published.layers_of(fields, path)
+        layers = memos_pickle.layers_of(fields, path)
         manifest.check_shape(str(fields.get("id", fields.get("kv_cache_id"))), layers, fingerprint, path)
         cache = dynamic_cache.from_layers([(k.to(device), v.to(device)) for k, v in layers], config)
-        items.append(published.unverified_item(fields, cache, path))
+        items.append(memos_pickle.unverified_item(fields, cache, path))
     return items

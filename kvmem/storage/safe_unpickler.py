@@ -16,9 +16,18 @@ from kvmem.errors import DamagedFileError, UnsafeFileError
 
 # What a pickle's virtual machine raises on bytes that are none: it checks little.
 MALFORMED = (
-    pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError,
-    MemoryError, RuntimeError, struct.error,
-)  # fmt: skip
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+)
 
 
 class _Frozen(type):

@@ -16,15 +16,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from kvmem import dynamic_cache
+from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
 from kvmem.errors import DamagedFileError, StorageError
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import KVCacheItem
-from kvmem.storage import Storage, manifest, safetensors_head, staging
-from kvmem.storage.atomic import replacing, write_all
-from kvmem.storage.hashing import HashingWriter
-from kvmem.storage.regions import RegionHash
-from kvmem.storage.safetensors_head import DTYPES, Head
+from kvmem.storage import manifest, parallel_read, safetensors_header
+from kvmem.storage.atomic_write import HashingWriter, replacing, write_all
+from kvmem.storage.base import Storage
+from kvmem.storage.checksums import RegionHash
+from kvmem.storage.safetensors_header import DTYPES, Head
 
 
 class SafetensorsFile(Storage):
@@ -41,7 +39,7 @@ class SafetensorsFile(Storage):
     def dump(self, path: Path, items: Sequence[KVCacheItem]) -> None:
         # Written here and not by safetensors' own writer, which wants every tensor contiguous and on the CPU before it
         # starts, and leaves no place to hash the bytes on their way.
-        head = safetensors_head.write(path, items)
+        head = safetensors_header.write(path, items)
         regions = RegionHash()
         with replacing(path) as file:
             write_all(file, memoryview(head))
@@ -50,16 +48,16 @@ class SafetensorsFile(Storage):
                     for tensor in manifest.tensors_of(item):
                         writer.write(manifest.tight_cpu(tensor).reshape(-1).view(torch.uint8).numpy())
             file.seek(0)
-            write_all(file, memoryview(safetensors_head.sealed(head, regions.digests())))
+            write_all(file, memoryview(safetensors_header.sealed(head, regions.digests())))
 
     def load(
         self, path: Path, fingerprint: ModelFingerprint, config: PreTrainedConfig, device: torch.device
     ) -> list[KVCacheItem]:
         with _opened(path) as file:
-            head = safetensors_head.read(file, path)
+            head = safetensors_header.read(file, path)
             mapping = _map(file) if head.regions is None or device.type == "cpu" else None
             if mapping is not None and head.regions is None:
-                safetensors_head.check_whole(memoryview(mapping), path)
+                safetensors_header.check_whole(memoryview(mapping), path)
             contents = manifest.read(head.manifest, path)
             manifest.check_model(contents, fingerprint, path)
             if mapping is not None:
@@ -83,7 +81,7 @@ def read_token_ids(path: Path) -> tuple[int, ...]:
     checksum of its own, may be unnoticed).
     """
     with _opened(path) as file:
-        head = safetensors_head.read(file, path)
+        head = safetensors_header.read(file, path)
     try:
         text = head.manifest
     except KeyError as error:
@@ -116,11 +114,15 @@ def _mapped(mapping: mmap.mmap, head: Head, device: torch.device, path: Path) ->
         head.regions.check_all(memoryview(mapping)[head.body_at :], path)
     return {
         name: torch.frombuffer(
-            mapping, dtype=DTYPES[entry["dtype"]], count=math.prod(entry["shape"]),
+            mapping,
+            dtype=DTYPES[entry["dtype"]],
+            count=math.prod(entry["shape"]),
             offset=head.body_at + entry["data_offsets"][0],
-        ).view(entry["shape"]).to(device)
+        )
+        .view(entry["shape"])
+        .to(device)
         for name, entry in head.tensors.items()
-    }  # fmt: skip
+    }
 
 
 def read_staged(
@@ -129,7 +131,7 @@ def read_staged(
     """All tensors, verified: views of one allocation on `device` for each item, which has so many layers."""
     assert head.regions is not None
     spans = [head.span(i, count) for i, count in enumerate(layers)]
-    parts = staging.read(file, head.body_at, head.regions, spans, device, path)
+    parts = parallel_read.read(file, head.body_at, head.regions, spans, device, path)
     tensors, entries = {}, head.tensors
     for i, (part_N, (at, _)) in enumerate(zip(parts, spans, strict=True)):
         for name in head.names(i, layers[i]):

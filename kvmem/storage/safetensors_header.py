@@ -21,17 +21,20 @@ from typing import Any
 import torch
 import xxhash
 
-from kvmem import dynamic_cache
+from kvmem.cache import KVCacheItem, dynamic_cache
 from kvmem.errors import DamagedFileError, StorageError
-from kvmem.items import KVCacheItem
 from kvmem.storage import manifest
-from kvmem.storage.regions import DIGEST_BYTES, REGION_BYTES, Regions, count, damaged
-from kvmem.storage.staging import Span, read_exactly
+from kvmem.storage.checksums import DIGEST_BYTES, REGION_BYTES, Regions, count, damaged
+from kvmem.storage.parallel_read import Span, read_exactly
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 ALIGN_BYTES = 64

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import torch
 
-from kvmem import dynamic_cache
-from kvmem.backends import Backend
+from kvmem.cache import KVCacheItem, KVCacheMetadata, dynamic_cache
+from kvmem.engines import Backend
 from kvmem.errors import FingerprintError, StorageError
-from kvmem.items import KVCacheItem, KVCacheMetadata
-from kvmem.storage import Storage
-from kvmem.storage.safetensors_file import SafetensorsFile
+from kvmem.storage import SafetensorsFile, Storage
 
 
-class Place(ABC):
+class TierStore(ABC):
     """Where one tier's bytes lie."""
 
     @abstractmethod
@@ -51,14 +49,14 @@ class Place(ABC):
 class Leftover:
     """Bytes of a forgotten item that could not be removed."""
 
-    place: Place
+    place: TierStore
     nbytes: int
     """Of its keys and values, where they are."""
     metadata: KVCacheMetadata
     reason: str
 
 
-class Undropped(dict[tuple[str, str], Leftover]):
+class PendingDeletes(dict[tuple[str, str], Leftover]):
     """(tier, item id) -> what is left of the item there. Thread-safe.
 
     Nothing reads it, and it counts in the tier's budget until it is gone: by `retry`, or with the next process.
@@ -68,7 +66,7 @@ class Undropped(dict[tuple[str, str], Leftover]):
         super().__init__()
         self._lock = threading.Lock()
 
-    def drop(self, place: Place, tier: str, item_id: str, nbytes: int, metadata: KVCacheMetadata) -> bool:
+    def drop(self, place: TierStore, tier: str, item_id: str, nbytes: int, metadata: KVCacheMetadata) -> bool:
         """Drops the item where that can be done, and else names it here: who forgets an item needs no answer."""
         left = None
         try:
@@ -126,7 +124,7 @@ class Found:
     """Of its keys and values."""
 
 
-class MemoryPlace(Place):
+class MemoryPlace(TierStore):
     """Tensors on a device; `pinned`: in host memory that a GPU reads at full speed."""
 
     def __init__(self, backend: Backend, device: torch.device, pinned: bool) -> None:
@@ -149,7 +147,7 @@ class MemoryPlace(Place):
         del self._items[item_id]
 
 
-class DiskPlace(Place):
+class DiskPlace(TierStore):
     """One safetensors file an item, written beside and renamed; verified while it is read."""
 
     def __init__(self, backend: Backend, folder: Path, format: Storage | None = None) -> None:

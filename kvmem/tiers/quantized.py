@@ -13,14 +13,11 @@ import torch
 import xxhash
 from transformers import PreTrainedConfig
 
-from kvmem import dynamic_cache
-from kvmem.backends import Backend
+from kvmem.cache import KVCacheItem, KVCacheMetadata, ModelFingerprint, dynamic_cache
+from kvmem.engines import Backend
 from kvmem.errors import ConfigError, DamagedFileError, StorageError
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import KVCacheItem, KVCacheMetadata
-from kvmem.places import DiskPlace
-from kvmem.storage import Storage, manifest
-from kvmem.storage.atomic import replacing, write_all
+from kvmem.storage import Storage, manifest, replacing, write_all
+from kvmem.tiers.base import DiskPlace
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 64
@@ -106,10 +103,12 @@ class CompressedFile(Storage):
         dtype = getattr(torch, fingerprint.dtype)
         shape = (1, fingerprint.kv_heads, entry.cache_tokens, fingerprint.head_dim)
         layers = [
-            (self._restored(tensors, f"{layer}.k", shape, device).to(dtype),
-             self._restored(tensors, f"{layer}.v", shape, device).to(dtype))
+            (
+                self._restored(tensors, f"{layer}.k", shape, device).to(dtype),
+                self._restored(tensors, f"{layer}.v", shape, device).to(dtype),
+            )
             for layer in range(entry.layers)
-        ]  # fmt: skip
+        ]
         cache = dynamic_cache.from_layers(layers, config, entry.cache_tokens)
         return [KVCacheItem(cache, entry.metadata, entry.kv_cache_id)]
 
@@ -118,9 +117,14 @@ class CompressedFile(Storage):
         whole = torch.cat([tensor_BHTD, tensor_BHTD[:, :, -1:].expand(-1, -1, missing, -1)], dim=2).float()
         rows_RG = whole.mT.reshape(-1, GROUP) if kind == "k" else whole.reshape(-1, _values_group(whole.shape[-1]))
         packed, known = _hqq().quantize(
-            rows_RG, nbits=BITS[self.scheme], group_size=rows_RG.shape[1], axis=1, optimize=False,
-            compute_dtype=torch.float32, device=str(rows_RG.device),
-        )  # fmt: skip
+            rows_RG,
+            nbits=BITS[self.scheme],
+            group_size=rows_RG.shape[1],
+            axis=1,
+            optimize=False,
+            compute_dtype=torch.float32,
+            device=str(rows_RG.device),
+        )
         return {"q": packed.cpu().contiguous(), "s": known["scale"].cpu(), "z": known["zero"].cpu()}
 
     def _restored(
@@ -131,11 +135,21 @@ class CompressedFile(Storage):
         batch, heads, tokens, dim = shape
         group = GROUP if name.endswith("k") else _values_group(dim)
         packing = hqq.bit_to_packing[bits]
-        rows_RG = hqq.dequantize(packed, {
-            "nbits": bits, "group_size": group, "shape": (scale.shape[0], group), "scale": scale, "zero": zero,
-            "axis": 1, "packing": packing, "unpack_view_dtype": hqq.unpack_view_dtype[packing], "view_as_float": False,
-            "compute_dtype": torch.float32,
-        })  # fmt: skip
+        rows_RG = hqq.dequantize(
+            packed,
+            {
+                "nbits": bits,
+                "group_size": group,
+                "shape": (scale.shape[0], group),
+                "scale": scale,
+                "zero": zero,
+                "axis": 1,
+                "packing": packing,
+                "unpack_view_dtype": hqq.unpack_view_dtype[packing],
+                "view_as_float": False,
+                "compute_dtype": torch.float32,
+            },
+        )
         if name.endswith("k"):
             return rows_RG.reshape(batch, heads, dim, -1).mT[:, :, :tokens].contiguous()
         return rows_RG.reshape(batch, heads, -1, dim)[:, :, :tokens].contiguous()

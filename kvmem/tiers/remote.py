@@ -11,15 +11,14 @@ from pathlib import Path
 
 import fsspec
 
-from kvmem.backends import Backend
+from kvmem.cache import KVCacheItem
+from kvmem.engines import Backend
 from kvmem.errors import FingerprintError, StorageError
-from kvmem.items import KVCacheItem
-from kvmem.places import Found, Place
-from kvmem.storage import manifest
-from kvmem.storage.safetensors_file import SafetensorsFile
+from kvmem.storage import SafetensorsFile, manifest
+from kvmem.tiers.base import Found, TierStore
 
 
-class ColdPlace(Place):
+class ColdPlace(TierStore):
     """Two files an item: the tensors (the same file as on disk), and then what is known of them, as JSON.
 
     The second makes the item exist, so a writer that is killed leaves none by halves, and what is there can be listed

@@ -12,14 +12,13 @@ from typing import ClassVar
 
 import torch
 
-from kvmem import arriving, dynamic_cache
-from kvmem.backends import Backend
-from kvmem.cold import ColdPlace
-from kvmem.compressed import BITS, CompressedPlace
+from kvmem.cache import KVCacheItem, KVCacheMetadata, device_transfer, dynamic_cache
+from kvmem.engines import Backend
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
-from kvmem.items import KVCacheItem, KVCacheMetadata
-from kvmem.loads import LoadTimes
-from kvmem.places import DiskPlace, MemoryPlace, Place, Undropped
+from kvmem.tiers.base import DiskPlace, MemoryPlace, PendingDeletes, TierStore
+from kvmem.tiers.load_times import LoadTimes
+from kvmem.tiers.quantized import BITS, CompressedPlace
+from kvmem.tiers.remote import ColdPlace
 
 
 @dataclass
@@ -54,7 +53,7 @@ class TieredItems:
         self.budgets = dict(budgets)
         self.refused: dict[str, str] = {}
         """What an earlier process left and was not taken up, by the file's name or the item's id, with the reason."""
-        self.undropped = Undropped()
+        self.undropped = PendingDeletes()
         self.loads = LoadTimes()
         """What loads from each tier took. Host memory's bytes reach a GPU behind the forward pass, and do not count."""
         self._backend = backend
@@ -66,7 +65,7 @@ class TieredItems:
         self.timed = {name for name, place in self._places.items() if not isinstance(place, MemoryPlace)}
         """The tiers whose loads are measured in `loads`."""
 
-    def _open(self, name: str, folder: str | Path | None, cold: str | None) -> Place:
+    def _open(self, name: str, folder: str | Path | None, cold: str | None) -> TierStore:
         on_gpu = self._backend.device.type == "cuda"
         if name not in self.NAMES:
             raise ConfigError(f"Unknown tier {name!r}. {did_you_mean(name, self.NAMES)}")
@@ -86,7 +85,7 @@ class TieredItems:
         place = CompressedPlace(self._backend, Path(folder) / scheme, scheme) if scheme in BITS else None
         return self._take_up(name, place or DiskPlace(self._backend, Path(folder)))
 
-    def _take_up(self, name: str, place: DiskPlace | ColdPlace) -> Place:
+    def _take_up(self, name: str, place: DiskPlace | ColdPlace) -> TierStore:
         found, refused = place.found()
         self.refused |= refused
         for item in found:
@@ -135,7 +134,7 @@ class TieredItems:
             tier = entry.tier
         try:
             item = self._read(item_id, tier, entry.nbytes)
-            cache = arriving.to_device(item.kv_cache, self._backend.device, self._backend.model_config)
+            cache = device_transfer.to_device(item.kv_cache, self._backend.device, self._backend.model_config)
             yield KVCacheItem(cache, item.metadata, item.kv_cache_id)
         finally:
             with self._lock:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from kvmem import dynamic_cache
-from kvmem.backends.sampling import Sampling
-from kvmem.cache_layers import FIRST_HEADROOM
-from kvmem.dynamic_cache import LentCache, layers_of
-from kvmem.forward import prefill
-from tests.tiny import copy_of, greedy_by_transformers, memory_on, pairs, same_bits
+from kvmem.cache import dynamic_cache
+from kvmem.cache.dynamic_cache import CacheView, layers_of
+from kvmem.cache.layers import FIRST_HEADROOM
+from kvmem.engines.generation import Sampling
+from kvmem.models.forward import prefill
+from tests.helpers.tiny import copy_of, greedy_by_transformers, memory_on, pairs, same_bits
 
 TEXT, QUERY = pairs(1, characters=500, seed=7)[0]
 
@@ -50,9 +50,11 @@ def test_lent_20_times_from_4_threads_smollm2(smollm2):
     before = copy_of(item)
     first = smollm2.generate("Can kiwis fly?", memory.get_cache(item.kv_cache_id), 2)
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(
-            lambda _: smollm2.generate("Can kiwis fly?", memory.get_cache(item.kv_cache_id), 2).token_ids, range(20)
-        ))  # fmt: skip
+        answers = list(
+            pool.map(
+                lambda _: smollm2.generate("Can kiwis fly?", memory.get_cache(item.kv_cache_id), 2).token_ids, range(20)
+            )
+        )
     assert answers == [first.token_ids] * 20
     assert same_bits(item, before)
 
@@ -61,7 +63,7 @@ def test_lent_shares_the_stored_tensors(lending):
     memory, item = lending
     one, two = memory.get_cache(item.kv_cache_id), memory.get_cache(item.kv_cache_id)
     assert one is not two and one is not item.kv_cache
-    assert isinstance(one, LentCache) and one.get_seq_length() == item.metadata.token_count
+    assert isinstance(one, CacheView) and one.get_seq_length() == item.metadata.token_count
     for (lent, _), (again, _), (stored, _) in zip(
         layers_of(one), layers_of(two), layers_of(item.kv_cache), strict=True
     ):

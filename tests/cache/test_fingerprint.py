@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from kvmem.fingerprint import ModelFingerprint, fingerprint
-from kvmem.models import Loaded, load
-from tests.tiny import CPU
+from kvmem.cache.fingerprint import ModelFingerprint, fingerprint
+from kvmem.models.loading import Loaded, load
+from tests.helpers.tiny import CPU
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,15 @@ def changed(loaded: Loaded, how: str) -> Loaded:
 @pytest.mark.parametrize(
     "how, field",
     [
-        ("seed", "weights"), ("dtype", "dtype"), ("one tensor", "weights"), ("template", "template"),
-        ("tokenizer", "tokenizer"), ("rope", "rope"), ("config", "config"),
+        ("seed", "weights"),
+        ("dtype", "dtype"),
+        ("one tensor", "weights"),
+        ("template", "template"),
+        ("tokenizer", "tokenizer"),
+        ("rope", "rope"),
+        ("config", "config"),
     ],
-)  # fmt: skip
+)
 def test_a_difference_is_named_by_its_first_field(tiny_loaded, how, field):
     ours, theirs = of(tiny_loaded), of(changed(tiny_loaded, how))
     difference = ours.difference(theirs)

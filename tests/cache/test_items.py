@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kvmem import TextualMemoryItem
-from kvmem.backends.hf import HFBackend
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import ArgumentError
-from tests.tiny import memory_on
+from tests.helpers.tiny import memory_on
 
 
 def test_an_item_says_what_it_is_in_one_line(qwen3: HFBackend) -> None:

@@ -56,9 +56,15 @@ class Slurm:
             (self.folder / name).chmod(0o600 if name == "slurmdbd.conf" else 0o644)
         munge = self.folder / "munge"
         self._start(
-            "munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/sock",
-            f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed",
-        )  # fmt: skip
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={munge}/key",
+            f"--socket={munge}/sock",
+            f"--pid-file={munge}/pid",
+            f"--log-file={munge}/log",
+            f"--seed-file={munge}/seed",
+        )
         self._database()
         self._start("slurmdbd", "-D")
         _until(lambda: self.ask("sacctmgr", "-n", "list", "cluster") is not None, "slurmdbd")
@@ -94,19 +100,35 @@ class Slurm:
     def _database(self) -> None:
         data = self.folder / "mysql"
         subprocess.run(
-            ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}",
-             "--auth-root-authentication-method=normal", "--skip-test-db"],
-            check=True, capture_output=True,
-        )  # fmt: skip
+            [
+                "mariadb-install-db",
+                "--no-defaults",
+                "--user=root",
+                f"--datadir={data}",
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+            ],
+            check=True,
+            capture_output=True,
+        )
         self._start(
-            "mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", f"--socket={data}/sock",
-            f"--pid-file={data}/pid", "--bind-address=127.0.0.1", f"--port={self.ports[3]}",
-            "--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900",
-        )  # fmt: skip
+            "mariadbd",
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={data}",
+            f"--socket={data}/sock",
+            f"--pid-file={data}/pid",
+            "--bind-address=127.0.0.1",
+            f"--port={self.ports[3]}",
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-lock-wait-timeout=900",
+        )
         root = ("mariadb", "--no-defaults", "-uroot", "-S", f"{data}/sock", "-e")
         _until(lambda: self.ask(*root, "SELECT 1") is not None, "MariaDB")
-        users = [f"CREATE USER slurm@'{host}' IDENTIFIED BY 'ci'; GRANT ALL ON acct.* TO slurm@'{host}';"
-                 for host in ("localhost", "127.0.0.1")]  # fmt: skip
+        users = [
+            f"CREATE USER slurm@'{host}' IDENTIFIED BY 'ci'; GRANT ALL ON acct.* TO slurm@'{host}';"
+            for host in ("localhost", "127.0.0.1")
+        ]
         subprocess.run([*root, f"CREATE DATABASE acct; {' '.join(users)}"], check=True)
 
 

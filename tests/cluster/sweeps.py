@@ -10,15 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments.compose import CONF
-from experiments.row import Row
-from experiments.sinks.jsonl import read_rows
+from experiments.config.compose import CONF
+from experiments.results.row import Row
+from experiments.results.run_dir import read_rows
 
 QUERIES = [16, 24, 32, 40]
 COMMAND = (
-    "hardware.host_memory_gb=4,0.8", "workload.context_tokens=[64]",
-    f"workload.query_tokens={QUERIES}".replace(" ", ""), "scenario.pairs=1", "scenario.answer_tokens=2", "sink=none",
-)  # fmt: skip
+    "hardware.host_memory_gb=4,0.8",
+    "workload.context_tokens=[64]",
+    f"workload.query_tokens={QUERIES}".replace(" ", ""),
+    "scenario.pairs=1",
+    "scenario.answer_tokens=2",
+    "sink=none",
+)
 """Two amounts of host memory; two models are for the test to name, and vary more slowly."""
 
 
@@ -27,8 +31,12 @@ def start(folder: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str
     env = os.environ | env | {"PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.run", "-m", *more, *COMMAND],
-        cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        cwd=folder,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def sweep_folder(folder: Path) -> Path | None:

@@ -17,9 +17,17 @@ def test_a_layout_of_two_nodes_is_refused_before_a_job_is_queued(launcher: str, 
     if launcher == "ray":
         pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="Ray's launcher is not installed")
     command = [
-        sys.executable, "-m", "experiments.run", "-m", f"launcher={launcher}", "model=tiny", "model.weights=random",
-        "hardware=h100,4090x16", "hardware.check=false", "sink=none",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "experiments.run",
+        "-m",
+        f"launcher={launcher}",
+        "model=tiny",
+        "model.weights=random",
+        "hardware=h100,4090x16",
+        "hardware.check=false",
+        "sink=none",
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr

@@ -11,18 +11,25 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from experiments import agents, compose, ledger, sweep
-from experiments.compose import CONF
+from experiments import wandb_sweep
+from experiments.config import compose
+from experiments.config.compose import CONF
+from experiments.execution import checkpoint, sweep
 from experiments.sinks.wandb import _place_in_sweep
 from kvmem.errors import ConfigError
 
-OVERRIDES = ("experiment=smoke", "workload.context_tokens=[32]", "workload.query_tokens=[16]", "seed=0,1",
-             "sink.mode=offline")  # fmt: skip
+OVERRIDES = (
+    "experiment=smoke",
+    "workload.context_tokens=[32]",
+    "workload.query_tokens=[16]",
+    "seed=0,1",
+    "sink.mode=offline",
+)
 
 
 def test_an_agents_job_is_the_sweeps_own(tmp_path: Path) -> None:
-    file = yaml.safe_load(agents.sweep_file(OVERRIDES))
-    (name, numbers), = file["parameters"].items()  # fmt: skip
+    file = yaml.safe_load(wandb_sweep.sweep_file(OVERRIDES))
+    ((name, numbers),) = file["parameters"].items()
     assert (file["method"], file["project"], numbers) == ("grid", "kvmem", {"values": [0, 1]})
     filled_in = create_sweep_command_args({"args": {name: {"value": 1}}})["args_no_hyphens"]
     says = {"${env}": [], "python": [sys.executable], "${args_no_hyphens}": filled_in}
@@ -33,7 +40,7 @@ def test_an_agents_job_is_the_sweeps_own(tmp_path: Path) -> None:
 
     _, folder = sweep.with_folder(["-m", *OVERRIDES])
     assert folder is not None and folder.name == file["name"]
-    assert ledger.is_finished(tmp_path / folder / "1") and not (tmp_path / folder / "0").exists()
+    assert checkpoint.is_finished(tmp_path / folder / "1") and not (tmp_path / folder / "0").exists()
     assert "seed: 1\n" in (tmp_path / folder / "1" / "config.yaml").read_text()
     assert list((tmp_path / folder / "1" / "wandb").glob("offline-run-*"))
 
@@ -47,7 +54,7 @@ def test_an_agent_names_its_run_itself(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_online_is_said_unless_a_mode_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert agents.main(["experiment=smoke", "seed=0,1"]) == 0
+    assert wandb_sweep.main(["experiment=smoke", "seed=0,1"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["command"][-2:] == ["seed=0,1", "sink.mode=online"]
 
 
@@ -56,13 +63,13 @@ def test_online_is_said_unless_a_mode_is(capsys: pytest.CaptureFixture[str]) -> 
     [(["sink=none"], "Leave sink=wandb"), (["job=2", "seed=0,1"], "2 jobs, 0 to 1"), (["modle=tiny"], "Did you mean")],
 )
 def test_what_no_agent_can_run(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert agents.main(arguments) == 2
+    assert wandb_sweep.main(arguments) == 2
     assert reason in capsys.readouterr().err
 
 
 def test_a_wrong_job_is_found_when_the_file_is_made() -> None:
     with pytest.raises(ConfigError, match="Did you mean tiny"):
-        agents.sweep_file(["model=tiny,tinny"])
+        wandb_sweep.sweep_file(["model=tiny,tinny"])
 
 
 def test_a_sweep_over_experiments_has_a_folder_that_hydra_can_be_told() -> None:

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from kvmem import KVCacheItem, KVCacheMemory
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.hf_graph import HFGraphBackend
-from kvmem.graph.knobs import Knobs
-from kvmem.models import Loaded
-from kvmem.prompt import TokenizedPrompt
-from tests.tiny import SHAPES, loaded, memory_on
+from kvmem.engines.graph.backend import HFGraphBackend
+from kvmem.engines.graph.config import GraphConfig
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.models.loading import Loaded
+from kvmem.prompt.template import TokenizedPrompt
+from tests.helpers.tiny import SHAPES, loaded, memory_on
 
 
 @dataclass(frozen=True)
-class Place:
+class TierStore:
     """Where and how the engine runs. `tolerance`: how far its logits may be from eager Hugging Face's."""
 
     device: str
@@ -30,12 +30,12 @@ class Place:
 
 
 PLACES = {
-    "cpu": Place("cpu", torch.float32, "auto", 1e-4),
-    "gpu-fp32": Place("cuda", torch.float32, "sdpa", 1e-3, compile="none"),
-    "gpu-bf16-torch_flash": Place("cuda", torch.bfloat16, "torch_flash", 0.04, compile="none"),
-    "gpu-bf16-fastest": Place("cuda", torch.bfloat16, "auto", 0.2, shape="tiny_heads128"),
-    "gpu-bf16-fastest-heads32": Place("cuda", torch.bfloat16, "auto", 0.04, compile="none"),
-    "gpu-bf16-fastest-heads64": Place("cuda", torch.bfloat16, "auto", 0.15, shape="tiny_heads64", compile="none"),
+    "cpu": TierStore("cpu", torch.float32, "auto", 1e-4),
+    "gpu-fp32": TierStore("cuda", torch.float32, "sdpa", 1e-3, compile="none"),
+    "gpu-bf16-torch_flash": TierStore("cuda", torch.bfloat16, "torch_flash", 0.04, compile="none"),
+    "gpu-bf16-fastest": TierStore("cuda", torch.bfloat16, "auto", 0.2, shape="tiny_heads128"),
+    "gpu-bf16-fastest-heads32": TierStore("cuda", torch.bfloat16, "auto", 0.04, compile="none"),
+    "gpu-bf16-fastest-heads64": TierStore("cuda", torch.bfloat16, "auto", 0.15, shape="tiny_heads64", compile="none"),
 }
 """The tiny model's logits have a standard deviation of 0.16, and 0.03 of bf16's rounding; those of tiny_heads128 0.32
 and 0.13, of tiny_heads64 0.28 and 0.08. Graphs are captured in all places on a GPU. FlashAttention 3, the fastest, is
@@ -48,30 +48,30 @@ Open = Callable[..., HFGraphBackend]
     scope="module",
     params=[pytest.param(name, marks=[pytest.mark.gpu] if name != "cpu" else []) for name in PLACES],
 )
-def place(request: pytest.FixtureRequest) -> Place:
+def place(request: pytest.FixtureRequest) -> TierStore:
     if request.param != "cpu" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     return PLACES[request.param]
 
 
 @pytest.fixture(scope="module")
-def eager(place: Place) -> HFBackend:
+def eager(place: TierStore) -> HFBackend:
     """Eager Hugging Face, a tiny Qwen3."""
     return HFBackend(weights(place, place.shape))
 
 
 @pytest.fixture(scope="module")
-def open_engine(place: Place) -> Open:
+def open_engine(place: TierStore) -> Open:
     """Opens the fast engine on the weights of `eager`, with the given knobs."""
 
     def open_(shape: str = place.shape, **knobs: object) -> HFGraphBackend:
         given = {"attention": place.attention, "capacity_tokens": 2048, "pad_to": 8, "compile": place.compile} | knobs
-        return HFGraphBackend(weights(place, shape), "chat", Knobs(**given))
+        return HFGraphBackend(weights(place, shape), "chat", GraphConfig(**given))
 
     return open_
 
 
-def weights(place: Place, shape: str) -> Loaded:
+def weights(place: TierStore, shape: str) -> Loaded:
     made = loaded(shape)
     return replace(made, model=made.model.to(place.device, place.dtype))
 

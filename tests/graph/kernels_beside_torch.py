@@ -9,11 +9,11 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from kvmem.graph.buffers import Buffer
-from kvmem.graph.forward import Pass
-from kvmem.graph.kernels import place_heads, product
-from kvmem.graph.layer import rms_norm, rotate
-from tests.tiny import SHAPES, loaded
+from kvmem.engines.graph.kv_buffers import Buffer
+from kvmem.engines.graph.layers import rms_norm, rotate
+from kvmem.engines.graph.model import ModelRunner
+from kvmem.engines.graph.triton_kernels import place_heads, product
+from tests.helpers.tiny import SHAPES, loaded
 
 EPS = 1e-6
 CLOSE = {torch.float32: {"atol": 2e-5, "rtol": 2e-5}, torch.bfloat16: {"atol": 0.08, "rtol": 0.02}}
@@ -65,7 +65,7 @@ def a_token(device: str, family: str) -> None:
     ids = torch.randint(1000, 40000, (9,)).tolist()
     ends: list[tuple[torch.Tensor, ...]] = []
     for fused in (False, True):
-        run = Pass(model, "sdpa", 32, "none", fused)
+        run = ModelRunner(model, "sdpa", 32, "none", fused)
         run.head = run.head[:64]  # of a whole vocabulary the interpreter makes minutes
         buffer = Buffer(len(run.layers), 32, run.shape.kv_heads, run.shape.head_dim, model.dtype, model.device)
         run(torch.tensor([0, 8, *ids[:8]], device=device), buffer)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvmem.engines.graph.attention.base import kernels
 from kvmem.errors import ConfigError
-from kvmem.graph.attention import kernels
 
 
 @pytest.mark.parametrize("kernel", ["fa3", "torch_flash"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.graph.conftest import prompt_of, stored
-from tests.tiny import copy_of, pairs, same_bits
+from tests.helpers.tiny import copy_of, pairs, same_bits
 
 TEXTS = [text for text, _ in pairs(4, characters=900, seed=11)]
 QUERY = "Which names are bound here, and by whom?"

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.hf_graph import HFGraphBackend
-from kvmem.dynamic_cache import layers_of
-from kvmem.graph.knobs import Knobs
-from kvmem.models import Loaded
-from tests.test_equivalence import check_pairs
-from tests.tiny import SHAPES, loaded, memory_on, pairs
+from kvmem.cache.dynamic_cache import layers_of
+from kvmem.engines.graph.backend import HFGraphBackend
+from kvmem.engines.graph.config import GraphConfig
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.models.loading import Loaded
+from tests.helpers.tiny import SHAPES, loaded, memory_on, pairs
+from tests.huggingface.test_equivalence import check_pairs
 
 
 @pytest.mark.parametrize("family", sorted(SHAPES))
 def test_twenty_pairs_on_each_family(family):
-    backend = HFGraphBackend(loaded(SHAPES[family]), "chat", Knobs(pad_to=8, capacity_tokens=1024))
+    backend = HFGraphBackend(loaded(SHAPES[family]), "chat", GraphConfig(pad_to=8, capacity_tokens=1024))
     assert backend.model_config.model_type == family
     check_pairs(backend, pairs(20, characters=600))
 

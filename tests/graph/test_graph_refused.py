@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Phi3Config, Qwen3Config
 
+from kvmem.engines.graph.weights import check_covered
 from kvmem.errors import ModelError
-from kvmem.graph.weights import check_covered
 
 
 def refused(config) -> str:
@@ -19,8 +19,15 @@ def refused(config) -> str:
     return str(raised.value)
 
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "vocab_size": 100, "pad_token_id": 0}  # fmt: skip
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+}
 
 
 def test_other_architectures_are_refused_by_name():

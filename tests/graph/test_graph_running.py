@@ -9,12 +9,12 @@ import torch
 from pydantic import ValidationError
 from torch._inductor.utils import run_and_get_code
 
-from kvmem.backends.hf_graph import HFGraphBackend
+from kvmem.engines.graph.backend import HFGraphBackend
+from kvmem.engines.graph.config import GraphConfig
 from kvmem.errors import CapacityError
-from kvmem.graph.knobs import Knobs
 from tests.graph.conftest import PLACES, prompt_of, stored, weights
 from tests.graph.test_graph_engine import QUERY, TEXTS, along
-from tests.tiny import QUESTIONS
+from tests.helpers.tiny import QUESTIONS
 
 
 def test_eight_queries_behind_one_memory(open_engine):
@@ -66,7 +66,7 @@ def test_a_batch_has_as_much_room_as_one_answer(open_engine):
 @pytest.mark.parametrize("tokens", [0, -8])
 def test_no_prefill_of_no_tokens_is_warmed_up(tokens):
     with pytest.raises(ValidationError, match="warm_tokens"):
-        Knobs(warm_tokens=(tokens,))
+        GraphConfig(warm_tokens=(tokens,))
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_a_model_on_the_second_gpu():
     answers = []
     for device in ("cuda:0", "cuda:1"):
         place = replace(PLACES["gpu-bf16-fastest"], device=device)
-        fast = HFGraphBackend(weights(place, place.shape), "chat", Knobs(capacity_tokens=2048, compile="none"))
+        fast = HFGraphBackend(weights(place, place.shape), "chat", GraphConfig(capacity_tokens=2048, compile="none"))
         memory, item = stored(fast, TEXTS[0])
         answers.append([fast.generate(query, memory.get_cache(item.kv_cache_id), 12) for query in QUESTIONS])
         assert {seat.buffer.layers[0][0].device for seat in fast.engine.seats} == {torch.device(device)}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
-from kvmem.dynamic_cache import layers_of
+from kvmem.cache.dynamic_cache import layers_of
 from kvmem.errors import ConfigError, StorageError
-from kvmem.scheduler import MemScheduler
+from kvmem.scheduler.scheduler import MemScheduler
 
 NEW_TOKENS = 12
 RANDOM = {"model_name_or_path": "random:tiny_wide", "dtype": "float32"}

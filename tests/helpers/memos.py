@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import DynamicCache
 
-from kvmem.dynamic_cache import KV
+from kvmem.cache.dynamic_cache import KV
 
 MODULE = "memos.memories.activation.item"
 
@@ -52,9 +52,12 @@ def old_cache(pairs: Sequence[KV]) -> DynamicCache:
     """A cache as older transformers laid it out."""
     cache = DynamicCache.__new__(DynamicCache)
     cache.__dict__.update(
-        _seen_tokens=6, key_cache=[keys for keys, _ in pairs], value_cache=[values for _, values in pairs],
-        _buffers=collections.OrderedDict(), training=True,
-    )  # fmt: skip
+        _seen_tokens=6,
+        key_cache=[keys for keys, _ in pairs],
+        value_cache=[values for _, values in pairs],
+        _buffers=collections.OrderedDict(),
+        training=True,
+    )
     return cache
 
 

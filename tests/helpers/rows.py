@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.row import Row
+from experiments.results.row import Row
 
 CONDITIONS = {
-    "commit": "0123abc", "versions": {"torch": "2.13.0", "transformers": "5.19.0"}, "kernel": "sdpa", "graphs": False,
-    "threads": 2, "temperature_c": 51.0,
-}  # fmt: skip
+    "commit": "0123abc",
+    "versions": {"torch": "2.13.0", "transformers": "5.19.0"},
+    "kernel": "sdpa",
+    "graphs": False,
+    "threads": 2,
+    "temperature_c": 51.0,
+}
 
 
 def ttft_row(context_tokens: int = 512, query_tokens: int = 32, **fields: Any) -> Row:
@@ -26,14 +30,37 @@ def ttft_row(context_tokens: int = 512, query_tokens: int = 32, **fields: Any) -
     }
     extra |= fields.pop("extra", {})
     sample: dict[str, Any] = dict(
-        model="SmolLM2-135M-Instruct", weights="packaged Q4_1", dtype="float32", backend="huggingface",
-        attention="sdpa", hardware="cpu, 2 cores", scenario="kv_vs_direct", merge="Reprefill", tier="device",
-        arm="injected", context_tokens=context_tokens, query_tokens=query_tokens, pairs=5, build_s=direct_s * 0.95,
-        kv_bytes=context_tokens * 46080, kv_ttft_s=kv_s, direct_ttft_s=direct_s, kv_user_ttft_s=kv_s + 2e-3,
-        direct_user_ttft_s=direct_s + 3e-3, speedup_pct=speedup, speedup_interval=(speedup - 0.8, speedup + 0.4),
-        break_even_queries=1.1, cached_tokens=context_tokens - 1, limit_s=kv_s / 1.8, mfu=0.55, equality="tokens",
-        logit_max_abs_diff=2e-5, verdict="ok", conditions=dict(CONDITIONS), extra=extra,
-    )  # fmt: skip
+        model="SmolLM2-135M-Instruct",
+        weights="packaged Q4_1",
+        dtype="float32",
+        backend="huggingface",
+        attention="sdpa",
+        hardware="cpu, 2 cores",
+        scenario="kv_vs_direct",
+        merge="Reprefill",
+        tier="device",
+        arm="injected",
+        context_tokens=context_tokens,
+        query_tokens=query_tokens,
+        pairs=5,
+        build_s=direct_s * 0.95,
+        kv_bytes=context_tokens * 46080,
+        kv_ttft_s=kv_s,
+        direct_ttft_s=direct_s,
+        kv_user_ttft_s=kv_s + 2e-3,
+        direct_user_ttft_s=direct_s + 3e-3,
+        speedup_pct=speedup,
+        speedup_interval=(speedup - 0.8, speedup + 0.4),
+        break_even_queries=1.1,
+        cached_tokens=context_tokens - 1,
+        limit_s=kv_s / 1.8,
+        mfu=0.55,
+        equality="tokens",
+        logit_max_abs_diff=2e-5,
+        verdict="ok",
+        conditions=dict(CONDITIONS),
+        extra=extra,
+    )
     return Row(**(sample | fields))
 
 
@@ -49,10 +76,24 @@ def invalid_row(**fields: Any) -> Row:
 def failed_row(**fields: Any) -> Row:
     error = 'Traceback (most recent call last):\n  File "a.py", line 1\nkvmem.errors.PromptError: 9000 tokens > 8192'
     empty = dict.fromkeys(
-        ("build_s", "kv_bytes", "kv_ttft_s", "direct_ttft_s", "kv_user_ttft_s", "direct_user_ttft_s", "speedup_pct",
-         "speedup_interval", "break_even_queries", "cached_tokens", "limit_s", "mfu", "equality", "logit_max_abs_diff",
-         "verdict")
-    )  # fmt: skip
+        (
+            "build_s",
+            "kv_bytes",
+            "kv_ttft_s",
+            "direct_ttft_s",
+            "kv_user_ttft_s",
+            "direct_user_ttft_s",
+            "speedup_pct",
+            "speedup_interval",
+            "break_even_queries",
+            "cached_tokens",
+            "limit_s",
+            "mfu",
+            "equality",
+            "logit_max_abs_diff",
+            "verdict",
+        )
+    )
     row = ttft_row(**{**empty, "status": "failed", "error": error, "pairs": 0, **fields})
     row.extra.clear()
     return row
@@ -62,10 +103,21 @@ def published_row(context: str = "long", query: str = "short", **fields: Any) ->
     """A row of Qwen3-8B in a cell that was published too."""
     tokens = {"long": 6064, "medium": 2773, "short": 583}[context], {"long": 953, "medium": 303, "short": 167}[query]
     sample: dict[str, Any] = dict(
-        model="Qwen3-8B", weights="random", dtype="bfloat16", hardware="NVIDIA H100", pairs=30, build_s=0.195,
-        kv_ttft_s=0.0326, direct_ttft_s=0.2053, speedup_pct=84.1, speedup_interval=(83.9, 84.4), equality="near_tie",
-        first_difference=7, near_tie_margin=0.031, extra={"context": context, "query": query},
-    )  # fmt: skip
+        model="Qwen3-8B",
+        weights="random",
+        dtype="bfloat16",
+        hardware="NVIDIA H100",
+        pairs=30,
+        build_s=0.195,
+        kv_ttft_s=0.0326,
+        direct_ttft_s=0.2053,
+        speedup_pct=84.1,
+        speedup_interval=(83.9, 84.4),
+        equality="near_tie",
+        first_difference=7,
+        near_tie_margin=0.031,
+        extra={"context": context, "query": query},
+    )
     return ttft_row(*tokens, **(sample | fields))
 
 

@@ -9,30 +9,46 @@ import torch
 from transformers import DynamicCache, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from kvmem import storage
-from kvmem.dynamic_cache import from_layers, layers_of, nbytes
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import KVCacheItem, KVCacheMetadata, MemoryTokens, TextualSource
+from kvmem.cache.dynamic_cache import from_layers, layers_of, nbytes
+from kvmem.cache.fingerprint import ModelFingerprint
+from kvmem.cache.items import KVCacheItem, KVCacheMetadata, MemoryTokens, TextualSource
 
 CPU = torch.device("cpu")
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8
 _SHAPE: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": KV_HEADS,
-    "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocab_size": 32,
-}  # fmt: skip
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": KV_HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "vocab_size": 32,
+}
 CONFIG = LlamaConfig(**_SHAPE)
 WINDOW = 4
 SLIDING_CONFIG = MistralConfig(**_SHAPE, sliding_window=WINDOW)
 FINGERPRINT = ModelFingerprint(
-    architecture="LlamaForCausalLM", dtype="float32", layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM,
-    rope={"rope_type": "default", "rope_theta": 10000.0}, config="c0", weights="w0", tokenizer="t0", template="j0",
+    architecture="LlamaForCausalLM",
+    dtype="float32",
+    layers=LAYERS,
+    kv_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+    rope={"rope_type": "default", "rope_theta": 10000.0},
+    config="c0",
+    weights="w0",
+    tokenizer="t0",
+    template="j0",
     origin="random weights of a test",
-)  # fmt: skip
+)
 
 
 def item(
-    name: str = "a", tokens: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32,
+    name: str = "a",
+    tokens: int = 6,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
     fingerprint: ModelFingerprint | None = FINGERPRINT,
-) -> KVCacheItem:  # fmt: skip
+) -> KVCacheItem:
     """An item called `name` of `tokens` random tokens."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,14 +62,18 @@ def item(
 def metadata(tokens: int, kv_bytes: int, fingerprint: ModelFingerprint | None = FINGERPRINT) -> KVCacheMetadata:
     return KVCacheMetadata(
         tokens=MemoryTokens(
-            source='The dial says "seven" – déjà vu.', template="plain", token_ids=tuple(range(tokens)),
-            header_tokens=1, body_end=tokens, rest_ids=(30, 31),
+            source='The dial says "seven" – déjà vu.',
+            template="plain",
+            token_ids=tuple(range(tokens)),
+            header_tokens=1,
+            body_end=tokens,
+            rest_ids=(30, 31),
         ),
         build_s=0.25,
         kv_bytes=kv_bytes,
         fingerprint=fingerprint,
         textual_memory=TextualSource(id="t1", metadata={"tags": ["dial"], "weight": 0.5, "note": None}),
-    )  # fmt: skip
+    )
 
 
 def load(

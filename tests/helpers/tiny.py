@@ -9,20 +9,25 @@ import torch
 from transformers import DynamicCache
 
 from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
-from kvmem.backends.hf import HFBackend
-from kvmem.dynamic_cache import KV, LentCache, layers_of
-from kvmem.models import Loaded, load
-from kvmem.prompt import TemplateKind
+from kvmem.cache.dynamic_cache import KV, CacheView, layers_of
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.models.loading import Loaded, load
+from kvmem.prompt.template import TemplateKind
 
 CPU = torch.device("cpu")
 SHAPES = {"qwen3": "tiny", "qwen2": "tiny_qwen2", "llama": "tiny_llama", "mistral": "tiny_mistral"}
 """Family -> the shape of that family with full attention."""
 
 QUESTIONS = (
-    "What is the first rule?", "Name one exception.", "  Which names are bound here?", "Why?",
-    "Summarise it in a word.", "Does the order matter, and if so where?", "\n\nIs this allowed in a class body?",
+    "What is the first rule?",
+    "Name one exception.",
+    "  Which names are bound here?",
+    "Why?",
+    "Summarise it in a word.",
+    "Does the order matter, and if so where?",
+    "\n\nIs this allowed in a class body?",
     "How is an error raised?",
-)  # fmt: skip
+)
 
 
 def loaded(shape: str, seed: int = 0, gain: float = 12.0) -> Loaded:
@@ -47,7 +52,7 @@ def kind(given: object) -> str:
     return type(given).__name__
 
 
-def lent_by(backend: HFBackend, text: str) -> LentCache:
+def lent_by(backend: HFBackend, text: str) -> CacheView:
     """What a memory of `text` on this backend lends."""
     memory = memory_on(backend)
     item = memory.extract(text)
@@ -92,9 +97,15 @@ def greedy_by_transformers(
     """`tokens` new tokens from transformers' own generate, which takes the whole prompt; stops at the end tokens."""
     input_ids = torch.tensor([ids])
     out = backend.model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=cache, max_new_tokens=tokens,
-        do_sample=False, pad_token_id=0, eos_token_id=sorted(backend.end_tokens), **more,
-    )  # fmt: skip
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=sorted(backend.end_tokens),
+        **more,
+    )
     answer = out[0, len(ids) :].tolist()
     return answer[:-1] if answer and answer[-1] in backend.end_tokens else answer
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from kvmem.backends.hf import HFBackend
-from tests.tiny import SHAPES, copy_of, greedy_by_transformers, last_logits, memory_on, pairs, same_bits
+from kvmem.engines.huggingface.backend import HFBackend
+from tests.helpers.tiny import SHAPES, copy_of, greedy_by_transformers, last_logits, memory_on, pairs, same_bits
 
 NEW_TOKENS = 32
 LOGITS_TOLERANCE = 1e-4

@@ -8,9 +8,9 @@ import pydantic
 import pytest
 import torch
 
-from kvmem.backends.sampling import Sampler, Sampling
+from kvmem.engines.generation import Sampler, Sampling
 from kvmem.errors import ConfigError, PromptError
-from tests.tiny import CPU, greedy_by_transformers, memory_on, pairs, with_template
+from tests.helpers.tiny import CPU, greedy_by_transformers, memory_on, pairs, with_template
 
 TEXT, QUERY = pairs(1, characters=300, seed=21)[0]
 

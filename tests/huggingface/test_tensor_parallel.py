@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.hf_config import HFConfig
-from kvmem.backends.hf_ranks import HFRanksBackend, HFRanksConfig
-from kvmem.dynamic_cache import layers_of
+from kvmem.cache.dynamic_cache import layers_of
+from kvmem.cache.fingerprint import ModelFingerprint
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.engines.huggingface.config import HFConfig
+from kvmem.engines.huggingface.tensor_parallel import HFRanksBackend, HFRanksConfig
 from kvmem.errors import ConfigError
-from kvmem.fingerprint import ModelFingerprint
-from tests.hf_ranks import NEW_TOKENS, RANDOM, answers, first_logits
-from tests.tiny import loaded, memory_on, pairs
+from tests.helpers.hf_ranks import NEW_TOKENS, RANDOM, answers, first_logits
+from tests.helpers.tiny import loaded, memory_on, pairs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ASKED = [list(pair) for pair in pairs(3, 900, seed=5)]
 MERGE = "RopeShift"
 
@@ -32,10 +32,14 @@ def two_ranks(folder: Path, device: str) -> None:
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*torchrun, "-m", "tests.hf_ranks", json.dumps(order)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | hidden,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+        [*torchrun, "-m", "tests.helpers.hf_ranks", json.dumps(order)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | hidden,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
 
 

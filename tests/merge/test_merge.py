@@ -8,20 +8,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, FalconConfig, GPT2Config, LlamaConfig
 
-import kvmem.merge
-from kvmem.backends.hf import HFBackend
-from kvmem.discover import classes
-from kvmem.dynamic_cache import KV, layers_of
+import kvmem.merge.base
+from kvmem.cache.dynamic_cache import KV, layers_of
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import ConfigError, MergeError
-from kvmem.forward import prefill
-from kvmem.merge import MergeStrategy, merged_tokens, strategy
+from kvmem.merge.base import MergeStrategy, merged_tokens, strategy
 from kvmem.merge.cacheblend import CacheBlend
 from kvmem.merge.legolink import LegoLink
 from kvmem.merge.naive_concat import NaiveConcat
 from kvmem.merge.reprefill import Reprefill
 from kvmem.merge.ropeshift import RopeShift
-from kvmem.models import Loaded
-from tests.tiny import last_logits, memory_on, pairs, with_template
+from kvmem.models.forward import prefill
+from kvmem.models.loading import Loaded
+from kvmem.registry import classes
+from tests.helpers.tiny import last_logits, memory_on, pairs, with_template
 
 STRATEGIES = classes(kvmem.merge, MergeStrategy)
 TEXTS = [text for text, _ in pairs(3, characters=350, seed=11)]
@@ -148,8 +148,11 @@ def test_some_tokens_computed_anew_bring_a_merge_nearer_to_a_joint_prefill(famil
 
     def away(strategy):
         layers = layers_of(strategy.merge(items, separator_ids, family.model))
-        return sum((a - b).pow(2).sum().item() for ours, exact in zip(layers, joint, strict=True)
-                   for a, b in zip(ours, exact, strict=True))  # fmt: skip
+        return sum(
+            (a - b).pow(2).sum().item()
+            for ours, exact in zip(layers, joint, strict=True)
+            for a, b in zip(ours, exact, strict=True)
+        )
 
     before = [layer[0].clone() for layer in layers_of(items[1].kv_cache)]
     assert away(merge) < 0.95 * away(RopeShift())
@@ -162,8 +165,9 @@ def test_what_stands_between_the_blocks_sees_all_before_it(qwen3, kind):
     backend = with_template(qwen3, kind)
     items, separator_ids, ids = built(backend)
     end = items[0].metadata.tokens.body_end + len(items[0].metadata.tokens.rest_ids) + len(separator_ids)
-    for ours, theirs in zip(layers_of(RopeShift().merge(items, separator_ids, backend.model)),
-                            joint_prefill(backend, ids), strict=True):  # fmt: skip
+    for ours, theirs in zip(
+        layers_of(RopeShift().merge(items, separator_ids, backend.model)), joint_prefill(backend, ids), strict=True
+    ):
         assert all((a - b)[:, :, :end].abs().max() < TOLERANCE for a, b in zip(ours, theirs, strict=True))
 
 
@@ -193,10 +197,15 @@ def test_a_sliding_window_is_merged_by_reprefill(sliding):
 
 def test_dynamic_rope_is_refused_by_name(qwen3):
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=49152, max_position_embeddings=2048,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=49152,
+        max_position_embeddings=2048,
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     backend = HFBackend(Loaded(model, qwen3.tokenizer, "random weights"))
     items, separator_ids, ids = built(backend)
@@ -220,8 +229,9 @@ def test_families_that_call_their_layers_otherwise(qwen3, config):
     backend = HFBackend(Loaded(model, qwen3.tokenizer, "random weights, seed 0"))
     items, separator_ids, ids = built(backend)
     end = items[0].metadata.tokens.body_end + len(separator_ids)
-    for ours, theirs in zip(layers_of(NaiveConcat().merge(items, separator_ids, model)),
-                            joint_prefill(backend, ids), strict=True):  # fmt: skip
+    for ours, theirs in zip(
+        layers_of(NaiveConcat().merge(items, separator_ids, model)), joint_prefill(backend, ids), strict=True
+    ):
         assert all((a - b)[:, :, :end].abs().max() < TOLERANCE for a, b in zip(ours, theirs, strict=True))
     with pytest.raises(MergeError, match=rf"RopeShift does not cover {config.model_type}"):
         RopeShift().merge(items, separator_ids, model)

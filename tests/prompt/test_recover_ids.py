@@ -12,12 +12,12 @@ import torch
 from transformers import DynamicCache
 
 from kvmem import KVCacheMemory
-from kvmem.backends.hf import HFBackend
-from kvmem.dynamic_cache import layers_of
+from kvmem.cache.dynamic_cache import layers_of
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import DamagedFileError, FingerprintError
-from kvmem.unverified import MEMOS_PREFACE, with_ids_from_text
-from tests.memos import KVCacheItem, KVCacheRecords, OldItem, old_cache, stand_in
-from tests.tiny import copy_of, greedy_by_transformers, memory_on, pairs, same_bits
+from kvmem.prompt.recover_ids import MEMOS_PREFACE, with_ids_from_text
+from tests.helpers.memos import KVCacheItem, KVCacheRecords, OldItem, old_cache, stand_in
+from tests.helpers.tiny import copy_of, greedy_by_transformers, memory_on, pairs, same_bits
 
 TEXT, OTHER = (text for text, _ in pairs(2, characters=400, seed=9))
 QUERY = "What is the first rule?"
@@ -155,9 +155,7 @@ def test_what_is_stored_stays_unverified_and_untouched(qwen3: HFBackend, written
 
 
 @pytest.mark.parametrize("filename", ["kept.safetensors", "kept.pickle"])
-def test_it_is_kept_in_our_files_as_unverified(
-    qwen3: HFBackend, written: Write, tmp_path: Path, filename: str
-) -> None:
+def test_it_is_kept_in_our_files_as_unverified(qwen3: HFBackend, written: Write, tmp_path: Path, filename: str) -> None:
     memory = written(qwen3, as_memos_prefills(qwen3, TEXT), source_text=TEXT)
     ours = memory_on(qwen3, memory_filename=filename)
     ours.add(memory.get_all())

@@ -13,37 +13,36 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kvmem.backends.hf import HFBackend
+from kvmem.cache.items import Source
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import PromptError
-from kvmem.items import Source
-from kvmem.models import Loaded
-from kvmem.prompt import PromptTemplate, TokenizedPrompt, common_prefix
-from tests.tiny import greedy_by_transformers, memory_on
+from kvmem.models.loading import Loaded
+from kvmem.prompt.template import PromptTemplate, TokenizedPrompt, common_prefix
+from tests.helpers.tiny import greedy_by_transformers, memory_on
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 # Each shows one behaviour of a published template, in our own words.
 TEMPLATES = {
-    "default system prompt":
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
-        "{% for m in messages %}" + TURN + "{% endfor %}" + ASK,
+    "default system prompt": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}" + TURN + "{% endfor %}" + ASK,
     "a BOS of its own": "<|endoftext|>{% for m in messages %}" + TURN + "{% endfor %}" + ASK,
-    "thinking is stripped from earlier turns":
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1].strip() }}"
-        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
-    "system turns are refused":
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        + TURN + "{% endfor %}" + ASK,
+    "thinking is stripped from earlier turns": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1].strip() }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+    "system turns are refused": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + TURN
+    + "{% endfor %}"
+    + ASK,
     "system turns are left out": "{% for m in messages if m.role != 'system' %}" + TURN + "{% endfor %}" + ASK,
     "a date before the memory": "Today is day 1.\n{% for m in messages %}" + TURN + "{% endfor %}" + ASK,
-    "content is trimmed":
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}" + ASK,
+    "content is trimmed": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    + ASK,
     "no special tokens": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
     "nothing between the turns": "{% for m in messages %}{{ m.content }}{% endfor %}",
-}  # fmt: skip
+}
 WITHOUT_SYSTEM = {"system turns are refused", "system turns are left out"}
 WITHOUT_BARRIER = {*WITHOUT_SYSTEM, "no special tokens", "nothing between the turns"}
 

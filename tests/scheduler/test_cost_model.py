@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from kvmem.backends.hf import HFBackend
-from kvmem.costs import ENOUGH_S, Costs
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.scheduler.cost_model import ENOUGH_S, Costs
 
 
 def test_a_slow_first_prefill_is_not_a_sample(qwen3: HFBackend) -> None:

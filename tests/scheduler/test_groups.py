@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from kvmem import TextualMemoryItem
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.sampling import Sampling
-from kvmem.costs import Costs, kv_bytes_a_token
-from kvmem.dynamic_cache import layers_of
+from kvmem.cache.dynamic_cache import layers_of
+from kvmem.engines.generation import Sampling
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import UnknownMemoryError
-from kvmem.grouping import COUNTED, LEAST_TOGETHER, LONGEST, Groups, group_id
 from kvmem.merge.reprefill import Reprefill
-from kvmem.planner import Planner
-from kvmem.policies import policy
-from kvmem.prompt import TokenizedPrompt
-from kvmem.scheduler import MemScheduler
+from kvmem.prompt.template import TokenizedPrompt
+from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
+from kvmem.scheduler.groups import COUNTED, LEAST_TOGETHER, LONGEST, Groups, group_id
+from kvmem.scheduler.planner import Planner
+from kvmem.scheduler.policies.base import policy
+from kvmem.scheduler.scheduler import MemScheduler
+from tests.helpers.tiny import memory_on, same_bits
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, scheduler_on
-from tests.tiny import memory_on, same_bits
 
 PAIR = MEMORIES[:2]
 ID = group_id(["m0", "m1"])

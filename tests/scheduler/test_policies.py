@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.simulate import best_oracle, bound_s, simulate
-from experiments.traces import TraceFamily
+from experiments.traces.base import TraceFamily
 from experiments.traces.bursts import Bursts
 from experiments.traces.drifting import Drifting
+from experiments.traces.simulator import best_oracle, bound_s, simulate
 from experiments.traces.steady import Steady
-from kvmem.costs import Costs
 from kvmem.errors import ConfigError
-from kvmem.planner import Planner
-from kvmem.policies import policy, policy_classes
+from kvmem.scheduler.cost_model import Costs
+from kvmem.scheduler.planner import Planner
+from kvmem.scheduler.policies.base import policy, policy_classes
 
 COSTS = Costs(0.02, 0.0012, 3e-7, 100)
 ONLINE = sorted(set(policy_classes()) - {"oracle"})

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from kvmem import TextualMemoryItem
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.sampling import Sampling
-from kvmem.costs import Costs, kv_bytes_a_token
+from kvmem.engines.generation import Sampling
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import ArgumentError, ClosedError, StorageError, UnknownMemoryError
-from kvmem.prompt import TokenizedPrompt
-from kvmem.scheduler import MemScheduler
-from tests.tiny import memory_on, pairs
+from kvmem.prompt.template import TokenizedPrompt
+from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
+from kvmem.scheduler.scheduler import MemScheduler
+from tests.helpers.tiny import memory_on, pairs
 
 ROOT = Path(__file__).parents[2]
 QUERY = "What is the first rule?"

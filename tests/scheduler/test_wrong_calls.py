@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from kvmem import TextualMemoryItem
-from kvmem.costs import Costs
 from kvmem.errors import ArgumentError, ClosedError, ConfigError, PromptError, StorageError, UnknownMemoryError
-from kvmem.scheduler import MemScheduler
+from kvmem.scheduler.cost_model import Costs
+from kvmem.scheduler.scheduler import MemScheduler
+from tests.helpers.tiny import kind, memory_on
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, scheduler_on
-from tests.tiny import kind, memory_on
 
 FIRST = MEMORIES[0]
 NO_MEMORIES: list[Any] = [3, "m0", ["m0"], [FIRST, "m1"], {"id": "m0"}, {"m0": FIRST}, [None], object()]
@@ -124,8 +124,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("wrong", "error", "match"), WRONG, ids=[str(wrong) for wrong, *_ in WRONG])
 def test_a_scheduler_of_wrong_kinds(qwen3, wrong, error, match):
     arguments = {
-        "memory": memory_on(qwen3), "policy": "lru", "budget": {"ram": 1 << 20}, "costs": Costs(0.001, 1e-4, 0.0, 64),
-    }  # fmt: skip
+        "memory": memory_on(qwen3),
+        "policy": "lru",
+        "budget": {"ram": 1 << 20},
+        "costs": Costs(0.001, 1e-4, 0.0, 64),
+    }
     with pytest.raises(error, match=match.replace("{", r"\{")):
         MemScheduler(**arguments | wrong)
     assert Path(__file__).is_file()

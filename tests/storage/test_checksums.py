@@ -14,15 +14,15 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmem.dynamic_cache import from_layers, layers_of
+from kvmem.cache.dynamic_cache import from_layers, layers_of
+from kvmem.cache.items import KVCacheItem
 from kvmem.errors import DamagedFileError
-from kvmem.items import KVCacheItem
-from kvmem.storage import regions as by_regions
-from kvmem.storage import safetensors_head, staging
-from kvmem.storage.regions import REGION_BYTES, RegionHash, Regions
+from kvmem.storage import checksums as by_regions
+from kvmem.storage import parallel_read, safetensors_header
+from kvmem.storage.checksums import REGION_BYTES, RegionHash, Regions
 from kvmem.storage.safetensors_file import SafetensorsFile, read_staged, read_token_ids
-from kvmem.storage.safetensors_head import LENGTH_BYTES
-from tests import stored
+from kvmem.storage.safetensors_header import LENGTH_BYTES
+from tests.helpers import stored
 
 GOLDEN = Path(__file__).parent / "golden/whole_file_checksum.safetensors"
 """Written before files had regions: elements 0, 1, 2, ..., and 1,000 more a layer; values are the keys' negatives."""
@@ -148,8 +148,9 @@ def test_a_damaged_head_has_no_token_ids(tmp_path: Path) -> None:
 def test_files_with_one_checksum_over_everything_are_read_and_verified(tmp_path: Path) -> None:
     loaded = stored.load(GOLDEN)
     assert [(item.kv_cache_id, item.metadata.tokens) for item in loaded] == [
-        ("a", stored.metadata(6, 0).tokens), ("b", stored.metadata(3, 0).tokens),
-    ]  # fmt: skip
+        ("a", stored.metadata(6, 0).tokens),
+        ("b", stored.metadata(3, 0).tokens),
+    ]
     for item in loaded:
         for layer, (keys, values) in enumerate(layers_of(item.kv_cache)):
             counted = 1000 * layer + torch.arange(keys.numel(), dtype=torch.float32).view(keys.shape)
@@ -182,21 +183,24 @@ def test_a_gpu_gets_the_same_bits(large: tuple[Path, list[KVCacheItem]], tmp_pat
         SafetensorsFile().load(damaged, stored.FINGERPRINT, stored.CONFIG, gpu)
 
 
-def _staged(path: Path, content: bytes | bytearray, regions: Regions, spans: list[staging.Span]) -> list[torch.Tensor]:
+def _staged(
+    path: Path, content: bytes | bytearray, regions: Regions, spans: list[parallel_read.Span]
+) -> list[torch.Tensor]:
     path.write_bytes(content)
     with open(path, "rb", buffering=0) as file:
-        return staging.read(file, 0, regions, spans, stored.CPU, path)
+        return parallel_read.read(file, 0, regions, spans, stored.CPU, path)
 
 
 def _same_when_staged(path: Path, items: list[KVCacheItem]) -> None:
     with open(path, "rb", buffering=0) as file:
-        head = safetensors_head.read(file, path)
+        head = safetensors_header.read(file, path)
         tensors = read_staged(file, head, [stored.LAYERS] * len(items), stored.CPU, path)
     caches = [
-        from_layers([(tensors[f"{i}.{layer}.k"], tensors[f"{i}.{layer}.v"]) for layer in range(stored.LAYERS)],
-                    stored.CONFIG)
+        from_layers(
+            [(tensors[f"{i}.{layer}.k"], tensors[f"{i}.{layer}.v"]) for layer in range(stored.LAYERS)], stored.CONFIG
+        )
         for i in range(len(items))
-    ]  # fmt: skip
+    ]
     assert all(stored.same_tensors(cache, item.kv_cache) for cache, item in zip(caches, items, strict=True))
 
 

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmem import storage
-from kvmem.dynamic_cache import crop, from_layers, layers_of
+from kvmem.cache.dynamic_cache import crop, from_layers, layers_of
+from kvmem.cache.items import KVCacheItem
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError
-from kvmem.items import KVCacheItem
 from kvmem.storage import manifest
-from kvmem.storage.atomic import replacing
-from tests import stored
+from kvmem.storage.atomic_write import replacing
+from tests.helpers import stored
 
 FORMATS = {cls().suffixes[0]: cls for cls in storage.discover.classes(storage, storage.Storage).values()}  # type: ignore[type-abstract]
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -207,7 +207,7 @@ def test_kill_in_the_middle_of_a_dump_leaves_a_whole_file(path: Path) -> None:
     stored.dump(path, old)
     for _ in range(10):
         command = [sys.executable, "-c", DUMP_FOREVER, str(path)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         deadline = time.monotonic() + 60
         while not (partials := [file for file in path.parent.glob(".*.partial") if _size(file) > 1_000_000]):

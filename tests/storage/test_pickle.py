@@ -16,11 +16,11 @@ import torch
 import transformers.cache_utils
 from transformers import DynamicCache
 
-from kvmem.dynamic_cache import from_layers, layers_of
+from kvmem.cache.dynamic_cache import from_layers, layers_of
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError, UnsafeFileError
-from kvmem.storage import inert
-from tests import stored
-from tests.memos import KVCacheItem, KVCacheRecords, OldItem, old_cache, stand_in
+from kvmem.storage import safe_unpickler
+from tests.helpers import stored
+from tests.helpers.memos import KVCacheItem, KVCacheRecords, OldItem, old_cache, stand_in
 
 TEXT = "The dial says seven."
 
@@ -172,12 +172,12 @@ def test_a_pickle_can_not_change_what_the_next_one_meets(path: Path) -> None:
         path.write_bytes(b"\x80\x02c" + name + b"\nN}X\x06\x00\x00\x00fieldsNs\x86b.")
         with pytest.raises(DamagedFileError):
             stored.load(path)
-    assert isinstance(inert.Cache().fields, dict)
+    assert isinstance(safe_unpickler.Cache().fields, dict)
 
 
 def test_every_allowed_name_is_one_that_exists() -> None:
     """So that a renamed class shows here and not at a user's file."""
-    for module, name in inert.ALLOWED:
+    for module, name in safe_unpickler.ALLOWED:
         if module == "transformers.cache_utils":
             assert hasattr(transformers.cache_utils, name)
         if module.startswith("torch"):

@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from experiments.anonymous_memory import peak_extra_bytes
-from kvmem.dynamic_cache import layers_of, nbytes
+from experiments.measurement.process_memory import peak_extra_bytes
+from kvmem.cache.dynamic_cache import layers_of, nbytes
+from kvmem.cache.items import KVCacheItem
 from kvmem.errors import DamagedFileError
-from kvmem.items import KVCacheItem
-from kvmem.storage.safetensors_head import ALIGN_BYTES, LENGTH_BYTES
-from tests import stored
+from kvmem.storage.safetensors_header import ALIGN_BYTES, LENGTH_BYTES
+from tests.helpers import stored
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from kvmem import TextualMemoryItem
-from kvmem.backends.hf import HFBackend
-from kvmem.costs import Costs, kv_bytes_a_token
-from kvmem.intake import SNAPSHOT_EVERY
-from kvmem.scheduler import MemScheduler
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
+from kvmem.scheduler.observations import SNAPSHOT_EVERY
+from kvmem.scheduler.scheduler import MemScheduler
+from tests.helpers.tiny import memory_on
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, scheduler_on, use
 from tests.tiers.conftest import FailingLink
-from tests.tiny import memory_on
 
 
 def cold_scheduler(backend: HFBackend, url: str, folder: Path | None = None) -> MemScheduler:
@@ -141,9 +141,7 @@ def test_an_edit_is_kept_where_the_old_kv_can_not_be_removed(qwen3: HFBackend, t
     scheduler.journal.close()  # as a process that was killed
 
     costs = scheduler.planner.costs
-    again = MemScheduler(
-        memory_on(qwen3), "benefit_per_byte", {"cold": 1 << 30}, tmp_path / "state", costs, cold=link
-    )
+    again = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"cold": 1 << 30}, tmp_path / "state", costs, cold=link)
     assert again.shelf.texts["m0"].memory == edited.memory
     assert again.shelf.tiers() == {} and again.items.ids() == [], "what was left is of the old text, and gone now"
     assert list((tmp_path / "cold").iterdir()) == []

@@ -8,15 +8,15 @@ import fsspec
 import pytest
 
 from kvmem import TextualMemoryItem
-from kvmem.backends.hf import HFBackend
-from kvmem.costs import Costs, kv_bytes_a_token
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import BudgetError, StorageError
-from kvmem.places import DiskPlace
-from kvmem.scheduler import MemScheduler
-from kvmem.tiers import TieredItems
+from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
+from kvmem.scheduler.scheduler import MemScheduler
+from kvmem.tiers.base import DiskPlace
+from kvmem.tiers.tiered_cache import TieredItems
+from tests.helpers.tiny import memory_on
 from tests.scheduler.test_scheduler import MEMORIES, use
 from tests.tiers.conftest import FailingLink
-from tests.tiny import memory_on
 
 
 def test_a_store_that_is_down_keeps_no_drop_from_being_done(qwen3: HFBackend, link: str) -> None:

@@ -9,19 +9,19 @@ import pytest
 import safetensors
 import torch
 
-from experiments.lossy import nll
+from experiments.bench.quality import nll
 from kvmem import KVCacheItem
-from kvmem.backends.hf import HFBackend
-from kvmem.compressed import GROUP, CompressedPlace
-from kvmem.costs import Costs, kv_bytes_a_token
-from kvmem.dynamic_cache import layers_of, nbytes
+from kvmem.cache.dynamic_cache import layers_of, nbytes
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import BudgetError, ConfigError, StorageError
 from kvmem.merge.naive_concat import NaiveConcat
 from kvmem.merge.reprefill import Reprefill
-from kvmem.scheduler import MemScheduler
-from kvmem.tiers import TieredItems
+from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
+from kvmem.scheduler.scheduler import MemScheduler
+from kvmem.tiers.quantized import GROUP, CompressedPlace
+from kvmem.tiers.tiered_cache import TieredItems
+from tests.helpers.tiny import copy_of, memory_on, pairs, same_bits
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, use
-from tests.tiny import copy_of, memory_on, pairs, same_bits
 
 GB = 1 << 30
 SCHEMES = ("int8", "int4")
@@ -38,9 +38,7 @@ def payload_bytes(path: Path) -> int:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_its_bytes_are_booked_exactly(
-    qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str
-) -> None:
+def test_its_bytes_are_booked_exactly(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str) -> None:
     tier = f"disk_{scheme}"
     items = TieredItems(qwen3, {"ram": GB, tier: GB}, tmp_path)
     for item in built:

@@ -9,11 +9,11 @@ import fsspec
 import pytest
 
 from kvmem import KVCacheItem
-from kvmem.backends.hf import HFBackend
-from kvmem.dynamic_cache import nbytes
+from kvmem.cache.dynamic_cache import nbytes
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import ConfigError, StorageError
-from kvmem.tiers import TieredItems
-from tests.tiny import copy_of, loaded, pairs, same_bits
+from kvmem.tiers.tiered_cache import TieredItems
+from tests.helpers.tiny import copy_of, loaded, pairs, same_bits
 
 GB = 1 << 30
 

@@ -11,13 +11,13 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from kvmem import TextualMemoryItem
-from kvmem.backends.hf import HFBackend
-from kvmem.costs import Costs, kv_bytes_a_token
-from kvmem.lending import PROBE_AFTER
-from kvmem.loads import KEPT, LoadTimes
-from kvmem.scheduler import MemScheduler
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
+from kvmem.scheduler.prefix_selection import PROBE_AFTER
+from kvmem.scheduler.scheduler import MemScheduler
+from kvmem.tiers.load_times import KEPT, LoadTimes
+from tests.helpers.tiny import memory_on
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, use
-from tests.tiny import memory_on
 
 
 class SlowLink(LocalFileSystem):

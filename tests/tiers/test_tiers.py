@@ -17,13 +17,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmem import KVCacheItem, dynamic_cache
-from kvmem.backends.hf import HFBackend
-from kvmem.dynamic_cache import nbytes
+from kvmem import KVCacheItem
+from kvmem.cache import dynamic_cache
+from kvmem.cache.dynamic_cache import nbytes
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, StorageError, UnknownMemoryError
-from kvmem.models import load
-from kvmem.tiers import TieredItems
-from tests.tiny import copy_of, pairs, same_bits
+from kvmem.models.loading import load
+from kvmem.tiers.tiered_cache import TieredItems
+from tests.helpers.tiny import copy_of, pairs, same_bits
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,7 +208,7 @@ def test_eight_threads_lose_nothing(qwen3: HFBackend, built: list[KVCacheItem], 
 DEMOTE_FOREVER = """
 import sys
 from tests.conftest import _tiny
-from tests.tiny import pairs
+from tests.helpers.tiny import pairs
 from kvmem.models import load
 from kvmem.tiers import TieredItems
 backend = _tiny("qwen3")
@@ -228,7 +229,9 @@ def test_kill_in_a_demotion_leaves_no_half_file(
     qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, delay_s: float
 ) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", DEMOTE_FOREVER, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT,
+        [sys.executable, "-c", DEMOTE_FOREVER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert child.stdout is not None and child.stdout.readline() == b"moving\n"

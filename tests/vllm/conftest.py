@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
-from kvmem.backends.vllm_config import VLLMConfig
-from kvmem.backends.vllm_engine import VLLMBackend
-from kvmem.backends.vllm_server import VLLMServerBackend
+from kvmem.engines.vllm.backend import VLLMBackend
+from kvmem.engines.vllm.config import VLLMConfig
+from kvmem.engines.vllm.server.backend import VLLMServerBackend
 from tests.vllm.serving import KEY, KEY_VARIABLE, MODEL, Connect, running
 
 SETTINGS = {"dtype": "float32", "max_model_len": 1536, "kv_cache_gib": 1.0}

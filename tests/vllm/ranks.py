@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from experiments.equality import Trace, grade
-from experiments.measure import rounding_noise
+from experiments.measurement.equality import Trace, grade
+from experiments.measurement.ttft import rounding_noise
 from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
-from kvmem.backends.vllm_engine import VLLMBackend
-from kvmem.dynamic_cache import layers_of
-from kvmem.prompt import TokenizedPrompt
+from kvmem.cache.dynamic_cache import layers_of
+from kvmem.engines.vllm.backend import VLLMBackend
+from kvmem.prompt.template import TokenizedPrompt
 
 NEW_TOKENS = 16
 BUILT, INJECTED = "built.json", "injected.json"
@@ -59,13 +59,15 @@ def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
         reused = engine.greedy(prompt, lent, NEW_TOKENS)
         engine.reset()
         direct = engine.greedy(TokenizedPrompt((), prompt.ids), None, NEW_TOKENS)
-        told.append({
-            "tokens": reused.token_ids,
-            "grade": graded(engine, prompt, direct, reused),
-            "injected": [counts.local_tokens, counts.injected_tokens],
-            "memory_tokens": item.metadata.token_count,
-            "same_bits": same_bits_again(memory, item),
-        })  # fmt: skip
+        told.append(
+            {
+                "tokens": reused.token_ids,
+                "grade": graded(engine, prompt, direct, reused),
+                "injected": [counts.local_tokens, counts.injected_tokens],
+                "memory_tokens": item.metadata.token_count,
+                "same_bits": same_bits_again(memory, item),
+            }
+        )
     return told
 
 

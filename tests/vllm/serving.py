@@ -19,8 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
-from kvmem.backends.vllm_server import VLLMServerBackend
-from tests.tiny import pairs
+from kvmem.engines.vllm.server.backend import VLLMServerBackend
+from tests.helpers.tiny import pairs
 
 Connect = Callable[..., KVCacheMemory]
 
@@ -33,9 +33,15 @@ CACHE_BYTES = 80 << 20
 CACHE_TOKENS = CACHE_BYTES // 46_080
 """Little, so that traffic soon evicts; a token of this model takes 46,080 bytes in fp32."""
 FLAGS = (
-    "--host", "127.0.0.1", "--max-model-len", str(WINDOW), "--kv-cache-memory-bytes", str(CACHE_BYTES),
-    "--distributed-executor-backend", "uni",
-)  # fmt: skip
+    "--host",
+    "127.0.0.1",
+    "--max-model-len",
+    str(WINDOW),
+    "--kv-cache-memory-bytes",
+    str(CACHE_BYTES),
+    "--distributed-executor-backend",
+    "uni",
+)
 ENVIRONMENT = {"VLLM_API_KEY": KEY, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The latter, with the executor `uni`, spares the server a process for its only worker, and a start of 15 s."""
 
@@ -72,13 +78,16 @@ def running(store: Path, log: Path) -> Iterator[str]:
     Raises AssertionError with the server's log if it does not come up.
     """
     port = free_port()
-    command = [sys.executable, "-m", "kvmem.backends.vllm_serve", "--model", MODEL, "--store", str(store), "--"]
+    command = [sys.executable, "-m", "kvmem.engines.vllm.server.serve", "--model", MODEL, "--store", str(store), "--"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [*command, *FLAGS, "--port", str(port)], stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            [*command, *FLAGS, "--port", str(port)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-        )  # fmt: skip
+        )
     try:
         deadline = time.monotonic() + START_S
         while not _healthy(port):

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from kvmem import KVCacheMemory, TextualMemoryItem
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.lent_file import LentFile
-from kvmem.backends.sampling import Sampling
-from kvmem.backends.vllm_config import Ask, VLLMGeneration
-from kvmem.backends.vllm_engine import VLLMBackend
-from kvmem.dynamic_cache import layers_of
+from kvmem.cache.dynamic_cache import layers_of
+from kvmem.cache.items import KVCacheItem
+from kvmem.engines.base import FileHandle
+from kvmem.engines.generation import Sampling
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.engines.vllm.backend import VLLMBackend
+from kvmem.engines.vllm.config import Ask, VLLMGeneration
 from kvmem.errors import ConfigError, EngineError, InjectionError, KVMemError, PromptError, StorageError
-from kvmem.items import KVCacheItem
-from kvmem.prompt import TokenizedPrompt
-from tests.tiny import memory_on, pairs
+from kvmem.prompt.template import TokenizedPrompt
+from tests.helpers.tiny import memory_on, pairs
 from tests.vllm.conftest import on_engine
 
 TEXTS = [text for text, _ in pairs(4, 1400, seed=7)]
@@ -56,7 +56,7 @@ class Batch:
     """Three memories that are asked together."""
 
     items: list[KVCacheItem]
-    lent: list[LentFile]
+    lent: list[FileHandle]
     answers: list[VLLMGeneration]
 
     def again(self, engine: VLLMBackend) -> list[VLLMGeneration | KVMemError]:
@@ -265,7 +265,7 @@ def test_a_request_that_does_not_fit_names_both_lengths(engine: VLLMBackend, mem
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(engine: VLLMBackend) -> None:
-    from kvmem.backends.vllm_connector.scheduling import file_path  # imports vLLM
+    from kvmem.engines.vllm.connector.scheduler_side import file_path  # imports vLLM
 
     for name in ("../elsewhere.safetensors", "/etc/passwd", "", ".."):
         with pytest.raises(StorageError, match="plain file name"):

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from kvmem import KVCacheMemory
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.vllm_config import Ask, VLLMGeneration
-from kvmem.backends.vllm_engine import VLLMBackend
-from kvmem.dynamic_cache import layers_of
-from tests.tiny import memory_on, pairs
+from kvmem.cache.dynamic_cache import layers_of
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.engines.vllm.backend import VLLMBackend
+from kvmem.engines.vllm.config import Ask, VLLMGeneration
+from tests.helpers.tiny import memory_on, pairs
 from tests.vllm.conftest import SETTINGS, on_engine
 
 NEW_TOKENS = 32
@@ -98,9 +98,7 @@ def test_direct_native_injected_and_from_the_other_engine(
             assert smollm2.greedy(prompt, cache, NEW_TOKENS).token_ids == direct[i].token_ids
 
 
-def test_what_vllm_saves_is_what_transformers_computes(
-    memory: KVCacheMemory, smollm2: HFBackend
-) -> None:
+def test_what_vllm_saves_is_what_transformers_computes(memory: KVCacheMemory, smollm2: HFBackend) -> None:
     text = pairs(1, 1200, seed=5)[0][0]
     mine, theirs = memory.extract(text), memory_on(smollm2).extract(text)
     assert mine.metadata.fingerprint == theirs.metadata.fingerprint
@@ -134,8 +132,10 @@ def test_a_fresh_process_computes_no_token_of_a_dumped_memory(
     memory.dump(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", IN_A_FRESH_PROCESS, str(tmp_path), json.dumps(SETTINGS), query],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     ids, local_tokens, injected_tokens, memory_tokens = json.loads(done.stdout.splitlines()[-1])
     assert tuple(ids) == here.token_ids
     assert (local_tokens, injected_tokens) == (0, memory_tokens)

@@ -9,10 +9,10 @@ from pydoc_data.topics import topics
 import pytest
 
 from kvmem import KVCacheMemory
-from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
-from kvmem.backends.vllm_engine import VLLMBackend
+from kvmem.cache.items import KVCacheItem
+from kvmem.engines.vllm.backend import VLLMBackend
+from kvmem.engines.vllm.config import Ask, VLLMConfig, VLLMGeneration
 from kvmem.errors import ConfigError, EngineError, UnknownMemoryError
-from kvmem.items import KVCacheItem
 from tests.vllm.conftest import SETTINGS, on_engine
 
 TEXTS = [topics[page][:1200] for page in sorted(topics) if len(topics[page]) > 1200][:4]

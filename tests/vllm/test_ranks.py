@@ -13,15 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import loaded, pairs
+from tests.helpers.tiny import loaded, pairs
 from tests.vllm.conftest import skip_without_vllm
 from tests.vllm.ranks import BUILT, INJECTED
 
 ROOT = Path(__file__).parents[2]
 ASKED = pairs(2, 1200, seed=11)
-TURNS = [
-    [{"role": "user", "content": text}, {"role": "assistant", "content": "I have read it."}] for text, _ in ASKED
-]  # fmt: skip
+TURNS = [[{"role": "user", "content": text}, {"role": "assistant", "content": "I have read it."}] for text, _ in ASKED]
 Step = tuple[str, Path]
 
 
@@ -36,8 +34,11 @@ def engine(config: dict[str, Any], ranks: int, steps: list[Step], log: Path) -> 
     with log.open("wb") as said:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.vllm.ranks", json.dumps(order)],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=said, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def finish(processes: dict[Path, subprocess.Popen[bytes]]) -> None:
@@ -69,10 +70,12 @@ def moved(tmp_path: Path, config: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """What one rank said of its own memories, two of theirs, and each of the other's."""
     of_one, of_two = tmp_path / "of one", tmp_path / "of two"
     logs = {ranks: tmp_path / f"{ranks} ranks.log" for ranks in (1, 2)}
-    finish({
-        logs[1]: engine(config, 1, [("build", of_one), ("inject", of_two)], logs[1]),
-        logs[2]: engine(config, 2, [("build", of_two), ("inject", of_one)], logs[2]),
-    })  # fmt: skip
+    finish(
+        {
+            logs[1]: engine(config, 1, [("build", of_one), ("inject", of_two)], logs[1]),
+            logs[2]: engine(config, 2, [("build", of_two), ("inject", of_one)], logs[2]),
+        }
+    )
     return [told(folder / name) for name in (BUILT, INJECTED) for folder in (of_one, of_two)]
 
 
@@ -82,8 +85,11 @@ def wide_model(tmp_path: Path) -> dict[str, Any]:
     model.model.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
     return {
-        "model_name_or_path": str(tmp_path / "model"), "dtype": "float32", "max_model_len": 1024, "kv_cache_gib": 0.05,
-    }  # fmt: skip
+        "model_name_or_path": str(tmp_path / "model"),
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "kv_cache_gib": 0.05,
+    }
 
 
 def assert_same_tokens(said: list[list[dict[str, Any]]]) -> None:
@@ -113,9 +119,14 @@ def test_tensor_parallel_on_gpus_keeps_every_bit_in_bf16(tmp_path: Path) -> None
     """FlashAttention, heads of 128. Tokens are not compared: random weights in bf16 tie, and two sizes round apart."""
     skip_without_two_gpus()
     config = {
-        "model_name_or_path": "random:qwen3-0.6b", "random_weights": "saved", "dtype": "bfloat16",
-        "max_model_len": 4096, "kv_cache_gib": 4.0, "enforce_eager": True, "gpu_memory_utilization": 0.3,
-    }  # fmt: skip
+        "model_name_or_path": "random:qwen3-0.6b",
+        "random_weights": "saved",
+        "dtype": "bfloat16",
+        "max_model_len": 4096,
+        "kv_cache_gib": 4.0,
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.3,
+    }
     moved(tmp_path, config)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import compose, measure
-from experiments.bench import Bench
-from experiments.roofline import Rates, Roofline
-from kvmem.backends.vllm_engine import VLLMBackend
+from experiments.bench.bench import Bench
+from experiments.config import compose
+from experiments.measurement import ttft
+from experiments.performance_model.roofline import Rates, Roofline
+from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.errors import ConfigError
 from tests.vllm.conftest import on_engine
 
@@ -31,7 +32,7 @@ def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.
     assert injected.extra["injected_over_native_hit"] > 0
     assert injected.extra["injected_over_native_hit_interval"] is injected.speedup_interval is None
 
-    monkeypatch.setattr(measure, "hold", lambda backend, token_ids, lend=None: backend.reset())
+    monkeypatch.setattr(ttft, "hold", lambda backend, token_ids, lend=None: backend.reset())
     _, missed = bench.config.scenario.measure(bench, cell)
     assert missed.verdict == "invalid" and "0 tokens came from the cache, 128 were expected" in missed.verdict_reason
 
@@ -44,9 +45,15 @@ def test_prefix_reuse_is_about_one_memory(engine: VLLMBackend) -> None:
 
 def test_kv_vs_direct_takes_vllm_too(engine: VLLMBackend) -> None:
     bench = bench_on(
-        engine, "scenario=kv_vs_direct", "workload=python_docs", "workload.context_tokens=[200]",
-        "workload.query_tokens=[32]", "workload.memories=2", "scenario.pairs=2", "scenario.answer_tokens=4",
-    )  # fmt: skip
+        engine,
+        "scenario=kv_vs_direct",
+        "workload=python_docs",
+        "workload.context_tokens=[200]",
+        "workload.query_tokens=[32]",
+        "workload.memories=2",
+        "scenario.pairs=2",
+        "scenario.answer_tokens=4",
+    )
     (cell,) = bench.config.scenario.cells(bench)
     (row,) = bench.config.scenario.measure(bench, cell)
     assert (row.backend, row.memories, row.cached_tokens, row.equality) == ("vllm", 2, 128, "tokens")
@@ -55,9 +62,14 @@ def test_kv_vs_direct_takes_vllm_too(engine: VLLMBackend) -> None:
 
 def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
     bench = bench_on(
-        engine, "scenario=under_load", "scenario.memories=2", "scenario.memory_tokens=200", "scenario.requests=6",
-        "scenario.loads=[1.0,3.0]", "scenario.new_tokens=2",
-    )  # fmt: skip
+        engine,
+        "scenario=under_load",
+        "scenario.memories=2",
+        "scenario.memory_tokens=200",
+        "scenario.requests=6",
+        "scenario.loads=[1.0,3.0]",
+        "scenario.new_tokens=2",
+    )
     scenario = bench.config.scenario
     rows = {cell.label: scenario.measure(bench, cell) for cell in scenario.cells(bench)}
     for arm in rows.values():

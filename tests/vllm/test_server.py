@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.sampling import Sampling
-from kvmem.backends.vllm_config import Ask, VLLMGeneration
-from kvmem.backends.vllm_connector import ITEM, LOAD, PIN, REPORT_TO, SAVE, UNPIN
-from kvmem.backends.vllm_server import VLLMServerBackend
-from kvmem.backends.vllm_server_client import ServerRequest
+from kvmem.engines.generation import Sampling
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.engines.vllm.config import Ask, VLLMGeneration
+from kvmem.engines.vllm.connector.protocol import ITEM, LOAD, PIN, REPORT_TO, SAVE, UNPIN
+from kvmem.engines.vllm.server.backend import VLLMServerBackend
+from kvmem.engines.vllm.server.client import ServerRequest
 from kvmem.errors import ConfigError, InjectionError, PromptError
-from tests.tiny import memory_on, pairs
+from tests.helpers.tiny import memory_on, pairs
 from tests.vllm.serving import MODEL, NEW_TOKENS, QUERY, TEXTS, as_turns, on_server, whole_blocks
 
 pytestmark = pytest.mark.timeout(420)
@@ -162,10 +162,15 @@ def test_what_a_stranger_asks_of_the_connector_does_not_hurt_the_server(files: V
     before = {path.name for path in store.parent.iterdir()}
     ids = files.template.bare(QUERY).ids
     for transfer in (
-        {LOAD: "../../etc/passwd"}, {LOAD: 7}, {SAVE: "../escaped.safetensors", ITEM: "{}"}, {SAVE: "a", ITEM: "no"},
-        {LOAD: "none", REPORT_TO: "../escaped"}, {SAVE: ["a"], ITEM: {}},
-        {LOAD: {"name": 1}, UNPIN: 7}, {LOAD: 1.5, UNPIN: [[]], PIN: []},
-    ):  # fmt: skip
+        {LOAD: "../../etc/passwd"},
+        {LOAD: 7},
+        {SAVE: "../escaped.safetensors", ITEM: "{}"},
+        {SAVE: "a", ITEM: "no"},
+        {LOAD: "none", REPORT_TO: "../escaped"},
+        {SAVE: ["a"], ITEM: {}},
+        {LOAD: {"name": 1}, UNPIN: 7},
+        {LOAD: 1.5, UNPIN: [[]], PIN: []},
+    ):
         answer = files.client.complete(ServerRequest(ids, 2, transfer=transfer, salt="stranger"))
         assert answer.report is not None and (answer.report["load_error"] or answer.report["save_error"])
     assert {path.name for path in store.parent.iterdir()} == before

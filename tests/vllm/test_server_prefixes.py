@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.vllm_server import VLLMServerBackend
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.engines.vllm.server.backend import VLLMServerBackend
 from kvmem.errors import FingerprintError, InjectionError, MergeError, StorageError
-from tests.tiny import memory_on
+from tests.helpers.tiny import memory_on
 from tests.vllm.serving import CACHE_TOKENS, NEW_TOKENS, QUERY, TEXTS, Connect, as_turns, on_server, whole_blocks
 
 pytestmark = pytest.mark.timeout(420)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from kvmem.backends import vllm_serve
-from kvmem.backends.vllm_server import VLLMServerBackend
+from kvmem.engines.vllm.server import serve
+from kvmem.engines.vllm.server.backend import VLLMServerBackend
 from kvmem.errors import ConfigError, FingerprintError, InjectionError, ModelError, ServerError
-from kvmem.models import load
-from tests.tiny import CPU
+from kvmem.models.loading import load
+from tests.helpers.tiny import CPU
 from tests.vllm.serving import MODEL, Connect, free_port, without_counts
 
 pytestmark = pytest.mark.timeout(420)
@@ -101,6 +101,6 @@ def test_unknown_keys_and_values(connect: Connect) -> None:
 def test_the_launcher_names_what_it_can_not_start() -> None:
     pytest.importorskip("vllm")
     with pytest.raises(SystemExit, match=r"vllm_serve: Unknown shape random:nope\. Choices: .*tiny"):
-        vllm_serve.main(["--model", "random:nope"])
+        serve.main(["--model", "random:nope"])
     with pytest.raises(SystemExit, match=r"vllm_serve: Unknown dtype .float23.*float32"):
-        vllm_serve.main(["--dtype", "float23"])
+        serve.main(["--dtype", "float23"])

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvmem import KVCacheMemory
-from kvmem.backends.vllm_config import Ask, VLLMGeneration
-from kvmem.backends.vllm_engine import VLLMBackend
+from kvmem.engines.vllm.backend import VLLMBackend
+from kvmem.engines.vllm.config import Ask, VLLMGeneration
 from kvmem.errors import ArgumentError, PromptError
 
 QUERY = "What does it say?"

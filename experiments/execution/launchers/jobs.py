@@ -17,13 +17,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from experiments import launchers
+from experiments.config import plugin_path
 from kvmem.errors import ConfigError, KVMemError
 
 if TYPE_CHECKING:
-    from experiments.resources import Resources
+    from experiments.hardware import Resources
 
-launchers.make_known()  # in a job's process too
+plugin_path.make_known()  # in a job's process too
 
 LOOK_S = 10
 """How often a cluster is asked about all jobs at once."""
@@ -68,13 +68,13 @@ class PatientLauncher(Launcher):
         """Called every LOOK_S seconds while jobs are left, where asking for all of them at once is better."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        from experiments import ledger  # Hydra imports every plugin at every start
+        from experiments.execution import checkpoint  # Hydra imports every plugin at every start
 
         outcomes: dict[int, JobReturn] = {}
         configs: dict[int, DictConfig] = {}
         for index, overrides in enumerate(job_overrides, initial_job_idx):
             config = self._config(overrides, index)
-            if ledger.is_finished(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)):
+            if checkpoint.is_finished(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)):
                 outcomes[index] = self._here(config)
             else:
                 configs[index] = config
@@ -132,7 +132,7 @@ class PatientLauncher(Launcher):
 
 
 def _failed(reason: str, overrides: Sequence[str], cause: Exception) -> JobReturn:
-    from experiments.run import NOT_ALL_VALID, JobFailed
+    from experiments.execution.runner import NOT_ALL_VALID, JobFailed
 
     print(f"error: {reason}", file=sys.stderr)
     failed = JobFailed(NOT_ALL_VALID, reason)
@@ -151,7 +151,7 @@ def asked_of_one_node(config: DictConfig) -> Resources:
     """What the job's layout asks of a node. Raises ConfigError for several: a job is one process."""
     from hydra.utils import instantiate
 
-    from experiments.resources import resources
+    from experiments.hardware import resources
 
     asked = resources(instantiate(config.hardware, _convert_="all"))
     if asked.nodes > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import ClassVar
 
 from matplotlib.figure import Figure
 
-from experiments import describe
-from experiments.row import Row
-from experiments.theme import LIGHT, Theme, style
-from kvmem import discover
+from experiments.reporting.theme import LIGHT, Theme, style
+from experiments.results import Row, labels
+from kvmem.registry import Registry
 
 
 class Plot(ABC):
@@ -34,7 +32,7 @@ class Plot(ABC):
 
 def every() -> list[Plot]:
     """Every plot that there is, in the order of a page."""
-    found = discover.classes(sys.modules[__name__], Plot).values()  # type: ignore[type-abstract]
+    found = Registry(Plot, "experiments.reporting.plots", "plot").classes().values()
     return [cls() for cls in sorted(found, key=lambda cls: (cls.place, cls.name))]
 
 
@@ -65,12 +63,12 @@ def write_plots(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows that belong in one line of panels: one scenario, model and set of conditions."""
-    names = [name for name in describe.varying(rows) if name not in ("dtype", "hardware")]
+    names = [name for name in labels.varying(rows) if name not in ("dtype", "hardware")]
     several = len({row.scenario for row in rows}) > 1
     groups: dict[str, list[Row]] = {}
     for row in rows:
         parts = [row.scenario] * several + [row.model, row.dtype, row.hardware]
-        parts += [f"{name} {value}" for name in names if (value := describe.condition(row, name)) is not None]
+        parts += [f"{name} {value}" for name in names if (value := labels.condition(row, name)) is not None]
         groups.setdefault(" · ".join(filter(None, parts)), []).append(row)
     return groups
 

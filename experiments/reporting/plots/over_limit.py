@@ -9,10 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from experiments import units
-from experiments.plots import Plot
-from experiments.row import Row
-from experiments.theme import Theme, style
+from experiments.reporting.plots.base import Plot
+from experiments.reporting.theme import Theme, style
+from experiments.results import Row, formatting
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b2a100", "#000000")
 """Okabe and Ito's, and greys; markers tell the ways apart where colours don't."""
@@ -40,7 +39,7 @@ class OverLimit(Plot):
             panels = figure.subplots(1, len(queries), squeeze=False, sharey=True)[0]
             for axes, query in zip(panels, queries, strict=True):
                 _panel(axes, [row for row in shown if row.query_tokens == query], theme)
-                axes.set_title(f"{units.count(query)}-token query")
+                axes.set_title(f"{formatting.count(query)}-token query")
             panels[0].set_ylabel("TTFT over the limit")
             handles, labels = panels[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside right center", fontsize=8)
@@ -62,6 +61,6 @@ def _panel(axes: Axes, rows: Sequence[Row], theme: Theme) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda over, _: f"{over:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     contexts = sorted({row.context_tokens for row in rows})
-    axes.set_xticks(contexts, [units.count(tokens) for tokens in contexts])
+    axes.set_xticks(contexts, [formatting.count(tokens) for tokens in contexts])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("memory, tokens")

@@ -8,10 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from experiments import units
-from experiments.plots import Plot
-from experiments.row import Row
-from experiments.theme import Theme, style
+from experiments.reporting.plots.base import Plot
+from experiments.reporting.theme import Theme, style
+from experiments.results import Row, formatting
 
 ORACLE = "oracle"
 
@@ -46,15 +45,19 @@ class Reuse(Plot):
                     line = sorted(of_both, key=lambda row: row.extra["budget_pct"])
                     budgets = [row.extra["budget_pct"] for row in line]
                     axes.plot(
-                        budgets, [row.extra["of_oracle_pct"] for row in line], color=color, marker=marker,
-                        markersize=4.5, linewidth=2.0 if name == "benefit_per_byte" else 1.2,
-                    )  # fmt: skip
+                        budgets,
+                        [row.extra["of_oracle_pct"] for row in line],
+                        color=color,
+                        marker=marker,
+                        markersize=4.5,
+                        linewidth=2.0 if name == "benefit_per_byte" else 1.2,
+                    )
                     for row in line:
                         if row.extra["of_oracle_interval"]:
                             axes.plot([row.extra["budget_pct"]] * 2, row.extra["of_oracle_interval"], color=color)
                 axes.set_xscale("log")
                 ticks = sorted({row.extra["budget_pct"] for row in told if row.extra["traffic"] == family})
-                axes.set_xticks(ticks, [units.percent(tick) for tick in ticks])
+                axes.set_xticks(ticks, [formatting.percent(tick) for tick in ticks])
                 axes.xaxis.set_minor_locator(NullLocator())
                 axes.set_title(family)
                 axes.set_xlabel("budget")

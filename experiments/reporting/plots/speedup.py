@@ -10,10 +10,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from experiments import describe, units
-from experiments.plots import Plot, groups, measured
-from experiments.row import Row
-from experiments.theme import Theme, style
+from experiments.reporting.plots.base import Plot, groups, measured
+from experiments.reporting.theme import Theme, style
+from experiments.results import Row, formatting, labels
 
 
 class Speedup(Plot):
@@ -57,22 +56,27 @@ def _heat(axes: Axes, rows: Sequence[Row], ramp: LinearSegmentedColormap, theme:
     axes.spines[:].set_visible(False)
     for row in rows:
         x, y = columns.index(row.query_tokens), lines.index(row.context_tokens)
-        value = describe.shown_speedup(row)
+        value = labels.shown_speedup(row)
         face: str | tuple[float, float, float, float] = "none"
-        text, ink = str(describe.kind(row)), theme.ink
+        text, ink = str(labels.kind(row)), theme.ink
         if value is not None and value < 0:  # slower: the other arm's colour
-            face, text, ink = theme.direct, units.percent(value), theme.ground
+            face, text, ink = theme.direct, formatting.percent(value), theme.ground
         elif value is not None:
             face = ramp(value / 100)
             red, green, blue, _ = face
             ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#10141a"
-            text = units.percent(value) + (f"\n{units.times(100 / (100 - value))}" if value < 100 else "")
+            text = formatting.percent(value) + (f"\n{formatting.times(100 / (100 - value))}" if value < 100 else "")
         axes.add_patch(
             Rectangle(
-                (x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor=theme.faint if value is None else theme.ground,
-                linewidth=1.5, hatch="////" if value is None else None,
+                (x - 0.5, y - 0.5),
+                1,
+                1,
+                facecolor=face,
+                edgecolor=theme.faint if value is None else theme.ground,
+                linewidth=1.5,
+                hatch="////" if value is None else None,
             )
-        )  # fmt: skip
+        )
         axes.text(x, y, text, ha="center", va="center", color=ink, fontsize=9, linespacing=1.25)
     axes.set_xticks(range(len(queries)), queries.values())
     axes.set_yticks(range(len(contexts)), contexts.values())
@@ -87,7 +91,7 @@ def _names(rows: Sequence[Row], side: Literal["context", "query"]) -> dict[int, 
     names: dict[int, str] = {}
     for row in sorted(rows, key=lambda row: getattr(row, f"{side}_tokens")):
         tokens = getattr(row, f"{side}_tokens")
-        count, name = units.count(tokens), describe.label(row, side).replace(",", "")
+        count, name = formatting.count(tokens), labels.label(row, side).replace(",", "")
         names.setdefault(tokens, count)
         if not name.isdigit():
             names[tokens] = f"{count}\n{name}"

@@ -16,10 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from experiments import describe, units
-from experiments.plots import Plot, groups, measured, tick
-from experiments.row import Row
-from experiments.theme import Theme, style
+from experiments.reporting.plots.base import Plot, groups, measured, tick
+from experiments.reporting.theme import Theme, style
+from experiments.results import Row, formatting, labels
 
 MOST_PANELS = 6
 """Query lengths with a panel of their own; beyond that (a dialogue, say) all share one."""
@@ -69,11 +68,11 @@ def _queries(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by query length, shortest first; under one name where there are more than `MOST_PANELS` of them."""
     by_query: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.query_tokens):
-        tokens, name = units.count(row.query_tokens), describe.label(row, "query")
+        tokens, name = formatting.count(row.query_tokens), labels.label(row, "query")
         by_query.setdefault(f"{tokens}-token query" + (f" ({name})" if name != tokens else ""), []).append(row)
     if len(by_query) <= MOST_PANELS:
         return by_query
-    least, most = (units.count(limit(row.query_tokens for row in rows)) for limit in (min, max))
+    least, most = (formatting.count(limit(row.query_tokens for row in rows)) for limit in (min, max))
     return {f"queries of {least} to {most} tokens": list(rows)}
 
 
@@ -85,7 +84,7 @@ def _arm(axes: Axes, rows: Sequence[Row], field: str, color: str, marker: str) -
     for row in timed:
         samples = row.extra.get(field.replace("_s", "_all_s")) or []
         axes.scatter([row.context_tokens] * len(samples), samples, s=9, color=color, alpha=0.28, linewidths=0, zorder=2)
-        face = "none" if describe.kind(row) == "invalid" else color
+        face = "none" if labels.kind(row) == "invalid" else color
         axes.plot(
             row.context_tokens, getattr(row, field), marker, color=color, markerfacecolor=face, markersize=6, zorder=4
         )
@@ -112,7 +111,7 @@ def _scale(axes: Axes, rows: Sequence[Row]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: units.count(round(tokens))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: formatting.count(round(tokens))))
     axes.margins(x=0.08)
     times = [time for row in rows for time in (row.kv_ttft_s, row.direct_ttft_s) if time]
     if min(times) > 0 and max(times) > 5 * min(times):
@@ -134,7 +133,7 @@ def _legend(rows: Sequence[Row], theme: Theme) -> list[Line2D]:
     ]
     if any(row.limit_s is not None for row in rows):
         handles.append(Line2D([], [], color=theme.ink, linestyle=(0, (4, 3)), linewidth=1.2, label="hardware's limit"))
-    if any(describe.kind(row) == "invalid" for row in rows):
+    if any(labels.kind(row) == "invalid" for row in rows):
         hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "linestyle": "none"}
         handles.append(Line2D([], [], color=theme.ink, label="invalid", **hollow))
     return handles

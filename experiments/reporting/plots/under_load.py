@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from experiments.plots import Plot, tick
-from experiments.row import Row
-from experiments.theme import Theme, style
+from experiments.reporting.plots.base import Plot, tick
+from experiments.reporting.theme import Theme, style
+from experiments.results import Row
 
 
 class UnderLoad(Plot):

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from experiments import units
+from experiments.results import formatting
 from kvmem.errors import ConfigError
 
 NOT_STATED = "not stated"
 
 _ALSO_CALLED = {
-    "memory_tokens": "context_tokens", "prompt_tokens": "query_tokens",
-    "ttft_with_cache_s": "kv_ttft_s", "ttft_without_cache_s": "direct_ttft_s",
-}  # fmt: skip
+    "memory_tokens": "context_tokens",
+    "prompt_tokens": "query_tokens",
+    "ttft_with_cache_s": "kv_ttft_s",
+    "ttft_without_cache_s": "direct_ttft_s",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def _read(path: Path) -> Iterator[PublishedRow]:
             fields.pop("saved_s", None)  # follows from the other two
             for label in ("context", "query"):
                 if f"{label}_tokens" in fields:
-                    fields.setdefault(label, units.count(float(fields[f"{label}_tokens"])))
+                    fields.setdefault(label, formatting.count(float(fields[f"{label}_tokens"])))
             try:
                 yield PublishedRow(table=path.stem, **fields)  # type: ignore[arg-type]
             except TypeError as error:

@@ -15,24 +15,21 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from transformers import DynamicCache
 
-from kvmem import dynamic_cache, models
-from kvmem.backends.generation import Generation, told_of
-from kvmem.backends.hf import HFBackend, held_by
-from kvmem.backends.hf_config import HFConfig
-from kvmem.backends.measured import FirstToken
-from kvmem.backends.sampling import Sampler, Sampling, check_asked
-from kvmem.dynamic_cache import LentCache
+from kvmem.cache import CacheView, KVCacheItem, dynamic_cache
+from kvmem.engines.base import FirstToken
+from kvmem.engines.generation import Generation, Sampler, Sampling, check_asked, told_of
+from kvmem.engines.graph.config import GraphConfig
+from kvmem.engines.graph.engine import Engine, RunningSequence
+from kvmem.engines.graph.shared_prefix_batch import SharedPrefixBatch
+from kvmem.engines.huggingface import HFBackend, HFConfig, held_by
 from kvmem.errors import check_kind
-from kvmem.graph.branches import Branches
-from kvmem.graph.engine import Engine, Underway
-from kvmem.graph.knobs import Knobs
-from kvmem.items import KVCacheItem
 from kvmem.merge import MergeStrategy
+from kvmem.models import loading
 from kvmem.prompt import Query, TemplateKind, TokenizedPrompt
 
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
-class HFGraphConfig(Knobs, HFConfig):
+class HFGraphConfig(GraphConfig, HFConfig):
     """The keys of `extractor_llm["config"]` for the backend `hf_graph`: those of `huggingface`, and the engine's.
 
     `attn_implementation` is for what transformers itself computes: merges.
@@ -51,38 +48,42 @@ class HFGraphBackend(HFBackend):
     name: ClassVar[str] = HFGraphConfig.backend
     config_class: ClassVar[type] = HFGraphConfig
 
-    def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat", knobs: Knobs | None = None) -> None:
+    def __init__(
+        self, loaded: loading.Loaded, template: TemplateKind = "chat", knobs: GraphConfig | None = None
+    ) -> None:
         super().__init__(loaded, template)
-        self.engine = Engine(loaded.model, knobs or Knobs())
+        self.engine = Engine(loaded.model, knobs or GraphConfig())
         self.attention = self.engine.kernel
 
     @classmethod
     def open(cls, config: HFGraphConfig, template: TemplateKind = "chat") -> HFGraphBackend:  # type: ignore[override]
         return cls(cls.loaded(config), template, config)
 
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentCache:
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
         lent = super().lend(items, merge, separator)
         self.engine.place(lent)
         return lent
 
-    def prefill(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> tuple[torch.Tensor, Underway]:
+    def prefill(
+        self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None
+    ) -> tuple[torch.Tensor, RunningSequence]:
         """The last token's logits, (vocab,), and the answer under way. `kv_cache` stays as it is."""
         return self.engine.begin(kv_cache, len(prompt.memory_ids) if kv_cache else 0, _new_ids(prompt, kv_cache))
 
-    def first_token(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> FirstToken:
+    def first_token(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> FirstToken:
         held = len(prompt.memory_ids) if kv_cache else 0
         return FirstToken(self.engine.first_token(kv_cache, held, _new_ids(prompt, kv_cache)), held)
 
-    def extend(self, token_ids: Sequence[int], grown: Underway) -> torch.Tensor:
+    def extend(self, token_ids: Sequence[int], grown: RunningSequence) -> torch.Tensor:
         return self.engine.extend(grown, token_ids)
 
-    def decode_one_token(self, token_id: int, grown: Underway) -> torch.Tensor:
+    def decode_one_token(self, token_id: int, grown: RunningSequence) -> torch.Tensor:
         return self.engine.extend(grown, (token_id,))
 
     def generate(
         self,
         query: Query,
-        kv_cache: LentCache | None = None,
+        kv_cache: CacheView | None = None,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
@@ -99,7 +100,7 @@ class HFGraphBackend(HFBackend):
     def answer_batch(
         self,
         queries: Sequence[Query],
-        kv_cache: LentCache,
+        kv_cache: CacheView,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> list[Generation]:
@@ -113,7 +114,7 @@ class HFGraphBackend(HFBackend):
         if held == 0:
             return [self.generate(query, kv_cache, max_new_tokens, sampling) for query in queries]
         new = [prompt.ids[held:] for prompt in prompts]
-        branches = Branches(self.engine, kv_cache, held, len(new), max(map(len, new)) + max_new_tokens - 1)
+        branches = SharedPrefixBatch(self.engine, kv_cache, held, len(new), max(map(len, new)) + max_new_tokens - 1)
         samplers = [Sampler(sampling or Sampling(), self.device) for _ in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
@@ -134,7 +135,7 @@ class HFGraphBackend(HFBackend):
     @cached_property
     def eager(self) -> HFBackend:
         """The same weights by transformers' own forward."""
-        return HFBackend(models.Loaded(self.model, self.tokenizer, self.fingerprint.origin), self.template.kind)
+        return HFBackend(loading.Loaded(self.model, self.tokenizer, self.fingerprint.origin), self.template.kind)
 
     def conditions(self) -> dict[str, Any]:
         engine = self.engine
@@ -156,5 +157,5 @@ class HFGraphBackend(HFBackend):
         return dynamic_cache.from_layers(self.engine.read(answer), self.model_config)
 
 
-def _new_ids(prompt: TokenizedPrompt, kv_cache: LentCache | None) -> tuple[int, ...]:
+def _new_ids(prompt: TokenizedPrompt, kv_cache: CacheView | None) -> tuple[int, ...]:
     return prompt.ids if kv_cache is None else prompt.query_ids

@@ -7,11 +7,11 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kvmem.graph.forward import Compile
+from kvmem.engines.graph.model import Compile
 
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
-class Knobs:
+class GraphConfig:
     """Sizes in tokens. On a CPU there are no graphs, and `auto` neither compiles nor pads."""
 
     attention: str = "auto"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvmem.graph.buffers import Buffer
+from kvmem.engines.graph.kv_buffers import Buffer
 
 WARM_RUNS = 2
 """Before a capture: the first compiles, the second finds all workspaces there."""

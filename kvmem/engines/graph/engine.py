@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvmem.dynamic_cache import KV
+from kvmem.cache import KV
+from kvmem.engines.graph import attention, fused_decode
+from kvmem.engines.graph.config import GraphConfig
+from kvmem.engines.graph.cuda_graphs import Captured, Run, WarmUp
+from kvmem.engines.graph.kv_buffers import Buffer
+from kvmem.engines.graph.model import ModelRunner
 from kvmem.errors import CapacityError, ConfigError
-from kvmem.graph import attention, fused
-from kvmem.graph.buffers import Buffer
-from kvmem.graph.capture import Captured, Run, WarmUp
-from kvmem.graph.forward import Pass
-from kvmem.graph.knobs import Knobs
 
 
 @dataclass(eq=False)
-class Underway:
+class RunningSequence:
     """One answer: its first `held` tokens are a memory's, `length` counts all. Drop it, and its buffer is free."""
 
     cache: DynamicCache | None
@@ -33,21 +33,21 @@ class Underway:
 
 
 @dataclass(eq=False)
-class Seat:
+class Slot:
     """A buffer, and the answer that has rows in it."""
 
     buffer: Buffer
-    guest: weakref.ref[Underway] | None = None
+    guest: weakref.ref[RunningSequence] | None = None
 
     @property
-    def answer(self) -> Underway | None:
+    def answer(self) -> RunningSequence | None:
         return self.guest() if self.guest is not None else None
 
 
 class Engine:
     """One model on one device. Calls from several threads take turns; answers may go on in any order."""
 
-    def __init__(self, model: PreTrainedModel, knobs: Knobs) -> None:
+    def __init__(self, model: PreTrainedModel, knobs: GraphConfig) -> None:
         self.device, self.dtype, self.knobs = model.device, model.dtype, knobs
         on_gpu = self.device.type == "cuda"
         self.pad_to = knobs.pad_to or (8 if on_gpu else 1)
@@ -58,8 +58,8 @@ class Engine:
         self.kernel = attention.choose(knobs.attention, self.device, self.dtype, head_dim)
         self.rows = knobs.capacity_tokens + self.pad_to  # a pad may lie behind the last token
         self.fused = self._is_fused(knobs.fused)
-        self.run = Pass(model, self.kernel, self.rows, self.compile, self.fused)
-        self.seats: list[Seat] = []  # the one used longest ago first
+        self.run = ModelRunner(model, self.kernel, self.rows, self.compile, self.fused)
+        self.seats: list[Slot] = []  # the one used longest ago first
         self.graphs: OrderedDict[tuple[Buffer, str], Captured] = OrderedDict()
         self.warm_up = WarmUp()
         self.lock = threading.RLock()
@@ -85,7 +85,7 @@ class Engine:
         return tuple(name for name, is_absent in absent.items() if is_absent)
 
     def _is_fused(self, asked: bool | None) -> bool:
-        reason = fused.why_not(self.device)
+        reason = fused_decode.why_not(self.device)
         if asked and reason:
             raise ConfigError(f"fused=true does not run here: it {reason}. Use fused=null.")
         return asked is not False and reason is None
@@ -106,22 +106,22 @@ class Engine:
     def first_token(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> int:
         """The greedy token, on the host, behind the first `held` tokens of `cache` and `ids`."""
         with self.turn():
-            token, _ = self._run(self.take(Underway(cache, held, held)), held, ids)
+            token, _ = self._run(self.take(RunningSequence(cache, held, held)), held, ids)
             return int(token)
 
-    def begin(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, Underway]:
+    def begin(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, RunningSequence]:
         """The logits, (vocab,), behind the first `held` tokens of `cache` and `ids`; and the answer to go on with."""
-        answer = Underway(cache, held, held)
+        answer = RunningSequence(cache, held, held)
         return self.extend(answer, ids), answer
 
-    def extend(self, answer: Underway, ids: Sequence[int]) -> torch.Tensor:
+    def extend(self, answer: RunningSequence, ids: Sequence[int]) -> torch.Tensor:
         """The logits, (vocab,), behind `ids`, which the answer grows by."""
         with self.turn():
             _, logits_V = self._run(self.take(answer), answer.length, ids)
             answer.length += len(ids)
             return logits_V.clone()
 
-    def greedy(self, answer: Underway, token: int, most: int, ends: Collection[int]) -> list[int]:
+    def greedy(self, answer: RunningSequence, token: int, most: int, ends: Collection[int]) -> list[int]:
         """At most so many greedy tokens that follow `token`, up to an end token, which is not among them.
 
         Each is launched before the one in front of it has been read, so the GPU need not wait for the host.
@@ -157,7 +157,7 @@ class Engine:
             self.extend(answer, [0])
             self.greedy(answer, 0, 1, ())
 
-    def _decoding(self, answer: Underway, token: int) -> Callable[[], torch.Tensor]:
+    def _decoding(self, answer: RunningSequence, token: int) -> Callable[[], torch.Tensor]:
         """Gives the next greedy token (1,) at each call, the first after `token`."""
         buffer = self.take(answer).buffer
         buffer.written_from(answer.length)
@@ -169,7 +169,7 @@ class Engine:
         on_device = inputs.to(self.device)
         return lambda: self.run.advance(on_device, buffer)[0]
 
-    def read(self, answer: Underway) -> list[KV]:
+    def read(self, answer: RunningSequence) -> list[KV]:
         """Copies of all of an answer's keys and values, (1, kv_heads, tokens, head_dim) a layer."""
         with self.turn():
             return self.take(answer).buffer.read(0, answer.length)
@@ -178,7 +178,7 @@ class Engine:
         """How many tokens a prefill of so many is run as."""
         return tokens if tokens == 1 or tokens > self.knobs.pad_up_to else tokens + -tokens % self.pad_to
 
-    def take(self, answer: Underway) -> Seat:
+    def take(self, answer: RunningSequence) -> Slot:
         """The seat in which all rows of `answer` lie, put there if need be."""
         for seat in self.seats:
             if seat.answer is answer:
@@ -194,7 +194,7 @@ class Engine:
         seat.guest = weakref.ref(answer)
         return seat
 
-    def _run(self, seat: Seat, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, seat: Slot, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_room(held + len(ids))
         new = self.padded(len(ids))
         inputs = torch.tensor([held, len(ids), *ids, *(0 for _ in range(new - len(ids)))])
@@ -213,7 +213,7 @@ class Engine:
         self.graphs.move_to_end(key)
         return self.graphs[key]
 
-    def _seat_for(self, cache: DynamicCache | None) -> Seat:
+    def _seat_for(self, cache: DynamicCache | None) -> Slot:
         """A seat for a memory, or for none: its own if that is free, else a free one, else the one used longest ago,
         whose answer takes its rows along."""
         free = [seat for seat in self.seats if seat.answer is None]
@@ -222,7 +222,7 @@ class Engine:
         if not own and not blank and len(self.seats) < self.knobs.buffers:
             shape = self.run.shape
             size = (len(self.run.layers), self.rows, shape.kv_heads, shape.head_dim)
-            blank = [Seat(Buffer(*size, self.dtype, self.device))]
+            blank = [Slot(Buffer(*size, self.dtype, self.device))]
             self.seats.append(blank[0])
         seat = (own or blank or free or self.seats)[0]
         if (guest := seat.answer) is not None:
@@ -230,7 +230,7 @@ class Engine:
         seat.guest = None
         return self._used(seat)
 
-    def _used(self, seat: Seat) -> Seat:
+    def _used(self, seat: Slot) -> Slot:
         self.seats.remove(seat)
         self.seats.append(seat)
         return seat

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvmem.graph.attention import attend
+from kvmem.engines.graph.attention import attend
 
 if TYPE_CHECKING:
-    from kvmem.graph.layer import LayerShape, Where
-    from kvmem.graph.weights import LayerWeights
+    from kvmem.engines.graph.layer_types import LayerShape, Where
+    from kvmem.engines.graph.weights import LayerWeights
 
 
 def why_not(device: torch.device) -> str | None:
@@ -32,12 +32,20 @@ def why_not(device: torch.device) -> str | None:
 # A custom operator, so that a compiled layer calls the kernel as it is and writes to the buffer itself.
 @torch.library.custom_op("kvmem::place_heads", mutates_args=("k", "v"))
 def place_heads(
-    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float,
-    cos: torch.Tensor, sin: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, heads: int,
-) -> torch.Tensor:  # fmt: skip
-    from kvmem.graph import kernels
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    at: torch.Tensor,
+    heads: int,
+) -> torch.Tensor:
+    from kvmem.engines.graph import triton_kernels
 
-    return kernels.place_heads(qkv, q_norm, k_norm, eps, cos, sin, k, v, at, heads)
+    return triton_kernels.place_heads(qkv, q_norm, k_norm, eps, cos, sin, k, v, at, heads)
 
 
 @place_heads.register_fake
@@ -49,13 +57,13 @@ def layer_of_one_token(
     x_C: torch.Tensor, k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, where: Where, w: LayerWeights, shape: LayerShape
 ) -> torch.Tensor:
     """The stream, (hidden,), behind a decoder layer; see `layer.layer`."""
-    from kvmem.graph import kernels
+    from kvmem.engines.graph import triton_kernels
 
-    product = kernels.product
+    product = triton_kernels.product
     qkv_X = product(x_C, w.qkv, norm_C=w.input_norm, eps=shape.eps, bias_R=w.qkv_bias)
     turn, at_1 = (where.cos_1S1D, where.sin_1S1D), where.at_S
     qkv_11X = qkv_X[None, None]
-    q = kernels.place_heads(qkv_11X, w.q_norm, w.k_norm, shape.eps, *turn, k_1KTD, v_1KTD, at_1, shape.heads)
+    q = triton_kernels.place_heads(qkv_11X, w.q_norm, w.k_norm, shape.eps, *turn, k_1KTD, v_1KTD, at_1, shape.heads)
     gathered = attend(q, k_1KTD, v_1KTD, where.length_1, True, shape.kernel, where.plan)
     x_C = product(gathered.flatten(), w.out, bias_R=w.out_bias, added_R=x_C)
     inner_I = product(x_C, w.gate_up, norm_C=w.mlp_norm, eps=shape.eps, bias_R=w.gate_up_bias, gated=True)
@@ -64,6 +72,6 @@ def layer_of_one_token(
 
 def next_logits(x_C: torch.Tensor, norm_C: torch.Tensor, eps: float, head_VC: torch.Tensor) -> torch.Tensor:
     """(vocab,), behind the last layer's stream."""
-    from kvmem.graph import kernels
+    from kvmem.engines.graph import triton_kernels
 
-    return kernels.product(x_C, head_VC, norm_C=norm_C, eps=eps)
+    return triton_kernels.product(x_C, head_VC, norm_C=norm_C, eps=eps)

@@ -5,47 +5,13 @@ Dimensions: B batch, S new tokens, T rows of a buffer, H query heads, K key head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig
 
-from kvmem.graph.attention import attend, attend_lse
-from kvmem.graph.fused import place_heads
-from kvmem.graph.weights import LayerWeights
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What of a layer is not in its weights. `kernel` names the attention kernel; fused: see `fused.py`."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    kernel: str
-    fused: bool = False
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, kernel: str, fused: bool = False) -> LayerShape:
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(heads, config.num_key_value_heads or heads, head_dim, config.rms_norm_eps, kernel, fused)
-
-
-class Where(NamedTuple):
-    """Where the new tokens of one sequence lie: the same for all layers."""
-
-    cos_1S1D: torch.Tensor
-    sin_1S1D: torch.Tensor
-    at_S: torch.Tensor
-    """Their rows in the buffer, int64."""
-    length_1: torch.Tensor
-    """How many rows hold tokens, they included, int32."""
-    plan: torch.Tensor | None
-    """The attention kernel's (`Attention.plan`)."""
+from kvmem.engines.graph.attention import attend, attend_lse
+from kvmem.engines.graph.fused_decode import place_heads
+from kvmem.engines.graph.layer_types import LayerShape, Where
+from kvmem.engines.graph.weights import LayerWeights
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -90,9 +56,15 @@ def after_attention(
 
 
 def layer(
-    x_1SC: torch.Tensor, added_1SC: torch.Tensor, k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, where: Where,
-    last_1: torch.Tensor | None, w: LayerWeights, shape: LayerShape,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x_1SC: torch.Tensor,
+    added_1SC: torch.Tensor,
+    k_1KTD: torch.Tensor,
+    v_1KTD: torch.Tensor,
+    where: Where,
+    last_1: torch.Tensor | None,
+    w: LayerWeights,
+    shape: LayerShape,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence behind the head of its buffer.
 
     The stream comes and goes as two parts to be added, so that the addition joins the next kernel. With `last`, only
@@ -114,11 +86,21 @@ def layer(
 
 
 def layer_of_branches(
-    x_BSC: torch.Tensor, added_BSC: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor,
-    k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, held_1: torch.Tensor,
-    own_k_BKTD: torch.Tensor, own_v_BKTD: torch.Tensor, at_BS: torch.Tensor, lengths_B: torch.Tensor,
-    last_B: torch.Tensor | None, w: LayerWeights, shape: LayerShape,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x_BSC: torch.Tensor,
+    added_BSC: torch.Tensor,
+    cos_BS1D: torch.Tensor,
+    sin_BS1D: torch.Tensor,
+    k_1KTD: torch.Tensor,
+    v_1KTD: torch.Tensor,
+    held_1: torch.Tensor,
+    own_k_BKTD: torch.Tensor,
+    own_v_BKTD: torch.Tensor,
+    at_BS: torch.Tensor,
+    lengths_B: torch.Tensor,
+    last_B: torch.Tensor | None,
+    w: LayerWeights,
+    shape: LayerShape,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Several sequences behind the same first `held` rows; each writes and sees rows of its own.
 
     All queries attend to the shared rows as one, and each to its own; the two are joined by their softmax sums

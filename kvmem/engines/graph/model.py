@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from kvmem.graph import attention
-from kvmem.graph.buffers import Buffer
-from kvmem.graph.fused import layer_of_one_token, next_logits
-from kvmem.graph.layer import LayerShape, Where, layer, layer_of_branches, rms_norm
-from kvmem.graph.weights import check_covered, stack
+from kvmem.engines.graph import attention
+from kvmem.engines.graph.fused_decode import layer_of_one_token, next_logits
+from kvmem.engines.graph.kv_buffers import Buffer
+from kvmem.engines.graph.layer_types import LayerShape, Where
+from kvmem.engines.graph.layers import layer, layer_of_branches, rms_norm
+from kvmem.engines.graph.weights import check_covered, stack
 
 Compile = Literal["auto", "none", "all_lengths", "each_length"]
 LENGTHS_COMPILED = 64
@@ -21,7 +22,7 @@ RECOMPILE_LIMIT = 2 * LENGTHS_COMPILED + 4
 """Each as an inner layer and as the last, as that for all lengths is; at the limit torch would run what is written."""
 
 
-class Pass:
+class ModelRunner:
     """One model. Called with `inputs` on the device, (2 + new,) int64: how many rows are held, how many of the new ids
     are real, and the new ids, padded at the end with any.
 

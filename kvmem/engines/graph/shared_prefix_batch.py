@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from kvmem.engines.graph.engine import Engine, RunningSequence
+from kvmem.engines.graph.layers import rms_norm
+from kvmem.engines.graph.model import RECOMPILE_LIMIT
 from kvmem.errors import CapacityError
-from kvmem.graph.engine import Engine, Underway
-from kvmem.graph.forward import RECOMPILE_LIMIT
-from kvmem.graph.layer import rms_norm
 
 
-class Branches:
+class SharedPrefixBatch:
     """Answers that grow side by side behind the first `held` tokens of a memory, each to at most `room` tokens."""
 
     def __init__(self, engine: Engine, cache: DynamicCache, held: int, batch: int, room: int) -> None:
         self.engine, self.held, self.room = engine, held, room
-        self.memory = Underway(cache, held, held)
+        self.memory = RunningSequence(cache, held, held)
         shape, layers = engine.run.shape, len(engine.run.layers)
         size = (layers, batch, shape.kv_heads, room + engine.pad_to, shape.head_dim)
         if held + room > engine.knobs.capacity_tokens:
@@ -48,8 +48,20 @@ class Branches:
             buffer = engine.take(self.memory).buffer
             for i, (w, (k, v)) in enumerate(zip(run.layers, buffer.layers, strict=True)):
                 x_BSC, added_BSC = run.layer_of_branches(
-                    x_BSC, added_BSC, cos, sin, k, v, held_1, self.own_k[i], self.own_v[i], at_BS, lengths_B,
-                    real_B - 1 if i == len(run.layers) - 1 else None, w, run.shape,
-                )  # fmt: skip
+                    x_BSC,
+                    added_BSC,
+                    cos,
+                    sin,
+                    k,
+                    v,
+                    held_1,
+                    self.own_k[i],
+                    self.own_v[i],
+                    at_BS,
+                    lengths_B,
+                    real_B - 1 if i == len(run.layers) - 1 else None,
+                    w,
+                    run.shape,
+                )
         self.lengths_B += real_B
         return F.linear(rms_norm(x_BSC + added_BSC, run.last_norm, run.shape.eps), run.head)[:, 0]

@@ -30,10 +30,23 @@ PLAIN, ADDED, GATED = Block(2, 1024, 4), Block(2, 4096, 4), Block(2, 1024, 2)
 
 @triton.jit
 def _product(
-    x, weight, norm, bias, added, out, rows, cols, eps,
-    NORMED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    norm,
+    bias,
+    added,
+    out,
+    rows,
+    cols,
+    eps,
+    NORMED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ADDED: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept_R = row_R < rows
     col_C = tl.arange(0, COLS)
@@ -79,9 +92,15 @@ def _product(
 
 
 def product(
-    x_C: torch.Tensor, weight_RC: torch.Tensor, *, norm_C: torch.Tensor | None = None, eps: float = 0.0,
-    bias_R: torch.Tensor | None = None, added_R: torch.Tensor | None = None, gated: bool = False,
-) -> torch.Tensor:  # fmt: skip
+    x_C: torch.Tensor,
+    weight_RC: torch.Tensor,
+    *,
+    norm_C: torch.Tensor | None = None,
+    eps: float = 0.0,
+    bias_R: torch.Tensor | None = None,
+    added_R: torch.Tensor | None = None,
+    gated: bool = False,
+) -> torch.Tensor:
     """weight @ x + bias for one token, (rows,) in x's type, summed in fp32.
 
     norm: x goes through RMS normalisation with these weights first. gated: the weight's first half gates its second,
@@ -91,19 +110,49 @@ def product(
     block = GATED if gated else PLAIN if added_R is None else ADDED
     out_R = x_C.new_empty(rows)
     _product[(triton.cdiv(rows, block.rows),)](
-        x_C, weight_RC, _or(norm_C, x_C), _or(bias_R, x_C), _or(added_R, x_C), out_R, rows, cols, eps,
-        norm_C is not None, bias_R is not None, added_R is not None, gated,
-        block.rows, min(block.cols, triton.next_power_of_2(cols)), num_warps=block.warps, **_overlapping(x_C),
-    )  # fmt: skip
+        x_C,
+        weight_RC,
+        _or(norm_C, x_C),
+        _or(bias_R, x_C),
+        _or(added_R, x_C),
+        out_R,
+        rows,
+        cols,
+        eps,
+        norm_C is not None,
+        bias_R is not None,
+        added_R is not None,
+        gated,
+        block.rows,
+        min(block.cols, triton.next_power_of_2(cols)),
+        num_warps=block.warps,
+        **_overlapping(x_C),
+    )
     return out_R
 
 
 @triton.jit
 def _place_heads(
-    qkv, q_norm, k_norm, cos, sin, at, q_out, k_out, v_out, new, rows, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
-    NORMED: tl.constexpr, TOKENS: tl.constexpr, OVERLAPS: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    q_norm,
+    k_norm,
+    cos,
+    sin,
+    at,
+    q_out,
+    k_out,
+    v_out,
+    new,
+    rows,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORMED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
@@ -139,9 +188,17 @@ def _place_heads(
 
 
 def place_heads(
-    qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float,
-    cos: torch.Tensor, sin: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor, heads: int,
-) -> torch.Tensor:  # fmt: skip
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    at: torch.Tensor,
+    heads: int,
+) -> torch.Tensor:
     """The queries of new tokens, (1, new, heads, head_dim), out of their products, (1, new, …), with each head
     normalised (None: not) and turned to its position; their keys and values become rows `at` of a buffer.
 
@@ -151,10 +208,27 @@ def place_heads(
     tokens = 1 if new == 1 else HEADS_TOKENS
     q = qkv.new_empty(1, new, heads, head_dim)
     _place_heads[(heads + 2 * kv_heads, triton.cdiv(new, tokens))](
-        qkv, _or(q_norm, qkv), _or(k_norm, qkv), cos, sin, at, q, k, v, new, rows, eps,
-        heads, kv_heads, head_dim, triton.next_power_of_2(head_dim // 2), q_norm is not None, tokens,
-        num_warps=1 if new == 1 else 4, **_overlapping(qkv),
-    )  # fmt: skip
+        qkv,
+        _or(q_norm, qkv),
+        _or(k_norm, qkv),
+        cos,
+        sin,
+        at,
+        q,
+        k,
+        v,
+        new,
+        rows,
+        eps,
+        heads,
+        kv_heads,
+        head_dim,
+        triton.next_power_of_2(head_dim // 2),
+        q_norm is not None,
+        tokens,
+        num_warps=1 if new == 1 else 4,
+        **_overlapping(qkv),
+    )
     return q
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvmem.errors import ModelError
-from kvmem.rope import FIXED_FREQUENCIES, HALF_ROTATION
+from kvmem.merge import FIXED_FREQUENCIES, HALF_ROTATION
 
 
 class LayerWeights(NamedTuple):
@@ -77,10 +77,19 @@ def _stack_layer(layer: Any) -> LayerWeights:
     gate_up, gate_up_bias = _beside(mlp.gate_proj, mlp.up_proj)
     norms = {name: child.weight.detach() for name, child in attention.named_children() if name.endswith("_norm")}
     return LayerWeights(
-        qkv, qkv_bias, out.weight.detach(), _detached(out.bias), norms.get("q_norm"), norms.get("k_norm"),
-        gate_up, gate_up_bias, down.weight.detach(), _detached(down.bias),
-        layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(),
-    )  # fmt: skip
+        qkv,
+        qkv_bias,
+        out.weight.detach(),
+        _detached(out.bias),
+        norms.get("q_norm"),
+        norms.get("k_norm"),
+        gate_up,
+        gate_up_bias,
+        down.weight.detach(),
+        _detached(down.bias),
+        layer.input_layernorm.weight.detach(),
+        layer.post_attention_layernorm.weight.detach(),
+    )
 
 
 def _beside(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

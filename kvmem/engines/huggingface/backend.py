@@ -10,19 +10,23 @@ import torch
 from transformers import DynamicCache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from kvmem import dynamic_cache, models
-from kvmem.backends.generation import Generation, told_of
-from kvmem.backends.hf_config import DTYPES, HFConfig
-from kvmem.backends.lent_cache import check_lent
-from kvmem.backends.measured import FirstToken, GreedyAnswer, MeasuredBackend
-from kvmem.backends.sampling import Sampler, Sampling, check_asked
-from kvmem.backends.streaming import Token, as_text
-from kvmem.dynamic_cache import LentCache
+from kvmem.cache import (
+    CacheView,
+    KVCacheItem,
+    KVCacheMetadata,
+    MemoryTokens,
+    Source,
+    TextualMemoryItem,
+    TextualSource,
+    dynamic_cache,
+    fingerprint,
+)
+from kvmem.engines.base import FirstToken, GreedyAnswer, MeasuredBackend, check_lent
+from kvmem.engines.generation import Generation, Sampler, Sampling, Token, as_text, check_asked, told_of
+from kvmem.engines.huggingface.config import DTYPES, HFConfig
 from kvmem.errors import PromptError
-from kvmem.fingerprint import fingerprint
-from kvmem.forward import decode_one_token, prefill
-from kvmem.items import KVCacheItem, KVCacheMetadata, MemoryTokens, Source, TextualMemoryItem, TextualSource
 from kvmem.merge import MergeStrategy, merged_tokens
+from kvmem.models import decode_one_token, loading, prefill
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt, common_prefix
 
 
@@ -32,7 +36,7 @@ class HFBackend(MeasuredBackend):
     name: ClassVar[str] = HFConfig.backend
     config_class: ClassVar[type] = HFConfig
 
-    def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat") -> None:
+    def __init__(self, loaded: loading.Loaded, template: TemplateKind = "chat") -> None:
         self.model = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template)
@@ -50,11 +54,11 @@ class HFBackend(MeasuredBackend):
         return cls(cls.loaded(config), template)
 
     @staticmethod
-    def loaded(config: HFConfig) -> models.Loaded:
+    def loaded(config: HFConfig) -> loading.Loaded:
         """The model and tokenizer that `config` names."""
         available = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(available if config.device == "auto" else config.device)
-        return models.load(
+        return loading.load(
             config.model_name_or_path,
             device,
             DTYPES.get(config.dtype),
@@ -91,7 +95,7 @@ class HFBackend(MeasuredBackend):
             ),
         )
 
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentCache:
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
         for item in items:
             self.check(item)
         if len(items) == 1:
@@ -106,7 +110,7 @@ class HFBackend(MeasuredBackend):
         merged = merge.merge(items, separator_ids, self.model)
         return dynamic_cache.lend(merged, tokens, self.model_config, ", ".join(marks), self.fingerprint)
 
-    def split(self, query: Query, kv_cache: LentCache | None = None) -> TokenizedPrompt:
+    def split(self, query: Query, kv_cache: CacheView | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it exceeds the positions.
 
         Raises ArgumentError for what is no lent cache, and FingerprintError for one of another model.
@@ -122,7 +126,7 @@ class HFBackend(MeasuredBackend):
             held = 0
         return TokenizedPrompt(prompt.ids[:held], prompt.ids[held:])
 
-    def prefill(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> tuple[torch.Tensor, Any]:
+    def prefill(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> tuple[torch.Tensor, Any]:
         """The last token's logits, (vocab,), and what decoding grows: here the cache behind them. Only
         `prompt.query_ids` are computed where `kv_cache` holds `prompt.memory_ids`; without a cache, or where it can't
         be cropped to them, all are."""
@@ -131,12 +135,12 @@ class HFBackend(MeasuredBackend):
             cache = DynamicCache(config=self.model_config)
         return prefill(self.model, prompt.ids[cache.get_seq_length() :], cache), cache
 
-    def first_token(self, prompt: TokenizedPrompt, kv_cache: LentCache | None = None) -> FirstToken:
+    def first_token(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> FirstToken:
         logits_V, _ = self.prefill(prompt, kv_cache)
         return FirstToken(int(logits_V.argmax()), len(prompt.memory_ids))
 
     @torch.inference_mode()
-    def greedy(self, prompt: TokenizedPrompt, kv_cache: LentCache | None, steps: int) -> GreedyAnswer:
+    def greedy(self, prompt: TokenizedPrompt, kv_cache: CacheView | None, steps: int) -> GreedyAnswer:
         logits_V, cache = self.prefill(prompt, kv_cache)
         token_ids, logits = [int(logits_V.argmax())], [logits_V.float().cpu()]
         for _ in range(steps - 1):
@@ -165,7 +169,7 @@ class HFBackend(MeasuredBackend):
     def generate(
         self,
         query: Query,
-        kv_cache: LentCache | None = None,
+        kv_cache: CacheView | None = None,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
@@ -181,7 +185,7 @@ class HFBackend(MeasuredBackend):
     def stream(
         self,
         query: Query,
-        kv_cache: LentCache | None = None,
+        kv_cache: CacheView | None = None,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Iterator[Token]:
@@ -197,7 +201,7 @@ class HFBackend(MeasuredBackend):
         return text
 
     def _decode(
-        self, prompt: TokenizedPrompt, kv_cache: LentCache | None, max_new_tokens: int, sampling: Sampling
+        self, prompt: TokenizedPrompt, kv_cache: CacheView | None, max_new_tokens: int, sampling: Sampling
     ) -> Iterator[int]:
         sampler = Sampler(sampling, self.device)
         logits_V, cache = self.prefill(prompt, kv_cache)

@@ -8,9 +8,9 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from kvmem import models
-from kvmem.backends import BackendConfig
+from kvmem.engines.base import BackendConfig
 from kvmem.errors import ConfigError, did_you_mean
+from kvmem.models import loading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,7 +21,7 @@ class HFConfig(BackendConfig):
 
     backend: ClassVar[str] = "huggingface"
 
-    model_name_or_path: str = models.PACKAGED
+    model_name_or_path: str = loading.PACKAGED
     """A hub name, a local folder, `smollm2-135m`, or `random:<shape>`."""
     device: str = "auto"
     """auto: the GPU if there is one."""

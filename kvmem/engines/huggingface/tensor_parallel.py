@@ -16,12 +16,12 @@ import torch.distributed as dist
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kvmem import dynamic_cache, models, storage
-from kvmem.backends.hf import HFBackend
-from kvmem.backends.hf_config import DTYPES, HFConfig
-from kvmem.dynamic_cache import KV
+from kvmem import storage
+from kvmem.cache import KV, KVCacheItem, Source, TextualMemoryItem, dynamic_cache
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.engines.huggingface.config import DTYPES, HFConfig
 from kvmem.errors import ConfigError, KVMemError
-from kvmem.items import KVCacheItem, Source, TextualMemoryItem
+from kvmem.models import loading
 from kvmem.prompt import TemplateKind
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ class HFRanksBackend(HFBackend):
     name: ClassVar[str] = HFRanksConfig.backend
     config_class: ClassVar[type] = HFRanksConfig
 
-    def __init__(self, loaded: models.Loaded, template: TemplateKind = "chat") -> None:
+    def __init__(self, loaded: loading.Loaded, template: TemplateKind = "chat") -> None:
         super().__init__(loaded, template)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.shards = self.ranks
@@ -58,7 +58,7 @@ class HFRanksBackend(HFBackend):
             )
 
     @staticmethod
-    def loaded(config: HFConfig) -> models.Loaded:
+    def loaded(config: HFConfig) -> loading.Loaded:
         """This rank's share of the model; ConfigError without torchrun."""
         if "LOCAL_RANK" not in os.environ:
             raise ConfigError(
@@ -73,7 +73,7 @@ class HFRanksBackend(HFBackend):
         if config.device != "auto":
             raise ConfigError(f"device={config.device} is one device, and ranks have one each. Leave it auto.")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else CPU
-        return models.load(
+        return loading.load(
             config.model_name_or_path,
             device,
             DTYPES.get(config.dtype),

@@ -13,24 +13,21 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from kvmem import models
-from kvmem.backends import vllm_measured, vllm_start
-from kvmem.backends.lent_file import FileStore, LentFile, salt_of, split_behind
-from kvmem.backends.sampling import Sampling, check_asked
-from kvmem.backends.streaming import Token, as_text
-from kvmem.backends.vllm_answer import answer_of, verified
-from kvmem.backends.vllm_build import BUILD_TOKENS, announced, not_saved
-from kvmem.backends.vllm_config import Ask, VLLMConfig, VLLMGeneration
-from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT, SAVE
-from kvmem.backends.vllm_measured import MeasuredEngine
-from kvmem.backends.vllm_model import described, dtype_of
-from kvmem.backends.vllm_pins import PinningEngine, Pins
-from kvmem.backends.vllm_serving import Arrival, ServingEngine
-from kvmem.backends.vllm_start import Request
+from kvmem.cache import KVCacheItem, Source, TextualMemoryItem, fingerprint
+from kvmem.engines.base import FileHandle
+from kvmem.engines.generation import Sampling, Token, as_text, check_asked
+from kvmem.engines.vllm import benchmarking, launch
+from kvmem.engines.vllm.benchmarking import MeasuredEngine
+from kvmem.engines.vllm.config import Ask, VLLMConfig, VLLMGeneration
+from kvmem.engines.vllm.connector import ITEM, LOAD, REPORT, SAVE
+from kvmem.engines.vllm.launch import Request, described, dtype_of
+from kvmem.engines.vllm.memory_files import FileStore, salt_of, split_behind
+from kvmem.engines.vllm.open_loop import Arrival, ServingEngine
+from kvmem.engines.vllm.pinning import PinningEngine, Pins
+from kvmem.engines.vllm.requests import BUILD_TOKENS, announced, answer_of, not_saved, verified
 from kvmem.errors import ArgumentError, ConfigError, EngineError, KVMemError, PromptError
-from kvmem.fingerprint import fingerprint
-from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy, merged_tokens
+from kvmem.models import loading
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
 
 if TYPE_CHECKING:
@@ -45,13 +42,13 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
     config_class: ClassVar[type] = VLLMConfig
 
     def __init__(self, config: VLLMConfig, template: TemplateKind = "chat") -> None:
-        vllm_start.check_installed()
+        launch.check_installed()
         self.config = config
         on_gpu = torch.cuda.is_available()
         self.dtype = dtype_of(config)
         loaded = described(config, self.dtype)
         self.own_weights = loaded.model.device.type == "meta"
-        self.folder = models.engine_folder(config.model_name_or_path, loaded)
+        self.folder = loading.engine_folder(config.model_name_or_path, loaded)
         self.tokenizer = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template)
         self.fingerprint = fingerprint(loaded.model, loaded.tokenizer, loaded.origin)
@@ -65,13 +62,13 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
             torch.cuda.empty_cache()
         self.window = config.max_model_len or self.model_config.max_position_embeddings
         self.store = FileStore(Path(config.store_dir) if config.store_dir else None)
-        self.llm = vllm_start.start(
+        self.llm = launch.start(
             config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint, self.own_weights
         )
         self.compute_device = torch.device("cuda" if on_gpu else "cpu")
         self.ranks = config.tensor_parallel_size
-        self.attention = vllm_measured.attention(self.llm)
-        self.prefix_block_tokens = vllm_measured.block_tokens(self.llm)
+        self.attention = benchmarking.attention(self.llm)
+        self.prefix_block_tokens = benchmarking.block_tokens(self.llm)
         self.pins = Pins()
         self.lock = threading.RLock()
 
@@ -104,7 +101,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
         return item
 
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentFile:
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> FileHandle:
         """One item's file; an exact merge as a joined prefix, which the engine then holds; any other merge as KV, built
         on the Hugging Face side."""
         if len(items) == 1:
@@ -114,18 +111,22 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         self._check_length(len(tokens.token_ids), 1)
         if merge.exact:
             self.first_token(TokenizedPrompt((), tokens.token_ids))  # prefilled now, if the engine holds it no more
-            return LentFile(tokens, None)
+            return FileHandle(tokens, None)
         return self.store.lend_merged(items, tokens, separator_ids, merge, self._merge_model)
 
-    def split(self, query: Query, kv_cache: LentFile | None = None) -> TokenizedPrompt:
+    def split(self, query: Query, kv_cache: FileHandle | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the window."""
         prompt = split_behind(self.template, query, kv_cache)
         self._check_length(len(prompt.ids), 1)
         return prompt
 
     def generate(
-        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
-        sampling: Sampling | None = None, cache_salt: str | None = None,
+        self,
+        query: Query,
+        kv_cache: FileHandle | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """An answer to `query` behind an injected memory, or behind nothing. Raises InjectionError where the memory was
         not what spared the engine its tokens."""
@@ -153,8 +154,12 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         return [results[request_id] for request_id in ids]
 
     def stream(
-        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
-        sampling: Sampling | None = None, cache_salt: str | None = None,
+        self,
+        query: Query,
+        kv_cache: FileHandle | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        cache_salt: str | None = None,
     ) -> Iterator[Token]:
         """The same answer as `generate`, token by token as it is made. The engine is this stream's until it ends."""
         prompt = self.split(query, kv_cache)
@@ -173,14 +178,21 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         return as_text(token_ids(), self._text, max_new_tokens)
 
     def answer_prompt(
-        self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 1,
+        self,
+        prompt: TokenizedPrompt,
+        kv_cache: FileHandle | None = None,
+        max_new_tokens: int = 1,
         cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """Greedy tokens from token ids, past end tokens: what a measurement times. With one token, that is the TTFT."""
         return self._answer_prompt(prompt, kv_cache, max_new_tokens, cache_salt)[0]
 
     def _answer_prompt(
-        self, prompt: TokenizedPrompt, kv_cache: LentFile | None, max_new_tokens: int, cache_salt: str | None = None,
+        self,
+        prompt: TokenizedPrompt,
+        kv_cache: FileHandle | None,
+        max_new_tokens: int,
+        cache_salt: str | None = None,
         top_logprobs: int | None = None,
     ) -> tuple[VLLMGeneration, RequestOutput]:
         ask = Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt, past_end=True)
@@ -199,9 +211,15 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         lent = ask.kv_cache
         room = self.window - len(prompt.ids)
         return Request(
-            request_id, prompt.ids, {LOAD: lent.file.name} if lent and lent.file else {},
-            salt_of(ask.cache_salt, lent), min(ask.max_new_tokens, room), ask.sampling,
-            frozenset() if ask.past_end else frozenset(self.end_tokens), stream, top_logprobs,
+            request_id,
+            prompt.ids,
+            {LOAD: lent.file.name} if lent and lent.file else {},
+            salt_of(ask.cache_salt, lent),
+            min(ask.max_new_tokens, room),
+            ask.sampling,
+            frozenset() if ask.past_end else frozenset(self.end_tokens),
+            stream,
+            top_logprobs,
         )
 
     def _arrived(self, request_id: str, arrival: Arrival) -> Request:
@@ -209,7 +227,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         return self._request(request_id, arrival.prompt, ask, stream=True)
 
     def _answer(
-        self, output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None
+        self, output: RequestOutput, prompt: TokenizedPrompt, lent: FileHandle | None
     ) -> VLLMGeneration | KVMemError:
         may_recompute = self.config.on_load_failure == "recompute"
         return verified(answer_of(output), prompt, lent, may_recompute, self.end_tokens, self._text)
@@ -227,4 +245,4 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
                 "This merge needs the weights in transformers too, and the engine made its own. "
                 "Use random_weights='saved', or merge=Reprefill."
             )
-        return models.load(self.folder, torch.device("cpu"), self.dtype).model
+        return loading.load(self.folder, torch.device("cpu"), self.dtype).model

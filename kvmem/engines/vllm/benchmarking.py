@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvmem.backends.lent_file import LentFile
-from kvmem.backends.measured import FirstToken, GreedyAnswer, MeasuredBackend
-from kvmem.backends.vllm_config import VLLMGeneration
+from kvmem.engines.base import FileHandle, FirstToken, GreedyAnswer, MeasuredBackend
+from kvmem.engines.vllm.config import VLLMGeneration
 from kvmem.prompt import TokenizedPrompt
 
 if TYPE_CHECKING:
@@ -28,16 +27,20 @@ class MeasuredEngine(MeasuredBackend):
 
     @abstractmethod
     def _answer_prompt(
-        self, prompt: TokenizedPrompt, kv_cache: LentFile | None, max_new_tokens: int, cache_salt: str | None = None,
+        self,
+        prompt: TokenizedPrompt,
+        kv_cache: FileHandle | None,
+        max_new_tokens: int,
+        cache_salt: str | None = None,
         top_logprobs: int | None = None,
     ) -> tuple[VLLMGeneration, RequestOutput]:
         """Greedy tokens past end tokens, and what the engine gave."""
 
-    def first_token(self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None) -> FirstToken:
+    def first_token(self, prompt: TokenizedPrompt, kv_cache: FileHandle | None = None) -> FirstToken:
         answer, _ = self._answer_prompt(prompt, kv_cache, 1)
         return FirstToken(answer.token_ids[0], answer.cached_tokens, answer.local_tokens)
 
-    def greedy(self, prompt: TokenizedPrompt, kv_cache: LentFile | None, steps: int) -> GreedyAnswer:
+    def greedy(self, prompt: TokenizedPrompt, kv_cache: FileHandle | None, steps: int) -> GreedyAnswer:
         _, output = self._answer_prompt(prompt, kv_cache, steps, top_logprobs=TOP_LOGPROBS)
         return _greedy_answer(output, self.model_config.vocab_size)
 
@@ -52,7 +55,7 @@ class MeasuredEngine(MeasuredBackend):
             self.first_token(first_part)
         return at_once, self.greedy(whole, None, 1).logits_SV[0]
 
-    def held_tokens(self, prompt: TokenizedPrompt, kv_cache: LentFile) -> int:
+    def held_tokens(self, prompt: TokenizedPrompt, kv_cache: FileHandle) -> int:
         """A memory's file to the token; a joined prefix in whole blocks."""
         if kv_cache.file is not None:
             return len(prompt.memory_ids)

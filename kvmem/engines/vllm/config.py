@@ -9,13 +9,11 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kvmem import models
-from kvmem.backends import BackendConfig
-from kvmem.backends.generation import Generation
-from kvmem.backends.hf_config import DTYPES
-from kvmem.backends.lent_file import LentFile
-from kvmem.backends.sampling import Sampling
+from kvmem.engines.base import BackendConfig, FileHandle
+from kvmem.engines.generation import Generation, Sampling
+from kvmem.engines.huggingface import DTYPES
 from kvmem.errors import ConfigError, did_you_mean
+from kvmem.models import loading
 from kvmem.prompt import Query
 
 
@@ -25,7 +23,7 @@ class VLLMConfig(BackendConfig):
 
     backend: ClassVar[str] = "vllm"
 
-    model_name_or_path: str = models.PACKAGED
+    model_name_or_path: str = loading.PACKAGED
     """A hub name, a local folder, `smollm2-135m`, or `random:<shape>`."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: float32 on a CPU and bfloat16 on a GPU."""
@@ -75,7 +73,7 @@ class Ask:
     """One request of a batch."""
 
     query: Query
-    kv_cache: LentFile | None = None
+    kv_cache: FileHandle | None = None
     max_new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
     cache_salt: str | None = None

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvmem.backends import vllm_weights
-from kvmem.backends.sampling import Sampling
-from kvmem.backends.vllm_config import VLLMConfig
-from kvmem.backends.vllm_connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER
+from kvmem.cache import ModelFingerprint
+from kvmem.engines.generation import Sampling
+from kvmem.engines.huggingface import DTYPES
+from kvmem.engines.vllm import worker_weights
+from kvmem.engines.vllm.config import VLLMConfig
+from kvmem.engines.vllm.connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER
 from kvmem.errors import ConfigError, EngineError
-from kvmem.fingerprint import ModelFingerprint
+from kvmem.models import loading
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -70,7 +72,12 @@ def transfer_config(store: Path, fingerprint: ModelFingerprint) -> dict[str, Any
 
 
 def start(
-    config: VLLMConfig, model_folder: str, dtype: torch.dtype, window: int, store: Path, fingerprint: ModelFingerprint,
+    config: VLLMConfig,
+    model_folder: str,
+    dtype: torch.dtype,
+    window: int,
+    store: Path,
+    fingerprint: ModelFingerprint,
     own_weights: bool = False,
 ) -> LLM:
     """An engine for token ids alone (tokenising is ours). Raises EngineError where vLLM refuses, with its reason, and
@@ -88,7 +95,7 @@ def start(
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
-    from kvmem.backends.vllm_connector.connector import check_version
+    from kvmem.engines.vllm.connector import check_version
 
     check_version()
     if config.tensor_parallel_size > 1 and not on_gpu:
@@ -101,13 +108,19 @@ def start(
     if config.block_size is not None:
         optional["block_size"] = config.block_size
     if own_weights:
-        optional |= {"load_format": "dummy", "worker_extension_cls": vllm_weights.EXTENSION}
+        optional |= {"load_format": "dummy", "worker_extension_cls": worker_weights.EXTENSION}
     try:
         llm = LLM(
-            model=model_folder, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=window,
-            tensor_parallel_size=config.tensor_parallel_size, gpu_memory_utilization=config.gpu_memory_utilization,
+            model=model_folder,
+            skip_tokenizer_init=True,
+            dtype=str(dtype).removeprefix("torch."),
+            max_model_len=window,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
-            enable_prefix_caching=True, disable_log_stats=True, seed=0,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            seed=0,
             # Off, as on a CPU anyway: with it, vLLM 0.24 has sent a request's next step before it learns that a load
             # failed, and does not take that step back.
             async_scheduling=False,
@@ -173,10 +186,39 @@ def add(llm: LLM, request: Request) -> None:
         prompt["cache_salt"] = request.salt
     sampling = request.sampling
     params = SamplingParams(
-        temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed,
-        max_tokens=request.max_new_tokens, stop_token_ids=sorted(request.end_tokens), ignore_eos=True,
-        detokenize=False, logprobs=request.top_logprobs,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        max_tokens=request.max_new_tokens,
+        stop_token_ids=sorted(request.end_tokens),
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=request.top_logprobs,
         extra_args={"kv_transfer_params": request.transfer} if request.transfer else None,
         output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
-    )  # fmt: skip
+    )
     llm.llm_engine.add_request(request.id, prompt, params)
+
+
+MADE_IN = "vLLM's {} workers"
+SAVED_BYTES = 4e9
+"""Larger random weights are made by the engine, for it would take longer to save them than to measure."""
+
+
+def dtype_of(config: VLLMConfig) -> torch.dtype:
+    return DTYPES.get(config.dtype) or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+
+
+def described(config: VLLMConfig, dtype: torch.dtype) -> loading.Loaded:
+    """To be dropped before the engine takes its memory. Random weights are those of the device that they are made on,
+    or the engine's own: then this has none, and is on the device meta."""
+    name, tokenizer = config.model_name_or_path, config.tokenizer_name_or_path
+    random = name.startswith(loading.RANDOM)
+    if random and config.random_weights != "saved":
+        skeleton = loading.skeleton(name, dtype, config.seed, tokenizer, MADE_IN.format(config.tensor_parallel_size))
+        size = sum(parameter.nbytes for parameter in skeleton.model.parameters())
+        if config.random_weights == "in_engine" or size > SAVED_BYTES:
+            return skeleton
+    device = torch.device("cuda" if torch.cuda.is_available() and random else "cpu")
+    return loading.load(name, device, dtype, seed=config.seed, tokenizer=tokenizer)

@@ -7,61 +7,32 @@ import threading
 import uuid
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvmem import dynamic_cache
-from kvmem.backends.vllm_connector import part_name
-from kvmem.dynamic_cache import KV
+from kvmem.cache import KV, KVCacheItem, MemoryTokens, ModelFingerprint, dynamic_cache
+from kvmem.engines.base import FileHandle, StoredFile
+from kvmem.engines.vllm.connector import part_name
 from kvmem.errors import StorageError, check_kind
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import KVCacheItem, MemoryTokens
 from kvmem.merge import MergeStrategy
 from kvmem.prompt import PromptTemplate, Query, TokenizedPrompt
-from kvmem.storage.safetensors_file import SafetensorsFile
+from kvmem.storage import SafetensorsFile
 
 CPU = torch.device("cpu")
 
 
-class StoredFile:
-    """A file that goes with the last one who holds this; what is mapped from it stays readable."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        weakref.finalize(self, path.unlink, missing_ok=True)
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-
-@dataclass(frozen=True)
-class LentFile:
-    """What `get_cache` gives where the engine holds the KV: which tokens, and the file that they are injected from.
-
-    file None: an exact merge, which the engine prefills as a prefix of the prompt and then finds in its own cache.
-    salt: not None keeps the engine's blocks apart from those of the same ids, because this KV is not what a prefill of
-    the ids gives (an inexact merge, a cache of unknown origin).
-    """
-
-    tokens: MemoryTokens
-    file: StoredFile | None
-    salt: str | None = None
-
-
-def salt_of(cache_salt: str | None, lent: LentFile | None) -> str | None:
+def salt_of(cache_salt: str | None, lent: FileHandle | None) -> str | None:
     """The salt of the engine's blocks: the tenant's, and that of KV which is not what a prefill of its ids gives."""
     return " ".join(salt for salt in (cache_salt, lent.salt if lent else None) if salt) or None
 
 
-def split_behind(template: PromptTemplate, query: Query, kv_cache: LentFile | None) -> TokenizedPrompt:
+def split_behind(template: PromptTemplate, query: Query, kv_cache: FileHandle | None) -> TokenizedPrompt:
     """The prompt of `query`, split at what `kv_cache` holds of it. Raises ArgumentError for another engine's cache."""
     if kv_cache is None:
         return template.bare(query)
-    check_kind("What vLLM injects", kv_cache, LentFile, way_out="get_cache of a memory on this backend gives it.")
+    check_kind("What vLLM injects", kv_cache, FileHandle, way_out="get_cache of a memory on this backend gives it.")
     return template.split(kv_cache.tokens, query)
 
 
@@ -91,20 +62,24 @@ class FileStore:
                 self.files[item] = self.write(item)
             return self.files[item]
 
-    def lend(self, item: KVCacheItem) -> LentFile:
+    def lend(self, item: KVCacheItem) -> FileHandle:
         """What is injected for one item; KV of unknown origin is kept apart from what a prefill of its ids gives."""
         file = self.file_of(item)
-        return LentFile(item.metadata.tokens, file, file.name if item.metadata.fingerprint is None else None)
+        return FileHandle(item.metadata.tokens, file, file.name if item.metadata.fingerprint is None else None)
 
     def lend_merged(
-        self, items: Sequence[KVCacheItem], tokens: MemoryTokens, separator_ids: tuple[int, ...], merge: MergeStrategy,
+        self,
+        items: Sequence[KVCacheItem],
+        tokens: MemoryTokens,
+        separator_ids: tuple[int, ...],
+        merge: MergeStrategy,
         model: PreTrainedModel,
-    ) -> LentFile:
+    ) -> FileHandle:
         """What is injected for several items that `merge` makes one of, as `tokens`; `model` is where it computes."""
         cache = merge.merge(items, separator_ids, model)
         update = {"tokens": tokens, "kv_bytes": dynamic_cache.nbytes(cache), "textual_memory": None}
         file = self.write(KVCacheItem(cache, items[0].metadata.model_copy(update=update)))
-        return LentFile(tokens, file, file.name)
+        return FileHandle(tokens, file, file.name)
 
     def write(self, item: KVCacheItem) -> StoredFile:
         name = self.new_name()

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvmem.backends import vllm_start
-from kvmem.backends.lent_file import LentFile
-from kvmem.backends.vllm_config import VLLMGeneration
-from kvmem.backends.vllm_start import Request
+from kvmem.engines.base import FileHandle
+from kvmem.engines.vllm import launch
+from kvmem.engines.vllm.config import VLLMGeneration
+from kvmem.engines.vllm.launch import Request
 from kvmem.errors import KVMemError
 from kvmem.prompt import TokenizedPrompt
 
@@ -27,7 +27,7 @@ class Arrival:
 
     at_s: float
     prompt: TokenizedPrompt
-    kv_cache: LentFile | None = None
+    kv_cache: FileHandle | None = None
     new_tokens: int = 1
     cache_salt: str | None = None
 
@@ -52,7 +52,7 @@ class ServingEngine:
 
     @abstractmethod
     def _answer(
-        self, output: RequestOutput, prompt: TokenizedPrompt, lent: LentFile | None
+        self, output: RequestOutput, prompt: TokenizedPrompt, lent: FileHandle | None
     ) -> VLLMGeneration | KVMemError: ...
 
     def serve(self, arrivals: Sequence[Arrival]) -> list[Served]:
@@ -71,7 +71,7 @@ class ServingEngine:
                 now = time.perf_counter() - started
                 while waiting and waiting[0][1].at_s <= now:
                     number, arrival = waiting.popleft()
-                    vllm_start.add(self.llm, self._arrived(str(number), arrival))
+                    launch.add(self.llm, self._arrived(str(number), arrival))
                     running[str(number)] = number
                 if not running:
                     time.sleep(max(waiting[0][1].at_s - now, 0.0))

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvmem.backends import vllm_start
-from kvmem.backends.lent_file import FileStore, salt_of
-from kvmem.backends.vllm_connector import LOAD, PIN, REPORT, UNPIN
-from kvmem.backends.vllm_start import Request
+from kvmem.cache import KVCacheItem
+from kvmem.engines.vllm import launch
+from kvmem.engines.vllm.connector import LOAD, PIN, REPORT, UNPIN
+from kvmem.engines.vllm.launch import Request
+from kvmem.engines.vllm.memory_files import FileStore, salt_of
 from kvmem.errors import EngineError, PromptError, UnknownMemoryError
-from kvmem.items import KVCacheItem
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -117,7 +117,7 @@ class PinningEngine:
                 raise EngineError("The engine's prefix cache can't be emptied while a request uses it. Let it finish.")
 
     def _run(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
-        return vllm_start.run(self.llm, self.pins.with_unpins(requests))
+        return launch.run(self.llm, self.pins.with_unpins(requests))
 
     def _known(self, item: KVCacheItem | str) -> KVCacheItem:
         """The item itself, or the one of this kv_cache_id that has a file here. Raises UnknownMemoryError."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvmem.backends.lent_file import LentFile
-from kvmem.backends.vllm_config import VLLMGeneration
-from kvmem.backends.vllm_connector import REPORT
+from kvmem.cache import KVCacheMetadata, MemoryTokens, ModelFingerprint, TextualMemoryItem, TextualSource
+from kvmem.engines.base import FileHandle
+from kvmem.engines.vllm.config import VLLMGeneration
+from kvmem.engines.vllm.connector import REPORT
 from kvmem.errors import EngineError, InjectionError, KVMemError
 from kvmem.prompt import TokenizedPrompt
+from kvmem.storage import ItemManifest
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -30,14 +33,16 @@ class EngineAnswer:
 def answer_of(output: RequestOutput) -> EngineAnswer:
     completion = output.outputs[0]
     report = (output.kv_transfer_params or {}).get(REPORT)
-    return EngineAnswer(
-        tuple(completion.token_ids), completion.finish_reason, output.num_cached_tokens or 0, report
-    )
+    return EngineAnswer(tuple(completion.token_ids), completion.finish_reason, output.num_cached_tokens or 0, report)
 
 
 def verified(
-    answer: EngineAnswer, prompt: TokenizedPrompt, lent: LentFile | None, may_recompute: bool,
-    end_tokens: Collection[int], decode: Callable[[Sequence[int]], str],
+    answer: EngineAnswer,
+    prompt: TokenizedPrompt,
+    lent: FileHandle | None,
+    may_recompute: bool,
+    end_tokens: Collection[int],
+    decode: Callable[[Sequence[int]], str],
 ) -> VLLMGeneration | KVMemError:
     """The answer, or why it is none: the engine gave up, or a hit is not what prompt and memory promise.
 
@@ -63,6 +68,39 @@ def verified(
     if ids and ids[-1] in end_tokens and answer.finish_reason == "stop":
         ids = ids[:-1]
     return VLLMGeneration(
-        decode(ids), ids, len(prompt.ids), cached, local_tokens=local, injected_tokens=injected,
-        recomputed_tokens=max(expected - cached, 0) if failed else 0, preemptions=preemptions,
+        decode(ids),
+        ids,
+        len(prompt.ids),
+        cached,
+        local_tokens=local,
+        injected_tokens=injected,
+        recomputed_tokens=max(expected - cached, 0) if failed else 0,
+        preemptions=preemptions,
     )
+
+
+BUILD_TOKENS = 2
+"""A build generates two tokens, for a failed save is known one step after the prompt's last."""
+
+
+def announced(
+    tokens: MemoryTokens, fingerprint: ModelFingerprint, textual_memory: TextualMemoryItem | None
+) -> ItemManifest:
+    """What the saved file says of itself; how long the build took is not known yet."""
+    count = len(tokens.token_ids)
+    source = None
+    if textual_memory is not None:
+        source = TextualSource(id=textual_memory.id, metadata=textual_memory.metadata)
+    metadata = KVCacheMetadata(
+        tokens=tokens,
+        build_s=0.0,
+        kv_bytes=fingerprint.kv_bytes(count),
+        fingerprint=fingerprint,
+        textual_memory=source,
+    )
+    return ItemManifest(kv_cache_id=str(uuid.uuid4()), cache_tokens=count, layers=fingerprint.layers, metadata=metadata)
+
+
+def not_saved(report: dict[str, Any], may_recompute: bool) -> str:
+    """The connector's reason, if the file was not saved or its base was not loaded; else nothing."""
+    return str(report["save_error"] or (not may_recompute and report["load_error"]) or "")

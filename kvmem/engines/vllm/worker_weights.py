@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvmem.random_weights import STD
+from kvmem.models import STD
 
 EXTENSION = f"{__name__}.RandomWeights"
 SEEDS_APART = 1_000_003

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
 
-from kvmem import discover
-from kvmem.usage import UsageTable
+from kvmem.registry import Registry
+from kvmem.scheduler.usage import UsageTable
 
 
 class Policy(ABC):
@@ -44,11 +43,14 @@ class Policy(ABC):
         return f"{self.name} score {self.scores(table, mask)[row]:.4g}"
 
 
+POLICIES = Registry(Policy, "kvmem.scheduler.policies", "policy")
+
+
 def policy_classes() -> dict[str, type[Policy]]:
     """Every policy by its name."""
-    return discover.classes(sys.modules[__name__], Policy)  # type: ignore[type-abstract]
+    return POLICIES.classes()
 
 
 def policy(name: str) -> Policy:
     """The policy called `name` (case does not matter), with its default knobs."""
-    return discover.by_name(sys.modules[__name__], Policy, name, "policy")()  # type: ignore[type-abstract]
+    return POLICIES.find(name)()

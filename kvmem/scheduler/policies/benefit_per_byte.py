@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kvmem.policies import Policy
-from kvmem.usage import HALF_LIVES, UsageTable
+from kvmem.scheduler.policies.base import Policy
+from kvmem.scheduler.usage import HALF_LIVES, UsageTable
 
 
 @dataclass(config=ConfigDict(extra="forbid"))

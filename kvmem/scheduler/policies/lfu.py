@@ -8,8 +8,8 @@ import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from kvmem.policies import Policy
-from kvmem.usage import UsageTable
+from kvmem.scheduler.policies.base import Policy
+from kvmem.scheduler.usage import UsageTable
 
 
 @dataclass(config=ConfigDict(extra="forbid"))

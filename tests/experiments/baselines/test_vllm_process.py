@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import vllm_peer
-from kvmem import models
+from experiments.baselines import vllm_process
 from kvmem.errors import EngineError
+from kvmem.models import loading
 from tests.vllm.conftest import skip_without_vllm
 
 
@@ -15,21 +15,26 @@ def _needs_vllm():
     skip_without_vllm()
 
 
-def request(folder: str, **fields: object) -> vllm_peer.Request:
+def request(folder: str, **fields: object) -> vllm_process.Request:
     given = {
-        "model": folder, "dummy_weights": True, "dtype": "float32", "vocab": 49152, "cells": [(256, 32), (512, 32)],
-        "rounds": 3, "decode_tokens": 8,
-    }  # fmt: skip
-    return vllm_peer.Request(**given | fields)
+        "model": folder,
+        "dummy_weights": True,
+        "dtype": "float32",
+        "vocab": 49152,
+        "cells": [(256, 32), (512, 32)],
+        "rounds": 3,
+        "decode_tokens": 8,
+    }
+    return vllm_process.Request(**given | fields)
 
 
 @pytest.mark.slow
 def test_cold_hit_and_decoding(tmp_path):
-    config = models.shape_config("qwen3-0.6b")
+    config = loading.shape_config("qwen3-0.6b")
     config.num_hidden_layers, config.vocab_size, config.architectures = 1, 49152, ["Qwen3ForCausalLM"]
     config.layer_types = config.layer_types[:1]
     config.save_pretrained(tmp_path)
-    reply = vllm_peer.ask(request(str(tmp_path)), timeout_s=200)
+    reply = vllm_process.ask(request(str(tmp_path)), timeout_s=200)
     assert [(cell.context_tokens, cell.query_tokens) for cell in reply.cells] == [(256, 32), (512, 32)]
     for cell in reply.cells:
         assert len(cell.cold_all_s) == len(cell.hit_all_s) == 3
@@ -41,4 +46,4 @@ def test_cold_hit_and_decoding(tmp_path):
 
 def test_a_failure_is_told_with_its_last_words(tmp_path):
     with pytest.raises(EngineError, match=r"vLLM's process failed: .*"):
-        vllm_peer.ask(request(str(tmp_path / "nothing")), timeout_s=100)
+        vllm_process.ask(request(str(tmp_path / "nothing")), timeout_s=100)

@@ -15,13 +15,13 @@ import yaml
 from hydra.utils import get_class, instantiate
 from transformers import AutoModelForCausalLM
 
-from experiments import compose
-from experiments.compose import CONF, check, expand, validate
-from experiments.config import RunConfig
+from experiments.config import compose
+from experiments.config.compose import CONF, check, expand, validate
+from experiments.config.schema import RunConfig
 from experiments.sinks.wandb import WandB
-from kvmem import models
 from kvmem.errors import ConfigError
 from kvmem.merge.ropeshift import RopeShift
+from kvmem.models import loading
 
 ROOT = CONF.parent
 CARDS = sorted(path for path in CONF.glob("*/*.yaml") if "_target_" in path.read_text())
@@ -58,7 +58,7 @@ def test_every_card_composes(path: Path) -> None:
 
 def test_the_default_run() -> None:
     config = validate(compose.compose([]))
-    assert config.model.source() == config.backend.model_name_or_path == models.PACKAGED
+    assert config.model.source() == config.backend.model_name_or_path == loading.PACKAGED
     assert (config.merge.name, config.template, config.separator) == ("Reprefill", "chat", "\n\n")
     assert config.sink == WandB()
 
@@ -92,7 +92,7 @@ MISTAKES = {
     "scenario.pairs=0": "scenario.pairs: Input should be greater than or equal to 1",
     "sink.mode=ofline": "sink.mode: Input should be 'auto', 'offline', 'online' or 'disabled'",
     "merge._target_=kvmem.merge.Nothing": "merge: Error locating target",
-    "merge._target_=experiments.config.StorageCard": "merge",
+    "merge._target_=experiments.bench.setup.StorageCard": "merge",
     "model.label=${nope}": "model.label: Interpolation key 'nope' not found",
     "~model": "'model' is missing",
     "model": "Error parsing override 'model'",
@@ -127,11 +127,15 @@ def test_a_sweeps_own_params_are_expanded_and_can_be_overridden() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["modle=tiny"], ["-m", "model=tiny,tinny", "sink=none"], ["--cfg", "job", "model=tinny"],
-        ["--help", "model=tinny"], ["--help", "modle=tiny"], ["--info", "all", "model=tinny"],
+        ["modle=tiny"],
+        ["-m", "model=tiny,tinny", "sink=none"],
+        ["--cfg", "job", "model=tinny"],
+        ["--help", "model=tinny"],
+        ["--help", "modle=tiny"],
+        ["--info", "all", "model=tinny"],
     ],
     ids=["job", "sweep", "shown", "help", "help of a key", "info"],
-)  # fmt: skip
+)
 def test_the_command_ends_with_status_2_and_no_traceback(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.run", *arguments]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -157,16 +161,21 @@ def test_help_lists_every_group_and_choice(tmp_path: Path) -> None:
 
 
 PARAMETERS = {
-    "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-8b": 8_190_735_360, "qwen3-32b": 32_762_123_264,
-    "qwen2.5-72b": 72_706_203_648, "llama-3.1-8b": 8_030_261_248, "smollm2-135m": 134_515_008,
-}  # fmt: skip
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+    "qwen2.5-72b": 72_706_203_648,
+    "llama-3.1-8b": 8_030_261_248,
+    "smollm2-135m": 134_515_008,
+}
 """As published with each model's weights."""
 
 
 @pytest.mark.parametrize("shape", PARAMETERS)
 def test_shape_has_the_published_parameter_count(shape: str) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(models.shape_config(shape))
+        model = AutoModelForCausalLM.from_config(loading.shape_config(shape))
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[shape]
 
 

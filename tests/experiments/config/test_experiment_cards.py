@@ -13,10 +13,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import run as runner
-from experiments.compose import CONF, compose, validate
-from experiments.row import Row
-from experiments.sinks.jsonl import read_rows
-from tests.rows import failed_row, invalid_row, ttft_row
+from experiments.config.compose import CONF, compose, validate
+from experiments.results.row import Row
+from experiments.results.run_dir import read_rows
+from tests.helpers.rows import failed_row, invalid_row, ttft_row
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 LIMITS = {"scenario.pairs": 2, "scenario.answer_tokens": 4, "scenario.max_cells": 1, "workload.max_cells": 1}

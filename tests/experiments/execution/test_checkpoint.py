@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compose, ledger, sweep
-from experiments.compose import CONF
-from experiments.run_folder import runs_in
-from experiments.sinks.jsonl import read_rows
+from experiments.config import compose
+from experiments.config.compose import CONF
+from experiments.execution import checkpoint, sweep
+from experiments.results.run_dir import read_rows, runs_in
 from kvmem.errors import ConfigError
-from tests.rows import ttft_row
+from tests.helpers.rows import ttft_row
 
 KNOBS = ["model=tiny", "sink=none", "workload.query_tokens=[32]", "scenario.pairs=2", "scenario.answer_tokens=2"]
 TWO_CELLS = "workload.context_tokens=[64,96]"
@@ -43,7 +43,7 @@ def test_only_what_is_missing_is_measured_again(tmp_path: Path) -> None:
     assert "1 of 2 cells were finished before" in again.stdout
     assert rows_file.read_text().startswith(first)
     assert [row.context_tokens for row in read_rows(tmp_path / "run")] == [64, 96]
-    assert ledger.is_finished(tmp_path / "run")
+    assert checkpoint.is_finished(tmp_path / "run")
 
     whole = rows_file.read_text()
     third = run(tmp_path, *here)
@@ -58,29 +58,32 @@ def test_a_failed_cell_is_tried_again_and_its_row_replaced(tmp_path: Path) -> No
         assert failed.returncode == 1 and "Error executing job" not in failed.stderr  # Hydra's own line
         rows = read_rows(tmp_path / "run")
         assert sorted((row.context_tokens, row.status) for row in rows) == [(64, "done"), (9000, "failed")]
-    assert not ledger.is_finished(tmp_path / "run")
+    assert not checkpoint.is_finished(tmp_path / "run")
 
 
 @pytest.mark.parametrize("left", [0, 1, None], ids=["none", "one", "no file"])
 def test_a_finished_cell_whose_row_is_lost_is_finished_no_more(tmp_path: Path, left: int | None) -> None:
     lines = [ttft_row(context, conditions={"cell": f"{context}/32"}).to_json() + "\n" for context in (64, 96)]
-    with ledger.opened(tmp_path, {"seed": 0}) as done:
+    with checkpoint.opened(tmp_path, {"seed": 0}) as done:
         done.finish("64/32")
         done.finish("96/32")
         done.finished = True
         done.write()
     if left is not None:
         (tmp_path / "rows.jsonl").write_text("".join(lines[:left]) + lines[left][:50])
-    with ledger.opened(tmp_path, {"seed": 0}) as again:
-        assert [row.context_tokens for row in again.kept()] == [64][:left or 0]
-        assert again.cells == ["64/32"][:left or 0] and not again.finished
-    assert not ledger.is_finished(tmp_path)
+    with checkpoint.opened(tmp_path, {"seed": 0}) as again:
+        assert [row.context_tokens for row in again.kept()] == [64][: left or 0]
+        assert again.cells == ["64/32"][: left or 0] and not again.finished
+    assert not checkpoint.is_finished(tmp_path)
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
-    with ledger.opened(tmp_path, {"seed": 0}):
+    with checkpoint.opened(tmp_path, {"seed": 0}):
         pass
-    with pytest.raises(ConfigError, match="holds rows of another configuration"), ledger.opened(tmp_path, {"seed": 1}):
+    with (
+        pytest.raises(ConfigError, match="holds rows of another configuration"),
+        checkpoint.opened(tmp_path, {"seed": 1}),
+    ):
         pass
 
 
@@ -88,16 +91,16 @@ def test_rows_without_a_ledger_are_not_written_over(tmp_path: Path) -> None:
     """Such as a run of an older kvmem left, or one whose DONE.json was not copied along with it."""
     rows = ttft_row().to_json() + "\n"
     (tmp_path / "rows.jsonl").write_text(rows)
-    with pytest.raises(ConfigError, match=r"holds rows, and no DONE\.json"), ledger.opened(tmp_path, {"seed": 0}):
+    with pytest.raises(ConfigError, match=r"holds rows, and no DONE\.json"), checkpoint.opened(tmp_path, {"seed": 0}):
         pass
     assert (tmp_path / "rows.jsonl").read_text() == rows
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     with (
-        ledger.opened(tmp_path, {"seed": 0}),
+        checkpoint.opened(tmp_path, {"seed": 0}),
         pytest.raises(ConfigError, match=f"is being written by process {os.getpid()} on "),
-        ledger.opened(tmp_path, {"seed": 0}),
+        checkpoint.opened(tmp_path, {"seed": 0}),
     ):
         pass
 
@@ -130,13 +133,14 @@ def test_an_override_may_name_what_only_its_job_knows() -> None:
 def test_the_jobs_of_a_sweep_may_be_called_anything(tmp_path: Path) -> None:
     for name in ("job_0", "job_1"):
         (tmp_path / name).mkdir()
-        with ledger.opened(tmp_path / name, {"seed": 0}) as done:
+        with checkpoint.opened(tmp_path / name, {"seed": 0}) as done:
             done.finished = name == "job_0"
             done.write()
     (tmp_path / "plots").mkdir()
     assert sweep.summary(tmp_path)[:2] == [
-        f"1 of 2 jobs finished, in {tmp_path}", "not finished: job_1. The same command goes on with them.",
-    ]  # fmt: skip
+        f"1 of 2 jobs finished, in {tmp_path}",
+        "not finished: job_1. The same command goes on with them.",
+    ]
 
 
 def test_a_sweep_is_joined(tmp_path: Path) -> None:

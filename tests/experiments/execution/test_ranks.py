@@ -11,17 +11,24 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiments import ranks
-from experiments.compose import compose, validate
-from experiments.run_folder import read_run
+from experiments.config.compose import compose, validate
+from experiments.execution import ranks
+from experiments.results.run_dir import read_run
 from kvmem.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 TWO = (
-    "experiment=hf_ttft_table", "backend=hf_ranks", "model=tiny", "model.shape=tiny_wide", "model.weights=random",
-    "hardware.tensor_parallel=2", "workload=python_docs", "workload.context_tokens=[60]",
-    "workload.query_tokens=[16,24,40]", "sink=none",
-)  # fmt: skip
+    "experiment=hf_ttft_table",
+    "backend=hf_ranks",
+    "model=tiny",
+    "model.shape=tiny_wide",
+    "model.weights=random",
+    "hardware.tensor_parallel=2",
+    "workload=python_docs",
+    "workload.context_tokens=[60]",
+    "workload.query_tokens=[16,24,40]",
+    "sink=none",
+)
 
 
 def started(folder: Path) -> subprocess.Popen[str]:
@@ -36,7 +43,7 @@ def kill_rank(run: subprocess.Popen[str], rank: str) -> None:
     (one,) = [
         child
         for child in psutil.Process(run.pid).children(recursive=True)
-        if "experiments.one_rank" in child.cmdline() and child.environ().get("RANK") == rank
+        if "experiments.execution.rank_worker" in child.cmdline() and child.environ().get("RANK") == rank
     ]
     one.send_signal(signal.SIGKILL)
 

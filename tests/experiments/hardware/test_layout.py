@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from experiments.hardware import CARDS, GPU, Hardware, Machine, commit, conditions, inspect, read_card
+from experiments.hardware.layout import CARDS, GPU, Hardware, Machine, commit, conditions, inspect, read_card
 from kvmem.errors import ConfigError
 
 CARD_FILES = sorted(CARDS.glob("*.yaml"))

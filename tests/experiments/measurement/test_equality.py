@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.equality import GRADES, Trace, grade, summary
+from experiments.measurement.equality import GRADES, Trace, grade, summary
 
 
 def never(step: int) -> float:

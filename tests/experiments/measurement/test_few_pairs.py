@@ -8,18 +8,25 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from experiments import measure, plots, tables
 from experiments import run as runner
-from experiments.compose import compose, validate
-from experiments.row import Row
-from experiments.sinks.jsonl import read_rows
-from experiments.tables import markdown
+from experiments.config.compose import compose, validate
+from experiments.measurement import ttft
+from experiments.reporting import plots, tables
+from experiments.reporting.tables import markdown
+from experiments.results.row import Row
+from experiments.results.run_dir import read_rows
 
 TINY = [
-    "model=tiny", "model.weights=random", "hardware.check=false", "workload=python_docs",
-    "workload.context_tokens=[58]", "workload.query_tokens=[33]", "scenario.answer_tokens=4",
-    "sink=wandb", "sink.mode=offline",
-]  # fmt: skip
+    "model=tiny",
+    "model.weights=random",
+    "hardware.check=false",
+    "workload=python_docs",
+    "workload.context_tokens=[58]",
+    "workload.query_tokens=[33]",
+    "scenario.answer_tokens=4",
+    "sink=wandb",
+    "sink.mode=offline",
+]
 SCENARIOS = {
     "kv_vs_direct": ["scenario=kv_vs_direct", "scenario.beside_recipe=true"],
     "injection_cost": ["scenario=injection_cost", "backend=hf_graph", "scenario.decode_tokens=4"],
@@ -62,7 +69,7 @@ def test_a_quick_look_has_rows_and_no_interval(
 
 
 def test_three_pairs_have_an_interval() -> None:
-    middle, interval = measure.paired_ratio([1.0, 2.0, 4.0], [2.0, 2.0, 2.0])
+    middle, interval = ttft.paired_ratio([1.0, 2.0, 4.0], [2.0, 2.0, 2.0])
     assert middle == 1.0 and interval == (0.5, 2.0)
-    assert measure.median_interval([1.0, 2.0, 4.0]) == (1.0, 4.0)
-    assert measure.speedup_interval([1.0, 1.0, 1.0], [2.0, 2.0, 2.0]) == (50.0, 50.0)
+    assert ttft.median_interval([1.0, 2.0, 4.0]) == (1.0, 4.0)
+    assert ttft.speedup_interval([1.0, 1.0, 1.0], [2.0, 2.0, 2.0]) == (50.0, 50.0)

@@ -7,15 +7,24 @@ from typing import Any
 
 import pytest
 
-from experiments import published
-from experiments.verdict import Finding, hardware_card, judge, judge_published
+from experiments.measurement.verdict import Finding, hardware_card, judge, judge_published
+from experiments.results import published
 
 KNOWN = [row for row in published.tables() if row.table in ("huggingface_ttft", "vllm_ttft")]
 
 SOUND: dict[str, Any] = {
-    "direct_digest": "a", "injected_digest": "a", "cached_tokens": 583, "expected_tokens": 583, "kv_ttft_s": 0.2,
-    "direct_ttft_s": 1.0, "kv_limit_s": 0.1, "direct_limit_s": 0.8, "build_s": 0.8, "equality": "tokens", "exact": True,
-}  # fmt: skip
+    "direct_digest": "a",
+    "injected_digest": "a",
+    "cached_tokens": 583,
+    "expected_tokens": 583,
+    "kv_ttft_s": 0.2,
+    "direct_ttft_s": 1.0,
+    "kv_limit_s": 0.1,
+    "direct_limit_s": 0.8,
+    "build_s": 0.8,
+    "equality": "tokens",
+    "exact": True,
+}
 
 BROKEN = {
     "token ids": {"injected_digest": "b"},
@@ -96,6 +105,9 @@ def test_every_stated_hardware_of_the_published_tables_has_a_card() -> None:
     stated = {row.hardware for row in KNOWN} - {published.NOT_STATED}
     cards = {hardware: hardware_card(hardware) for hardware in stated}
     assert {hardware: card and card.gpus for hardware, card in cards.items()} == {
-        "4090 (2 Nodes 16 GPUs)": 16, "4090 (1 Nodes 8 GPUs)": 8, "H800 (4 GPUs)": 4, "H800 (2 GPUs)": 2,
-    }  # fmt: skip
+        "4090 (2 Nodes 16 GPUs)": 16,
+        "4090 (1 Nodes 8 GPUs)": 8,
+        "H800 (4 GPUs)": 4,
+        "H800 (2 GPUs)": 2,
+    }
     assert hardware_card(published.NOT_STATED) is None

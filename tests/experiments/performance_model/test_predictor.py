@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from experiments import published
-from experiments.compose import CONF, compose, validate
-from experiments.hardware import CARDS, read_card
-from experiments.predictor import Engine, Layout, Prefill
-from experiments.predictor.fit import Fit, fit, points_of
-from experiments.predictor.plan import Tier, break_even_tokens, fleet, gain_s
-from experiments.rates import datasheet
-from experiments.roofline import Roofline
-from experiments.row import Row
-from experiments.run import run
-from experiments.run_folder import read_run
+from experiments.config.compose import CONF, compose, validate
+from experiments.execution.runner import run
+from experiments.hardware.layout import CARDS, read_card
+from experiments.performance_model.calibration import datasheet
+from experiments.performance_model.fit import Fit, fit, points_of
+from experiments.performance_model.fleet import Tier, break_even_tokens, fleet, gain_s
+from experiments.performance_model.predictor import Engine, Layout, Prefill
+from experiments.performance_model.roofline import Roofline
+from experiments.results import published
+from experiments.results.row import Row
+from experiments.results.run_dir import read_run
 from experiments.scenarios.predict import Predict, _shape
-from kvmem import models
 from kvmem.errors import ConfigError
-from tests.rows import ttft_row
+from kvmem.models import loading
+from tests.helpers.rows import ttft_row
 
 REFERENCE = CONF.parent / "outputs/reference"
 ENGINE = Engine()
@@ -40,7 +40,7 @@ def fitted_on(name: str, seed: int = 0) -> Fit:
 @pytest.mark.parametrize("hardware", ["h100", "h100x2", "h800x4"])
 def test_no_prediction_beats_the_limit(new: int, cached: int, hardware: str) -> None:
     here = layout("qwen3-32b", hardware)
-    limit = Roofline(datasheet(here.hardware, "bfloat16"), models.shape_config("qwen3-32b"))
+    limit = Roofline(datasheet(here.hardware, "bfloat16"), loading.shape_config("qwen3-32b"))
     perfect = Engine(1.0, 1.0, 1.0, 1.0, 1.0, fixed_s=0.0)
     assert here.ttft_s(Prefill(new, cached), perfect) >= 0.97 * limit.limit_s(new, cached)
     assert here.ttft_s(Prefill(new, cached), ENGINE) > limit.limit_s(new, cached)
@@ -62,9 +62,15 @@ def test_a_fit_finds_the_engine_that_made_the_rows() -> None:
         for query in (16, 200, 1000):
             times = layout().ttft_s(Prefill(query, context), truth), layout().ttft_s(Prefill(context + query, 0), truth)
             rows.append(
-                ttft_row(context_tokens=context, query_tokens=query, cached_tokens=context, tier="cuda",
-                         kv_ttft_s=times[0], direct_ttft_s=times[1])
-            )  # fmt: skip
+                ttft_row(
+                    context_tokens=context,
+                    query_tokens=query,
+                    cached_tokens=context,
+                    tier="cuda",
+                    kv_ttft_s=times[0],
+                    direct_ttft_s=times[1],
+                )
+            )
     found = fit([point for row in rows for point in points_of(row, layout())])
     assert len({point.cell for point in found.fitted}) == 5 and len({point.cell for point in found.held_out}) == 4
     assert max(map(abs, found.errors(found.held_out))) < 0.02

@@ -12,41 +12,46 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from experiments.hardware import Hardware
-from experiments.rates import calibrate, datasheet
-from experiments.roofline import (
-    DenseShape,
-    Rates,
-    Roofline,
-    least_flop,
-    prefill_bytes,
-    prefill_flop,
-)
-from kvmem import models
+from experiments.hardware.layout import Hardware
+from experiments.performance_model.calibration import calibrate, datasheet
+from experiments.performance_model.roofline import DenseShape, Rates, Roofline, least_flop, prefill_bytes, prefill_flop
 from kvmem.errors import ConfigError, ModelError
+from kvmem.models import loading
 
 H100 = Rates(788e12, 3.01e12, "bfloat16", "measured")
 H100_LIMIT_MS = {  # (context, query) tokens of Qwen3-8B
-    (583, 167): 5.06, (583, 303): 5.51, (583, 953): 17.55, (2773, 167): 5.17, (2773, 303): 6.00, (2773, 953): 19.11,
-    (6064, 167): 5.33, (6064, 303): 6.75, (6064, 953): 21.46,
-}  # fmt: skip
+    (583, 167): 5.06,
+    (583, 303): 5.51,
+    (583, 953): 17.55,
+    (2773, 167): 5.17,
+    (2773, 303): 6.00,
+    (2773, 953): 19.11,
+    (6064, 167): 5.33,
+    (6064, 303): 6.75,
+    (6064, 953): 21.46,
+}
 H800X4 = Hardware(
     name="h800x4", gpu="NVIDIA H800", gpus=4, tensor_parallel=4, peak_tflops={"bfloat16": 989.4}, bandwidth_gb_s=3350
 )
 SHAPES = st.builds(
-    DenseShape, hidden=st.just(64), intermediate=st.just(96), heads=st.just(4), kv_heads=st.just(2),
-    head_dim=st.just(16), vocab=st.just(99),
+    DenseShape,
+    hidden=st.just(64),
+    intermediate=st.just(96),
+    heads=st.just(4),
+    kv_heads=st.just(2),
+    head_dim=st.just(16),
+    vocab=st.just(99),
     windows=st.lists(st.none() | st.integers(1, 12), min_size=1, max_size=3).map(tuple),
-)  # fmt: skip
+)
 TOKENS = st.integers(1, 20)
-SMOLLM2 = Roofline(H100, models.shape_config("smollm2-135m"))
+SMOLLM2 = Roofline(H100, loading.shape_config("smollm2-135m"))
 assert SMOLLM2.shape  # read once, outside of what hypothesis times
 
 
 @pytest.mark.parametrize("cell", H100_LIMIT_MS)
 def test_the_limits_of_qwen3_8b_on_an_h100(cell: tuple[int, int]) -> None:
     context_tokens, query_tokens = cell
-    roofline = Roofline(H100, models.shape_config("qwen3-8b"))
+    roofline = Roofline(H100, loading.shape_config("qwen3-8b"))
     limit_ms = 1e3 * roofline.limit_s(query_tokens, context_tokens)
     assert limit_ms == pytest.approx(H100_LIMIT_MS[cell], rel=0.03)
     assert limit_ms <= H100_LIMIT_MS[cell] + 0.01  # ours spares the last layer's work, theirs counts it
@@ -59,20 +64,20 @@ def test_the_limits_of_qwen3_8b_on_an_h100(cell: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("tokens", "limit_ms"), [(4000, 147), (6000, 225)])
 def test_the_limits_of_qwen2_5_72b_on_four_h800(tokens: int, limit_ms: float) -> None:
-    roofline = Roofline(datasheet(H800X4, "bfloat16"), models.shape_config("qwen2.5-72b"))
+    roofline = Roofline(datasheet(H800X4, "bfloat16"), loading.shape_config("qwen2.5-72b"))
     assert 1e3 * roofline.limit_s(tokens, 0) == pytest.approx(limit_ms, rel=0.02)
 
 
-@pytest.mark.parametrize("shape", models.shapes())
+@pytest.mark.parametrize("shape", loading.shapes())
 def test_every_shape_is_covered(shape: str) -> None:
-    config = models.shape_config(shape)
+    config = loading.shape_config(shape)
     assert len(DenseShape.of(config).windows) == config.num_hidden_layers
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny_llama"])
 def test_the_flop_of_a_forward_pass_are_what_torch_counts(shape: str) -> None:
     """With logits for one token; torch counts attention without causality, so the products are compared."""
-    config = models.shape_config(shape)
+    config = loading.shape_config(shape)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.inference_mode(), FlopCounterMode(display=False) as counted:
@@ -120,7 +125,7 @@ def test_the_limit_grows_with_both_lengths(query_tokens: int, cached_tokens: int
 
 
 def test_a_window_bounds_what_is_read() -> None:
-    full = DenseShape.of(models.shape_config("tiny"))
+    full = DenseShape.of(loading.shape_config("tiny"))
     sliding = dataclasses.replace(full, windows=(128,) * len(full.windows))
     kv_bytes_a_token = 2 * full.kv_heads * full.head_dim * len(full.windows) * 4
     assert prefill_bytes(full, 1, 1000, 4) - prefill_bytes(sliding, 1, 1000, 4) == kv_bytes_a_token * (1000 - 127)
@@ -139,11 +144,11 @@ def test_a_dtype_without_a_peak_is_refused() -> None:
 
 def test_calibration_reads_rates_that_the_products_reach() -> None:
     """On whatever machine this is: sane figures, and a limit that a prefill of the very model does not beat."""
-    config = models.shape_config("tiny")
+    config = loading.shape_config("tiny")
     rates = calibrate(config, torch.float32, torch.device("cpu"))
     assert 1e8 < rates.flop_per_s < 1e14 and 1e8 < rates.bytes_per_s < 1e13
     assert rates.dtype == "float32" and "CPU threads" in rates.how
-    loaded = models.load("random:tiny", torch.device("cpu"))
+    loaded = loading.load("random:tiny", torch.device("cpu"))
     ids_BT = torch.randint(0, 1000, (1, 512))
     with torch.inference_mode():
         loaded.model(ids_BT, logits_to_keep=1)
@@ -161,5 +166,5 @@ def test_the_best_of_two_calibrations() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_calibration_on_a_gpu_stays_below_what_its_maker_states() -> None:
-    rates = calibrate(models.shape_config("qwen3-8b"), torch.bfloat16, torch.device("cuda"))
+    rates = calibrate(loading.shape_config("qwen3-8b"), torch.bfloat16, torch.device("cuda"))
     assert 10e12 < rates.flop_per_s < 2500e12 and 200e9 < rates.bytes_per_s < 9e12

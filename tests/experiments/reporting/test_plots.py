@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import plots
-from experiments.theme import DARK, LIGHT
-from tests.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
+from experiments.reporting import plots
+from experiments.reporting.theme import DARK, LIGHT
+from tests.helpers.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
 
 
 def _has_color(path, color: str) -> bool:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from markupsafe import escape
 
-from experiments import asked, report, units
-from experiments.row import Row
+from experiments import report
+from experiments.reporting import findings
+from experiments.results import formatting
+from experiments.results.row import Row
 from kvmem.errors import ConfigError
-from tests.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
+from tests.helpers.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
 
 
 def _run(folder: Path, rows: list[Row], tail: str = "") -> Path:
@@ -132,11 +134,13 @@ def test_page_in_a_browser(tmp_path, browser):
 
     text = browser.execute_script("return document.body.textContent")
     for row in rows[:11]:
-        figures = [units.seconds(time) for time in (row.build_s, row.kv_ttft_s, row.direct_ttft_s, row.kv_user_ttft_s)]
-        figures += [units.percent_range(row.speedup_interval)] * (row.verdict == "ok")
+        figures = [
+            formatting.seconds(time) for time in (row.build_s, row.kv_ttft_s, row.direct_ttft_s, row.kv_user_ttft_s)
+        ]
+        figures += [formatting.percent_range(row.speedup_interval)] * (row.verdict == "ok")
         assert [figure for figure in figures if figure not in text] == []
     assert "310 ms" in text and "9000 tokens > 8192" in text and "direct is 1.9 ×" in text
-    assert units.percent(invalid_row(query_tokens=96).speedup_pct) not in text
+    assert formatting.percent(invalid_row(query_tokens=96).speedup_pct) not in text
 
     for width in (1280, 390):  # only the tables and plots scroll sideways, inside of their own boxes
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -178,15 +182,15 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path, capsys):
     ],
 )
 def test_a_scenario_answers_its_question_in_a_sentence(name, told):
-    rows = report.read_run(Path(__file__).parents[1] / "outputs/reference" / name).rows
-    sentence = asked.answer(rows)
+    rows = report.read_run(Path(__file__).parents[3] / "outputs/reference" / name).rows
+    sentence = findings.answer(rows)
     assert told in sentence and bool(told) == bool(sentence)
 
 
 def test_a_report_is_written_where_the_row_that_an_answer_needs_is_invalid():
     """For each arm in turn: no answer, or a shorter one."""
     for name in ("injection_cost_qwen3_32b_h200", "tiers_qwen3_8b_h100", "storage_cpu", "reuse_trace_smollm2_cpu"):
-        rows = report.read_run(Path(__file__).parents[1] / "outputs/reference" / name).rows
+        rows = report.read_run(Path(__file__).parents[3] / "outputs/reference" / name).rows
         for arm in dict.fromkeys(row.arm for row in rows):
             judged = [replace(row, verdict="invalid") if row.arm == arm else row for row in rows]
-            assert "nan" not in asked.answer(judged)
+            assert "nan" not in findings.answer(judged)

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import describe, published, tables, units
+from experiments.reporting import tables
+from experiments.results import formatting, labels, published
 from kvmem.errors import ConfigError
-from tests.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
+from tests.helpers.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
 
 GOLDEN = Path(__file__).with_name("golden")
 
 
 def test_units_doctests():
-    assert doctest.testmod(units).failed == 0
+    assert doctest.testmod(formatting).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -28,14 +29,21 @@ def test_units_doctests():
         (
             "every_verdict",
             [
-                ttft_row(equality="bitwise", logit_max_abs_diff=0.0), invalid_row(query_tokens=64), failed_row(),
-                ttft_row(merge="RopeShift", memories=4, equality="diverged", first_difference=3,
-                         verdict_reason="the answers diverge: the price of this merge"),
+                ttft_row(equality="bitwise", logit_max_abs_diff=0.0),
+                invalid_row(query_tokens=64),
+                failed_row(),
+                ttft_row(
+                    merge="RopeShift",
+                    memories=4,
+                    equality="diverged",
+                    first_difference=3,
+                    verdict_reason="the answers diverge: the price of this merge",
+                ),
             ],
         ),
         ("published_beside_ours", [published_row("long", "short"), published_row("short", "long"), storage_row()]),
     ],
-)  # fmt: skip
+)
 def test_golden_table(name, rows):
     """A deliberate change of the table is committed as the new golden file, so that a reviewer sees both."""
     assert tables.markdown(rows) == (GOLDEN / f"{name}.md").read_text(encoding="utf-8")
@@ -44,16 +52,27 @@ def test_golden_table(name, rows):
 def test_published_columns_come_first_and_in_order():
     columns = tables.tables(grid())[0].columns
     assert columns == (
-        "Model", "Ctx", "CtxTok", "Qry", "QryTok", "Build", "KV TTFT", "Dir TTFT", "Speedup", "95% interval",
-        "Equality", "Verdict", "Break even",
-    )  # fmt: skip
+        "Model",
+        "Ctx",
+        "CtxTok",
+        "Qry",
+        "QryTok",
+        "Build",
+        "KV TTFT",
+        "Dir TTFT",
+        "Speedup",
+        "95% interval",
+        "Equality",
+        "Verdict",
+        "Break even",
+    )
 
 
 @pytest.mark.parametrize("row", [invalid_row(), ttft_row(verdict=None), failed_row(speedup_pct=77.7)])
 def test_no_speedup_without_an_ok_verdict(row):
     line = tables.tables([row])[0].lines[0]
     shown = dict(zip(tables.tables([row])[0].columns, line.cells, strict=True))
-    assert (shown["Speedup"], shown["95% interval"], shown["Break even"]) == (units.NONE,) * 3
+    assert (shown["Speedup"], shown["95% interval"], shown["Break even"]) == (formatting.NONE,) * 3
     assert line.speedup_pct is None
 
 
@@ -111,10 +130,10 @@ def test_console_shows_every_figure_in_80_columns():
     console.print(tables.console_table(rows))
     text = console.export_text()
     for row in grid():
-        for figure in (units.seconds(row.kv_ttft_s), units.percent_range(row.speedup_interval)):
+        for figure in (formatting.seconds(row.kv_ttft_s), formatting.percent_range(row.speedup_interval)):
             assert figure in text
     assert "direct is 1.9 ×" in text and "9000 tokens > 8192" in text
-    assert describe.summary(rows) == (
+    assert labels.summary(rows) == (
         "11 rows: 9 ok, 1 invalid, 1 failed. Equality: 0 bitwise, 10 tokens, 0 near-tie, 0 diverged."
     )
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import compose, plots, tables, ways
-from experiments.bench import Bench
-from experiments.equality import grade
-from experiments.recipes import recipes
+from experiments.baselines.base import recipes
+from experiments.bench import injection_methods
+from experiments.bench.bench import Bench
+from experiments.config import compose
+from experiments.measurement.equality import grade
+from experiments.reporting import plots, tables
+from experiments.results import arms
 from experiments.scenarios.injection_cost import DECODING
 from kvmem.errors import ConfigError
-from tests.tiny import copy_of, same_bits
+from tests.helpers.tiny import copy_of, same_bits
 
 TINY = [
-    "model=tiny", "model.weights=random", "scenario=injection_cost", "scenario.pairs=3", "scenario.answer_tokens=6",
-    "scenario.decode_tokens=8", "workload=python_docs", "workload.context_tokens=[64,128]",
-    "workload.query_tokens=[24]", "hardware.check=false", "sink=none",
-]  # fmt: skip
+    "model=tiny",
+    "model.weights=random",
+    "scenario=injection_cost",
+    "scenario.pairs=3",
+    "scenario.answer_tokens=6",
+    "scenario.decode_tokens=8",
+    "workload=python_docs",
+    "workload.context_tokens=[64,128]",
+    "workload.query_tokens=[24]",
+    "hardware.check=false",
+    "sink=none",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +44,11 @@ def test_rows_of_a_cell(bench):
     for row in of_ways:
         assert row.extra["over_limit"] == pytest.approx(row.extra["ttft_s"] / row.limit_s)
         assert row.extra["ttft_low_s"] <= row.extra["ttft_s"] <= row.extra["ttft_high_s"]
-        injects = row.arm not in (ways.DIRECT, ways.DIRECT_EAGER, ways.ALONE)
+        injects = row.arm not in (arms.DIRECT, arms.DIRECT_EAGER, arms.ALONE)
         assert (row.extra.get("equal") in ("bitwise", "tokens", "near_tie")) == injects
         assert (row.cached_tokens == row.context_tokens) == injects
-        assert row.arm != ways.IN_PLACE or row.extra["over_fastest"] == 1.0
-    (fastest,) = [row for row in of_ways if row.arm == ways.IN_PLACE and row.context_tokens == 128]
+        assert row.arm != arms.IN_PLACE or row.extra["over_fastest"] == 1.0
+    (fastest,) = [row for row in of_ways if row.arm == arms.IN_PLACE and row.context_tokens == 128]
     assert fastest.extra["place_s"] > 0 and "over_query_alone_s" in fastest.extra
     assert fastest.conditions["left_out"] == "CUDA graphs, compiled layers, fused kernels"
     titles = [table.title for table in tables.tables(rows)]
@@ -49,13 +60,13 @@ def test_every_way_answers_alike_and_leaves_the_memory_as_it_is(bench):
     (cell, *_) = bench.config.scenario.cells(bench)
     item = bench.memory.extract(cell.cell.memories[0])
     before = copy_of(item)
-    found = ways.ways(bench.backend, item, cell.cell.question)
-    assert {"memos", "deepcopy", "shared tensors", ways.DIRECT, ways.IN_PLACE} <= found.keys()
-    direct = found[ways.DIRECT].trace(6)
+    found = injection_methods.ways(bench.backend, item, cell.cell.question)
+    assert {"memos", "deepcopy", "shared tensors", arms.DIRECT, arms.IN_PLACE} <= found.keys()
+    direct = found[arms.DIRECT].trace(6)
     for name, way in found.items():
         for _ in range(2):  # the second finds the memory as the first did
             token = way.first_token().token
-            assert name == ways.ALONE or token.id == direct.token_ids[0]
+            assert name == arms.ALONE or token.id == direct.token_ids[0]
         if way.trace is not None:
             assert grade(direct, way.trace(6), lambda step: 0.0).grade in ("bitwise", "tokens"), name
     assert same_bits(item, before)

@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 
-from experiments import compare, compose, measure
-from experiments.bench import Bench
-from experiments.roofline import Roofline
+from experiments.bench import comparison
+from experiments.bench.bench import Bench
+from experiments.config import compose
+from experiments.measurement import ttft
+from experiments.performance_model.roofline import Roofline
 
 KNOBS = ["experiment=smoke", "sink=none", "hardware.check=false", "scenario.pairs=3"]
 FAR_TOO_LOW = 1e3
@@ -47,14 +49,21 @@ def test_the_merge_counts_as_work_of_the_direct_arm(memories: int) -> None:
     bench.memory.add(items)
     ids = [item.kv_cache_id for item in items]
     tokens = bench.memory.get_cache(ids).tokens
-    fast = measure.injected(bench.memory, bench.backend, ids, cell.question)
-    slow = measure.direct(bench.backend, tokens, cell.question)
-    answers = measure.trace(bench.backend, slow.prompt, None, 1)
-    row = compare.compare(
-        bench, "kv_vs_direct", cell, "injected",
-        compare.Arm([dataclasses.replace(fast, engine_s=0.1, cache_s=0.5)], answers),
-        compare.Arm([dataclasses.replace(slow, engine_s=0.9)], answers),
-        build_s=0.3, kv_bytes=1, memories=memories, conditions={}, extra={},
-    )  # fmt: skip
+    fast = ttft.injected(bench.memory, bench.backend, ids, cell.question)
+    slow = ttft.direct(bench.backend, tokens, cell.question)
+    answers = ttft.trace(bench.backend, slow.prompt, None, 1)
+    row = comparison.compare(
+        bench,
+        "kv_vs_direct",
+        cell,
+        "injected",
+        comparison.Arm([dataclasses.replace(fast, engine_s=0.1, cache_s=0.5)], answers),
+        comparison.Arm([dataclasses.replace(slow, engine_s=0.9)], answers),
+        build_s=0.3,
+        kv_bytes=1,
+        memories=memories,
+        conditions={},
+        extra={},
+    )
     assert ("straw man" in row.verdict_reason) == (memories == 1)
     assert (row.merge_s, row.fetch_s) == ((None, 0.5) if memories == 1 else (0.5, None))

@@ -8,19 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import compose, plots, tables, trace_file
-from experiments.bench import Bench
+from experiments.bench.bench import Bench
+from experiments.config import compose
+from experiments.reporting import plots, tables
 from experiments.scenarios.reuse_trace import ReuseTrace, behind, disagreement, ratio_of_sums
-from experiments.simulate import Outcome
-from experiments.traces import Event
-from kvmem.backends.hf import HFBackend
+from experiments.traces import jsonl
+from experiments.traces.base import Event
+from experiments.traces.simulator import Outcome
+from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import ConfigError
-from kvmem.policies import policy_classes
+from kvmem.scheduler.policies.base import policy_classes
 
 TINY = [
-    "model=tiny", "model.weights=random", "scenario=reuse_trace", "hardware.check=false", "scenario.memories=20",
-    "scenario.uses=120", "scenario.budget_shares=[0.1,0.5]", "scenario.replay_memories=5", "scenario.replay_uses=40",
-]  # fmt: skip
+    "model=tiny",
+    "model.weights=random",
+    "scenario=reuse_trace",
+    "hardware.check=false",
+    "scenario.memories=20",
+    "scenario.uses=120",
+    "scenario.budget_shares=[0.1,0.5]",
+    "scenario.replay_memories=5",
+    "scenario.replay_uses=40",
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +78,7 @@ def test_a_users_own_trace(qwen3: HFBackend, tmp_path: Path) -> None:
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    trace = trace_file.read(path, qwen3.template)
+    trace = jsonl.read(path, qwen3.template)
     faq_tokens = len(qwen3.template.memory_tokens(str(lines[0]["text"])).token_ids)
     assert trace.tokens == (faq_tokens, 300) and trace.uses == 3 and trace.query_tokens == round((40 + 40 + 60) / 3)
     assert trace.events == (Event("use", 0), Event("use", 1), Event("edit", 0), Event("use", 0))
@@ -83,9 +92,9 @@ def test_a_trace_that_is_none(qwen3: HFBackend, tmp_path: Path, line: str, error
     path = tmp_path / "mine.jsonl"
     path.write_text('{"memory": "a", "tokens": 9}\n' + line)
     with pytest.raises(ConfigError, match=error):
-        trace_file.read(path, qwen3.template)
+        jsonl.read(path, qwen3.template)
     with pytest.raises(ConfigError, match="there is no such file"):
-        trace_file.read(tmp_path / "other.jsonl", qwen3.template)
+        jsonl.read(tmp_path / "other.jsonl", qwen3.template)
 
 
 def test_figures_of_the_comparison() -> None:

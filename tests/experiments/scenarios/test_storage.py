@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import compose, tables
-from experiments.anonymous_memory import peak_extra_bytes
-from experiments.bench import Bench
-from kvmem.dynamic_cache import layers_of
+from experiments.bench.bench import Bench
+from experiments.config import compose
+from experiments.measurement.process_memory import peak_extra_bytes
+from experiments.reporting import tables
+from kvmem.cache.dynamic_cache import layers_of
 from kvmem.errors import StorageError
 from kvmem.storage.safetensors_file import SafetensorsFile
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compose, page_cache, tables
-from experiments.bench import Bench
-from experiments.run import problems
+from experiments.bench.bench import Bench
+from experiments.config import compose
+from experiments.execution.runner import problems
+from experiments.measurement import page_cache
+from experiments.reporting import tables
 from experiments.scenarios.tiers import Length, break_even_tokens
-from kvmem.costs import Costs
-from kvmem.tiers import TieredItems
+from kvmem.scheduler.cost_model import Costs
+from kvmem.tiers.tiered_cache import TieredItems
 
 TINY = ["model=tiny", "model.weights=random", "scenario=tiers", "scenario.repeats=2", "hardware.check=false"]
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments import plots
+from experiments.reporting import plots
+from experiments.results.run_dir import read_rows
 from experiments.sinks import wandb
-from experiments.sinks.jsonl import JSONL, read_rows
+from experiments.sinks.jsonl import JSONL
 from experiments.sinks.none import NoSink
 from experiments.sinks.wandb import WandB, log_run, metrics
 from kvmem.errors import ConfigError
-from tests.rows import failed_row, grid, invalid_row
+from tests.helpers.rows import failed_row, grid, invalid_row
 
 ROWS = [*grid()[:3], invalid_row(), failed_row()]
 CONFIG = {"model": {"label": "tiny"}, "seed": 3}
@@ -130,9 +131,15 @@ def test_a_killed_runs_rows_are_sent_afterwards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("card", "variable", "expected"),
-    [("auto", None, "offline"), ("auto", "online", "online"), ("auto", "disabled", "disabled"),
-     ("auto", "dryrun", "offline"), ("offline", "online", "offline"), ("online", "offline", "online")],
-)  # fmt: skip
+    [
+        ("auto", None, "offline"),
+        ("auto", "online", "online"),
+        ("auto", "disabled", "disabled"),
+        ("auto", "dryrun", "offline"),
+        ("offline", "online", "offline"),
+        ("online", "offline", "online"),
+    ],
+)
 def test_mode(card: Any, variable: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if variable is not None:
         monkeypatch.setenv("WANDB_MODE", variable)
@@ -164,9 +171,16 @@ def test_never_asks_for_a_login(stdin: str, mode: str, tmp_path: Path) -> None:
     if mode == "online":
         env["WANDB_MODE"] = "online"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=env, stdin=end if stdin == "terminal" else subprocess.DEVNULL,
-        stderr=end, stdout=subprocess.PIPE, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", SCRIPT],
+        cwd=tmp_path,
+        env=env,
+        stdin=end if stdin == "terminal" else subprocess.DEVNULL,
+        stderr=end,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     os.close(end)
     said = os.read(terminal, 100_000).decode() if mode == "online" else ""
     os.close(terminal)

@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from experiments.workloads import Cell, Workload
+from experiments.workloads.base import Cell, Workload
 from experiments.workloads.cut import cut, held
 from experiments.workloads.dialogue import DEBUGGING, TRIP, Dialogue
 from experiments.workloads.faq import TRADES, Faq, company
@@ -25,11 +25,11 @@ from experiments.workloads.grid import labels
 from experiments.workloads.published import Published, published_counts
 from experiments.workloads.python_docs import QUESTIONS, PythonDocs, docs_text, topic_text
 from kvmem.errors import ConfigError, PromptError
-from kvmem.models import PACKAGED_HUB_NAME, packaged_folder
-from kvmem.prompt import PromptTemplate, TemplateKind
+from kvmem.models.loading import PACKAGED_HUB_NAME, packaged_folder
+from kvmem.prompt.template import PromptTemplate, TemplateKind
 
 SEPARATOR = "\n\n"
-EXAMPLES = Path(__file__).parent.parent / "examples" / "files"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "files"
 
 # A template with its own BOS, a header before every turn and an end behind it.
 HEADED_TEMPLATE = (

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from functools import cache
 from typing import ClassVar
 
 import torch
 
-from kvmem import discover
 from kvmem.errors import ConfigError, did_you_mean
+from kvmem.registry import Registry
 
 AUTO = "auto"
 
@@ -43,9 +42,13 @@ class Attention(ABC):
     @staticmethod
     @abstractmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+        q_BSHD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        causal: bool,
         plan: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """The values that each query gathers, like q."""
 
     @staticmethod
@@ -59,7 +62,7 @@ class Attention(ABC):
 @cache
 def kernels() -> dict[str, type[Attention]]:
     """Every kernel, by name."""
-    return discover.classes(sys.modules[__name__], Attention)  # type: ignore[type-abstract]
+    return Registry(Attention, "kvmem.engines.graph.attention", "attention kernel").classes()
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -83,9 +86,14 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
 # it lies: of a transposed one that it has written to, the compiler would pass a copy.
 @torch.library.custom_op("kvmem::attend", mutates_args=())
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, causal: bool, kernel: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    causal: bool,
+    kernel: str,
     plan: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     return kernels()[kernel].attend(q, k, v, lengths, causal, plan)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from kvmem.graph.attention import Attention
+from kvmem.engines.graph.attention.base import Attention
 
 QUERY_TILE = 128  # rows of a tile; the query heads that share a key head are packed into it
 KEY_TILE = 128  # rows of the buffer that a block reads at once, about: no split is to be shorter
@@ -44,15 +44,27 @@ class FA3(Attention):
         batch, new, heads, head_dim = q_like_BSHD.shape
         _, kv_heads, rows, _ = k_BKTD.shape
         return get_scheduler_metadata(
-            batch, new, rows, heads, kv_heads, head_dim, lengths_B, qkv_dtype=q_like_BSHD.dtype, causal=True,
+            batch,
+            new,
+            rows,
+            heads,
+            kv_heads,
+            head_dim,
+            lengths_B,
+            qkv_dtype=q_like_BSHD.dtype,
+            causal=True,
             num_splits=splits(q_like_BSHD, k_BKTD),
-        )  # fmt: skip
+        )
 
     @staticmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+        q_BSHD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        causal: bool,
         plan: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         return _forward(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal, plan)[0]
 
     @staticmethod
@@ -63,15 +75,25 @@ class FA3(Attention):
 
 
 def _forward(
-    q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+    q_BSHD: torch.Tensor,
+    k_BKTD: torch.Tensor,
+    v_BKTD: torch.Tensor,
+    lengths_B: torch.Tensor,
+    causal: bool,
     plan: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     from fa3_fwd_interface import flash_attn_with_kvcache
 
     out_BSHD, lse_BHS, *_ = flash_attn_with_kvcache(
-        q_BSHD, k_BKTD.transpose(1, 2), v_BKTD.transpose(1, 2), cache_seqlens=lengths_B, causal=causal,
-        num_splits=splits(q_BSHD, k_BKTD), scheduler_metadata=plan, return_softmax_lse=True,
-    )  # fmt: skip
+        q_BSHD,
+        k_BKTD.transpose(1, 2),
+        v_BKTD.transpose(1, 2),
+        cache_seqlens=lengths_B,
+        causal=causal,
+        num_splits=splits(q_BSHD, k_BKTD),
+        scheduler_metadata=plan,
+        return_softmax_lse=True,
+    )
     return out_BSHD, lse_BHS
 
 

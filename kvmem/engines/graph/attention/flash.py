@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from kvmem.graph.attention import Attention
+from kvmem.engines.graph.attention.base import Attention
 
 
 class Flash(Attention):
@@ -33,9 +33,13 @@ class Flash(Attention):
 
     @staticmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+        q_BSHD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        causal: bool,
         plan: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         return Flash.attend_lse(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal)[0]
 
     @staticmethod
@@ -46,7 +50,14 @@ class Flash(Attention):
         rows = k_BKTD.shape[2]
         starts = [torch.arange(0, batch * n + 1, n, dtype=torch.int32, device=q_BSHD.device) for n in (new, rows)]
         out_NHD, lse_HN, *_ = torch.ops.aten._flash_attention_forward(
-            q_BSHD.flatten(0, 1), *(x.transpose(1, 2).flatten(0, 1) for x in (k_BKTD, v_BKTD)), *starts,
-            new, rows, 0.0, causal, False, seqused_k=lengths_B,
-        )  # fmt: skip
+            q_BSHD.flatten(0, 1),
+            *(x.transpose(1, 2).flatten(0, 1) for x in (k_BKTD, v_BKTD)),
+            *starts,
+            new,
+            rows,
+            0.0,
+            causal,
+            False,
+            seqused_k=lengths_B,
+        )
         return out_NHD.view(q_BSHD.shape), lse_HN.view(heads, batch, new).transpose(0, 1)

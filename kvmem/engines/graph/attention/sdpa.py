@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from kvmem.graph.attention import Attention
+from kvmem.engines.graph.attention.base import Attention
 
 
 class SDPA(Attention):
@@ -23,15 +23,23 @@ class SDPA(Attention):
 
     @staticmethod
     def attend(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool,
+        q_BSHD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        causal: bool,
         plan: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         k_BKTD, v_BKTD = _with_tokens(k_BKTD, v_BKTD, lengths_B)
         whole = causal and k_BKTD.shape[2] == q_BSHD.shape[1]  # nothing before them: a plain causal mask will do
         out_BHSD = F.scaled_dot_product_attention(
-            q_BSHD.transpose(1, 2), k_BKTD, v_BKTD,
-            attn_mask=None if whole else _mask(q_BSHD, k_BKTD, lengths_B, causal), is_causal=whole, enable_gqa=True,
-        )  # fmt: skip
+            q_BSHD.transpose(1, 2),
+            k_BKTD,
+            v_BKTD,
+            attn_mask=None if whole else _mask(q_BSHD, k_BKTD, lengths_B, causal),
+            is_causal=whole,
+            enable_gqa=True,
+        )
         return out_BHSD.transpose(1, 2).contiguous()
 
     @staticmethod

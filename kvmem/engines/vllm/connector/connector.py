@@ -9,12 +9,12 @@ import torch
 import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
-from kvmem.backends.vllm_connector import FINGERPRINT, FOLDER, HOST_BYTES
-from kvmem.backends.vllm_connector.moving import Moving
-from kvmem.backends.vllm_connector.pinning import Pinning
-from kvmem.backends.vllm_connector.scheduling import Scheduling, Transfers
+from kvmem.cache import ModelFingerprint
+from kvmem.engines.vllm.connector.block_pins import Pinning
+from kvmem.engines.vllm.connector.protocol import FINGERPRINT, FOLDER, HOST_BYTES
+from kvmem.engines.vllm.connector.scheduler_side import Scheduling, Transfers
+from kvmem.engines.vllm.connector.worker_side import Moving
 from kvmem.errors import EngineError
-from kvmem.fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

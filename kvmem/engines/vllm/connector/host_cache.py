@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvmem import dynamic_cache
-from kvmem.backends.vllm_connector.scheduling import file_path
+from kvmem.cache import ModelFingerprint, dynamic_cache
+from kvmem.engines.vllm.connector.scheduler_side import file_path
 from kvmem.errors import StorageError
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.storage.safetensors_file import SafetensorsFile
+from kvmem.storage import SafetensorsFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -5,7 +5,7 @@ through `SamplingParams(extra_args={"kv_transfer_params": {…}})` with the keys
 `kv_transfer_params` carry a report of what was really reused. Files are named, not pathed: they lie in one folder.
 """
 
-CONNECTOR_MODULE = "kvmem.backends.vllm_connector.connector"
+CONNECTOR_MODULE = "kvmem.engines.vllm.connector.connector"
 CONNECTOR_CLASS = "KVMemConnector"
 
 LOAD = "kvmem_load"

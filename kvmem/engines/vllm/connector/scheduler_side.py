@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 from vllm.v1.request import RequestStatus
 
-from kvmem.backends.vllm_connector import ITEM, LOAD, PIN, REPORT, REPORT_TO, SAVE, UNPIN, report_name
-from kvmem.backends.vllm_connector.pinning import Pinning
+from kvmem.engines.vllm.connector.block_pins import Pinning
+from kvmem.engines.vllm.connector.protocol import ITEM, LOAD, PIN, REPORT, REPORT_TO, SAVE, UNPIN, report_name
 from kvmem.errors import StorageError
 from kvmem.prompt import common_prefix
-from kvmem.storage.safetensors_file import read_token_ids
+from kvmem.storage import read_token_ids
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

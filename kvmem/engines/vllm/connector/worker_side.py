@@ -10,16 +10,13 @@ import pydantic
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from kvmem import dynamic_cache
-from kvmem.backends.vllm_connector import part_name
-from kvmem.backends.vllm_connector.host_files import HostFiles
-from kvmem.backends.vllm_connector.layouts import Layout, layout_for
-from kvmem.backends.vllm_connector.scheduling import Failures, Transfer, Transfers, file_path
+from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
+from kvmem.engines.vllm.connector.block_layouts import Layout, layout_for
+from kvmem.engines.vllm.connector.host_cache import HostFiles
+from kvmem.engines.vllm.connector.protocol import part_name
+from kvmem.engines.vllm.connector.scheduler_side import Failures, Transfer, Transfers, file_path
 from kvmem.errors import FingerprintError, StorageError
-from kvmem.fingerprint import ModelFingerprint
-from kvmem.items import KVCacheItem
-from kvmem.storage.manifest import ItemManifest
-from kvmem.storage.safetensors_file import SafetensorsFile
+from kvmem.storage import ItemManifest, SafetensorsFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,7 +54,13 @@ class Moving:
         mixed = self.vllm_config.compilation_config.cudagraph_mode.mixed_mode()
         self.layer_by_layer = mixed.name != "FULL" and self.vllm_config.speculative_config is None
         self.files = HostFiles(
-            self.folder, self.fingerprint, self.model_config, self.rank, self.ranks, cache.dtype, on_gpu,
+            self.folder,
+            self.fingerprint,
+            self.model_config,
+            self.rank,
+            self.ranks,
+            cache.dtype,
+            on_gpu,
             self.host_bytes,
         )
 

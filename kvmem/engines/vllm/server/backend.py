@@ -13,23 +13,20 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvmem import dynamic_cache, models
-from kvmem.backends import Backend
-from kvmem.backends.lent_file import FileStore, LentFile, salt_of, split_behind
-from kvmem.backends.sampling import Sampling, check_asked
-from kvmem.backends.server_card import ServerCard, of_a_served_model
-from kvmem.backends.streaming import Token, as_text
-from kvmem.backends.vllm_answer import EngineAnswer, verified
-from kvmem.backends.vllm_build import BUILD_TOKENS, announced, not_saved
-from kvmem.backends.vllm_config import Ask, VLLMGeneration
-from kvmem.backends.vllm_connector import ITEM, LOAD, REPORT_TO, SAVE, report_name
-from kvmem.backends.vllm_prefixes import Prefixes
-from kvmem.backends.vllm_server_client import START, Chunk, ServerClient, ServerRequest
-from kvmem.backends.vllm_server_config import StreamTTFT, VLLMServerConfig
-from kvmem.backends.vllm_server_probe import check_tokens_and_counts
+from kvmem.cache import KVCacheItem, Source, TextualMemoryItem, dynamic_cache
+from kvmem.engines.base import Backend, FileHandle
+from kvmem.engines.generation import Sampling, Token, as_text, check_asked
+from kvmem.engines.vllm.config import Ask, VLLMGeneration
+from kvmem.engines.vllm.connector import ITEM, LOAD, REPORT_TO, SAVE, report_name
+from kvmem.engines.vllm.memory_files import FileStore, salt_of, split_behind
+from kvmem.engines.vllm.requests import BUILD_TOKENS, EngineAnswer, announced, not_saved, verified
+from kvmem.engines.vllm.server.card import ServerCard, of_a_served_model
+from kvmem.engines.vllm.server.client import START, Chunk, ServerClient, ServerRequest, check_tokens_and_counts
+from kvmem.engines.vllm.server.config import StreamTTFT, VLLMServerConfig
+from kvmem.engines.vllm.server.prefixes import Prefixes
 from kvmem.errors import EngineError, KVMemError, MergeError, PromptError, ServerError
-from kvmem.items import KVCacheItem, Source, TextualMemoryItem
 from kvmem.merge import MergeStrategy, merged_tokens
+from kvmem.models import loading
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
 
 
@@ -46,7 +43,7 @@ class VLLMServerBackend(Backend):
         store = Path(config.store_dir) if config.store_dir else None
         self.card = ServerCard.read(store) if store else None
         self.store = FileStore(shared=store) if store else None
-        self.tokenizer = models.load_tokenizer(
+        self.tokenizer = loading.load_tokenizer(
             config.tokenizer_name_or_path or (self.card.model if self.card else config.model)
         )
         self.template = PromptTemplate(self.tokenizer, template)
@@ -94,44 +91,48 @@ class VLLMServerBackend(Backend):
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
         return item
 
-    def warm_up(self, memory: KVCacheItem | LentFile | Source, cache_salt: str | None = None) -> int:
+    def warm_up(self, memory: KVCacheItem | FileHandle | Source, cache_salt: str | None = None) -> int:
         """Prefills a memory into the server's own prefix cache, for one tenant; how many tokens (whole blocks) that
         spares each later request there, by the server's own count. Needed again after an eviction or a restart."""
         if isinstance(memory, KVCacheItem):
             tokens = memory.metadata.tokens
         else:
-            tokens = memory.tokens if isinstance(memory, LentFile) else self.template.memory_tokens(memory)
+            tokens = memory.tokens if isinstance(memory, FileHandle) else self.template.memory_tokens(memory)
         self._check_length(len(tokens.token_ids), 1)
         salt = cache_salt or self.config.cache_salt
         self.prefixes.warm_up(tokens.token_ids, salt)
         return self.prefixes.held[tokens.token_ids, salt]
 
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> LentFile:
+    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> FileHandle:
         """One item's file or prefix; an exact merge as a joined prefix, which the server then holds; any other as KV,
         built on this machine."""
         if len(items) == 1:
-            return self.store.lend(items[0]) if self.store else LentFile(items[0].metadata.tokens, None)
+            return self.store.lend(items[0]) if self.store else FileHandle(items[0].metadata.tokens, None)
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids), 1)
         if merge.exact:
             self.prefixes.warm_up(tokens.token_ids, self.config.cache_salt)
-            return LentFile(tokens, None)
+            return FileHandle(tokens, None)
         if self.store is None:
             raise MergeError(
                 f"{merge.name} needs tensors; item {items[0].kv_cache_id} is a prefix on a server. Use merge=Reprefill."
             )
         return self.store.lend_merged(items, tokens, separator_ids, merge, self._merge_model)
 
-    def split(self, query: Query, kv_cache: LentFile | None = None) -> TokenizedPrompt:
+    def split(self, query: Query, kv_cache: FileHandle | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the window."""
         prompt = split_behind(self.template, query, kv_cache)
         self._check_length(len(prompt.ids), 1)
         return prompt
 
     def generate(
-        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
-        sampling: Sampling | None = None, cache_salt: str | None = None,
+        self,
+        query: Query,
+        kv_cache: FileHandle | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """An answer to `query` behind a memory, or behind nothing. Raises InjectionError where the memory was not what
         spared the server its tokens."""
@@ -151,15 +152,22 @@ class VLLMServerBackend(Backend):
             return list(threads.map(answer, asks))
 
     def answer_prompt(
-        self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 1,
+        self,
+        prompt: TokenizedPrompt,
+        kv_cache: FileHandle | None = None,
+        max_new_tokens: int = 1,
         cache_salt: str | None = None,
     ) -> VLLMGeneration:
         """Greedy tokens from token ids, past end tokens."""
         return self._answer(prompt, Ask("", kv_cache, max_new_tokens, cache_salt=cache_salt), past_end=True)
 
     def stream(
-        self, query: Query, kv_cache: LentFile | None = None, max_new_tokens: int = 128,
-        sampling: Sampling | None = None, cache_salt: str | None = None,
+        self,
+        query: Query,
+        kv_cache: FileHandle | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        cache_salt: str | None = None,
     ) -> Iterator[Token]:
         """The same answer as `generate`, token by token as it is made, and verified at its end."""
         prompt = self.split(query, kv_cache)
@@ -177,7 +185,10 @@ class VLLMServerBackend(Backend):
         return as_text(token_ids(), self._text, max_new_tokens)
 
     def ttft(
-        self, prompt: TokenizedPrompt, kv_cache: LentFile | None = None, max_new_tokens: int = 4,
+        self,
+        prompt: TokenizedPrompt,
+        kv_cache: FileHandle | None = None,
+        max_new_tokens: int = 4,
         cache_salt: str | None = None,
     ) -> StreamTTFT:
         """Times of a streamed greedy answer past end tokens: to the first chunk, and to the first text that is any."""
@@ -229,7 +240,7 @@ class VLLMServerBackend(Backend):
         """The same weights in transformers, for merges that are not a prefix; loaded at first need."""
         assert self.card is not None
         dtype: torch.dtype = getattr(torch, self.fingerprint.dtype)
-        return models.load(self.card.model, self.device, dtype).model
+        return loading.load(self.card.model, self.device, dtype).model
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)

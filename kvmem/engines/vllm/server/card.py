@@ -9,8 +9,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from kvmem.cache import ModelFingerprint, hash_tokenizer, sha256
 from kvmem.errors import FingerprintError, ServerError
-from kvmem.fingerprint import ModelFingerprint, hash_tokenizer, sha256
 
 CARD_NAME = "kvmem_server.json"
 
@@ -42,7 +42,7 @@ class ServerCard(BaseModel):
         except (OSError, pydantic.ValidationError) as error:
             raise ServerError(
                 f"{path} can't be read ({error}). Give as store_dir the folder that the server was started with, "
-                "python -m kvmem.backends.vllm_serve --store FOLDER, or none: memories are then prefixes on the server."
+                "python -m kvmem.engines.vllm.server.serve --store FOLDER, or none: memories are then prefixes on the server."
             ) from error
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -64,6 +64,15 @@ def of_a_served_model(server: str, model: str, tokenizer: PreTrainedTokenizerBas
     to no model's that is loaded: a memory of one is a prefix of ids, and holds no tensors for the other."""
     hashes = hash_tokenizer(tokenizer)
     return ModelFingerprint(
-        architecture="served", dtype="unknown", layers=0, kv_heads=0, head_dim=0, rope={}, config="unknown",
-        weights=sha256(model), tokenizer=hashes["tokenizer"], template=hashes["template"], origin=server,
-    )  # fmt: skip
+        architecture="served",
+        dtype="unknown",
+        layers=0,
+        kv_heads=0,
+        head_dim=0,
+        rope={},
+        config="unknown",
+        weights=sha256(model),
+        tokenizer=hashes["tokenizer"],
+        template=hashes["template"],
+        origin=server,
+    )

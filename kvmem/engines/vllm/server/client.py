@@ -6,22 +6,25 @@ import importlib.util
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmem.backends.sampling import Sampling
-from kvmem.backends.vllm_answer import EngineAnswer
-from kvmem.backends.vllm_connector import REPORT
-from kvmem.backends.vllm_server_config import VLLMServerConfig
-from kvmem.errors import ConfigError, EngineError, InjectionError, ServerError, did_you_mean
+from transformers import PreTrainedTokenizerBase
+
+from kvmem.engines.generation import Sampling
+from kvmem.engines.vllm.connector import REPORT
+from kvmem.engines.vllm.requests import EngineAnswer
+from kvmem.engines.vllm.server.config import VLLMServerConfig
+from kvmem.errors import ConfigError, EngineError, FingerprintError, InjectionError, ServerError, did_you_mean
 
 if TYPE_CHECKING:
     from openai.types import Completion
 
-START = "python -m kvmem.backends.vllm_serve"
+START = "python -m kvmem.engines.vllm.server.serve"
 
 
 @dataclass(frozen=True)
@@ -104,18 +107,22 @@ class ServerClient:
         choice = completion.choices[0]
         transfer = _extra(completion, "kv_transfer_params") or {}
         return EngineAnswer(
-            tuple(self._told(choice, "token_ids")), choice.finish_reason, self.counted(completion.usage),
+            tuple(self._told(choice, "token_ids")),
+            choice.finish_reason,
+            self.counted(completion.usage),
             transfer.get(REPORT),
-        )  # fmt: skip
+        )
 
     def stream(self, request: ServerRequest) -> Iterator[Chunk]:
         """The answer in pieces. Closing the iterator ends the request on the server."""
         started = time.perf_counter()
         with self._named_errors("first_token_timeout_s"):
             stream = self.openai.completions.create(
-                **self._body(request), stream=True, stream_options={"include_usage": True},
+                **self._body(request),
+                stream=True,
+                stream_options={"include_usage": True},
                 timeout=self._timeout("first_token_timeout_s"),
-            )  # fmt: skip
+            )
         with stream, self._named_errors("first_token_timeout_s"):
             for piece in stream:
                 at_s = time.perf_counter() - started
@@ -162,11 +169,14 @@ class ServerClient:
     def _body(self, request: ServerRequest) -> dict[str, Any]:
         sampling = request.sampling
         more: dict[str, Any] = {
-            "top_k": sampling.top_k, "return_token_ids": True, "ignore_eos": request.past_end,
+            "top_k": sampling.top_k,
+            "return_token_ids": True,
+            "ignore_eos": request.past_end,
             "add_special_tokens": False,
             # Said, for a server takes what is not said from the model's generation_config.json.
-            "repetition_penalty": 1.0, "min_p": 0.0,
-        }  # fmt: skip
+            "repetition_penalty": 1.0,
+            "min_p": 0.0,
+        }
         if request.salt:
             more["cache_salt"] = request.salt
         if request.transfer:
@@ -174,9 +184,14 @@ class ServerClient:
         return {
             "model": self.config.model,
             "prompt": request.prompt if isinstance(request.prompt, str) else list(request.prompt),
-            "max_tokens": request.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": sampling.seed, "extra_body": more,
-        }  # fmt: skip
+            "max_tokens": request.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": sampling.seed,
+            "extra_body": more,
+        }
 
     def _timeout(self, knob: str) -> Any:
         from openai import Timeout
@@ -232,3 +247,21 @@ class ServerClient:
 def _extra(answer: Any, name: str) -> Any:
     """A field that vLLM adds to OpenAI's, or None."""
     return (answer.model_extra or {}).get(name)
+
+
+PROBE = "A text of letters, digits 1234567890, (signs) and ünïcödé: which tokens is it?\n"
+TOKENS = 300
+"""More than a block of any engine, so that sending it twice is a hit."""
+
+
+def check_tokens_and_counts(client: ServerClient, tokenizer: PreTrainedTokenizerBase, window: int) -> None:
+    """Raises FingerprintError if the server's tokens are not ours, and ServerError if it hides its counts."""
+    ours = tuple(tokenizer(PROBE, add_special_tokens=False).input_ids)
+    if ours != client.prompt_ids(PROBE):
+        raise FingerprintError(
+            f"{client.name} has another tokenizer than {tokenizer.name_or_path}. Name the model's own as "
+            "tokenizer_name_or_path."
+        )
+    if client.leaves_out_zero:
+        many = (ours * (TOKENS // len(ours) + 1))[: window // 2]
+        client.check_hit_is_told(many, str(uuid.uuid4()))

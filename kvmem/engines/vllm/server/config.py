@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kvmem import models
-from kvmem.backends.vllm_config import VLLMGeneration
+from kvmem.engines.vllm.config import VLLMGeneration
+from kvmem.models import loading
 
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
@@ -20,7 +20,7 @@ class VLLMServerConfig:
 
     base_url: str = "http://localhost:8000/v1"
     """Where its OpenAI API begins."""
-    model: str = models.PACKAGED
+    model: str = loading.PACKAGED
     """The name that the server serves it by."""
     api_key_env: str | None = None
     """The environment variable that holds the key; None: the server asks for none."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from kvmem.backends.lent_file import LentFile
-from kvmem.backends.vllm_config import VLLMGeneration
-from kvmem.backends.vllm_server_client import ServerClient, ServerRequest
+from kvmem.engines.base import FileHandle
+from kvmem.engines.vllm.config import VLLMGeneration
+from kvmem.engines.vllm.server.client import ServerClient, ServerRequest
 from kvmem.errors import InjectionError
 from kvmem.prompt import TokenizedPrompt
 
@@ -32,7 +32,7 @@ class Prefixes:
         self.held[token_ids, salt] = self.client.complete(request).cached_tokens
         return build_s
 
-    def check_warm(self, lent: LentFile, salt: str | None) -> None:
+    def check_warm(self, lent: FileHandle, salt: str | None) -> None:
         """Raises InjectionError for a prefix that this client has not warmed up for this tenant."""
         if lent.file is None and (lent.tokens.token_ids, salt) not in self.held:
             tenant = f"the cache_salt {salt!r}" if salt else "requests without a cache_salt"
@@ -42,7 +42,11 @@ class Prefixes:
             )
 
     def verified(
-        self, answer: VLLMGeneration, prompt: TokenizedPrompt, lent: LentFile | None, salt: str | None,
+        self,
+        answer: VLLMGeneration,
+        prompt: TokenizedPrompt,
+        lent: FileHandle | None,
+        salt: str | None,
         may_recompute: bool,
     ) -> VLLMGeneration:
         """The answer, once the server's count says that it was spared what it held of a prefix; else InjectionError."""

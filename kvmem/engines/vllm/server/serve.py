@@ -1,6 +1,6 @@
 """Starts vLLM's own OpenAI server, set up for `backend: vllm_server`.
 
-    python -m kvmem.backends.vllm_serve --model smollm2-135m --store memories -- --port 8000 --max-model-len 4096
+    python -m kvmem.engines.vllm.server.serve --model smollm2-135m --store memories -- --port 8000 --max-model-len 4096
 
 With --store the server runs our KV connector: memories are files in that folder, which clients must see too. Without,
 memories are prefixes in the server's own cache. What stands behind `--` goes to `vllm serve` as it is.
@@ -18,15 +18,15 @@ from pathlib import Path
 import pydantic
 import torch
 
-from kvmem import models
-from kvmem.backends import vllm_start
-from kvmem.backends.server_card import ServerCard
-from kvmem.backends.vllm_config import VLLMConfig
-from kvmem.backends.vllm_model import described, dtype_of
+from kvmem.cache import fingerprint
+from kvmem.engines.vllm import launch
+from kvmem.engines.vllm.config import VLLMConfig
+from kvmem.engines.vllm.launch import described, dtype_of
+from kvmem.engines.vllm.server.card import ServerCard
 from kvmem.errors import KVMemError, config_error
-from kvmem.fingerprint import fingerprint
+from kvmem.models import loading
 
-CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(int(vllm_start.CPU_KV_CACHE_GIB * 2**30)))
+CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(int(launch.CPU_KV_CACHE_GIB * 2**30)))
 """Where there is no GPU: compiling takes minutes there, and vLLM's own choice of memory is half the machine's."""
 
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     at = given.index("--") if "--" in given else len(given)
     options = _parser().parse_args(given[:at])
     try:
-        vllm_start.check_installed()
+        launch.check_installed()
         command = serve_command(options, given[at + 1 :])
     except pydantic.ValidationError as error:
         raise SystemExit(str(config_error("vllm_serve", error, ()))) from error
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"vllm_serve: {error}") from error
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if options.tensor_parallel_size > 1 and not torch.cuda.is_available():
-        cores = vllm_start.cores_by_rank(options.tensor_parallel_size)
+        cores = launch.cores_by_rank(options.tensor_parallel_size)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
     # What `vllm serve` runs, by its module: the script does not look for kvmem in the current folder, and in the CPU
     # build it fails, for the package is of another name there.
@@ -57,7 +57,7 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
     """The server's arguments. The model's folder is made where it needs one, and the store's card is written."""
     config = VLLMConfig(model_name_or_path=given.model, dtype=given.dtype, seed=given.seed, random_weights="saved")
     loaded = described(config, dtype_of(config))
-    folder = models.engine_folder(given.model, loaded)
+    folder = loading.engine_folder(given.model, loaded)
     command = ["--model", folder, "--served-model-name", given.served_model_name or given.model]
     command += ["--dtype", str(loaded.model.dtype).removeprefix("torch.")]
     command += ["--tensor-parallel-size", str(given.tensor_parallel_size), "--enable-prompt-tokens-details"]
@@ -72,17 +72,17 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
         card.write(store)
         # No asynchronous scheduling: see vllm_start.
         command += ["--no-async-scheduling", "--kv-transfer-config"]
-        command.append(json.dumps(vllm_start.transfer_config(store, ours)))
+        command.append(json.dumps(launch.transfer_config(store, ours)))
     return [*command, *for_vllm]  # last, for the last of two values counts
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m kvmem.backends.vllm_serve",
+        prog="python -m kvmem.engines.vllm.server.serve",
         usage="%(prog)s [options] [-- FLAGS OF vllm serve]",
         description="Starts vLLM's OpenAI server for the backend vllm_server.",
     )
-    parser.add_argument("--model", default=models.PACKAGED, help="hub name, folder, smollm2-135m or random:<shape>")
+    parser.add_argument("--model", default=loading.PACKAGED, help="hub name, folder, smollm2-135m or random:<shape>")
     parser.add_argument("--served-model-name", help="what clients call it; as --model if not given")
     parser.add_argument("--store", type=Path, help="folder of memory files, shared with clients; made if it is missing")
     parser.add_argument("--dtype", default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")

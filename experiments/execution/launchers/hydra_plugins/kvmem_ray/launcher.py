@@ -12,7 +12,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from experiments.launchers.jobs import JobDied, PatientLauncher, asked_of_one_node, knobs, there
+from experiments.execution.launchers.jobs import JobDied, PatientLauncher, asked_of_one_node, knobs, there
 from kvmem.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -11,13 +11,21 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 from omegaconf import DictConfig
 
-from experiments.launchers.jobs import JobDied, PatientLauncher, asked_of_one_node, knobs
+from experiments.execution.launchers.jobs import JobDied, PatientLauncher, asked_of_one_node, knobs
 
 if TYPE_CHECKING:
     from submitit import SlurmJob
 
-ON_ANY_CLUSTER = {"timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name",
-                  "stderr_to_stdout"}  # fmt: skip
+ON_ANY_CLUSTER = {
+    "timeout_min",
+    "cpus_per_task",
+    "gpus_per_node",
+    "tasks_per_node",
+    "mem_gb",
+    "nodes",
+    "name",
+    "stderr_to_stdout",
+}
 """submitit's parameters without a prefix; the others are Slurm's."""
 
 

@@ -1,0 +1,91 @@
+"""What is measured and on what: the part of a run's configuration that every scenario needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from experiments.hardware import Hardware
+from experiments.workloads import Workload
+from kvmem import storage
+from kvmem.engines import BackendConfig
+from kvmem.errors import ConfigError, did_you_mean
+from kvmem.merge import MergeStrategy
+from kvmem.models import loading
+from kvmem.prompt import TemplateKind
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class ModelCard:
+    """A model and where its weights come from: `pretrained` (a hub or the packaged copy) or `random` (seeded)."""
+
+    label: str
+    """Its name in tables, as published: "Qwen3-8B"."""
+    name: str | None = None
+    """A hub name, a local folder, or smollm2-135m; None: there is none but its shape."""
+    shape: str | None = None
+    """The shape (kvmem/shapes/<shape>.json) that random weights are made of."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    seed: int = 0
+    """Seed of random weights."""
+
+    def __post_init__(self) -> None:
+        self.source()
+        if self.shape is not None and self.shape not in loading.shapes():
+            raise ConfigError(f"Unknown shape {self.shape!r}. {did_you_mean(self.shape, loading.shapes())}")
+
+    def source(self) -> str:
+        """The library's `model_name_or_path`."""
+        if self.weights == "random":
+            if self.shape is None:
+                raise ConfigError(f"{self.label} has no shape to make random weights of. Use model.weights=pretrained.")
+            return loading.RANDOM + self.shape
+        if self.name is None:
+            raise ConfigError(
+                f"{self.label} is a shape without trained weights. Use model.weights=random, or set model.name."
+            )
+        return self.name
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class StorageCard:
+    """The file that a memory is dumped to; its suffix is the format."""
+
+    memory_filename: str = "activation_memory.safetensors"
+
+    def __post_init__(self) -> None:
+        storage.for_filename(self.memory_filename)
+
+
+@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True), kw_only=True)
+class Setup:
+    """What is measured, on which engine and machine: the part of a run's configuration that scenarios read."""
+
+    model: ModelCard
+    backend: BackendConfig
+    hardware: Hardware
+    merge: MergeStrategy
+    storage: StorageCard
+    workload: Workload
+    template: TemplateKind = "chat"
+    separator: str = "\n\n"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """The model card names the model, and the layout the ranks; the backend card, which is the library's own, takes
+        them from there."""
+        given = {"model_name_or_path": (loading.PACKAGED, self.model.source()), "seed": (0, self.model.seed)}
+        knobs = {field.name for field in dataclasses.fields(self.backend)}  # type: ignore[arg-type]
+        for knob, (default, chosen) in given.items():
+            if knob in knobs and getattr(self.backend, knob) not in (default, chosen):
+                raise ConfigError(
+                    "backend.model_name_or_path and backend.seed come from the model card. "
+                    "Set model.name and model.seed instead."
+                )
+        taken = {knob: chosen for knob, (_, chosen) in given.items() if knob in knobs}
+        if getattr(self.backend, "tensor_parallel_size", None) == 1 and self.hardware.is_here():
+            taken["tensor_parallel_size"] = self.hardware.tensor_parallel
+        self.backend = dataclasses.replace(self.backend, **taken)  # type: ignore[type-var]

@@ -1,0 +1,1 @@
+"""Where the jobs of a sweep run: Hydra launchers for Slurm and Ray."""

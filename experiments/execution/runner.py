@@ -1,0 +1,156 @@
+"""Measures the cells of one run and leaves its rows, tables, plots and report in the run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from experiments.bench import Bench
+from experiments.config import RunConfig
+from experiments.execution import checkpoint, progress
+from experiments.hardware import layout
+from experiments.measurement import agreed
+from experiments.reporting import findings, tables, write_report
+from experiments.results import Row, formatting
+from experiments.sinks import JSONL, Sink
+
+log = logging.getLogger("experiments")
+
+
+WRONG_COMMAND, NOT_ALL_VALID = 2, 1
+
+
+ROWS_IN_A_LOG_LINE = 4
+
+
+WAYS_OUT_OF_A_FULL_GPU = (
+    "Use a smaller model or a layout of more GPUs, or leave an engine less (backend.gpu_memory_utilization, "
+    "backend.buffers)."
+)
+
+
+class JobFailed(Exception):
+    """A job that has told why it failed; `exit_status` is the process's."""
+
+    def __init__(self, exit_status: int, reason: str) -> None:
+        super().__init__(exit_status, reason)
+        self.exit_status = exit_status
+
+
+def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str] = ()) -> list[Row]:
+    """Measures every cell of `config`, and leaves rows, tables, plots and report in `run_dir`. Returns the rows.
+
+    A cell that raises becomes a failed row, and the others go on. Rows are written as they come; where the folder holds
+    finished cells of the same configuration, they are not measured again.
+    """
+    with checkpoint.opened(run_dir, resolved) as done:
+        rows = done.kept()
+        if done.finished:
+            log.info("%s was finished before", run_dir)
+        else:
+            _write_conditions(config, run_dir, resolved, overrides)
+            _go_on(config, run_dir, resolved, done, rows)
+    return rows
+
+
+def _go_on(
+    config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: checkpoint.Ledger, rows: list[Row]
+) -> None:
+    """Measures the cells that are not done yet, and adds their rows to `rows`."""
+    sinks: list[Sink] = [JSONL(), config.sink]
+    for sink in sinks:
+        sink.check()
+    bench = config.scenario.open(config)
+    cells = named(config.scenario.cells(bench))
+    missing = {name: cell for name, cell in cells.items() if name not in done.cells}
+    agreed(list(missing))
+    if len(missing) < len(cells):
+        log.info("%d of %d cells were finished before", len(cells) - len(missing), len(cells))
+    with ExitStack() as closing:
+        for sink in sinks:
+            sink.open(run_dir, resolved, rows)
+            closing.callback(_close, sink, run_dir)
+        for name, cell in zip(missing, progress.over(list(missing.values())), strict=True):
+            found = measured(config, bench, cell)
+            for row in (replace(row, conditions=row.conditions | {"cell": name}) for row in found):
+                rows.append(row)
+                for sink in sinks:
+                    sink.write(row)
+            if agreed(all(row.status == "done" for row in found)):
+                done.finish(name)
+        done.finished = len(done.cells) == len(cells)
+        done.write()
+        write_report(run_dir)
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(tables.console_table(rows))
+        if answer := findings.answer(rows):
+            console.print(f"\n{answer}", markup=False, highlight=False)
+    for name in ("report.html", "table.md", "rows.jsonl"):
+        log.info("%s", run_dir / name)
+
+
+def problems(rows: Iterable[Row], exact: bool) -> list[str]:
+    """What makes a run end with status 1: a failed cell, an invalid verdict, a divergence where the merge is exact."""
+    found = []
+    for row in rows:
+        cell = f"{row.model} {row.scenario} {row.context_tokens}/{row.query_tokens}"
+        if row.status == "failed":
+            found.append(f"{cell}: failed: {row.error.strip().splitlines()[-1]}")
+        elif row.verdict == "invalid":
+            found.append(f"{cell}: invalid: {row.verdict_reason}")
+        elif row.equality == "diverged" and (exact or row.memories == 1) and not row.extra.get("lossy"):
+            found.append(f"{cell}: the injected arm's answer diverged from the prompt's")
+    return found
+
+
+def named(cells: Sequence[Any]) -> dict[str, Any]:
+    """The cells of a scenario by the names that a run's folder knows them by."""
+    return {f"{number} {cell.label}": cell for number, cell in enumerate(cells)}
+
+
+def measured(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
+    """The rows of one cell."""
+    started = time.perf_counter()
+    try:
+        rows = config.scenario.measure(bench, cell)
+        for row in rows:
+            row.to_json()  # a figure that is no number would end the run where the row is written
+    except Exception as error:  # whatever a cell raises is kept in its row, so that a long run keeps its other cells
+        log.error("%s failed: %s: %s", cell.label, type(error).__name__, error)
+        return [config.scenario.failed(bench, cell, traceback.format_exc())]
+    figures = "; ".join(map(_figures, rows)) if len(rows) <= ROWS_IN_A_LOG_LINE else formatting.plural(len(rows), "row")
+    log.info("%s: %s (%.1f s)", cell.label, figures, time.perf_counter() - started)
+    return rows
+
+
+def _figures(row: Row) -> str:
+    if row.kv_ttft_s is None or row.direct_ttft_s is None:
+        return row.verdict or row.status
+    ttft = f"TTFT {row.kv_ttft_s * 1e3:.1f} ms injected, {row.direct_ttft_s * 1e3:.1f} ms direct"
+    return ", ".join(part for part in (ttft, row.equality, row.verdict) if part)
+
+
+def _close(sink: Sink, run_dir: Path) -> None:
+    if line := sink.close(run_dir):
+        log.info("%s", line)
+
+
+def _write_conditions(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str]) -> None:
+    card = dataclasses.asdict(config.backend)  # type: ignore[call-overload]
+    resolved["backend"] |= card  # what it took from the model and the layout
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)), encoding="utf-8")
+    machine = dataclasses.asdict(layout.inspect())
+    environment = {"overrides": list(overrides), "machine": machine, "conditions": layout.conditions()}
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,46 @@
+"""Rows, the folder of a run, their wording, and the published figures."""
+
+from experiments.results.arms import DIRECT, GRAPH, INJECTION_COST
+from experiments.results.formatting import between
+from experiments.results.labels import (
+    GRADES,
+    Kind,
+    caption,
+    condition,
+    equality,
+    kind,
+    label,
+    shown_speedup,
+    summary,
+    varying,
+    verdict,
+)
+from experiments.results.row import Row
+from experiments.results.run_dir import ROWS_FILE, SWEEPS, Run, displayed_path, in_order, read_rows, read_run, runs_in
+
+__all__ = [
+    "DIRECT",
+    "GRADES",
+    "GRAPH",
+    "INJECTION_COST",
+    "ROWS_FILE",
+    "SWEEPS",
+    "Kind",
+    "Row",
+    "Run",
+    "between",
+    "caption",
+    "condition",
+    "displayed_path",
+    "equality",
+    "in_order",
+    "kind",
+    "label",
+    "read_rows",
+    "read_run",
+    "runs_in",
+    "shown_speedup",
+    "summary",
+    "varying",
+    "verdict",
+]

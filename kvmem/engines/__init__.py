@@ -1,0 +1,19 @@
+"""Engines: what builds memories from text and answers queries with them.
+
+`Backend` is the interface that `KVCacheMemory` works with. `huggingface` runs transformers, `graph` is the fast engine
+with CUDA graphs, and `vllm` drives vLLM in this process or as a server.
+"""
+
+from kvmem.engines.base import Backend, BackendConfig, FirstToken, Lent, MeasuredBackend, backend_class
+from kvmem.engines.generation import Generation, Sampling
+
+__all__ = [
+    "Backend",
+    "BackendConfig",
+    "FirstToken",
+    "Generation",
+    "Lent",
+    "MeasuredBackend",
+    "Sampling",
+    "backend_class",
+]
