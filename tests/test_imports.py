@@ -1,87 +1,171 @@
-"""Imports point one way, and each outside library is known to its own files alone."""
+"""Imports run one way, between packages and through their public faces; each outside library is known in one place."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the ground up: a room may import rooms of the floors below it. A new room gets its floor here.
-FLOORS = (
-    {"errors"},
-    {"discover", "random_weights"},
-    {"fingerprint"},
-    {"items", "cache_layers"},
-    {"dynamic_cache", "rope", "forward", "models"},
-    {"recompute"},
-    {"prompt", "merge", "storage", "usage", "graph", "arriving"},
-    {"unverified", "policies", "journal", "polite", "failures", "loads", "grouping"},
-    {"backends"},
-    {"config", "costs", "places"},
-    {"cold", "compressed"},
-    {"memory", "tiers", "planner"},
-    {"shelf"},
-    {"intake", "lending"},
-    {"scheduler"},
-)
-FLOOR_OF = {room: height for height, floor in enumerate(FLOORS) for room in floor}
+# From the ground up: a package may import packages of the floors below it. A new package gets its floor here.
+FLOORS = {
+    "kvmem": (
+        {"errors"},
+        {"cache", "models", "registry"},
+        {"merge", "prompt", "storage"},
+        {"engines"},
+        {"config", "tiers"},
+        {"memory"},
+        {"scheduler"},
+    ),
+    "experiments": (
+        {"hardware", "results", "traces"},
+        {"performance_model", "sinks", "workloads"},
+        {"measurement"},
+        {"baselines", "reporting"},
+        {"bench", "report"},
+        {"scenarios"},
+        {"config"},
+        {"execution"},
+        {"run"},
+        {"wandb_sweep"},
+    ),
+}
+FLOOR_OF = {
+    (top, package): height for top, floors in FLOORS.items() for height, floor in enumerate(floors) for package in floor
+}
 
 # Where what one cell raises becomes a failed row, with its traceback, and the other cells go on.
-CELL_BOUNDARY = {"experiments/run.py"}
+CELL_BOUNDARY = {"experiments/execution/runner.py"}
 
-FILES = sorted((ROOT / "kvmem").rglob("*.py"))
-ALL_FILES = FILES + sorted((ROOT / "experiments").rglob("*.py"))
+LIBRARY = sorted((ROOT / "kvmem").rglob("*.py"))
+ALL_FILES = LIBRARY + sorted((ROOT / "experiments").rglob("*.py"))
+FRONT_DOORS = {ROOT / "kvmem/__init__.py", ROOT / "experiments/__init__.py"}
+INSIDE = [path for path in ALL_FILES if path not in FRONT_DOORS]
 
 
-def imported(path: Path) -> set[str]:
-    """The full names of all modules that a file imports, wherever in it."""
-    names: set[str] = set()
+def imports(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of everything that a file imports, wherever in it; `import a.b` has the name ""."""
+    found: list[tuple[str, str]] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import hides its direction"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            assert node.level == 0 and node.module, f"{path}: a relative import hides its direction"
+            found += [(node.module, alias.name) for alias in node.names]
+    return found
 
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def room_of(module: str) -> str:
-    return module.split(".")[1]
+def package_of(path: Path) -> str:
+    """The package that a file belongs to, dotted: its folder."""
+    return ".".join(path.relative_to(ROOT).parent.parts)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p != ROOT / "kvmem/__init__.py"], ids=name_of)
-def test_a_room_imports_only_the_floors_below(path):
-    room = path.relative_to(ROOT / "kvmem").parts[0].removesuffix(".py")
-    assert room in FLOOR_OF, f"{room} has no floor yet: give it one in FLOORS"
-    for module in imported(path):
-        if not module.startswith("kvmem."):
+def is_package(module: str) -> bool:
+    return (ROOT / module.replace(".", "/") / "__init__.py").is_file()
+
+
+def room(module: str) -> tuple[str, str]:
+    """The top-level package and what below it a module belongs to: ("kvmem", "cache")."""
+    top, _, rest = module.partition(".")
+    return top, rest.partition(".")[0]
+
+
+def ours(path: Path) -> list[tuple[str, str]]:
+    """What a file imports of this repository; `from kvmem import x` counts as the module kvmem.x where there is one."""
+    found = []
+    for module, name in imports(path):
+        if module.split(".")[0] not in FLOORS:
             continue
-        other = room_of(module)
-        assert other in FLOOR_OF, f"{name_of(path)} imports {module} from the package's front door"
-        assert other == room or FLOOR_OF[other] < FLOOR_OF[room], f"{name_of(path)} imports {module}"
+        below = f"{module}.{name}"
+        is_module = is_package(below) or (ROOT / (below.replace(".", "/") + ".py")).is_file()
+        found.append((below, "") if is_module else (module, name))
+    return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", INSIDE, ids=name_of)
+def test_a_package_imports_only_the_floors_below(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    me = parts[0], parts[1]
+    assert me in FLOOR_OF, f"{'.'.join(me)} has no floor yet: give it one in FLOORS"
+    for module, name in ours(path):
+        other = room(module)
+        if other[0] == me[0] == "kvmem":
+            assert other[1], f"{name_of(path)} imports {name} from the library's front door"
+        if other[0] != me[0] or other == me or not other[1]:
+            continue
+        assert FLOOR_OF[other] < FLOOR_OF[me], f"{name_of(path)} imports {module}"
+
+
+def test_the_packages_by_floor_without_a_circle(capsys):
+    """Floors as the imports themselves give them; a circle would leave packages without one."""
+    for top in FLOORS:
+        below: dict[str, set[str]] = defaultdict(set)
+        for path in [path for path in INSIDE if path.relative_to(ROOT).parts[0] == top]:
+            me = path.relative_to(ROOT).with_suffix("").parts[1]
+            below[me] |= {other for first, other in map(room, (module for module, _ in ours(path))) if first == top}
+        left = {me: others - {me, ""} for me, others in below.items()}
+        height = 0
+        with capsys.disabled():
+            print(f"\n{top}, from the ground up:")
+            while left:
+                floor = sorted(me for me, others in left.items() if not others & left.keys())
+                assert floor, f"a circle among {sorted(left)}"
+                print(f"  {height}: {', '.join(floor)}")
+                left = {me: others for me, others in left.items() if me not in floor}
+                height += 1
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=name_of)
+def test_other_packages_are_imported_by_their_face(path):
+    me = package_of(path)
+    for module, name in ours(path):
+        package = module if is_package(module) else module.rpartition(".")[0]
+        within = me == package or me.startswith(package + ".")  # itself, or a package that it lies in
+        if within or package in FLOORS or not is_package(package):  # kvmem.errors is a face of its own
+            continue
+        assert is_package(module) or not name, f"{name_of(path)} imports {module}.{name} past the face of {package}"
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
+def test_no_private_name_is_used_from_outside(path):
+    for module, name in ours(path):
+        parts = [*module.split("."), name]
+        assert not any(part.startswith("_") for part in parts), f"{name_of(path)} imports {'.'.join(parts)}"
+
+
+@pytest.mark.parametrize("path", [p for p in ALL_FILES if p.name == "__init__.py"], ids=name_of)
+def test_a_package_says_what_it_is_for(path):
+    if "hydra_plugins" not in path.parts:
+        assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_the_library_knows_nothing_of_the_experiments(path):
-    outside = {module.split(".")[0] for module in imported(path)}
+    outside = {module.split(".")[0] for module, _ in imports(path)}
     assert not outside & {"experiments", "tests", "hydra", "omegaconf", "wandb", "rich", "matplotlib", "pandas"}
 
 
 @pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
 def test_an_engine_is_known_to_its_own_files_alone(path):
-    outside = {module.split(".")[0] for module in imported(path)}
-    assert "vllm" not in outside or "vllm" in path.parent.name + path.stem
-    assert "openai" not in outside or path.stem == "vllm_server_client"
+    outside = {module.split(".")[0] for module, _ in imports(path)}
+    name = name_of(path)
+    assert "vllm" not in outside or name.startswith(("kvmem/engines/vllm/", "experiments/baselines/vllm_"))
+    assert "openai" not in outside or name == "kvmem/engines/vllm/server/client.py"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem not in {"dynamic_cache", "cache_layers"}], ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [p for p in LIBRARY if name_of(p) not in {"kvmem/cache/dynamic_cache.py", "kvmem/cache/layers.py"}],
+    ids=name_of,
+)
 def test_no_other_file_reaches_inside_a_dynamic_cache(path):
     layers = {"keys", "values", "cumulative_length", "is_initialized"}
     tree = ast.parse(path.read_text())

@@ -4,10 +4,11 @@
 with CUDA graphs, and `vllm` drives vLLM in this process or as a server.
 """
 
-from kvmem.engines.base import Backend, BackendConfig, FirstToken, Lent, MeasuredBackend, backend_class
+from kvmem.engines.base import ENGINES, Backend, BackendConfig, FirstToken, Lent, MeasuredBackend, backend_class
 from kvmem.engines.generation import Generation, Sampling
 
 __all__ = [
+    "ENGINES",
     "Backend",
     "BackendConfig",
     "FirstToken",

@@ -4,7 +4,15 @@ Each strategy is a `MergeStrategy` that says whether it is exact. `Reprefill`, t
 one by its name, here or in an installed package (entry point group `kvmem.merge`).
 """
 
-from kvmem.merge.base import MergeStrategy, joined_tokens, merged_tokens, strategy
+from kvmem.merge.base import STRATEGIES, MergeStrategy, joined_tokens, merged_tokens, strategy
 from kvmem.merge.rope import FIXED_FREQUENCIES, HALF_ROTATION
 
-__all__ = ["FIXED_FREQUENCIES", "HALF_ROTATION", "MergeStrategy", "joined_tokens", "merged_tokens", "strategy"]
+__all__ = [
+    "FIXED_FREQUENCIES",
+    "HALF_ROTATION",
+    "STRATEGIES",
+    "MergeStrategy",
+    "joined_tokens",
+    "merged_tokens",
+    "strategy",
+]

@@ -5,8 +5,17 @@ before anything that it holds is used.
 """
 
 from kvmem.storage.atomic_write import replacing, write_all
-from kvmem.storage.base import Storage, for_filename
+from kvmem.storage.base import FORMATS, Storage, for_filename
 from kvmem.storage.manifest import ItemManifest
 from kvmem.storage.safetensors_file import SafetensorsFile, read_token_ids
 
-__all__ = ["ItemManifest", "SafetensorsFile", "Storage", "for_filename", "read_token_ids", "replacing", "write_all"]
+__all__ = [
+    "FORMATS",
+    "ItemManifest",
+    "SafetensorsFile",
+    "Storage",
+    "for_filename",
+    "read_token_ids",
+    "replacing",
+    "write_all",
+]

@@ -23,7 +23,7 @@ from kvmem.storage import manifest
 from kvmem.storage.atomic_write import replacing
 from tests.helpers import stored
 
-FORMATS = {cls().suffixes[0]: cls for cls in storage.discover.classes(storage, storage.Storage).values()}  # type: ignore[type-abstract]
+FORMATS = {cls().suffixes[0]: cls for cls in storage.FORMATS.classes().values()}
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FAR_PAST_THE_FILE = 1 << 40
 

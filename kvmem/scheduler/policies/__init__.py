@@ -3,8 +3,8 @@
 `policy(name)` finds one by its name, here or in an installed package (entry point group `kvmem.scheduler.policies`).
 """
 
-from kvmem.scheduler.policies.base import Policy, policy, policy_classes
+from kvmem.scheduler.policies.base import POLICIES, Policy, policy, policy_classes
 from kvmem.scheduler.policies.benefit_per_byte import BenefitPerByte
 from kvmem.scheduler.policies.oracle import Oracle
 
-__all__ = ["BenefitPerByte", "Oracle", "Policy", "policy", "policy_classes"]
+__all__ = ["POLICIES", "BenefitPerByte", "Oracle", "Policy", "policy", "policy_classes"]
