@@ -14,15 +14,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config import compose
-from experiments.execution import checkpoint, ranks, sweep
-from experiments.execution.runner import (
+from experiments.execution import (
     NOT_ALL_VALID,
     WAYS_OUT_OF_A_FULL_GPU,
     WRONG_COMMAND,
     JobFailed,
+    checkpoint,
     log,
     problems,
+    ranks,
     run,
+    sweep,
 )
 from experiments.reporting import write_joined
 from experiments.results import displayed_path, runs_in

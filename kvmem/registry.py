@@ -15,7 +15,7 @@ import pkgutil
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from kvmem.errors import ConfigError, did_you_mean
 
@@ -23,7 +23,7 @@ from kvmem.errors import ConfigError, did_you_mean
 class Named(Protocol):
     """A class with the name that configurations call it by."""
 
-    name: str
+    name: ClassVar[str]
 
 
 T = TypeVar("T", bound=Named)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from experiments import baselines
 from experiments.measurement import Sample, Trace, synchronize, ttft
-from experiments.results.arms import ALONE, DIRECT, DIRECT_EAGER, GRAPH, IN_PLACE
+from experiments.results import ALONE, DIRECT, DIRECT_EAGER, GRAPH, IN_PLACE
 from kvmem.cache import KVCacheItem
 from kvmem.engines import FirstToken, MeasuredBackend
 from kvmem.engines.graph import Engine, HFGraphBackend

@@ -1,1 +1,13 @@
 """Runs a configuration: cell by cell, with checkpoints, as a sweep, on several ranks or a cluster."""
+
+from experiments.execution.runner import (
+    NOT_ALL_VALID,
+    WAYS_OUT_OF_A_FULL_GPU,
+    WRONG_COMMAND,
+    JobFailed,
+    log,
+    problems,
+    run,
+)
+
+__all__ = ["NOT_ALL_VALID", "WAYS_OUT_OF_A_FULL_GPU", "WRONG_COMMAND", "JobFailed", "log", "problems", "run"]

@@ -20,10 +20,10 @@ class Resources:
     cores_per_node: int | None
 
 
-def resources(hardware: Hardware) -> Resources:
+def resources_of(hardware: Hardware) -> Resources:
     """Host memory: what the card states, else as much as the node's GPUs have, for weights pass through it.
 
-    >>> resources(Hardware(gpu="NVIDIA H800", gpus=4, tensor_parallel=4, memory_gb=80))
+    >>> resources_of(Hardware(gpu="NVIDIA H800", gpus=4, tensor_parallel=4, memory_gb=80))
     Resources(nodes=1, gpus_per_node=4, memory_gb=320.0, cores_per_node=16)
     """
     gpus = hardware.gpus // hardware.nodes

@@ -69,7 +69,7 @@ def halves(points: Sequence[Point], seed: int) -> tuple[list[Point], list[Point]
     return [p for p in points if p.cell in chosen], [p for p in points if p.cell not in chosen]
 
 
-def fit(points: Sequence[Point], seed: int = 0) -> Fit:
+def fit_engine(points: Sequence[Point], seed: int = 0) -> Fit:
     """Least squares of the logarithms over half of the cells; ConfigError for fewer than four cells."""
     fitted, held_out = halves(points, seed)
     if len({point.cell for point in points}) < 4:

@@ -56,7 +56,7 @@ class Fleet:
     """Of all replicas together, from the shared storage."""
 
 
-def fleet(
+def size_fleet(
     layout: Layout,
     engine: Engine,
     tier: Tier,

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from experiments.baselines import vllm_process
 from experiments.bench import Arm, Bench, built_once, compare, every_sample, injection_methods, ratio
 from experiments.measurement import ttft
-from experiments.results import Row, arms, between
+from experiments.results import ALONE, DIRECT, GRAPH, IN_PLACE, Row, between
 from experiments.scenarios.base import Scenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
@@ -93,7 +93,7 @@ class InjectionCost(Scenario):
         longest = max(cells, key=lambda cell: (cell.context_tokens, -cell.query_tokens))
         return [CostCell(cell, peer, cell is longest) for cell in cells]
 
-    def ttft(self, bench: Bench, cell: CostCell) -> list[Row]:
+    def measure(self, bench: Bench, cell: CostCell) -> list[Row]:
         assert isinstance(bench.backend, HFGraphBackend)
         item = built_once(bench, cell.cell.memories[0])
         found = injection_methods.ways(bench.backend, item, cell.cell.question)
@@ -138,7 +138,7 @@ class InjectionCost(Scenario):
             figures |= {"over_limit": figures["ttft_s"] / row.limit_s}
             figures |= ratio("over_fastest", seconds[name], seconds[best])
             if name == best:
-                figures["over_query_alone_s"] = figures["ttft_s"] - median(seconds[arms.ALONE])
+                figures["over_query_alone_s"] = figures["ttft_s"] - median(seconds[ALONE])
                 figures["place_s"] = _place_s(bench.backend, item)
             figures |= _beside(cell, name, best, figures["ttft_s"]) | every_sample("ttft", seconds[name])
             rows.append(_as_way(row, figures))
@@ -188,7 +188,7 @@ class InjectionCost(Scenario):
 
 def best_arm(backend: HFGraphBackend) -> str:
     """Our fastest way here."""
-    return arms.GRAPH if backend.engine.graph_up_to else arms.IN_PLACE
+    return GRAPH if backend.engine.graph_up_to else IN_PLACE
 
 
 def _row_without_memory(
@@ -248,7 +248,7 @@ def _place_s(backend: HFGraphBackend, item: KVCacheItem) -> float:
 def _beside(cell: CostCell, name: str, best: str, ttft_s: float) -> dict[str, float]:
     """vLLM's figures of this cell beside ours: the hit's beside the fastest way, the cold one's beside the direct."""
     peer = cell.peer and cell.peer.cell(cell.context_tokens, cell.query_tokens)
-    if not peer or name not in (best, arms.DIRECT):
+    if not peer or name not in (best, DIRECT):
         return {}
     theirs = peer.hit_all_s if name == best else peer.cold_all_s
     quartile = float(np.percentile(theirs, 25))
@@ -284,6 +284,6 @@ def answer(rows: Sequence[Row]) -> str:
     parts = [f"The fastest injected way takes {over} the least that this machine needs"]
     if beside := [row.extra["over_vllm_quartile"] for row in best if row.extra.get("over_vllm_quartile")]:
         parts.append(f"{between(beside, ' ×')} vLLM's prefix hit (its lower quartile)")
-    direct = [row.extra["over_fastest"] for row in rows if row.arm == arms.DIRECT]
+    direct = [row.extra["over_fastest"] for row in rows if row.arm == DIRECT]
     as_text = f"; the same memory as prompt text takes {between(direct, ' ×')} as long" if direct else ""
     return f"{', '.join(parts)}{as_text}."

@@ -39,7 +39,7 @@ class KVvsDirect(Scenario):
         setup = bench.setup
         return setup.workload.cells(bench.backend.template, setup.separator)
 
-    def ttft(self, bench: Bench, cell: Cell) -> list[Row]:
+    def measure(self, bench: Bench, cell: Cell) -> list[Row]:
         items = [built_once(bench, source) for source in cell.memories]
         bench.memory.add(items)
         try:

@@ -26,9 +26,9 @@ from experiments.performance_model import (
     Tier,
     break_even_tokens,
     described,
-    fit,
-    fleet,
+    fit_engine,
     points_of,
+    size_fleet,
 )
 from experiments.results import Row, published, read_run
 from experiments.results.published import PublishedRow
@@ -79,7 +79,7 @@ class Predict(Scenario):
     name: ClassVar[str] = "predict"
 
     def open(self, setup: Setup) -> Paper:  # type: ignore[override]
-        found = fit(list(self._points()), setup.seed) if self.fit_from else None
+        found = fit_engine(list(self._points()), setup.seed) if self.fit_from else None
         return Paper(setup, found.engine if found else Engine(), found)
 
     def cells(self, bench: Any) -> Sequence[Table]:
@@ -169,7 +169,7 @@ class Predict(Scenario):
 
     def _fleet(self, paper: Paper) -> Iterator[Row]:
         layout = self._plan_layout(paper)
-        needed = fleet(
+        needed = size_fleet(
             layout,
             paper.engine,
             self._tiers()[-1],

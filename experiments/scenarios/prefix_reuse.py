@@ -55,7 +55,7 @@ class PrefixReuse(Scenario):
         setup = bench.setup
         return setup.workload.cells(bench.backend.template, setup.separator)
 
-    def ttft(self, bench: Bench, cell: Cell) -> list[Row]:
+    def measure(self, bench: Bench, cell: Cell) -> list[Row]:
         item = built_once(bench, cell.memories[0])
         bench.memory.add(item)
         try:

@@ -65,7 +65,7 @@ class ReuseTrace(Scenario):
     """Budgets, as shares of the KV of all memories."""
     tick_every: int = Field(default=2, ge=1)
     """Uses between two ticks, each of which builds one memory at most."""
-    jsonl: str | None = None
+    trace_file: str | None = None
     """A trace of your own (JSON lines, see experiments/traces/jsonl.py) instead of the families."""
 
     name: ClassVar[str] = "reuse_trace"

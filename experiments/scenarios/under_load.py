@@ -86,7 +86,7 @@ class UnderLoad(Scenario):
         alone_s, whole_s = self._alone(bench, items[0])
         return [ArmCell(arm, self.memory_tokens, query_tokens, alone_s, whole_s) for arm in ARMS]
 
-    def ttft(self, bench: Bench, cell: ArmCell) -> list[Row]:
+    def measure(self, bench: Bench, cell: ArmCell) -> list[Row]:
         items = self._items(bench)
         goal_s = self.goal_ttft_s or 2 * cell.alone_s
         runs = []

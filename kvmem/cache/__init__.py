@@ -6,7 +6,7 @@ ones. `ModelFingerprint` says which model computed a cache.
 """
 
 from kvmem.cache.dynamic_cache import CacheView
-from kvmem.cache.fingerprint import ModelFingerprint, hash_tokenizer, sha256
+from kvmem.cache.fingerprint import ModelFingerprint, fingerprint_of, hash_tokenizer, sha256
 from kvmem.cache.items import (
     KVCacheItem,
     KVCacheMetadata,
@@ -29,6 +29,7 @@ __all__ = [
     "Source",
     "TextualMemoryItem",
     "TextualSource",
+    "fingerprint_of",
     "hash_tokenizer",
     "sha256",
 ]

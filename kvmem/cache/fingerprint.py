@@ -129,7 +129,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str) -> ModelFingerprint:
+def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str) -> ModelFingerprint:
     """The fingerprint of a loaded model with its tokenizer; `origin` says in words where the weights came from."""
     config = model.config
     fields = {k: v for k, v in config.to_dict().items() if k not in _WITHOUT_EFFECT}

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from kvmem.cache.fingerprint import ModelFingerprint, fingerprint
+from kvmem.cache.fingerprint import ModelFingerprint, fingerprint_of
 from kvmem.models.loading import Loaded, load
 from tests.helpers.tiny import CPU
 
@@ -18,7 +18,7 @@ def tiny_loaded() -> Loaded:
 
 
 def of(loaded: Loaded) -> ModelFingerprint:
-    return fingerprint(loaded.model, loaded.tokenizer, loaded.origin)
+    return fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
 
 
 def test_the_same_on_reload(tiny_loaded):

@@ -151,9 +151,9 @@ def asked_of_one_node(config: DictConfig) -> Resources:
     """What the job's layout asks of a node. Raises ConfigError for several: a job is one process."""
     from hydra.utils import instantiate
 
-    from experiments.hardware import resources
+    from experiments.hardware import resources_of
 
-    asked = resources(instantiate(config.hardware, _convert_="all"))
+    asked = resources_of(instantiate(config.hardware, _convert_="all"))
     if asked.nodes > 1:
         raise ConfigError(
             f"A job is one process on one node, and hardware={config.hardware.name} has {asked.nodes} nodes. Start "

@@ -19,7 +19,7 @@ from kvmem.cache import (
     TextualMemoryItem,
     TextualSource,
     dynamic_cache,
-    fingerprint,
+    fingerprint_of,
 )
 from kvmem.engines.base import FirstToken, GreedyAnswer, MeasuredBackend, check_lent
 from kvmem.engines.generation import Generation, Sampler, Sampling, Token, as_text, check_asked, told_of
@@ -40,7 +40,7 @@ class HFBackend(MeasuredBackend):
         self.model = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template)
-        self.fingerprint = fingerprint(loaded.model, loaded.tokenizer, loaded.origin)
+        self.fingerprint = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
         self.model_config = loaded.model.config
         self.device = self.compute_device = loaded.model.device
         self.dtype = loaded.model.dtype

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from kvmem.cache import KVCacheItem, Source, TextualMemoryItem, fingerprint
+from kvmem.cache import KVCacheItem, Source, TextualMemoryItem, fingerprint_of
 from kvmem.engines.base import FileHandle
 from kvmem.engines.generation import Sampling, Token, as_text, check_asked
 from kvmem.engines.vllm import benchmarking, launch
@@ -51,7 +51,7 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         self.folder = loading.engine_folder(config.model_name_or_path, loaded)
         self.tokenizer = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template)
-        self.fingerprint = fingerprint(loaded.model, loaded.tokenizer, loaded.origin)
+        self.fingerprint = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
         self.model_config = loaded.model.config
         self.device = torch.device("cpu")  # where loaded items lie; the engine takes them from files
         ends = loaded.model.generation_config.eos_token_id

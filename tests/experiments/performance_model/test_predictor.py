@@ -12,8 +12,8 @@ from experiments.config.compose import CONF, compose, validate
 from experiments.execution.runner import run
 from experiments.hardware.layout import CARDS, read_card
 from experiments.performance_model.calibration import datasheet
-from experiments.performance_model.fit import Fit, fit, points_of
-from experiments.performance_model.fleet import Tier, break_even_tokens, fleet, gain_s
+from experiments.performance_model.fit import Fit, fit_engine, points_of
+from experiments.performance_model.fleet import Tier, break_even_tokens, gain_s, size_fleet
 from experiments.performance_model.predictor import Engine, Layout, Prefill
 from experiments.performance_model.roofline import Roofline
 from experiments.results import published
@@ -33,7 +33,7 @@ def layout(model: str = "qwen3-8b", hardware: str = "h100") -> Layout:
 
 
 def fitted_on(name: str, seed: int = 0) -> Fit:
-    return fit(list(Predict(fit_from=[str(REFERENCE / name)])._points()), seed)
+    return fit_engine(list(Predict(fit_from=[str(REFERENCE / name)])._points()), seed)
 
 
 @pytest.mark.parametrize(("new", "cached"), [(167, 583), (953, 6064), (7017, 0), (1, 100_000)])
@@ -71,7 +71,7 @@ def test_a_fit_finds_the_engine_that_made_the_rows() -> None:
                     direct_ttft_s=times[1],
                 )
             )
-    found = fit([point for row in rows for point in points_of(row, layout())])
+    found = fit_engine([point for row in rows for point in points_of(row, layout())])
     assert len({point.cell for point in found.fitted}) == 5 and len({point.cell for point in found.held_out}) == 4
     assert max(map(abs, found.errors(found.held_out))) < 0.02
     assert found.engine.products == pytest.approx(0.6, rel=0.05)
@@ -105,7 +105,7 @@ def test_the_fast_engines_other_cells_are_predicted_within_15_percent() -> None:
 
 def test_a_fit_needs_cells_and_a_layout_with_rates() -> None:
     with pytest.raises(ConfigError, match="at least four measured cells"):
-        fit(points_of(ttft_row(kv_ttft_s=0.01, direct_ttft_s=0.02), layout()))
+        fit_engine(points_of(ttft_row(kv_ttft_s=0.01, direct_ttft_s=0.02), layout()))
     with pytest.raises(ConfigError, match="hardware 'local' states no rates"):
         fitted_on("default_smollm2_cpu")
 
@@ -123,8 +123,8 @@ def test_where_loading_begins_to_pay() -> None:
 def test_a_fleet_of_memories() -> None:
     knobs = dict(requests_per_s=100.0, memories=1000, memory_tokens=6064, query_tokens=167)
     far = Tier("network", 12.5, 1e-3)
-    half = fleet(layout(), ENGINE, far, local_share=0.5, **knobs)  # type: ignore[arg-type]
-    none = fleet(layout(), ENGINE, far, local_share=0.0, **knobs)  # type: ignore[arg-type]
+    half = size_fleet(layout(), ENGINE, far, local_share=0.5, **knobs)  # type: ignore[arg-type]
+    none = size_fleet(layout(), ENGINE, far, local_share=0.0, **knobs)  # type: ignore[arg-type]
     assert half.storage_tb == pytest.approx(
         1000 * 894_173_184 / 1e12, rel=0.01
     )  # the KV of a measured 6064-token memory

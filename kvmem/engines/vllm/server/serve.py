@@ -18,7 +18,7 @@ from pathlib import Path
 import pydantic
 import torch
 
-from kvmem.cache import fingerprint
+from kvmem.cache import fingerprint_of
 from kvmem.engines.vllm import launch
 from kvmem.engines.vllm.config import VLLMConfig
 from kvmem.engines.vllm.launch import described, dtype_of
@@ -65,7 +65,7 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
         command += CPU_FLAGS
     if given.store is not None:
         store = given.store.resolve()
-        ours = fingerprint(loaded.model, loaded.tokenizer, loaded.origin)
+        ours = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
         card = ServerCard(
             model=folder, fingerprint=ours, config=loaded.model.config.to_dict(), ranks=given.tensor_parallel_size
         )
