@@ -118,7 +118,7 @@ class KVCacheMemory:
             stored = f"Stored: {len(self._items)} items, see get_all()."
             raise UnknownMemoryError(" ".join([f"Not stored: {names}. {stored}", *self._of_texts(missing)]))
         items = [with_ids_from_text(self._items[memory_id], self.backend.template) for memory_id in ids]
-        return self.backend.lend(items, self.config.merge, self.config.separator)  # type: ignore[return-value]
+        return self.backend.view(items, self.config.merge, self.config.separator)  # type: ignore[return-value]
 
     def _of_texts(self, missing: Sequence[str]) -> list[str]:
         """Sentences on ids that are a text memory's, which its item does not share: an edited text may have several."""

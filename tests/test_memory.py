@@ -206,7 +206,7 @@ def test_delete_is_idempotent_and_says_how_many_went(stored):
     assert memory.delete_all() == 0 and memory.get_all() == []
 
 
-def test_a_lent_cache_outlives_its_item(stored, qwen3):
+def test_a_view_cache_outlives_its_item(stored, qwen3):
     memory, ids = stored
     expected = qwen3.generate("Why?", memory.get_cache(ids[0]), 8)
     cache = memory.get_cache(ids[0])

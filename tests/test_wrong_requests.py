@@ -13,7 +13,7 @@ from kvmem.engines.graph.backend import HFGraphBackend
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.vllm.memory_files import split_behind
 from kvmem.errors import ArgumentError, ConfigError, FingerprintError, PromptError
-from tests.helpers.tiny import kind, lent_by, loaded, memory_on, pairs
+from tests.helpers.tiny import kind, loaded, memory_on, pairs, view_by
 
 TEXT, OTHER = (text for text, _ in pairs(2, characters=300, seed=7))
 OTHER_FAMILIES = ["qwen2", "llama", "mistral"]  # another head size; more layers too; fewer heads, which would broadcast
@@ -32,7 +32,7 @@ def backend(request, qwen3, graph):
 
 @pytest.mark.parametrize("family_name", OTHER_FAMILIES)
 def test_a_cache_of_another_architecture_is_refused(stored, backend, tiny, family_name):
-    cache = lent_by(tiny(family_name), OTHER)
+    cache = view_by(tiny(family_name), OTHER)
     for answer in (backend.generate, backend.stream, backend.split):
         with pytest.raises(FingerprintError, match="lent by another model: architecture: Qwen3ForCausalLM here"):
             answer("Why?", cache)
@@ -40,7 +40,7 @@ def test_a_cache_of_another_architecture_is_refused(stored, backend, tiny, famil
 
 @pytest.mark.parametrize("family_name", OTHER_FAMILIES)
 def test_a_cache_of_another_shape_that_does_not_say_whose_it_is_is_refused(stored, backend, tiny, family_name):
-    cache = lent_by(tiny(family_name), OTHER)
+    cache = view_by(tiny(family_name), OTHER)
     cache.fingerprint = None
     with pytest.raises(FingerprintError, match=r"(layers|kv_heads|head_dim): \d+ here, \d+ there"):
         backend.generate("Why?", cache)
@@ -48,34 +48,34 @@ def test_a_cache_of_another_shape_that_does_not_say_whose_it_is_is_refused(store
 
 def test_a_cache_of_other_weights_of_the_same_shape_is_refused(stored, backend):
     with pytest.raises(FingerprintError, match="lent by another model: weights"):
-        backend.generate("Why?", lent_by(HFBackend(loaded("tiny", seed=1)), OTHER))
+        backend.generate("Why?", view_by(HFBackend(loaded("tiny", seed=1)), OTHER))
 
 
 def test_a_cache_of_the_same_model_in_another_backend_is_taken(qwen3, graph):
-    expected = qwen3.generate("Why?", lent_by(qwen3, OTHER), 8)
+    expected = qwen3.generate("Why?", view_by(qwen3, OTHER), 8)
     assert expected.cached_tokens > 0
-    assert graph.generate("Why?", lent_by(qwen3, OTHER), 8) == expected
-    assert qwen3.generate("Why?", lent_by(graph, OTHER), 8) == expected
+    assert graph.generate("Why?", view_by(qwen3, OTHER), 8) == expected
+    assert qwen3.generate("Why?", view_by(graph, OTHER), 8) == expected
 
 
-def test_another_models_item_is_not_lent(backend, tiny):
+def test_another_models_item_is_not_view(backend, tiny):
     item = memory_on(tiny("qwen2")).extract(OTHER)
     config = memory_on(backend).config
     with pytest.raises(FingerprintError, match=f"Item {item.kv_cache_id} was built by another model"):
-        backend.lend([item], config.merge, config.separator)
+        backend.view([item], config.merge, config.separator)
 
 
-def test_an_item_without_tensors_is_not_lent(qwen3):
+def test_an_item_without_tensors_is_not_view(qwen3):
     """A prefix on a server, say."""
     item = memory_on(qwen3).extract(OTHER)
     config = memory_on(qwen3).config
     bare = KVCacheItem(DynamicCache(), item.metadata)
     with pytest.raises(FingerprintError, match="A cache of 0 layers is none of this model's 2"):
-        qwen3.lend([bare], config.merge, config.separator)
+        qwen3.view([bare], config.merge, config.separator)
 
 
 @pytest.mark.parametrize("what", ["item", "its cache", "its id", "ids", "tuple", "a file"])
-def test_what_is_no_lent_cache(stored, backend, what):
+def test_what_is_no_view_cache(stored, backend, what):
     item = stored.get_all()[0]
     given = {
         "item": item,
@@ -86,13 +86,13 @@ def test_what_is_no_lent_cache(stored, backend, what):
         "a file": FileHandle(item.metadata.tokens, None),
     }[what]
     for answer in (backend.generate, backend.stream):
-        with pytest.raises(ArgumentError, match=r"A lent cache has to be LentCache, not .*get_cache"):
+        with pytest.raises(ArgumentError, match=r"A lent cache has to be CacheView, not .*get_cache"):
             answer("Why?", given)
 
 
 def test_what_vllm_can_not_inject(stored, qwen3):
     cache = stored.get_cache(stored.get_all()[0].kv_cache_id)
-    with pytest.raises(ArgumentError, match="What vLLM injects has to be LentFile, not LentCache"):
+    with pytest.raises(ArgumentError, match="What vLLM injects has to be FileHandle, not CacheView"):
         split_behind(qwen3.template, "Why?", cache)  # type: ignore[arg-type]
 
 
@@ -113,7 +113,7 @@ def test_what_vllm_can_not_inject(stored, qwen3):
 )
 @pytest.mark.parametrize("behind", [True, False], ids=["behind a memory", "behind nothing"])
 def test_what_is_no_query(stored, backend, query, behind):
-    cache = lent_by(backend, TEXT) if behind else None
+    cache = view_by(backend, TEXT) if behind else None
     for answer in (backend.generate, backend.stream):
         with pytest.raises(PromptError, match=r"A query is a text or a list of chat turns|A turn is"):
             answer(query, cache)
@@ -141,18 +141,18 @@ def test_what_is_no_sampling(backend, sampling):
 
 
 def test_answer_batch_of_wrong_kinds(graph, tiny):
-    cache = lent_by(graph, OTHER)
+    cache = view_by(graph, OTHER)
     assert graph.answer_batch([], cache) == []
     with pytest.raises(ArgumentError, match=r"queries has to be list or tuple, not str. For one query, use generate"):
         graph.answer_batch("Why?", cache)
     with pytest.raises(FingerprintError, match="another model"):
-        graph.answer_batch(["Why?"], lent_by(tiny("mistral"), OTHER))
+        graph.answer_batch(["Why?"], view_by(tiny("mistral"), OTHER))
     with pytest.raises(ArgumentError, match="Give Sampling"):
         graph.answer_batch(["Why?"], cache, 3, {"temperature": 1.0})
 
 
-def test_a_refused_call_leaves_the_lent_cache_to_the_next(stored, backend):
-    cache, anew = lent_by(backend, TEXT), lent_by(backend, TEXT)
+def test_a_refused_call_leaves_the_view_cache_to_the_next(stored, backend):
+    cache, anew = view_by(backend, TEXT), view_by(backend, TEXT)
     with pytest.raises(ArgumentError):
         backend.generate("Why?", cache, "8")
     with pytest.raises(PromptError):

@@ -25,7 +25,7 @@ class Quality:
 
 def graded(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, direct: Trace) -> Quality:
     """The grade of an answer behind `item`, beside that of the prompt sent whole, and `item`'s likelihood."""
-    injected = ttft.trace(backend, prompt, lambda: _lent(backend, item), len(direct.token_ids))
+    injected = ttft.trace(backend, prompt, lambda: _view(backend, item), len(direct.token_ids))
     equality = grade(
         direct,
         injected,
@@ -46,13 +46,13 @@ def nll(backend: HFBackend, item: KVCacheItem) -> float | None:
     if scored < LEAST_SCORED:
         return None
     start = tokens.body_end - scored - 1  # the token before the first that is scored predicts it
-    cache = _lent(backend, item)
+    cache = _view(backend, item)
     assert dynamic_cache.crop(cache, start)  # a compressed tier covers full attention only
     ids = torch.tensor([tokens.token_ids[start : tokens.body_end]], device=backend.device)
     logits_TV = backend.model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits[0].float()
     return float(torch.nn.functional.cross_entropy(logits_TV, ids[0, 1:]))
 
 
-def _lent(backend: HFBackend, item: KVCacheItem) -> dynamic_cache.CacheView:
+def _view(backend: HFBackend, item: KVCacheItem) -> dynamic_cache.CacheView:
     config, told = backend.model_config, item.metadata
-    return dynamic_cache.lend(item.kv_cache, told.tokens, config, told.lossy, backend.fingerprint)
+    return dynamic_cache.view_of(item.kv_cache, told.tokens, config, told.lossy, backend.fingerprint)

@@ -17,7 +17,7 @@ from kvmem import KVCacheItem
 from kvmem.cache import dynamic_cache
 from kvmem.engines.huggingface import HFBackend
 from kvmem.prompt import TokenizedPrompt
-from kvmem.tiers import BITS, DiskPlace, TieredItems, compressed_bytes
+from kvmem.tiers import BITS, DiskStore, TieredItems, compressed_bytes
 
 RECOMPUTE = "recompute"
 COLD, WARM = "disk, cold", "disk, warm"
@@ -54,10 +54,10 @@ class InEveryTier:
             self.tiers[name] = TieredItems(self.backend, {name: self._compressed_room(name)}, folder)
         for name, items in self.tiers.items():
             items.put(item, name)
-        self.path = DiskPlace.file_of(folder, item.kv_cache_id)
+        self.path = DiskStore.file_of(folder, item.kv_cache_id)
         self.buffer = bytearray(page_cache.BLOCK_BYTES)
-        lent = dynamic_cache.lend(item.kv_cache, item.metadata.tokens, self.backend.model_config)
-        self.prompt = self.backend.split(question, lent)
+        cache_view = dynamic_cache.view_of(item.kv_cache, item.metadata.tokens, self.backend.model_config)
+        self.prompt = self.backend.split(question, cache_view)
         memory, lossy = ({n: (lambda n=n: self._answer(n)) for n in places} for places in (names, self.compressed))
         self.arms: dict[str, Callable[[], Taken]] = {
             **memory,
@@ -116,7 +116,7 @@ class InEveryTier:
         started = time.perf_counter()
         with self.tiers[name].use(self.item.kv_cache_id) as item:
             fetched = time.perf_counter()
-            cache = dynamic_cache.lend(item.kv_cache, item.metadata.tokens, self.backend.model_config)
+            cache = dynamic_cache.view_of(item.kv_cache, item.metadata.tokens, self.backend.model_config)
             token = self.backend.first_token(self.prompt, cache)
             done = time.perf_counter()
         return Taken(done - started, token.id, fetched - started)

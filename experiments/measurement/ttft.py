@@ -17,7 +17,7 @@ from scipy import stats
 from experiments.measurement.consensus import agreed
 from experiments.measurement.equality import Trace
 from kvmem.cache import MemoryTokens
-from kvmem.engines import FirstToken, Lent, MeasuredBackend
+from kvmem.engines import FirstToken, Injectable, MeasuredBackend
 from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query, TokenizedPrompt
 
@@ -54,12 +54,12 @@ def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str]
     started = time.perf_counter()
     cache = memory.get_cache(ids)
     synchronize(backend.device)
-    lent = time.perf_counter()
+    cache_view = time.perf_counter()
     prompt = backend.split(query, cache)
     ready = time.perf_counter()
     token = backend.first_token(prompt, cache)
     done = time.perf_counter()
-    return Sample(done - ready, done - started, lent - started, token, prompt, backend.held_tokens(prompt, cache))
+    return Sample(done - ready, done - started, cache_view - started, token, prompt, backend.held_tokens(prompt, cache))
 
 
 def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Sample:
@@ -78,14 +78,14 @@ def native_hit(
     backend: MeasuredBackend,
     tokens: MemoryTokens,
     query: Query,
-    lend: Callable[[], Lent] | None = None,
+    view: Callable[[], Injectable] | None = None,
     first_token: Callable[[TokenizedPrompt], FirstToken] | None = None,
 ) -> Sample:
     """The prompt whole, behind an engine whose own prefix cache holds the memory in whole blocks, and no more.
 
     lend: see `hold`. first_token: another way through the same engine; None is the backend's own.
     """
-    hold(backend, tokens.token_ids, lend)
+    hold(backend, tokens.token_ids, view)
     started = time.perf_counter()
     prompt = backend.template.split(tokens, query)
     ready = time.perf_counter()
@@ -94,15 +94,15 @@ def native_hit(
     return Sample(done - ready, done - started, 0.0, token, prompt, whole_blocks(backend, len(prompt.memory_ids)))
 
 
-def hold(backend: MeasuredBackend, token_ids: Sequence[int], lend: Callable[[], Lent] | None = None) -> None:
+def hold(backend: MeasuredBackend, token_ids: Sequence[int], view: Callable[[], Injectable] | None = None) -> None:
     """The engine's prefix cache, emptied, and then filled with the blocks of these ids: by a prefill, or, where only
-    their being there matters, from the memory that `lend` gives, which takes a tenth of the time."""
+    their being there matters, from the memory that `view` gives, which takes a tenth of the time."""
     backend.reset()
     ids = tuple(token_ids)
-    if lend is None:
+    if view is None:
         backend.first_token(TokenizedPrompt((), ids))
     else:
-        backend.first_token(TokenizedPrompt(ids[:-1], ids[-1:]), lend())
+        backend.first_token(TokenizedPrompt(ids[:-1], ids[-1:]), view())
 
 
 def whole_blocks(backend: MeasuredBackend, tokens: int) -> int:
@@ -201,10 +201,12 @@ def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], se
     return float(found.low), float(found.high)
 
 
-def trace(backend: MeasuredBackend, prompt: TokenizedPrompt, lend: Callable[[], Lent] | None, steps: int) -> Trace:
+def trace(
+    backend: MeasuredBackend, prompt: TokenizedPrompt, view: Callable[[], Injectable] | None, steps: int
+) -> Trace:
     """`steps` greedy tokens and the logits, (steps, vocab), that gave each; end tokens don't stop it."""
     backend.reset()
-    answer = backend.greedy(prompt, lend() if lend else None, steps)
+    answer = backend.greedy(prompt, view() if view else None, steps)
     return Trace(answer.token_ids, answer.logits_SV, answer.complete)
 
 

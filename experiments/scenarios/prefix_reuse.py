@@ -17,7 +17,7 @@ from experiments.results import Row
 from experiments.scenarios.base import Scenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
-from kvmem.engines import Lent, MeasuredBackend
+from kvmem.engines import Injectable, MeasuredBackend
 from kvmem.errors import ConfigError
 from kvmem.prompt import TokenizedPrompt
 
@@ -67,25 +67,25 @@ class PrefixReuse(Scenario):
         memory, backend, ids = bench.memory, bench.backend, [item.kv_cache_id]
         tokens = item.metadata.tokens
 
-        def lend() -> Lent:
+        def view() -> Injectable:
             return memory.get_cache(ids)
 
         prompt = ttft.direct_prompt(backend, tokens, cell.question)
-        split = backend.split(cell.question, lend())
+        split = backend.split(cell.question, view())
         # The answers first: each warms up its arm's shape.
         direct_trace = ttft.trace(backend, prompt, None, self.answer_tokens)
-        injected_trace = ttft.trace(backend, split, lend, self.answer_tokens)
+        injected_trace = ttft.trace(backend, split, view, self.answer_tokens)
         native_trace = self._native_trace(backend, split)
         arms: dict[str, ttft.Arm] = {
             "injected": lambda: ttft.injected(memory, backend, ids, cell.question),
-            NATIVE: lambda: ttft.native_hit(backend, tokens, cell.question, lend),
+            NATIVE: lambda: ttft.native_hit(backend, tokens, cell.question, view),
             "direct": lambda: ttft.direct(backend, tokens, cell.question),
         }
         if self.beside_generate and backend.compute_device.type == "cuda":
             from experiments.baselines import first_token  # imports vLLM
 
             theirs = partial(first_token, backend.llm)  # type: ignore[attr-defined]
-            arms[GENERATE] = lambda: ttft.native_hit(backend, tokens, cell.question, lend, theirs)
+            arms[GENERATE] = lambda: ttft.native_hit(backend, tokens, cell.question, view, theirs)
         samples, runs = ttft.interleaved_calm(arms, self.pairs, random.Random(bench.setup.seed), warmups=0)
         conditions = bench.conditions_now()
         direct = Arm(samples["direct"], direct_trace)

@@ -191,10 +191,10 @@ class UnderLoad(Scenario):
         for ask in requests:
             item = items[ask.memory]
             prompt = self._prompt(bench, item, ask.question)
-            lent = memory.get_cache([item.kv_cache_id]) if arm == "injected" else None
+            cache_view = memory.get_cache([item.kv_cache_id]) if arm == "injected" else None
             whole = prompt if arm == "injected" else TokenizedPrompt((), prompt.ids)
             salt = uuid.uuid4().hex if arm == "direct" else None
-            arrivals.append(Arrival(ask.at_s, whole, lent, self.new_tokens, salt))  # type: ignore[arg-type]
+            arrivals.append(Arrival(ask.at_s, whole, cache_view, self.new_tokens, salt))  # type: ignore[arg-type]
         served = engine.serve(arrivals)
         ends = [ask.at_s + one.finished_s for ask, one in zip(requests, served, strict=True)]
         return served, max(ends) - requests[0].at_s

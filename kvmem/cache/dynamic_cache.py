@@ -113,7 +113,7 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def lend(
+def view_of(
     cache: DynamicCache,
     tokens: MemoryTokens,
     config: PreTrainedConfig,
@@ -126,14 +126,14 @@ def lend(
     if held != wanted:
         raise FingerprintError(f"A cache of {held} layers is none of this model's {wanted}. Extract it again with it.")
     _fill(shell, _tensors(cache), cache.get_seq_length())
-    for lent, stored in zip(shell.layers, cache.layers, strict=True):
-        if isinstance(lent, ArrivingLayer) and isinstance(stored, ArrivingLayer):
-            lent.arrives = stored.arrives
+    for cache_view, stored in zip(shell.layers, cache.layers, strict=True):
+        if isinstance(cache_view, ArrivingLayer) and isinstance(stored, ArrivingLayer):
+            cache_view.arrives = stored.arrives
     shell.tokens, shell.lossy, shell.fingerprint = tokens, lossy, fingerprint
     return shell
 
 
-def lend_nothing(tokens: MemoryTokens, config: PreTrainedConfig) -> CacheView:
+def empty_view(tokens: MemoryTokens, config: PreTrainedConfig) -> CacheView:
     """An empty shell for a prompt whose memory is all text: it grows as a lent one does."""
     shell = cast("CacheView", _shell(config, CacheView))
     shell.tokens = tokens.model_copy(update={"token_ids": ()})

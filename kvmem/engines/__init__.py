@@ -4,7 +4,7 @@
 with CUDA graphs, and `vllm` drives vLLM in this process or as a server.
 """
 
-from kvmem.engines.base import ENGINES, Backend, BackendConfig, FirstToken, Lent, MeasuredBackend, backend_class
+from kvmem.engines.base import ENGINES, Backend, BackendConfig, FirstToken, Injectable, MeasuredBackend, backend_class
 from kvmem.engines.generation import Generation, Sampling
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "BackendConfig",
     "FirstToken",
     "Generation",
-    "Lent",
+    "Injectable",
     "MeasuredBackend",
     "Sampling",
     "backend_class",

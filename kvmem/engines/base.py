@@ -88,7 +88,7 @@ class Backend(ABC):
         """Prefills `source` into a new item; behind `base`, only the tokens that it does not hold."""
 
     @abstractmethod
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache | FileHandle:
+    def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache | FileHandle:
         """What the engine injects for one item, or for several through `merge`; using it leaves them as they are."""
 
     def check(self, item: KVCacheItem) -> None:
@@ -122,7 +122,7 @@ def backend_class(name: str) -> type[Backend]:
     return ENGINES.find(name)
 
 
-def check_lent(cache: CacheView, fingerprint: ModelFingerprint, shards: int = 1) -> None:
+def check_view(cache: CacheView, fingerprint: ModelFingerprint, shards: int = 1) -> None:
     """Raises ArgumentError for what is no lent cache, FingerprintError for one of another model than `fingerprint`'s.
 
     A cache that does not say whose it is is told by its tensors' shape; `shards` processes share its heads.
@@ -144,7 +144,7 @@ def check_lent(cache: CacheView, fingerprint: ModelFingerprint, shards: int = 1)
         )
 
 
-Lent = CacheView | FileHandle
+Injectable = CacheView | FileHandle
 """What `get_cache` gives, on one engine or another."""
 
 

@@ -41,7 +41,7 @@ class PrefixSelector:
         self._lock = threading.Lock()
 
     @contextmanager
-    def lend(self, memories: Sequence[TextualMemoryItem]) -> Iterator[CacheView]:
+    def view(self, memories: Sequence[TextualMemoryItem]) -> Iterator[CacheView]:
         """A cache for the prompt that holds these memories in this order, for use inside the block.
 
         It holds the exact prefix whose load and prefill of the rest are soonest done, which may be nothing; the prompt
@@ -52,7 +52,7 @@ class PrefixSelector:
         joint = self._shelf.joint(memories)
         with ExitStack() as lease:
             cache, note = self._held(memories, joint, lease)
-            cache = cache or dynamic_cache.lend_nothing(joint, self._backend.model_config)
+            cache = cache or dynamic_cache.empty_view(joint, self._backend.model_config)
             cache.note = note
             yield cache
 
@@ -109,10 +109,10 @@ class PrefixSelector:
 
     def _prefix(self, item: KVCacheItem, joint: MemoryTokens, shared: int) -> CacheView | None:
         tokens = joint.model_copy(update={"token_ids": joint.token_ids[:shared]})
-        lent = dynamic_cache.lend(
+        cache_view = dynamic_cache.view_of(
             item.kv_cache, tokens, self._backend.model_config, item.metadata.lossy, self._backend.fingerprint
         )
-        return lent if shared and dynamic_cache.crop(lent, shared) else None
+        return cache_view if shared and dynamic_cache.crop(cache_view, shared) else None
 
     def _decline(self, choice: _Choice) -> None:
         with self._lock:

@@ -137,16 +137,16 @@ class MemScheduler:
         its `lossy`, where the KV had been in a compressed tier.
         """
         used = text_memories_of(text_memories)
-        with self.lend(used) as cache:
+        with self.view(used) as cache:
             generation = self.backend.generate(query, cache, max_new_tokens, sampling)
         if not self._closing.is_set():  # closed meanwhile: the answer is no less one
             self.observe(used, query)
         return generation
 
     @contextmanager
-    def lend(self, text_memories: TextMemories) -> Iterator[CacheView]:
+    def view(self, text_memories: TextMemories) -> Iterator[CacheView]:
         """The cache that `answer` uses, for a block in which builds stand aside. Observes nothing."""
-        with self.gate.request(), self.lender.lend(text_memories_of(text_memories)) as cache:
+        with self.gate.request(), self.lender.view(text_memories_of(text_memories)) as cache:
             yield cache
 
     def tick(self) -> list[Move]:

@@ -4,9 +4,9 @@
 slower than prefilling is not used.
 """
 
-from kvmem.tiers.base import DiskPlace
+from kvmem.tiers.base import DiskStore
 from kvmem.tiers.load_times import Load
 from kvmem.tiers.quantized import BITS, check_available, compressed_bytes
 from kvmem.tiers.tiered_cache import TieredItems
 
-__all__ = ["BITS", "DiskPlace", "Load", "TieredItems", "check_available", "compressed_bytes"]
+__all__ = ["BITS", "DiskStore", "Load", "TieredItems", "check_available", "compressed_bytes"]

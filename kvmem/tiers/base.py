@@ -147,7 +147,7 @@ class MemoryPlace(TierStore):
         del self._items[item_id]
 
 
-class DiskPlace(TierStore):
+class DiskStore(TierStore):
     """One safetensors file an item, written beside and renamed; verified while it is read."""
 
     def __init__(self, backend: Backend, folder: Path, format: Storage | None = None) -> None:

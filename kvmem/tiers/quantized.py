@@ -17,7 +17,7 @@ from kvmem.cache import KVCacheItem, KVCacheMetadata, ModelFingerprint, dynamic_
 from kvmem.engines import Backend
 from kvmem.errors import ConfigError, DamagedFileError, StorageError
 from kvmem.storage import Storage, manifest, replacing, write_all
-from kvmem.tiers.base import DiskPlace
+from kvmem.tiers.base import DiskStore
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 64
@@ -26,7 +26,7 @@ SCALE_BYTES = 8
 """A scale and a zero point, float32 each: keys of some models stand far from 0."""
 
 
-class CompressedPlace(DiskPlace):
+class CompressedPlace(DiskStore):
     """A disk tier whose files hold `scheme` in place of the numbers that were built; what is read is marked lossy."""
 
     def __init__(self, backend: Backend, folder: Path, scheme: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from kvmem.cache import KVCacheItem, KVCacheMetadata, device_transfer, dynamic_cache
 from kvmem.engines import Backend
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
-from kvmem.tiers.base import DiskPlace, MemoryPlace, PendingDeletes, TierStore
+from kvmem.tiers.base import DiskStore, MemoryPlace, PendingDeletes, TierStore
 from kvmem.tiers.load_times import LoadTimes
 from kvmem.tiers.quantized import BITS, CompressedPlace
 from kvmem.tiers.remote import ColdPlace
@@ -83,9 +83,9 @@ class TieredItems:
             raise ConfigError(f"The tier {name!r} needs a folder. Give one, or leave the tier out.")
         scheme = name.removeprefix("disk_")
         place = CompressedPlace(self._backend, Path(folder) / scheme, scheme) if scheme in BITS else None
-        return self._take_up(name, place or DiskPlace(self._backend, Path(folder)))
+        return self._take_up(name, place or DiskStore(self._backend, Path(folder)))
 
-    def _take_up(self, name: str, place: DiskPlace | ColdPlace) -> TierStore:
+    def _take_up(self, name: str, place: DiskStore | ColdPlace) -> TierStore:
         found, refused = place.found()
         self.refused |= refused
         for item in found:

@@ -20,7 +20,7 @@ TEXT, QUERY = pairs(1, characters=500, seed=7)[0]
 
 
 @pytest.fixture
-def lending(qwen3):
+def stored_item(qwen3):
     """A memory with one item, and the item."""
     memory = memory_on(qwen3)
     item = memory.extract(TEXT)
@@ -28,8 +28,8 @@ def lending(qwen3):
     return memory, item
 
 
-def test_lent_100_times_from_4_threads(lending, qwen3):
-    memory, item = lending
+def test_view_100_times_from_4_threads(stored_item, qwen3):
+    memory, item = stored_item
     before = copy_of(item)
     first = qwen3.generate(QUERY, memory.get_cache(item.kv_cache_id), 12)
     assert first.cached_tokens == item.metadata.token_count
@@ -43,7 +43,7 @@ def test_lent_100_times_from_4_threads(lending, qwen3):
     assert same_bits(item, before)
 
 
-def test_lent_20_times_from_4_threads_smollm2(smollm2):
+def test_view_20_times_from_4_threads_smollm2(smollm2):
     memory = memory_on(smollm2)
     item = memory.extract("Kiwis are flightless birds of New Zealand. They lay the largest eggs for their size.")
     memory.add(item)
@@ -59,18 +59,18 @@ def test_lent_20_times_from_4_threads_smollm2(smollm2):
     assert same_bits(item, before)
 
 
-def test_lent_shares_the_stored_tensors(lending):
-    memory, item = lending
+def test_view_shares_the_stored_tensors(stored_item):
+    memory, item = stored_item
     one, two = memory.get_cache(item.kv_cache_id), memory.get_cache(item.kv_cache_id)
     assert one is not two and one is not item.kv_cache
     assert isinstance(one, CacheView) and one.get_seq_length() == item.metadata.token_count
-    for (lent, _), (again, _), (stored, _) in zip(
+    for (cache_view, _), (again, _), (stored, _) in zip(
         layers_of(one), layers_of(two), layers_of(item.kv_cache), strict=True
     ):
-        assert lent.data_ptr() == again.data_ptr() == stored.data_ptr()
+        assert cache_view.data_ptr() == again.data_ptr() == stored.data_ptr()
 
 
-def test_lent_to_transformers_own_generate(family):
+def test_view_to_transformers_own_generate(family):
     memory = memory_on(family)
     item = memory.extract(TEXT)
     memory.add(item)
@@ -82,8 +82,8 @@ def test_lent_to_transformers_own_generate(family):
     assert same_bits(item, before)
 
 
-def test_lent_to_a_beam_search(lending, qwen3):
-    memory, item = lending
+def test_view_to_a_beam_search(stored_item, qwen3):
+    memory, item = stored_item
     before = copy_of(item)
     cache = memory.get_cache(item.kv_cache_id)
     ids = qwen3.split(QUERY, cache).ids
@@ -95,22 +95,22 @@ def test_lent_to_a_beam_search(lending, qwen3):
     assert all(layer.headroom == FIRST_HEADROOM for layer in cache.layers)
 
 
-def test_lent_grows_past_its_headroom(lending, qwen3):
+def test_view_grows_past_its_headroom(stored_item, qwen3):
     """Three doublings, then the same tensors as in transformers' own cache that grows by concatenation."""
-    memory, item = lending
+    memory, item = stored_item
     before = copy_of(item)
-    lent = memory.get_cache(item.kv_cache_id)
+    cache_view = memory.get_cache(item.kv_cache_id)
     plain = dynamic_cache.from_layers(copy_of(item), qwen3.model_config)
     steps = [3, *[1] * 70, 40, *[1] * 90, 300, *[1] * 10]
     tokens = iter(range(1000, 1000 + sum(steps)))
     buffers = set()
     for step in steps:
         ids = [next(tokens) for _ in range(step)]
-        ours, theirs = prefill(qwen3.model, ids, lent), prefill(qwen3.model, ids, plain)
-        buffers.add(lent.layers[0].buffers[0].data_ptr())
-        assert lent.get_seq_length() == plain.get_seq_length()
+        ours, theirs = prefill(qwen3.model, ids, cache_view), prefill(qwen3.model, ids, plain)
+        buffers.add(cache_view.layers[0].buffers[0].data_ptr())
+        assert cache_view.get_seq_length() == plain.get_seq_length()
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-4)
-    for (keys, values), (plain_keys, plain_values) in zip(layers_of(lent), layers_of(plain), strict=True):
+    for (keys, values), (plain_keys, plain_values) in zip(layers_of(cache_view), layers_of(plain), strict=True):
         assert torch.allclose(keys, plain_keys, rtol=0, atol=1e-5) and torch.allclose(
             values, plain_values, rtol=0, atol=1e-5
         )
@@ -119,24 +119,24 @@ def test_lent_grows_past_its_headroom(lending, qwen3):
 
 
 @pytest.mark.parametrize("when", ["at once", "after growing"])
-def test_lent_then_cropped_then_continued(lending, qwen3, when):
-    memory, item = lending
+def test_view_then_cropped_then_continued(stored_item, qwen3, when):
+    memory, item = stored_item
     before = copy_of(item)
-    lent = memory.get_cache(item.kv_cache_id)
+    cache_view = memory.get_cache(item.kv_cache_id)
     plain = dynamic_cache.from_layers(copy_of(item), qwen3.model_config)
-    for cache in (lent, plain):
+    for cache in (cache_view, plain):
         if when == "after growing":
             prefill(qwen3.model, [5, 6, 7, 8], cache)
         cache.crop(-6)  # transformers' own
-    assert lent.get_seq_length() == plain.get_seq_length() < item.metadata.token_count
-    ours, theirs = prefill(qwen3.model, [9, 10, 11], lent), prefill(qwen3.model, [9, 10, 11], plain)
+    assert cache_view.get_seq_length() == plain.get_seq_length() < item.metadata.token_count
+    ours, theirs = prefill(qwen3.model, [9, 10, 11], cache_view), prefill(qwen3.model, [9, 10, 11], plain)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-4)
     assert same_bits(item, before)
 
 
-def test_lent_and_asked_twice_through_one_shell(lending, qwen3):
+def test_view_and_asked_twice_through_one_shell(stored_item, qwen3):
     """A shell that has grown by an answer is cropped to what it shares with the next prompt."""
-    memory, item = lending
+    memory, item = stored_item
     before = copy_of(item)
     cache = memory.get_cache(item.kv_cache_id)
     first = qwen3.generate(QUERY, cache, 80)
@@ -147,8 +147,8 @@ def test_lent_and_asked_twice_through_one_shell(lending, qwen3):
     assert same_bits(item, before)
 
 
-def test_lent_shells_cropped_by_their_user_report_what_was_reused(lending, qwen3):
-    memory, item = lending
+def test_view_shells_cropped_by_their_user_report_what_was_reused(stored_item, qwen3):
+    memory, item = stored_item
     cache = memory.get_cache(item.kv_cache_id)
     cache.crop(-10)
     answer = qwen3.generate(QUERY, cache, 16)
@@ -156,8 +156,8 @@ def test_lent_shells_cropped_by_their_user_report_what_was_reused(lending, qwen3
     assert answer.token_ids == qwen3.generate(QUERY, memory.get_cache(item.kv_cache_id), 16).token_ids
 
 
-def test_lent_made_in_inference_mode_and_used_outside(lending, qwen3):
-    memory, item = lending
+def test_view_made_in_inference_mode_and_used_outside(stored_item, qwen3):
+    memory, item = stored_item
     before = copy_of(item)
     cache = memory.get_cache(item.kv_cache_id)
     qwen3.generate(QUERY, cache, 4)  # its buffer is an inference tensor, which must not be written outside
@@ -172,8 +172,8 @@ def test_lent_made_in_inference_mode_and_used_outside(lending, qwen3):
 
 
 @pytest.mark.parametrize("use", ["reset", "copied", "repeated", "selected", "reordered"])
-def test_lent_through_transformers_own_verbs(lending, qwen3, use):
-    memory, item = lending
+def test_view_through_transformers_own_verbs(stored_item, qwen3, use):
+    memory, item = stored_item
     before = copy_of(item)
     cache = memory.get_cache(item.kv_cache_id)
     if use == "reset":
@@ -197,7 +197,7 @@ def test_lent_through_transformers_own_verbs(lending, qwen3, use):
     assert same_bits(item, before)
 
 
-def test_lent_merge_leaves_every_item(qwen3):
+def test_view_merge_leaves_every_item(qwen3):
     for merge in ("Reprefill", "RopeShift", "NaiveConcat"):
         memory = memory_on(qwen3, merge=merge)
         items = memory.extract([text for text, _ in pairs(3, characters=200, seed=3)])
@@ -211,8 +211,8 @@ def test_lent_merge_leaves_every_item(qwen3):
         assert all(same_bits(item, old) for item, old in zip(items, before, strict=True))
 
 
-def test_lent_sampled_from_4_threads_with_a_seed_each(lending, qwen3):
-    memory, item = lending
+def test_view_sampled_from_4_threads_with_a_seed_each(stored_item, qwen3):
+    memory, item = stored_item
 
     def ask(seed: int) -> tuple[int, ...]:
         sampling = Sampling(temperature=1.0, seed=seed)
@@ -223,9 +223,9 @@ def test_lent_sampled_from_4_threads_with_a_seed_each(lending, qwen3):
         assert list(pool.map(ask, seeds)) == [ask(seed) for seed in seeds]
 
 
-def test_an_unlent_cache_of_layers_has_its_length(lending, qwen3):
+def test_an_bare_cache_of_layers_has_its_length(stored_item, qwen3):
     """MemOS issue 2313: a cache built by hand without its flags has length 0 and is silently ignored."""
-    _, item = lending
+    _, item = stored_item
     rebuilt = dynamic_cache.from_layers(copy_of(item), qwen3.model_config)
     assert type(rebuilt) is DynamicCache and rebuilt.get_seq_length() == item.metadata.token_count
     assert all(layer.is_initialized and layer.dtype == torch.float32 for layer in rebuilt.layers)

@@ -105,11 +105,11 @@ def test_answers_take_turns_in_one_buffer(open_engine):
     memory.add(other)
     asked = [(QUERY, item), ("Why?", item), (QUERY, other), ("Name one exception.", None)]
 
-    def lend(of):
+    def view(of):
         return None if of is None else memory.get_cache(of.kv_cache_id)
 
-    alone = [fast.generate(query, lend(of), 12).token_ids for query, of in asked]
-    streams = [fast.stream(query, lend(of), 12) for query, of in asked]
+    alone = [fast.generate(query, view(of), 12).token_ids for query, of in asked]
+    streams = [fast.stream(query, view(of), 12) for query, of in asked]
     together: list[list[int]] = [[] for _ in asked]
     for _ in range(12):
         for answer, stream in zip(together, streams, strict=True):

@@ -21,9 +21,9 @@ def test_eight_queries_behind_one_memory(open_engine):
     fast = open_engine(buffers=1)
     memory, item = stored(fast, TEXTS[0])
     queries = ["Why?", QUERY, "Name it.", "Which?", "How is an error raised, and where?", "When?", "Who?", "a " * 90]
-    lent = memory.get_cache(item.kv_cache_id)
+    cache_view = memory.get_cache(item.kv_cache_id)
     alone = [fast.generate(query, memory.get_cache(item.kv_cache_id), 8) for query in queries]
-    together = fast.answer_batch(queries, lent, 8)
+    together = fast.answer_batch(queries, cache_view, 8)
     if fast.dtype == torch.float32:
         assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
     else:  # a near tie may fall the other way; the first token's logits are compared below
@@ -53,14 +53,14 @@ def test_a_batch_has_as_much_room_as_one_answer(open_engine):
     """Of an answer's tokens the last takes no row: it is read, and nothing follows it."""
     fast = open_engine(capacity_tokens=100)
     memory, item = stored(fast, TEXTS[0][:150])
-    lent = memory.get_cache(item.kv_cache_id)
-    most = 100 - len(fast.split("Why?", lent).ids) + 1
-    alone = fast.generate("Why?", lent, most)
+    cache_view = memory.get_cache(item.kv_cache_id)
+    most = 100 - len(fast.split("Why?", cache_view).ids) + 1
+    alone = fast.generate("Why?", cache_view, most)
     assert len(alone.token_ids) == most
-    assert [len(answer.token_ids) for answer in fast.answer_batch(["Why?"] * 2, lent, most)] == [most] * 2
+    assert [len(answer.token_ids) for answer in fast.answer_batch(["Why?"] * 2, cache_view, most)] == [most] * 2
     for answer in (fast.generate, lambda query, *rest: fast.answer_batch([query], *rest)):
         with pytest.raises(CapacityError, match="capacity_tokens=100"):
-            answer("Why?", lent, most + 1)
+            answer("Why?", cache_view, most + 1)
 
 
 @pytest.mark.parametrize("tokens", [0, -8])
@@ -92,12 +92,12 @@ def test_compiled_for_all_lengths_at_once(open_engine, eager, place):
 def test_decoding_ahead_is_decoding_step_by_step(open_engine):
     fast = open_engine()
     memory, item = stored(fast, TEXTS[0])
-    lent = memory.get_cache(item.kv_cache_id)
-    streamed = [token.id for token in fast.stream(QUERY, lent, 24)]
-    whole = fast.generate(QUERY, lent, 24)
+    cache_view = memory.get_cache(item.kv_cache_id)
+    streamed = [token.id for token in fast.stream(QUERY, cache_view, 24)]
+    whole = fast.generate(QUERY, cache_view, 24)
     assert list(whole.token_ids) == streamed
     stop = whole.token_ids[9]
-    logits_V, answer = fast.prefill(fast.split(QUERY, lent), lent)
+    logits_V, answer = fast.prefill(fast.split(QUERY, cache_view), cache_view)
     first, length = int(logits_V.argmax()), answer.length
     tokens = fast.engine.greedy(answer, first, 23, {stop})
     assert [first, *tokens] == streamed[: streamed.index(stop)]

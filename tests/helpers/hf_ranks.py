@@ -53,8 +53,8 @@ def answers(memory: KVCacheMemory, asked: list[list[str]]) -> list[tuple[int, ..
     ids = [item.kv_cache_id for item in memory.get_all()]
     behind = [(memory.get_cache(one), query) for one, (_, query) in zip(ids, asked, strict=True)]
     told = []
-    for lent, query in [*behind, (memory.get_cache(ids), asked[0][1])]:
-        answer = memory.backend.generate(query, lent, NEW_TOKENS)
+    for cache_view, query in [*behind, (memory.get_cache(ids), asked[0][1])]:
+        answer = memory.backend.generate(query, cache_view, NEW_TOKENS)
         assert answer.cached_tokens > 0
         told.append(answer.token_ids)
     return told

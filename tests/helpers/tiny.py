@@ -52,7 +52,7 @@ def kind(given: object) -> str:
     return type(given).__name__
 
 
-def lent_by(backend: HFBackend, text: str) -> CacheView:
+def view_by(backend: HFBackend, text: str) -> CacheView:
     """What a memory of `text` on this backend lends."""
     memory = memory_on(backend)
     item = memory.extract(text)

@@ -16,7 +16,7 @@ TEXT, QUERY = pairs(1, characters=300, seed=21)[0]
 
 
 @pytest.fixture(scope="module")
-def lend(qwen3):
+def view(qwen3):
     """Gives a fresh lent cache of one memory at each call."""
     memory = memory_on(qwen3)
     item = memory.extract(TEXT)
@@ -30,9 +30,9 @@ def test_greedy_without_a_memory_is_transformers(qwen3):
     assert answer.cached_tokens == 0 and answer.prompt_tokens == len(qwen3.split(QUERY).ids)
 
 
-def test_sampled_with_a_seed_is_repeatable_and_differs_by_seed(qwen3, lend):
+def test_sampled_with_a_seed_is_repeatable_and_differs_by_seed(qwen3, view):
     def ask(seed: int):
-        return qwen3.generate(QUERY, lend(), 16, Sampling(temperature=1.0, top_k=50, top_p=0.95, seed=seed))
+        return qwen3.generate(QUERY, view(), 16, Sampling(temperature=1.0, top_k=50, top_p=0.95, seed=seed))
 
     torch.manual_seed(1)
     first = ask(3)
@@ -42,10 +42,10 @@ def test_sampled_with_a_seed_is_repeatable_and_differs_by_seed(qwen3, lend):
     assert len({ask(seed).token_ids for seed in range(5)}) == 5
 
 
-def test_sampled_injected_is_sampled_direct(qwen3, lend):
+def test_sampled_injected_is_sampled_direct(qwen3, view):
     sampling = Sampling(temperature=0.7, seed=5)
     turns = [{"role": "system", "content": TEXT}, {"role": "user", "content": QUERY}]
-    injected, direct = qwen3.generate(QUERY, lend(), 16, sampling), qwen3.generate(turns, None, 16, sampling)
+    injected, direct = qwen3.generate(QUERY, view(), 16, sampling), qwen3.generate(turns, None, 16, sampling)
     assert injected.token_ids == direct.token_ids
     assert injected.cached_tokens > 0 == direct.cached_tokens
 
@@ -53,8 +53,8 @@ def test_sampled_injected_is_sampled_direct(qwen3, lend):
 @pytest.mark.parametrize(
     "sampling", [Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=1e-6), Sampling(temperature=1e-4)]
 )
-def test_sampling_with_one_choice_is_greedy(qwen3, lend, sampling):
-    assert qwen3.generate(QUERY, lend(), 16, sampling) == qwen3.generate(QUERY, lend(), 16)
+def test_sampling_with_one_choice_is_greedy(qwen3, view, sampling):
+    assert qwen3.generate(QUERY, view(), 16, sampling) == qwen3.generate(QUERY, view(), 16)
 
 
 def draws(logits_V: torch.Tensor, count: int = 400, **knobs: float) -> Counter[int]:
@@ -79,10 +79,10 @@ def test_sampling_refuses_what_it_does_not_know(knob):
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, seed=9)], ids=["greedy", "sampled"])
-def test_stream_is_generate_token_by_token(qwen3, lend, sampling):
+def test_stream_is_generate_token_by_token(qwen3, view, sampling):
     for tokens in (1, 2, 25, 40):  # random weights answer in broken characters too, cut anywhere
-        whole = qwen3.generate(QUERY, lend(), tokens, sampling)
-        streamed = list(qwen3.stream(QUERY, lend(), tokens, sampling))
+        whole = qwen3.generate(QUERY, view(), tokens, sampling)
+        streamed = list(qwen3.stream(QUERY, view(), tokens, sampling))
         assert tuple(token.id for token in streamed) == whole.token_ids
         assert "".join(token.text for token in streamed) == whole.text
 
@@ -106,13 +106,13 @@ def test_stream_holds_back_half_a_character(qwen3):
     assert cut[-1].endswith("\N{REPLACEMENT CHARACTER}")
 
 
-def test_an_end_token_stops_and_is_not_part_of_the_answer(qwen3, lend):
-    whole = qwen3.generate(QUERY, lend(), 24).token_ids
+def test_an_end_token_stops_and_is_not_part_of_the_answer(qwen3, view):
+    whole = qwen3.generate(QUERY, view(), 24).token_ids
     stop = whole[10]
     ending = with_template(qwen3, "chat")
     ending.end_tokens = {stop}
-    assert ending.generate(QUERY, lend(), 24).token_ids == whole[: whole.index(stop)]
-    assert tuple(token.id for token in ending.stream(QUERY, lend(), 24)) == whole[: whole.index(stop)]
+    assert ending.generate(QUERY, view(), 24).token_ids == whole[: whole.index(stop)]
+    assert tuple(token.id for token in ending.stream(QUERY, view(), 24)) == whole[: whole.index(stop)]
 
 
 def test_smollm2_ends_its_turn(smollm2):
@@ -124,18 +124,18 @@ def test_smollm2_ends_its_turn(smollm2):
     assert "Paris" in answer.text and len(answer.token_ids) < 40 and "<|im_end|>" not in answer.text
 
 
-def test_a_prompt_that_is_too_long_is_refused_with_both_lengths(qwen3, lend):
+def test_a_prompt_that_is_too_long_is_refused_with_both_lengths(qwen3, view):
     query = "why " * 8200
     tokens = len(qwen3.template.bare(query).ids)
     with pytest.raises(PromptError, match=f"A text of {tokens} tokens does not fit the model's 8192 positions"):
         qwen3.generate(query)
-    behind = len(qwen3.template.split(lend().tokens, query).ids)
+    behind = len(qwen3.template.split(view().tokens, query).ids)
     with pytest.raises(PromptError, match=f"A text of {behind} tokens does not fit the model's 8192 positions"):
-        next(qwen3.stream(query, lend()))
+        next(qwen3.stream(query, view()))
 
 
-def test_no_tokens_and_no_query_are_refused(qwen3, lend):
+def test_no_tokens_and_no_query_are_refused(qwen3, view):
     with pytest.raises(ConfigError, match="max_new_tokens is 0"):
-        qwen3.generate(QUERY, lend(), 0)
+        qwen3.generate(QUERY, view(), 0)
     with pytest.raises(PromptError, match="query is empty"):
-        qwen3.generate(" ", lend())
+        qwen3.generate(" ", view())

@@ -63,9 +63,9 @@ def test_every_strategy_holds_the_merged_ids(qwen3, name, kind):
     merged = STRATEGIES[name]().merge(items, separator_ids, backend.model)
     assert merged.get_seq_length() == len(ids)
     assert all(layer.get_seq_length() == len(ids) for layer in merged.layers)
-    lent = backend.lend(items, STRATEGIES[name](), "\n\n")
-    assert lent.get_seq_length() == len(ids) == len(lent.tokens.token_ids)
-    assert len(backend.split("Why?", lent).memory_ids) >= len(ids) - 1
+    cache_view = backend.view(items, STRATEGIES[name](), "\n\n")
+    assert cache_view.get_seq_length() == len(ids) == len(cache_view.tokens.token_ids)
+    assert len(backend.split("Why?", cache_view).memory_ids) >= len(ids) - 1
     # The header is there once, and all the bodies in order.
     text = backend.tokenizer.decode(ids)
     assert text.count("<|im_start|>system") == (kind == "chat")
@@ -117,10 +117,10 @@ def test_reprefill_answers_as_the_joined_text(qwen3, kind):
     """In `chat` the separator's tokens may differ from those of the joined text; the ids eaten by both arms do not."""
     backend = with_template(qwen3, kind)
     items, _, _ = built(backend)
-    lent = backend.lend(items, Reprefill(), "\n\n")
-    prompt = backend.split("What is common to all?", lent)
-    assert len(prompt.memory_ids) == lent.get_seq_length()
-    logits_V, _ = backend.prefill(prompt, lent)
+    cache_view = backend.view(items, Reprefill(), "\n\n")
+    prompt = backend.split("What is common to all?", cache_view)
+    assert len(prompt.memory_ids) == cache_view.get_seq_length()
+    logits_V, _ = backend.prefill(prompt, cache_view)
     assert (logits_V - last_logits(backend, prompt.ids)).abs().max() < TOLERANCE
     text = backend.tokenizer.decode(prompt.ids)
     assert "\n\n".join(TEXTS) in text and "What is common to all?" in text
@@ -189,11 +189,11 @@ def test_a_sliding_window_is_refused_by_name(sliding, cls):
 
 def test_a_sliding_window_is_merged_by_reprefill(sliding):
     items, _, ids = built(sliding)
-    lent = sliding.lend(items, Reprefill(), "\n\n")
-    assert lent.get_seq_length() == len(ids)
-    prompt = sliding.split("Why?", lent)
+    cache_view = sliding.view(items, Reprefill(), "\n\n")
+    assert cache_view.get_seq_length() == len(ids)
+    prompt = sliding.split("Why?", cache_view)
     assert len(prompt.memory_ids) == len(ids)
-    logits_V, _ = sliding.prefill(prompt, lent)
+    logits_V, _ = sliding.prefill(prompt, cache_view)
     assert (logits_V - last_logits(sliding, prompt.ids)).abs().max() < TOLERANCE
 
 

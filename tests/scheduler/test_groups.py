@@ -64,7 +64,7 @@ def test_it_is_what_reprefill_gives(qwen3: HFBackend) -> None:
     use_together(scheduler, PAIR, 15)
     item_id, _ = ticked(scheduler).shelf.stored()[ID]
     alone = [qwen3.build(memory.memory) for memory in PAIR]
-    merged = qwen3.lend(alone, Reprefill(), "\n\n")
+    merged = qwen3.view(alone, Reprefill(), "\n\n")
     with scheduler.items.use(item_id) as item:
         assert item.metadata.tokens == merged.tokens
         assert same_bits(item, layers_of(merged))

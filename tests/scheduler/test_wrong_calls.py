@@ -39,7 +39,7 @@ def test_what_is_no_text_memory(observed, given):
         lambda: observed.observe(given, QUERY),
         lambda: observed.update(given),
         lambda: observed.answer(QUERY, given, 2),
-        lambda: observed.lend(given).__enter__(),
+        lambda: observed.view(given).__enter__(),
     )
     for call in calls:
         with pytest.raises(ArgumentError, match=r"has to be TextualMemoryItem, not .* Give TextualMemoryItem"):

@@ -12,7 +12,7 @@ from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import BudgetError, StorageError
 from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
 from kvmem.scheduler.scheduler import MemScheduler
-from kvmem.tiers.base import DiskPlace
+from kvmem.tiers.base import DiskStore
 from kvmem.tiers.tiered_cache import TieredItems
 from tests.helpers.tiny import memory_on
 from tests.scheduler.test_scheduler import MEMORIES, use
@@ -60,7 +60,7 @@ def test_a_locked_file_counts_until_it_is_gone(qwen3: HFBackend, tmp_path: Path)
     room = max(first.metadata.kv_bytes, second.metadata.kv_bytes)
     items = TieredItems(qwen3, {"disk": room}, tmp_path)
     items.put(first, "disk")
-    path = DiskPlace.file_of(tmp_path, first.kv_cache_id)
+    path = DiskStore.file_of(tmp_path, first.kv_cache_id)
     path.unlink()
     path.mkdir()  # which no unlink removes
     assert items.drop(first.kv_cache_id) and items.ids() == []

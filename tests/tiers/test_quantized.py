@@ -108,8 +108,8 @@ def test_the_mark_goes_wherever_the_item_goes(qwen3: HFBackend, built: list[KVCa
     assert answer.lossy == "int8, int4" and answer.cached_tokens > 50
     assert qwen3.generate(QUERY, again.get_cache(built[1].kv_cache_id), 4).lossy == ""
     both = again.get_all()
-    assert qwen3.lend(both, NaiveConcat(), "\n\n").lossy == "int8, int4"
-    assert qwen3.lend(both, Reprefill(), "\n\n").lossy == "", "computed anew"
+    assert qwen3.view(both, NaiveConcat(), "\n\n").lossy == "int8, int4"
+    assert qwen3.view(both, Reprefill(), "\n\n").lossy == "", "computed anew"
     turns = ({"role": "system", "content": built[0].metadata.source_text}, {"role": "user", "content": "Why?"})
     assert qwen3.build(turns, base=both[0]).metadata.lossy == "int8, int4"
 

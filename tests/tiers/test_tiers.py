@@ -256,13 +256,13 @@ def test_layers_on_their_way_to_the_gpu_are_waited_for() -> None:
     before = copy_of(item)
     ram = TieredItems(backend, {"ram": nbytes(item.kv_cache)})
     ram.put(item, "ram")
-    lent = dynamic_cache.lend(item.kv_cache, item.metadata.tokens, backend.model_config)
-    prompt = backend.split("What is it about?", lent)
-    expected_V, _ = backend.prefill(prompt, lent)
+    cache_view = dynamic_cache.view_of(item.kv_cache, item.metadata.tokens, backend.model_config)
+    prompt = backend.split("What is it about?", cache_view)
+    expected_V, _ = backend.prefill(prompt, cache_view)
     for _ in range(5):
         torch.empty(1 << 28, device="cuda").fill_(float("nan"))  # what a layer that came too late would read
         with ram.use(item.kv_cache_id) as used:
-            cache = dynamic_cache.lend(used.kv_cache, used.metadata.tokens, backend.model_config)
+            cache = dynamic_cache.view_of(used.kv_cache, used.metadata.tokens, backend.model_config)
             logits_V, _ = backend.prefill(prompt, cache)
             assert torch.equal(logits_V, expected_V)
             assert same_bits(used, before)

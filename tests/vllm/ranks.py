@@ -51,12 +51,12 @@ def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
     assert isinstance(engine, VLLMBackend)
     told = []
     for item, query in zip(memory.get_all(), queries, strict=True):
-        lent = memory.get_cache(item.kv_cache_id)
-        prompt = engine.split(query, lent)
+        cache_view = memory.get_cache(item.kv_cache_id)
+        prompt = engine.split(query, cache_view)
         engine.reset()
-        counts = engine.answer_prompt(prompt, lent)
+        counts = engine.answer_prompt(prompt, cache_view)
         engine.reset()
-        reused = engine.greedy(prompt, lent, NEW_TOKENS)
+        reused = engine.greedy(prompt, cache_view, NEW_TOKENS)
         engine.reset()
         direct = engine.greedy(TokenizedPrompt((), prompt.ids), None, NEW_TOKENS)
         told.append(

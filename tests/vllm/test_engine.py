@@ -56,26 +56,26 @@ class Batch:
     """Three memories that are asked together."""
 
     items: list[KVCacheItem]
-    lent: list[FileHandle]
+    cache_view: list[FileHandle]
     answers: list[VLLMGeneration]
 
     def again(self, engine: VLLMBackend) -> list[VLLMGeneration | KVMemError]:
         engine.reset()
-        return engine.generate_batch([Ask(QUERY, handle, 8) for handle in self.lent])
+        return engine.generate_batch([Ask(QUERY, handle, 8) for handle in self.cache_view])
 
 
 @pytest.fixture(scope="module")
 def three(engine: VLLMBackend) -> Batch:
     items = on_engine(engine).extract(TEXTS[:3])
-    lent = [engine.store.lend(item) for item in items]
+    cache_view = [engine.store.view(item) for item in items]
     engine.reset()
-    return Batch(items, lent, [engine.generate(QUERY, handle, 8) for handle in lent])
+    return Batch(items, cache_view, [engine.generate(QUERY, handle, 8) for handle in cache_view])
 
 
 @pytest.fixture
 def batch(engine: VLLMBackend, three: Batch) -> Iterator[Batch]:
     """The three, whole again behind each test."""
-    path = three.lent[1].file.path
+    path = three.cache_view[1].file.path
     whole = path.read_bytes()
     yield three
     path.unlink(missing_ok=True)
@@ -87,15 +87,15 @@ def batch(engine: VLLMBackend, three: Batch) -> Iterator[Batch]:
 def test_a_damaged_file_is_one_requests_error(
     engine: VLLMBackend, batch: Batch, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
-    damage(batch.lent[1].file.path)
+    damage(batch.cache_view[1].file.path)
     first, second, third = batch.again(engine)
     assert (first, third) == (batch.answers[0], batch.answers[2])
     assert isinstance(second, InjectionError)
-    assert batch.lent[1].file.name in str(second)
+    assert batch.cache_view[1].file.name in str(second)
 
     monkeypatch.setattr(engine.config, "on_load_failure", "recompute")
     engine.reset()
-    computed = engine.generate(QUERY, batch.lent[1], 8)
+    computed = engine.generate(QUERY, batch.cache_view[1], 8)
     assert computed.token_ids == batch.answers[1].token_ids
     assert computed.cached_tokens == 0
     assert computed.recomputed_tokens == batch.items[1].metadata.token_count
@@ -106,7 +106,7 @@ def test_the_file_of_another_model_is_one_requests_error(engine: VLLMBackend, ba
     foreign = item.metadata.fingerprint.model_copy(update={"weights": "0" * 32})
     other = KVCacheItem(item.kv_cache, item.metadata.model_copy(update={"fingerprint": foreign}))
     written = engine.store.write(other)  # held: a file goes with the last one who holds it
-    written.path.replace(batch.lent[1].file.path)
+    written.path.replace(batch.cache_view[1].file.path)
     first, second, third = batch.again(engine)
     assert (first, third) == (batch.answers[0], batch.answers[2])
     assert isinstance(second, InjectionError)
@@ -135,10 +135,10 @@ def test_tenants_never_hit_each_others_blocks(engine: VLLMBackend, memory: KVCac
     assert again.local_tokens > 0
     item = memory.extract(TEXTS[1])
     memory.add(item)
-    lent = memory.get_cache(item.kv_cache_id)
-    assert engine.generate(QUERY, lent, 4, cache_salt="tenant a").local_tokens == 0
-    assert engine.generate(QUERY, lent, 4, cache_salt="tenant b").local_tokens == 0
-    assert engine.generate(QUERY, lent, 4, cache_salt="tenant a").local_tokens > 0
+    cache_view = memory.get_cache(item.kv_cache_id)
+    assert engine.generate(QUERY, cache_view, 4, cache_salt="tenant a").local_tokens == 0
+    assert engine.generate(QUERY, cache_view, 4, cache_salt="tenant b").local_tokens == 0
+    assert engine.generate(QUERY, cache_view, 4, cache_salt="tenant a").local_tokens > 0
 
 
 @pytest.mark.parametrize("merge", ["RopeShift", "NaiveConcat"])
@@ -148,25 +148,25 @@ def test_a_merge_is_injected_as_kv_and_kept_apart(engine: VLLMBackend, smollm2: 
     items = memory.extract([text[:500] for text in TEXTS[:3]])
     memory.add(items)
     ids = [item.kv_cache_id for item in items]
-    lent = memory.get_cache(ids)
-    answer = engine.generate(QUERY, lent, 16)
-    assert answer.injected_tokens == len(lent.tokens.token_ids)
+    cache_view = memory.get_cache(ids)
+    answer = engine.generate(QUERY, cache_view, 16)
+    assert answer.injected_tokens == len(cache_view.tokens.token_ids)
 
     theirs = memory_on(smollm2, merge=merge)
     theirs.add(items)
     assert smollm2.generate(QUERY, theirs.get_cache(ids), 16).token_ids == answer.token_ids
 
-    whole = engine.split(QUERY, lent)  # the same ids as a plain prompt must not find the merge's blocks
+    whole = engine.split(QUERY, cache_view)  # the same ids as a plain prompt must not find the merge's blocks
     assert engine.answer_prompt(TokenizedPrompt((), whole.ids)).cached_tokens == 0
 
 
 def test_an_exact_merge_is_a_joined_prefix(engine: VLLMBackend, memory: KVCacheMemory, smollm2: HFBackend) -> None:
     items = memory.extract([text[:500] for text in TEXTS[:3]])
     memory.add(items)
-    lent = memory.get_cache([item.kv_cache_id for item in items])  # which prefills it
-    first = engine.generate(QUERY, lent, 16)
+    cache_view = memory.get_cache([item.kv_cache_id for item in items])  # which prefills it
+    first = engine.generate(QUERY, cache_view, 16)
     engine.reset()
-    second = engine.generate(QUERY, lent, 16)
+    second = engine.generate(QUERY, cache_view, 16)
     theirs = memory_on(smollm2)
     theirs.add(items)
     reference = smollm2.generate(QUERY, theirs.get_cache([item.kv_cache_id for item in items]), 16)
@@ -235,12 +235,12 @@ def test_the_other_verbs(engine: VLLMBackend, memory: KVCacheMemory, tmp_path: P
 def test_streaming_gives_what_generate_gives(engine: VLLMBackend, memory: KVCacheMemory) -> None:
     item = memory.extract(TEXTS[2])
     memory.add(item)
-    lent = memory.get_cache(item.kv_cache_id)
-    tokens = list(engine.stream(QUERY, lent, 24))
-    whole = engine.generate(QUERY, lent, 24)
+    cache_view = memory.get_cache(item.kv_cache_id)
+    tokens = list(engine.stream(QUERY, cache_view, 24))
+    whole = engine.generate(QUERY, cache_view, 24)
     assert tuple(token.id for token in tokens) == whole.token_ids
     assert "".join(token.text for token in tokens) == whole.text
-    stream = engine.stream(QUERY, lent, 24)
+    stream = engine.stream(QUERY, cache_view, 24)
     next(stream)
     stream.close()  # a stream that is given up frees the engine
     engine.reset()

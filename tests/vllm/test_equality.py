@@ -91,10 +91,10 @@ def test_direct_native_injected_and_from_the_other_engine(
     memory.dump(tmp_path / "vllm")
     theirs.load(tmp_path / "vllm")
     for i, item in list(enumerate(theirs.get_all()))[::10]:
-        lent = theirs.get_cache(item.kv_cache_id)
-        prompt = smollm2.split(queries[i], lent)
+        cache_view = theirs.get_cache(item.kv_cache_id)
+        prompt = smollm2.split(queries[i], cache_view)
         assert len(prompt.memory_ids) == item.metadata.token_count
-        for cache in (lent, None):  # the engine's memory in transformers, and transformers alone
+        for cache in (cache_view, None):  # the engine's memory in transformers, and transformers alone
             assert smollm2.greedy(prompt, cache, NEW_TOKENS).token_ids == direct[i].token_ids
 
 
@@ -116,8 +116,8 @@ def test_a_batch_of_sixteen_answers_as_one_by_one(engine: VLLMBackend, memory: K
     together = answers(engine, injecting(memory, queries, "together", 16))
     assert all_injected(memory, together)
     for item, query, answer in list(zip(memory.get_all(), queries, together, strict=True))[::8]:
-        lent = memory.get_cache(item.kv_cache_id)
-        (alone,) = answers(engine, [Ask(query, lent, 16, cache_salt="alone", past_end=True)])
+        cache_view = memory.get_cache(item.kv_cache_id)
+        (alone,) = answers(engine, [Ask(query, cache_view, 16, cache_salt="alone", past_end=True)])
         assert alone == answer
 
 

@@ -40,7 +40,7 @@ def filler(engine: VLLMBackend) -> KVCacheItem:
 def evict(engine: VLLMBackend, filler: KVCacheItem) -> None:
     """Traffic that takes every block that is not held: each request leaves ten full ones behind."""
     for i in range(19):
-        engine.generate(QUERY, engine.store.lend(filler), 1, cache_salt=f"traffic {i}")
+        engine.generate(QUERY, engine.store.view(filler), 1, cache_salt=f"traffic {i}")
 
 
 def whole_blocks(tokens: int) -> int:
@@ -52,20 +52,20 @@ def test_what_is_pinned_outlasts_the_traffic_that_evicts_the_rest(
 ) -> None:
     pinned, control = memory.extract(TEXTS[:2])
     memory.add([pinned, control])
-    lent = [memory.get_cache(item.kv_cache_id) for item in (pinned, control)]
+    cache_view = [memory.get_cache(item.kv_cache_id) for item in (pinned, control)]
     held = whole_blocks(pinned.metadata.token_count)
-    before = [engine.generate(QUERY, handle, 8) for handle in lent]
+    before = [engine.generate(QUERY, handle, 8) for handle in cache_view]
     assert engine.pin(pinned) == held > 0
     evict(engine, filler)
 
-    hit, miss = (engine.generate(QUERY, handle, 8) for handle in lent)
+    hit, miss = (engine.generate(QUERY, handle, 8) for handle in cache_view)
     assert (hit.local_tokens, hit.injected_tokens) == (held, pinned.metadata.token_count - held)
     assert (miss.local_tokens, miss.injected_tokens) == (0, control.metadata.token_count)
     assert (hit.token_ids, miss.token_ids) == (before[0].token_ids, before[1].token_ids)
 
     engine.unpin(pinned.kv_cache_id)
     evict(engine, filler)
-    assert engine.generate(QUERY, lent[0], 8).local_tokens == 0
+    assert engine.generate(QUERY, cache_view[0], 8).local_tokens == 0
 
 
 def test_reset_names_what_is_pinned(engine: VLLMBackend, memory: KVCacheMemory) -> None:
@@ -75,8 +75,8 @@ def test_reset_names_what_is_pinned(engine: VLLMBackend, memory: KVCacheMemory) 
     with pytest.raises(EngineError, match=item.kv_cache_id):
         engine.reset()
     engine.reset(unpin=True)
-    lent = memory.get_cache(item.kv_cache_id)
-    assert engine.generate(QUERY, lent, 1).local_tokens == 0
+    cache_view = memory.get_cache(item.kv_cache_id)
+    assert engine.generate(QUERY, cache_view, 1).local_tokens == 0
     with pytest.raises(EngineError, match="not pinned"):
         engine.unpin(item)
     with pytest.raises(UnknownMemoryError, match="no such id"):
@@ -100,9 +100,9 @@ def test_a_pin_is_of_one_salt(engine: VLLMBackend, memory: KVCacheMemory, filler
     memory.add(item)
     held = engine.pin(item, cache_salt="tenant a")
     evict(engine, filler)
-    lent = memory.get_cache(item.kv_cache_id)
-    assert engine.generate(QUERY, lent, 1, cache_salt="tenant b").local_tokens == 0
-    assert engine.generate(QUERY, lent, 1, cache_salt="tenant a").local_tokens == held
+    cache_view = memory.get_cache(item.kv_cache_id)
+    assert engine.generate(QUERY, cache_view, 1, cache_salt="tenant b").local_tokens == 0
+    assert engine.generate(QUERY, cache_view, 1, cache_salt="tenant a").local_tokens == held
 
 
 def test_what_can_not_be_pinned_says_why(engine: VLLMBackend, memory: KVCacheMemory) -> None:
@@ -131,10 +131,10 @@ def test_pins_leave_room_and_short_of_blocks_answers_stay_equal(
     left = total - 10 * most
     small = memory.extract(TEXTS[0][:280])
     memory.add(small)
-    lent = memory.get_cache(small.kv_cache_id)
-    words = " please" * (BLOCK_TOKENS - 8 - len(engine.split("10", lent).ids))
-    assert BLOCK_TOKENS - 16 < len(engine.split(f"10{words}", lent).ids) < BLOCK_TOKENS
-    asks = [Ask(f"{i}{words}", lent, 16, cache_salt=str(i), past_end=True) for i in range(left)]
+    cache_view = memory.get_cache(small.kv_cache_id)
+    words = " please" * (BLOCK_TOKENS - 8 - len(engine.split("10", cache_view).ids))
+    assert BLOCK_TOKENS - 16 < len(engine.split(f"10{words}", cache_view).ids) < BLOCK_TOKENS
+    asks = [Ask(f"{i}{words}", cache_view, 16, cache_salt=str(i), past_end=True) for i in range(left)]
     together = engine.generate_batch(asks)
     assert all(isinstance(answer, VLLMGeneration) for answer in together), together
     put_aside = [i for i, answer in enumerate(together) if answer.preemptions]

@@ -32,7 +32,7 @@ def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.
     assert injected.extra["injected_over_native_hit"] > 0
     assert injected.extra["injected_over_native_hit_interval"] is injected.speedup_interval is None
 
-    monkeypatch.setattr(ttft, "hold", lambda backend, token_ids, lend=None: backend.reset())
+    monkeypatch.setattr(ttft, "hold", lambda backend, token_ids, view=None: backend.reset())
     _, missed = bench.config.scenario.measure(bench, cell)
     assert missed.verdict == "invalid" and "0 tokens came from the cache, 128 were expected" in missed.verdict_reason
 

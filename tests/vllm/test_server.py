@@ -52,21 +52,21 @@ def test_four_ways_to_the_same_tokens(files: VLLMServerBackend, smollm2: HFBacke
 def test_streams_give_what_generate_gives_and_tell_two_times(files: VLLMServerBackend) -> None:
     memory = on_server(files)
     memory.add(memory.extract(TEXTS[1]))
-    lent = memory.get_cache(memory.get_all()[0].kv_cache_id)
-    whole = files.generate(QUERY, lent, 24)
-    tokens = list(files.stream(QUERY, lent, 24, cache_salt="streamed"))
+    cache_view = memory.get_cache(memory.get_all()[0].kv_cache_id)
+    whole = files.generate(QUERY, cache_view, 24)
+    tokens = list(files.stream(QUERY, cache_view, 24, cache_salt="streamed"))
     assert tuple(token.id for token in tokens) == whole.token_ids
     assert "".join(token.text for token in tokens) == whole.text
 
-    prompt = files.split(QUERY, lent)
-    timed = files.ttft(prompt, lent, 4, cache_salt="timed")
+    prompt = files.split(QUERY, cache_view)
+    timed = files.ttft(prompt, cache_view, 4, cache_salt="timed")
     assert 0 < timed.first_chunk_s <= timed.first_text_s <= timed.whole_s
     assert timed.generation.injected_tokens == len(prompt.memory_ids)
-    assert timed.generation == files.answer_prompt(prompt, lent, 4, cache_salt="asked whole")
+    assert timed.generation == files.answer_prompt(prompt, cache_view, 4, cache_salt="asked whole")
     cold = files.ttft(prompt, None, 4, cache_salt="cold")
     assert cold.generation.cached_tokens == 0
 
-    stream = files.stream(QUERY, lent, 64)
+    stream = files.stream(QUERY, cache_view, 64)
     next(stream)
     stream.close()
     assert [path.name for path in files.store.folder.iterdir() if path.suffix == ".report"] == []
@@ -88,11 +88,11 @@ def test_merges_answer_as_they_do_on_transformers(
         memory, theirs = on_server(backend, merge=merge), memory_on(smollm2, merge=merge)
         memory.add(items if backend is files else memory.extract(texts))
         theirs.add(items)
-        lent = memory.get_cache([item.kv_cache_id for item in memory.get_all()])
-        answer = backend.generate(QUERY, lent, 8)
+        cache_view = memory.get_cache([item.kv_cache_id for item in memory.get_all()])
+        answer = backend.generate(QUERY, cache_view, 8)
         reference = smollm2.generate(QUERY, theirs.get_cache([item.kv_cache_id for item in items]), 8)
         assert answer.token_ids == reference.token_ids
-        held = len(lent.tokens.token_ids)
+        held = len(cache_view.tokens.token_ids)
         assert answer.injected_tokens == (held if merge == "RopeShift" else 0)
         assert answer.cached_tokens == (held if merge == "RopeShift" else whole_blocks(held)) > 0
 
@@ -111,9 +111,11 @@ def test_a_damaged_file_is_one_requests_error(
     memory.add(memory.extract([text[:500] for text in TEXTS[:2]]))
     whole, damaged = [memory.get_cache(item.kv_cache_id) for item in memory.get_all()]
     salt = damage.__name__
-    before = [files.generate(QUERY, lent, 4, cache_salt=f"{salt}, before") for lent in (whole, damaged)]
+    before = [files.generate(QUERY, cache_view, 4, cache_salt=f"{salt}, before") for cache_view in (whole, damaged)]
     damage(damaged.file.path)
-    first, second = files.generate_batch([Ask(QUERY, lent, 4, cache_salt=salt) for lent in (whole, damaged)])
+    first, second = files.generate_batch(
+        [Ask(QUERY, cache_view, 4, cache_salt=salt) for cache_view in (whole, damaged)]
+    )
     assert first == before[0]
     assert isinstance(second, InjectionError) and damaged.file.name in str(second)
     with pytest.raises(InjectionError, match=damaged.file.name):

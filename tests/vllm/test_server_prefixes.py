@@ -55,13 +55,13 @@ def test_tenants_never_hit_each_others_blocks(prefixes: VLLMServerBackend, conne
     memory = on_server(prefixes)
     memory.add(memory.extract(TEXTS[4]))  # for the tenant of the configuration
     (item,) = memory.get_all()
-    lent = memory.get_cache(item.kv_cache_id)
+    cache_view = memory.get_cache(item.kv_cache_id)
     with pytest.raises(InjectionError, match=r"not warmed up .*'tenant c'.*warm_up"):
-        prefixes.generate(QUERY, lent, 2, cache_salt="tenant c")
+        prefixes.generate(QUERY, cache_view, 2, cache_salt="tenant c")
     lax = connect(cache_salt="prefixes", on_miss="recompute").backend
-    assert lax.generate(QUERY, lent, 2, cache_salt="tenant c").cached_tokens == 0
+    assert lax.generate(QUERY, cache_view, 2, cache_salt="tenant c").cached_tokens == 0
     held = prefixes.warm_up(item, cache_salt="tenant d")
-    assert prefixes.generate(QUERY, lent, 2, cache_salt="tenant d").cached_tokens == held > 0
+    assert prefixes.generate(QUERY, cache_view, 2, cache_salt="tenant d").cached_tokens == held > 0
 
 
 def test_a_prefix_that_was_evicted_is_a_miss_and_not_slow(prefixes: VLLMServerBackend, connect: Connect) -> None:

@@ -59,10 +59,10 @@ class HFGraphBackend(HFBackend):
     def open(cls, config: HFGraphConfig, template: TemplateKind = "chat") -> HFGraphBackend:  # type: ignore[override]
         return cls(cls.loaded(config), template, config)
 
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
-        lent = super().lend(items, merge, separator)
-        self.engine.place(lent)
-        return lent
+    def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
+        cache_view = super().view(items, merge, separator)
+        self.engine.place(cache_view)
+        return cache_view
 
     def prefill(
         self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None

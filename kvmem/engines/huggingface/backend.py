@@ -21,7 +21,7 @@ from kvmem.cache import (
     dynamic_cache,
     fingerprint_of,
 )
-from kvmem.engines.base import FirstToken, GreedyAnswer, MeasuredBackend, check_lent
+from kvmem.engines.base import FirstToken, GreedyAnswer, MeasuredBackend, check_view
 from kvmem.engines.generation import Generation, Sampler, Sampling, Token, as_text, check_asked, told_of
 from kvmem.engines.huggingface.config import DTYPES, HFConfig
 from kvmem.errors import PromptError
@@ -95,12 +95,12 @@ class HFBackend(MeasuredBackend):
             ),
         )
 
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
+    def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
         for item in items:
             self.check(item)
         if len(items) == 1:
             (item,) = items
-            return dynamic_cache.lend(
+            return dynamic_cache.view_of(
                 item.kv_cache, item.metadata.tokens, self.model_config, item.metadata.lossy, self.fingerprint
             )
         separator_ids = self.template.separator_ids(separator)
@@ -108,7 +108,7 @@ class HFBackend(MeasuredBackend):
         self._check_length(len(tokens.token_ids))
         marks = [] if merge.exact else sorted({item.metadata.lossy for item in items} - {""})  # exact: computed anew
         merged = merge.merge(items, separator_ids, self.model)
-        return dynamic_cache.lend(merged, tokens, self.model_config, ", ".join(marks), self.fingerprint)
+        return dynamic_cache.view_of(merged, tokens, self.model_config, ", ".join(marks), self.fingerprint)
 
     def split(self, query: Query, kv_cache: CacheView | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it exceeds the positions.
@@ -116,7 +116,7 @@ class HFBackend(MeasuredBackend):
         Raises ArgumentError for what is no lent cache, and FingerprintError for one of another model.
         """
         if kv_cache is not None:
-            check_lent(kv_cache, self.fingerprint, self.shards)
+            check_view(kv_cache, self.fingerprint, self.shards)
         prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
         self._check_length(len(prompt.ids))
         if kv_cache is None:
@@ -217,13 +217,13 @@ class HFBackend(MeasuredBackend):
         """The cache of `token_ids`; of those that `base` holds nothing is computed."""
         cache = DynamicCache(config=self.model_config)
         if base is not None:
-            cache = self._lend_prefix(base.kv_cache, base.metadata.tokens, held_by(base, token_ids))
+            cache = self._prefix_view(base.kv_cache, base.metadata.tokens, held_by(base, token_ids))
         prefill(self.model, token_ids[cache.get_seq_length() :], cache)
         return cache
 
-    def _lend_prefix(self, cache: DynamicCache, tokens: MemoryTokens, length: int) -> DynamicCache:
-        lent = dynamic_cache.lend(cache, tokens, self.model_config)
-        return lent if dynamic_cache.crop(lent, length) else DynamicCache(config=self.model_config)
+    def _prefix_view(self, cache: DynamicCache, tokens: MemoryTokens, length: int) -> DynamicCache:
+        cache_view = dynamic_cache.view_of(cache, tokens, self.model_config)
+        return cache_view if dynamic_cache.crop(cache_view, length) else DynamicCache(config=self.model_config)
 
     def _check_length(self, tokens: int) -> None:
         positions = self.model_config.max_position_embeddings

@@ -101,18 +101,18 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
         return item
 
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> FileHandle:
+    def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> FileHandle:
         """One item's file; an exact merge as a joined prefix, which the engine then holds; any other merge as KV, built
         on the Hugging Face side."""
         if len(items) == 1:
-            return self.store.lend(items[0])
+            return self.store.view(items[0])
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids), 1)
         if merge.exact:
             self.first_token(TokenizedPrompt((), tokens.token_ids))  # prefilled now, if the engine holds it no more
             return FileHandle(tokens, None)
-        return self.store.lend_merged(items, tokens, separator_ids, merge, self._merge_model)
+        return self.store.view_merged(items, tokens, separator_ids, merge, self._merge_model)
 
     def split(self, query: Query, kv_cache: FileHandle | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the window."""
@@ -147,10 +147,12 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
                 prompts[request_id] = prompt
             except (PromptError, ConfigError, ArgumentError) as error:
                 results[request_id] = error
-        lent = {request_id: ask.kv_cache for request_id, ask in zip(ids, asks, strict=True)}
+        cache_view = {request_id: ask.kv_cache for request_id, ask in zip(ids, asks, strict=True)}
         with self.lock:
             for output in self._run(requests):
-                results[output.request_id] = self._answer(output, prompts[output.request_id], lent[output.request_id])
+                results[output.request_id] = self._answer(
+                    output, prompts[output.request_id], cache_view[output.request_id]
+                )
         return [results[request_id] for request_id in ids]
 
     def stream(
@@ -208,13 +210,13 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         self, request_id: str, prompt: TokenizedPrompt, ask: Ask, stream: bool = False, top_logprobs: int | None = None
     ) -> Request:
         check_asked(ask.max_new_tokens, ask.sampling)
-        lent = ask.kv_cache
+        cache_view = ask.kv_cache
         room = self.window - len(prompt.ids)
         return Request(
             request_id,
             prompt.ids,
-            {LOAD: lent.file.name} if lent and lent.file else {},
-            salt_of(ask.cache_salt, lent),
+            {LOAD: cache_view.file.name} if cache_view and cache_view.file else {},
+            salt_of(ask.cache_salt, cache_view),
             min(ask.max_new_tokens, room),
             ask.sampling,
             frozenset() if ask.past_end else frozenset(self.end_tokens),
@@ -227,10 +229,10 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         return self._request(request_id, arrival.prompt, ask, stream=True)
 
     def _answer(
-        self, output: RequestOutput, prompt: TokenizedPrompt, lent: FileHandle | None
+        self, output: RequestOutput, prompt: TokenizedPrompt, cache_view: FileHandle | None
     ) -> VLLMGeneration | KVMemError:
         may_recompute = self.config.on_load_failure == "recompute"
-        return verified(answer_of(output), prompt, lent, may_recompute, self.end_tokens, self._text)
+        return verified(answer_of(output), prompt, cache_view, may_recompute, self.end_tokens, self._text)
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)

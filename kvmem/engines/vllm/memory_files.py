@@ -23,9 +23,9 @@ from kvmem.storage import SafetensorsFile
 CPU = torch.device("cpu")
 
 
-def salt_of(cache_salt: str | None, lent: FileHandle | None) -> str | None:
+def salt_of(cache_salt: str | None, cache_view: FileHandle | None) -> str | None:
     """The salt of the engine's blocks: the tenant's, and that of KV which is not what a prefill of its ids gives."""
-    return " ".join(salt for salt in (cache_salt, lent.salt if lent else None) if salt) or None
+    return " ".join(salt for salt in (cache_salt, cache_view.salt if cache_view else None) if salt) or None
 
 
 def split_behind(template: PromptTemplate, query: Query, kv_cache: FileHandle | None) -> TokenizedPrompt:
@@ -62,12 +62,12 @@ class FileStore:
                 self.files[item] = self.write(item)
             return self.files[item]
 
-    def lend(self, item: KVCacheItem) -> FileHandle:
+    def view(self, item: KVCacheItem) -> FileHandle:
         """What is injected for one item; KV of unknown origin is kept apart from what a prefill of its ids gives."""
         file = self.file_of(item)
         return FileHandle(item.metadata.tokens, file, file.name if item.metadata.fingerprint is None else None)
 
-    def lend_merged(
+    def view_merged(
         self,
         items: Sequence[KVCacheItem],
         tokens: MemoryTokens,

@@ -52,7 +52,7 @@ class ServingEngine:
 
     @abstractmethod
     def _answer(
-        self, output: RequestOutput, prompt: TokenizedPrompt, lent: FileHandle | None
+        self, output: RequestOutput, prompt: TokenizedPrompt, cache_view: FileHandle | None
     ) -> VLLMGeneration | KVMemError: ...
 
     def serve(self, arrivals: Sequence[Arrival]) -> list[Served]:

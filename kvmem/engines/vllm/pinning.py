@@ -84,14 +84,14 @@ class PinningEngine:
         cache_salt: only requests of this salt share the blocks. Raises EngineError where the engine has too few blocks.
         """
         item = self._known(item)
-        lent = self.store.lend(item)
-        assert lent.file is not None
-        self._check_length(len(lent.tokens.token_ids), 1)
-        salt = salt_of(cache_salt, lent)
+        cache_view = self.store.view(item)
+        assert cache_view.file is not None
+        self._check_length(len(cache_view.tokens.token_ids), 1)
+        salt = salt_of(cache_salt, cache_view)
         with self.lock:
             name = self.pins.name(item, salt)
-            transfer = {LOAD: lent.file.name, PIN: name}
-            (output,) = self._run([Request(uuid.uuid4().hex, lent.tokens.token_ids, transfer, salt, 1)])
+            transfer = {LOAD: cache_view.file.name, PIN: name}
+            (output,) = self._run([Request(uuid.uuid4().hex, cache_view.tokens.token_ids, transfer, salt, 1)])
             report = (output.kv_transfer_params or {})[REPORT]
             if report["load_error"] or report["pin_error"]:
                 raise EngineError(f"{item.kv_cache_id} is not pinned: {report['load_error'] or report['pin_error']}")

@@ -39,7 +39,7 @@ def answer_of(output: RequestOutput) -> EngineAnswer:
 def verified(
     answer: EngineAnswer,
     prompt: TokenizedPrompt,
-    lent: FileHandle | None,
+    cache_view: FileHandle | None,
     may_recompute: bool,
     end_tokens: Collection[int],
     decode: Callable[[Sequence[int]], str],
@@ -62,7 +62,7 @@ def verified(
         return InjectionError(
             f"The engine counts {counted} cached tokens, and the connector {cached}. Don't trust this hit."
         )
-    if not failed and lent is not None and lent.file is not None and cached < expected:
+    if not failed and cache_view is not None and cache_view.file is not None and cached < expected:
         return InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")
     ids = answer.token_ids
     if ids and ids[-1] in end_tokens and answer.finish_reason == "stop":

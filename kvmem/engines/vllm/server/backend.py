@@ -103,11 +103,11 @@ class VLLMServerBackend(Backend):
         self.prefixes.warm_up(tokens.token_ids, salt)
         return self.prefixes.held[tokens.token_ids, salt]
 
-    def lend(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> FileHandle:
+    def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> FileHandle:
         """One item's file or prefix; an exact merge as a joined prefix, which the server then holds; any other as KV,
         built on this machine."""
         if len(items) == 1:
-            return self.store.lend(items[0]) if self.store else FileHandle(items[0].metadata.tokens, None)
+            return self.store.view(items[0]) if self.store else FileHandle(items[0].metadata.tokens, None)
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids), 1)
@@ -118,7 +118,7 @@ class VLLMServerBackend(Backend):
             raise MergeError(
                 f"{merge.name} needs tensors; item {items[0].kv_cache_id} is a prefix on a server. Use merge=Reprefill."
             )
-        return self.store.lend_merged(items, tokens, separator_ids, merge, self._merge_model)
+        return self.store.view_merged(items, tokens, separator_ids, merge, self._merge_model)
 
     def split(self, query: Query, kv_cache: FileHandle | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is longer than the window."""
@@ -203,15 +203,15 @@ class VLLMServerBackend(Backend):
         self, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False, stream: bool = False
     ) -> ServerRequest:
         check_asked(ask.max_new_tokens, ask.sampling)
-        lent, transfer = ask.kv_cache, {}
-        if lent and lent.file:
-            transfer[LOAD] = lent.file.name
+        cache_view, transfer = ask.kv_cache, {}
+        if cache_view and cache_view.file:
+            transfer[LOAD] = cache_view.file.name
             if stream:  # whose pieces do not carry the connector's report
                 transfer[REPORT_TO] = str(uuid.uuid4())
-        elif lent and not self._may_recompute:
-            self.prefixes.check_warm(lent, self._tenant(ask))
+        elif cache_view and not self._may_recompute:
+            self.prefixes.check_warm(cache_view, self._tenant(ask))
         new_tokens = min(ask.max_new_tokens, self.window - len(prompt.ids))
-        salt = salt_of(self._tenant(ask), lent)
+        salt = salt_of(self._tenant(ask), cache_view)
         return ServerRequest(prompt.ids, new_tokens, ask.sampling, salt, transfer, past_end)
 
     def _answer(self, prompt: TokenizedPrompt, ask: Ask, past_end: bool = False) -> VLLMGeneration:

@@ -32,9 +32,9 @@ class Prefixes:
         self.held[token_ids, salt] = self.client.complete(request).cached_tokens
         return build_s
 
-    def check_warm(self, lent: FileHandle, salt: str | None) -> None:
+    def check_warm(self, cache_view: FileHandle, salt: str | None) -> None:
         """Raises InjectionError for a prefix that this client has not warmed up for this tenant."""
-        if lent.file is None and (lent.tokens.token_ids, salt) not in self.held:
+        if cache_view.file is None and (cache_view.tokens.token_ids, salt) not in self.held:
             tenant = f"the cache_salt {salt!r}" if salt else "requests without a cache_salt"
             raise InjectionError(
                 f"This memory was not warmed up on {self.client.name} for {tenant}, so it would be computed. "
@@ -45,12 +45,16 @@ class Prefixes:
         self,
         answer: VLLMGeneration,
         prompt: TokenizedPrompt,
-        lent: FileHandle | None,
+        cache_view: FileHandle | None,
         salt: str | None,
         may_recompute: bool,
     ) -> VLLMGeneration:
         """The answer, once the server's count says that it was spared what it held of a prefix; else InjectionError."""
-        held = 0 if lent is None or lent.file is not None else self.held.get((lent.tokens.token_ids, salt), 0)
+        held = (
+            0
+            if cache_view is None or cache_view.file is not None
+            else self.held.get((cache_view.tokens.token_ids, salt), 0)
+        )
         # A query that changes the memory's last tokens may break into its last block; then the count can't be foretold.
         promised = held if len(prompt.memory_ids) >= held else 0
         if answer.cached_tokens >= promised:
