@@ -19,8 +19,8 @@ class Failure:
     """In observed uses."""
 
 
-class Failures(dict[str, Failure]):
-    """Failures by memory id."""
+class RetryBackoff(dict[str, Failure]):
+    """RetryBackoff by memory id."""
 
     def add(self, memory_id: str, error: Exception, now: int) -> None:
         count = self[memory_id].count + 1 if memory_id in self else 1
@@ -41,5 +41,5 @@ class Failures(dict[str, Failure]):
         return {memory_id: asdict(failure) for memory_id, failure in self.items()}
 
     @classmethod
-    def of_state(cls, state: dict[str, Any]) -> Failures:
+    def of_state(cls, state: dict[str, Any]) -> RetryBackoff:
         return cls({memory_id: Failure(**failure) for memory_id, failure in state.items()})

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvmem.cache import TextualMemoryItem
 from kvmem.errors import PromptError, UnknownMemoryError, check_kind
-from kvmem.scheduler.backoff import Failures
+from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.journal import Journal
 from kvmem.scheduler.kv_index import KVIndex
 from kvmem.scheduler.planner import Planner
@@ -24,7 +24,7 @@ SNAPSHOT_EVERY = 1000
 class ObservationQueue:
     """Uses and new texts. `use` and `text` are for any thread and return at once; `take_in` is for one at a time."""
 
-    def __init__(self, planner: Planner, shelf: KVIndex, failures: Failures, journal: Journal | None) -> None:
+    def __init__(self, planner: Planner, shelf: KVIndex, failures: RetryBackoff, journal: Journal | None) -> None:
         """Takes back what `journal` holds."""
         self._planner, self._shelf, self._failures, self._journal = planner, shelf, failures, journal
         self._seen: deque[tuple[str, tuple[str, ...], int]] = deque()
@@ -109,7 +109,7 @@ class ObservationQueue:
             self._planner.restore(state["planner"])
             for memory in state["texts"]:
                 self._shelf.hold(TextualMemoryItem(**memory))
-            self._failures.update(Failures.of_state(state["failures"]))
+            self._failures.update(RetryBackoff.of_state(state["failures"]))
             self._shelf.groups.restore(state.get("groups", {"members": [], "seen": []}))
             for group in self._shelf.groups.members:
                 self._planner.joined(group, self._shelf.groups.heads(group))

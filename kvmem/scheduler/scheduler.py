@@ -24,7 +24,7 @@ from kvmem.errors import (
 )
 from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query
-from kvmem.scheduler.backoff import Failures
+from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
 from kvmem.scheduler.cost_model import Costs
 from kvmem.scheduler.journal import Journal
@@ -84,7 +84,7 @@ class MemScheduler:
         self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
         self.shelf = KVIndex(self.backend, self.items, memory.config.separator)
         self.lender = PrefixSelector(self.shelf, self.planner.costs)
-        self.failures = Failures()
+        self.failures = RetryBackoff()
         self.builds = self.cancelled_builds = 0
         self.failed_ticks, self.last_failed_tick = 0, ""
         """Ticks of the thread that ended in an error, and the last one's: the thread goes on."""

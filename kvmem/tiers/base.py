@@ -124,7 +124,7 @@ class Found:
     """Of its keys and values."""
 
 
-class MemoryPlace(TierStore):
+class MemoryStore(TierStore):
     """Tensors on a device; `pinned`: in host memory that a GPU reads at full speed."""
 
     def __init__(self, backend: Backend, device: torch.device, pinned: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from kvmem.cache import KVCacheItem, KVCacheMetadata, device_transfer, dynamic_cache
 from kvmem.engines import Backend
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
-from kvmem.tiers.base import DiskStore, MemoryPlace, PendingDeletes, TierStore
+from kvmem.tiers.base import DiskStore, MemoryStore, PendingDeletes, TierStore
 from kvmem.tiers.load_times import LoadTimes
 from kvmem.tiers.quantized import BITS, CompressedPlace
 from kvmem.tiers.remote import ColdPlace
@@ -62,7 +62,7 @@ class TieredItems:
         self._used = dict.fromkeys(self.budgets, 0)
         self._lock = threading.Lock()
         self._places = {name: self._open(name, folder, cold) for name in self.budgets}
-        self.timed = {name for name, place in self._places.items() if not isinstance(place, MemoryPlace)}
+        self.timed = {name for name, place in self._places.items() if not isinstance(place, MemoryStore)}
         """The tiers whose loads are measured in `loads`."""
 
     def _open(self, name: str, folder: str | Path | None, cold: str | None) -> TierStore:
@@ -70,11 +70,11 @@ class TieredItems:
         if name not in self.NAMES:
             raise ConfigError(f"Unknown tier {name!r}. {did_you_mean(name, self.NAMES)}")
         if name == "ram":
-            return MemoryPlace(self._backend, torch.device("cpu"), pinned=on_gpu)
+            return MemoryStore(self._backend, torch.device("cpu"), pinned=on_gpu)
         if name == "gpu":
             if not on_gpu:
                 raise ConfigError("The tier 'gpu' needs a model on a GPU, and this one is on a CPU. Use 'ram'.")
-            return MemoryPlace(self._backend, self._backend.device, pinned=False)
+            return MemoryStore(self._backend, self._backend.device, pinned=False)
         if name == "cold":
             if cold is None:
                 raise ConfigError("The tier 'cold' needs a URL. Give one as `cold`, or leave the tier out.")
