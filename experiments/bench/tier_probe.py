@@ -17,7 +17,7 @@ from kvmem import KVCacheItem
 from kvmem.cache import dynamic_cache
 from kvmem.engines.huggingface import HFBackend
 from kvmem.prompt import TokenizedPrompt
-from kvmem.tiers import BITS, DiskStore, TieredItems, compressed_bytes
+from kvmem.tiers import BITS, DiskStore, TieredCache, quantized_bytes
 
 RECOMPUTE = "recompute"
 COLD, WARM = "disk, cold", "disk, warm"
@@ -47,11 +47,11 @@ class InEveryTier:
         self.item, self.before = item, [(k.clone(), v.clone()) for k, v in dynamic_cache.layers_of(item.kv_cache)]
         names = ["gpu", "ram"] if self.backend.device.type == "cuda" else ["ram"]
         room = item.metadata.kv_bytes
-        self.tiers = {name: TieredItems(self.backend, {name: room}) for name in names}
+        self.tiers = {name: TieredCache(self.backend, {name: room}) for name in names}
         self.compressed = list(compressed)
-        self.tiers["disk"] = TieredItems(self.backend, {"disk": room}, folder)
+        self.tiers["disk"] = TieredCache(self.backend, {"disk": room}, folder)
         for name in self.compressed:
-            self.tiers[name] = TieredItems(self.backend, {name: self._compressed_room(name)}, folder)
+            self.tiers[name] = TieredCache(self.backend, {name: self._compressed_room(name)}, folder)
         for name, items in self.tiers.items():
             items.put(item, name)
         self.path = DiskStore.file_of(folder, item.kv_cache_id)
@@ -101,12 +101,12 @@ class InEveryTier:
             items.close()
 
     def _compressed_room(self, name: str) -> int:
-        """Bytes for the item; a name that is no tier is for `TieredItems` to refuse."""
+        """Bytes for the item; a name that is no tier is for `TieredCache` to refuse."""
         scheme, known = name.removeprefix("disk_"), self.item.metadata
         is_of, tokens = self.backend.fingerprint, known.token_count
-        return max(known.kv_bytes, compressed_bytes(is_of, scheme, tokens) if scheme in BITS else 0)
+        return max(known.kv_bytes, quantized_bytes(is_of, scheme, tokens) if scheme in BITS else 0)
 
-    def _same_bits(self, name: str, items: TieredItems) -> bool:
+    def _same_bits(self, name: str, items: TieredCache) -> bool:
         with items.use(self.item.kv_cache_id) as item:
             now = [tensor for pair in dynamic_cache.layers_of(item.kv_cache) for tensor in pair]
             return all(torch.equal(a, b) for a, b in zip(now, (t for pair in self.before for t in pair), strict=True))

@@ -23,7 +23,7 @@ from experiments.workloads import asked, cut_memories, docs_texts
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
 from kvmem.scheduler import Costs
-from kvmem.tiers import check_available
+from kvmem.tiers import check_hqq
 
 
 @plain_dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Tiers(Scenario):
             )
         if self.compressed:
             try:
-                check_available()
+                check_hqq()
             except ConfigError as error:
                 raise ConfigError(f"{error} Or leave those tiers out: scenario.compressed=[].") from error
         return [TiersCell(f"{len(self.context_tokens)} lengths in every tier")]

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvmem.cache.fingerprint import ModelFingerprint
 from kvmem.cache.items import MemoryTokens
-from kvmem.cache.layers import KV, ArrivingLayer, CopyOnWriteLayer, PatchedLayer
+from kvmem.cache.layers import KV, CopyOnWriteLayer, PatchedLayer, TransferLayer
 from kvmem.errors import FingerprintError, ModelError
 
 
@@ -77,7 +77,7 @@ def from_layers(layers: Sequence[KV], config: PreTrainedConfig, tokens: int | No
 def arriving(layers: Sequence[KV], arrives: Sequence[torch.cuda.Event], config: PreTrainedConfig) -> DynamicCache:
     """As `from_layers`, for full attention, around tensors of which each layer's are there after its event."""
     cache = _shell(config, DynamicCache)
-    cache.layers = [ArrivingLayer(event) for event in arrives]
+    cache.layers = [TransferLayer(event) for event in arrives]
     _fill(cache, layers, layers[0][0].shape[-2])
     return cache
 
@@ -92,7 +92,7 @@ def patched(layers: Sequence[KV], at_S: torch.Tensor) -> DynamicCache:
 def layers_of(cache: DynamicCache) -> list[KV]:
     """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied."""
     for layer in cache.layers:
-        if isinstance(layer, ArrivingLayer):
+        if isinstance(layer, TransferLayer):
             layer.wait()
     return _tensors(cache)
 
@@ -127,7 +127,7 @@ def view_of(
         raise FingerprintError(f"A cache of {held} layers is none of this model's {wanted}. Extract it again with it.")
     _fill(shell, _tensors(cache), cache.get_seq_length())
     for cache_view, stored in zip(shell.layers, cache.layers, strict=True):
-        if isinstance(cache_view, ArrivingLayer) and isinstance(stored, ArrivingLayer):
+        if isinstance(cache_view, TransferLayer) and isinstance(stored, TransferLayer):
             cache_view.arrives = stored.arrives
     shell.tokens, shell.lossy, shell.fingerprint = tokens, lossy, fingerprint
     return shell

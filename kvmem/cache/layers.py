@@ -11,7 +11,7 @@ KV = tuple[torch.Tensor, torch.Tensor]
 FIRST_HEADROOM = 64
 
 
-class ArrivingLayer(DynamicLayer):
+class TransferLayer(DynamicLayer):
     """A layer whose tensors may still be on their way to a GPU. Who reads them lets its stream wait first."""
 
     def __init__(self, arrives: torch.cuda.Event | None = None) -> None:
@@ -25,7 +25,7 @@ class ArrivingLayer(DynamicLayer):
             self.arrives = None
 
 
-class CopyOnWriteLayer(ArrivingLayer):
+class CopyOnWriteLayer(TransferLayer):
     """A layer that starts from tensors it must not write to, and grows without copying them at each step.
 
     The first update copies the lent tokens and the new ones into a buffer of its own with room to spare (one `cat`,

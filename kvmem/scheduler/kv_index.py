@@ -11,7 +11,7 @@ from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import UnknownMemoryError
 from kvmem.merge import joined_tokens
 from kvmem.scheduler.groups import Groups
-from kvmem.tiers import TieredItems
+from kvmem.tiers import TieredCache
 
 Texts = tuple[TextualMemoryItem, ...]
 """What KV is built from: one text memory, or a group's in their order."""
@@ -23,7 +23,7 @@ class KVIndex:
     An id is a memory's, or a group's: the joined KV of several memories, which goes when one of their texts changes.
     """
 
-    def __init__(self, backend: HFBackend, items: TieredItems, separator: str) -> None:
+    def __init__(self, backend: HFBackend, items: TieredCache, separator: str) -> None:
         self.backend, self.items = backend, items
         self.texts: dict[str, TextualMemoryItem] = {}
         self.groups = Groups()

@@ -12,7 +12,7 @@ from kvmem.errors import DamagedFileError, StorageError, UnknownMemoryError
 from kvmem.prompt import common_prefix
 from kvmem.scheduler.cost_model import Costs
 from kvmem.scheduler.kv_index import KVIndex
-from kvmem.tiers import Load
+from kvmem.tiers import LoadEstimate
 
 PROBE_AFTER = 8
 """So many loads of a tier that were not done, and one is done beside the requests: the tier may be faster now."""
@@ -22,7 +22,7 @@ PROBE_AFTER = 8
 class _Choice:
     memory_id: str
     item_id: str
-    load: Load
+    load: LoadEstimate
 
 
 class PrefixSelector:
@@ -103,9 +103,9 @@ class PrefixSelector:
         told = tier in self._costs.load_s_a_byte
         return float(self._costs.load_s(nbytes, tier)) if told else self._items.loads.expected_s(tier, nbytes) or 0.0
 
-    def _load(self, item_id: str, tokens: int) -> Load:
+    def _load(self, item_id: str, tokens: int) -> LoadEstimate:
         tier, nbytes = self._items.tier_of(item_id), self._items.nbytes(item_id)
-        return Load(tier, nbytes, self.load_s(tier, nbytes), tokens, float(self._costs.saved_s(tokens, 0.0)))
+        return LoadEstimate(tier, nbytes, self.load_s(tier, nbytes), tokens, float(self._costs.saved_s(tokens, 0.0)))
 
     def _prefix(self, item: KVCacheItem, joint: MemoryTokens, shared: int) -> CacheView | None:
         tokens = joint.model_copy(update={"token_ids": joint.token_ids[:shared]})
@@ -123,7 +123,7 @@ class PrefixSelector:
 
     def _measured(self, tier: str) -> bool:
         """Whether what a load takes is found out, and not told in `costs` or nothing."""
-        return tier in self._items.timed and tier not in self._costs.load_s_a_byte
+        return tier in self._items.measured_tiers and tier not in self._costs.load_s_a_byte
 
     def _not_had(self, memory_id: str, item_id: str, error: StorageError | OSError) -> None:
         """Drops what is damaged or missing. Any other error may be an outage, and the item is whole after it."""
@@ -172,7 +172,7 @@ class PrefixSelector:
         except UnknownMemoryError:  # its text changed meanwhile
             return ""
         lost = f"; lossy: {metadata.lossy}" if metadata.lossy else ""
-        if tier not in self._items.timed:
+        if tier not in self._items.measured_tiers:
             return lost
         measured = self._items.loads.count(tier)
         return f"{lost}; {'loaded' if load.pays else 'not loaded'} when wanted: {load} ({measured} loads measured)"

@@ -34,7 +34,7 @@ from kvmem.scheduler.planner import Move, Planner
 from kvmem.scheduler.policies import Policy
 from kvmem.scheduler.policies import policy as policy_by_name
 from kvmem.scheduler.prefix_selection import PrefixSelector
-from kvmem.tiers import TieredItems
+from kvmem.tiers import TieredCache
 
 
 class MemScheduler:
@@ -81,7 +81,7 @@ class MemScheduler:
             lambda tier, nbytes: self.lender.load_s(tier, nbytes),
         )
         self.journal = Journal(Path(folder)) if folder is not None else None
-        self.items = TieredItems(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
+        self.items = TieredCache(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
         self.shelf = KVIndex(self.backend, self.items, memory.config.separator)
         self.lender = PrefixSelector(self.shelf, self.planner.costs)
         self.failures = RetryBackoff()
@@ -154,9 +154,9 @@ class MemScheduler:
         with self._ticking:
             self._intake.take_in()
             if not self._closing.is_set():  # what is left in the tiers may be another process's by then
-                self.items.undropped.retry()
+                self.items.pending_deletes.retry()
             barred = self.failures.barred(self.planner.table.now)
-            made, lost = [], self.items.undropped.by_tier()
+            made, lost = [], self.items.pending_deletes.by_tier()
             for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred, lost):
                 if not self._closing.is_set() and self._carry_out(move):
                     made.append(move)
@@ -174,7 +174,7 @@ class MemScheduler:
             tiers = self.shelf.tiers()
             place = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
             why = self.planner.explain(memory_id, tiers) + self.lender.explain(memory_id)
-            why += self.failures.explain(memory_id) + self.items.undropped.explain(memory_id)
+            why += self.failures.explain(memory_id) + self.items.pending_deletes.explain(memory_id)
             return f"{memory_id} is {place}. {why}"
 
     def start(self, interval_s: float = 0.5) -> None:

@@ -46,7 +46,7 @@ class TierStore(ABC):
 
 
 @dataclass(frozen=True)
-class Leftover:
+class PendingDelete:
     """Bytes of a forgotten item that could not be removed."""
 
     place: TierStore
@@ -56,7 +56,7 @@ class Leftover:
     reason: str
 
 
-class PendingDeletes(dict[tuple[str, str], Leftover]):
+class PendingDeletes(dict[tuple[str, str], PendingDelete]):
     """(tier, item id) -> what is left of the item there. Thread-safe.
 
     Nothing reads it, and it counts in the tier's budget until it is gone: by `retry`, or with the next process.
@@ -72,7 +72,7 @@ class PendingDeletes(dict[tuple[str, str], Leftover]):
         try:
             place.drop(item_id)
         except (StorageError, OSError) as error:  # a store that is down, say
-            left = Leftover(place, nbytes, metadata, str(error) or type(error).__name__)
+            left = PendingDelete(place, nbytes, metadata, str(error) or type(error).__name__)
         with self._lock:
             self.pop((tier, item_id), None)
             if left is not None:
@@ -100,7 +100,8 @@ class PendingDeletes(dict[tuple[str, str], Leftover]):
             left = self.get((tier, item_id))
         if left is not None:
             raise StorageError(
-                f"What {item_id} left in the tier {tier!r} is not removed yet ({left.reason}). undropped.retry() tries."
+                f"What {item_id} left in the tier {tier!r} is not removed yet ({left.reason}). "
+                "pending_deletes.retry() tries again."
             )
 
     def explain(self, memory_id: str) -> str:

@@ -15,7 +15,7 @@ APART = 1.25
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadEstimate:
     """What bringing an item to the model would take, and what prefilling the tokens that a prompt shares with it."""
 
     tier: str
@@ -52,7 +52,7 @@ class LoadTimes:
         self._loads: dict[str, deque[tuple[int, float]]] = {}
         self._lock = threading.Lock()
 
-    def took(self, tier: str, nbytes: int, seconds: float) -> None:
+    def record(self, tier: str, nbytes: int, seconds: float) -> None:
         """One load of `nbytes` of keys and values, from when they were wanted to when the model could use them."""
         with self._lock:
             self._loads.setdefault(tier, deque(maxlen=KEPT)).append((nbytes, seconds))
@@ -67,7 +67,7 @@ class LoadTimes:
 
         >>> times = LoadTimes()
         >>> for nbytes, seconds in ((100, 1.1), (200, 1.2), (300, 1.3), (400, 9.0), (500, 1.5)):
-        ...     times.took("cold", nbytes, seconds)
+        ...     times.record("cold", nbytes, seconds)
         >>> round(times.expected_s("cold", 1000), 3)
         2.0
         """

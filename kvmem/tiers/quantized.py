@@ -26,7 +26,7 @@ SCALE_BYTES = 8
 """A scale and a zero point, float32 each: keys of some models stand far from 0."""
 
 
-class CompressedPlace(DiskStore):
+class QuantizedStore(DiskStore):
     """A disk tier whose files hold `scheme` in place of the numbers that were built; what is read is marked lossy."""
 
     def __init__(self, backend: Backend, folder: Path, scheme: str) -> None:
@@ -35,16 +35,16 @@ class CompressedPlace(DiskStore):
             raise ConfigError(f"The tier 'disk_{scheme}' covers full attention only. Use 'disk', which loses nothing.")
         _hqq()
         self.scheme = scheme
-        super().__init__(backend, folder, CompressedFile(scheme))
+        super().__init__(backend, folder, QuantizedFile(scheme))
 
     def marked(self, metadata: KVCacheMetadata) -> KVCacheMetadata:
         return metadata.model_copy(update={"lossy": lossy(metadata, self.scheme)})
 
     def nbytes(self, tokens: int, built_bytes: int) -> int:
-        return compressed_bytes(self._backend.fingerprint, self.scheme, tokens)
+        return quantized_bytes(self._backend.fingerprint, self.scheme, tokens)
 
 
-def compressed_bytes(is_of: ModelFingerprint, scheme: str, tokens: int) -> int:
+def quantized_bytes(is_of: ModelFingerprint, scheme: str, tokens: int) -> int:
     """Of keys and values of `tokens`, scales and zero points too. Few tokens in bf16 take more than as they are."""
     rows = is_of.kv_heads * is_of.head_dim * (-(-tokens // GROUP))  # of GROUP keys each
     value_rows = rows * GROUP // _values_group(is_of.head_dim)
@@ -58,7 +58,7 @@ def lossy(metadata: KVCacheMetadata, scheme: str) -> str:
     return ", ".join(been_through if scheme in been_through else [*been_through, scheme])
 
 
-class CompressedFile(Storage):
+class QuantizedFile(Storage):
     """One item as a safetensors file of integers, scales and zero points.
 
     Asymmetric: keys in groups of 64 tokens of a channel, since what sticks out in them keeps to its channel, and values
@@ -167,7 +167,7 @@ def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_available() -> None:
+def check_hqq() -> None:
     """Raises ConfigError where hqq is missing."""
     _hqq()
 

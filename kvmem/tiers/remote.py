@@ -18,7 +18,7 @@ from kvmem.storage import SafetensorsFile, manifest
 from kvmem.tiers.base import Found, TierStore
 
 
-class ColdPlace(TierStore):
+class RemoteStore(TierStore):
     """Two files an item: the tensors (the same file as on disk), and then what is known of them, as JSON.
 
     The second makes the item exist, so a writer that is killed leaves none by halves, and what is there can be listed

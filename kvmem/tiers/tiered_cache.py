@@ -17,8 +17,8 @@ from kvmem.engines import Backend
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
 from kvmem.tiers.base import DiskStore, MemoryStore, PendingDeletes, TierStore
 from kvmem.tiers.load_times import LoadTimes
-from kvmem.tiers.quantized import BITS, CompressedPlace
-from kvmem.tiers.remote import ColdPlace
+from kvmem.tiers.quantized import BITS, QuantizedStore
+from kvmem.tiers.remote import RemoteStore
 
 
 @dataclass
@@ -34,7 +34,7 @@ class _Entry:
     """Dropped while in use or on its way: hidden, and freed with the last lease or the end of the move."""
 
 
-class TieredItems:
+class TieredCache:
     """id -> item, wherever its bytes are. Budgets count keys and values, to the byte, and hold at every moment.
 
     budgets: bytes by tier, fastest first: `gpu` (where the model is), `ram` (host memory, pinned where the model is on
@@ -53,7 +53,7 @@ class TieredItems:
         self.budgets = dict(budgets)
         self.refused: dict[str, str] = {}
         """What an earlier process left and was not taken up, by the file's name or the item's id, with the reason."""
-        self.undropped = PendingDeletes()
+        self.pending_deletes = PendingDeletes()
         self.loads = LoadTimes()
         """What loads from each tier took. Host memory's bytes reach a GPU behind the forward pass, and do not count."""
         self._backend = backend
@@ -62,7 +62,7 @@ class TieredItems:
         self._used = dict.fromkeys(self.budgets, 0)
         self._lock = threading.Lock()
         self._places = {name: self._open(name, folder, cold) for name in self.budgets}
-        self.timed = {name for name, place in self._places.items() if not isinstance(place, MemoryStore)}
+        self.measured_tiers = {name for name, place in self._places.items() if not isinstance(place, MemoryStore)}
         """The tiers whose loads are measured in `loads`."""
 
     def _open(self, name: str, folder: str | Path | None, cold: str | None) -> TierStore:
@@ -78,14 +78,14 @@ class TieredItems:
         if name == "cold":
             if cold is None:
                 raise ConfigError("The tier 'cold' needs a URL. Give one as `cold`, or leave the tier out.")
-            return self._take_up(name, ColdPlace(self._backend, cold))
+            return self._take_up(name, RemoteStore(self._backend, cold))
         if folder is None:
             raise ConfigError(f"The tier {name!r} needs a folder. Give one, or leave the tier out.")
         scheme = name.removeprefix("disk_")
-        place = CompressedPlace(self._backend, Path(folder) / scheme, scheme) if scheme in BITS else None
+        place = QuantizedStore(self._backend, Path(folder) / scheme, scheme) if scheme in BITS else None
         return self._take_up(name, place or DiskStore(self._backend, Path(folder)))
 
-    def _take_up(self, name: str, place: DiskStore | ColdPlace) -> TierStore:
+    def _take_up(self, name: str, place: DiskStore | RemoteStore) -> TierStore:
         found, refused = place.found()
         self.refused |= refused
         for item in found:
@@ -94,7 +94,7 @@ class TieredItems:
             if twice or self._used[name] + nbytes > self.budgets[name]:
                 why = "in a faster tier too" if twice else f"over the tier's {self.budgets[name]} bytes"
                 self.refused[item.item_id] = f"{why}; deleted"
-                self.undropped.drop(place, name, item.item_id, nbytes, item.metadata)
+                self.pending_deletes.drop(place, name, item.item_id, nbytes, item.metadata)
                 continue
             self._entries[item.item_id] = _Entry(name, nbytes, item.nbytes, item.metadata)
             self._used[name] += nbytes
@@ -167,7 +167,7 @@ class TieredItems:
                     entry.nbytes, nbytes = nbytes, entry.nbytes
                 self._used[tier] -= nbytes
                 if copied:
-                    self.undropped.drop(self._places[tier], tier, item_id, nbytes, entry.metadata)
+                    self.pending_deletes.drop(self._places[tier], tier, item_id, nbytes, entry.metadata)
                 self._free_if_gone(item_id, entry)
         return moved
 
@@ -196,7 +196,7 @@ class TieredItems:
     def used_bytes(self) -> dict[str, int]:
         """Booked bytes by tier: what is there, hidden but in use, on its way there, or could not be removed."""
         with self._lock:
-            left = self.undropped.by_tier()
+            left = self.pending_deletes.by_tier()
             return {tier: used + left[tier] for tier, used in self._used.items()}
 
     def close(self) -> None:
@@ -221,10 +221,10 @@ class TieredItems:
     def _read(self, item_id: str, tier: str, nbytes: int) -> KVCacheItem:
         started = time.perf_counter()
         item = self._places[tier].read(item_id)
-        if tier in self.timed:
+        if tier in self.measured_tiers:
             if self._backend.device.type == "cuda":  # its copies and kernels are only launched
                 torch.cuda.synchronize(self._backend.device)
-            self.loads.took(tier, nbytes, time.perf_counter() - started)
+            self.loads.record(tier, nbytes, time.perf_counter() - started)
         return item
 
     def _entry(self, item_id: str) -> _Entry:
@@ -234,8 +234,8 @@ class TieredItems:
         return entry
 
     def _book(self, item_id: str, tier: str, nbytes: int) -> None:
-        self.undropped.check_gone(tier, item_id)
-        if nbytes > (free := self.budgets[tier] - self._used[tier] - self.undropped.by_tier()[tier]):
+        self.pending_deletes.check_gone(tier, item_id)
+        if nbytes > (free := self.budgets[tier] - self._used[tier] - self.pending_deletes.by_tier()[tier]):
             raise BudgetError(
                 f"Item {item_id} has {nbytes} bytes, and the tier {tier!r} has {free} left. Drop or demote others."
             )
@@ -245,4 +245,4 @@ class TieredItems:
         if entry.gone and not entry.leases and not entry.moving and self._entries.get(item_id) is entry:
             del self._entries[item_id]
             self._used[entry.tier] -= entry.nbytes
-            self.undropped.drop(self._places[entry.tier], entry.tier, item_id, entry.nbytes, entry.metadata)
+            self.pending_deletes.drop(self._places[entry.tier], entry.tier, item_id, entry.nbytes, entry.metadata)

@@ -23,23 +23,30 @@ from tests.helpers.tiny import greedy_by_transformers, memory_on
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
-# Each shows one behaviour of a published template, in our own words.
+# Each template shows one behavior of a published one.
 TEMPLATES = {
-    "default system prompt": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}" + TURN + "{% endfor %}" + ASK,
+    "default system prompt": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n{% endif %}"
+        "{% for m in messages %}" + TURN + "{% endfor %}" + ASK
+    ),
     "a BOS of its own": "<|endoftext|>{% for m in messages %}" + TURN + "{% endfor %}" + ASK,
-    "thinking is stripped from earlier turns": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1].strip() }}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
-    "system turns are refused": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    + TURN
-    + "{% endfor %}"
-    + ASK,
+    "thinking is stripped from earlier turns": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1].strip() }}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    ),
+    "system turns are refused": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + TURN
+        + "{% endfor %}"
+        + ASK
+    ),
     "system turns are left out": "{% for m in messages if m.role != 'system' %}" + TURN + "{% endfor %}" + ASK,
     "a date before the memory": "Today is day 1.\n{% for m in messages %}" + TURN + "{% endfor %}" + ASK,
-    "content is trimmed": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    + ASK,
+    "content is trimmed": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}" + ASK
+    ),
     "no special tokens": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
     "nothing between the turns": "{% for m in messages %}{{ m.content }}{% endfor %}",
 }

@@ -45,7 +45,7 @@ def test_a_lost_file_is_answered_as_text_and_built_again(qwen3: HFBackend, tmp_p
     answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
     assert "m0 was not loaded" in answer.note and scheduler.shelf.tiers() == {}
-    assert scheduler.items.used_bytes() == {"ram": 0, "disk": 0} and scheduler.items.undropped == {}
+    assert scheduler.items.used_bytes() == {"ram": 0, "disk": 0} and scheduler.items.pending_deletes == {}
     scheduler.tick()
     assert scheduler.answer(QUERY, [MEMORIES[0]], 8).cached_tokens > 50
     scheduler.close()
@@ -129,7 +129,7 @@ def test_an_edit_is_kept_where_the_old_kv_can_not_be_removed(qwen3: HFBackend, t
     edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
     FailingLink.down = True
     scheduler.update(edited)
-    assert scheduler.shelf.tiers() == {} and len(scheduler.items.undropped) == 1
+    assert scheduler.shelf.tiers() == {} and len(scheduler.items.pending_deletes) == 1
     answer = scheduler.answer(QUERY, [edited], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
     scheduler.explain("m0")

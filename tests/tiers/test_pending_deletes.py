@@ -13,52 +13,54 @@ from kvmem.errors import BudgetError, StorageError
 from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
 from kvmem.scheduler.scheduler import MemScheduler
 from kvmem.tiers.base import DiskStore
-from kvmem.tiers.tiered_cache import TieredItems
+from kvmem.tiers.tiered_cache import TieredCache
 from tests.helpers.tiny import memory_on
 from tests.scheduler.test_scheduler import MEMORIES, use
 from tests.tiers.conftest import FailingLink
 
 
 def test_a_store_that_is_down_keeps_no_drop_from_being_done(qwen3: HFBackend, link: str) -> None:
-    items = TieredItems(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=link)
+    items = TieredCache(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=link)
     first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
     for item in (first, second):
         items.put(item, "cold")
     FailingLink.down = True
     assert items.drop(first.kv_cache_id) and items.ids() == [second.kv_cache_id]
-    assert list(items.undropped) == [("cold", first.kv_cache_id)]
-    assert "connection refused" in items.undropped["cold", first.kv_cache_id].reason
+    assert list(items.pending_deletes) == [("cold", first.kv_cache_id)]
+    assert "connection refused" in items.pending_deletes["cold", first.kv_cache_id].reason
     assert items.used_bytes() == {"ram": 0, "cold": items.nbytes(second.kv_cache_id) + first.metadata.kv_bytes}
-    with pytest.raises(StorageError, match=r"left in the tier 'cold' is not removed yet .*refused.* undropped\.retry"):
+    with pytest.raises(
+        StorageError, match=r"left in the tier 'cold' is not removed yet .*refused.* pending_deletes\.retry"
+    ):
         items.put(first, "cold")  # the removal that is still to come would take it
     FailingLink.down = False
-    items.undropped.retry()
-    assert items.undropped == {} and items.used_bytes() == {"ram": 0, "cold": items.nbytes(second.kv_cache_id)}
+    items.pending_deletes.retry()
+    assert items.pending_deletes == {} and items.used_bytes() == {"ram": 0, "cold": items.nbytes(second.kv_cache_id)}
     items.put(first, "cold")
-    items.undropped.retry()
+    items.pending_deletes.retry()
     with items.use(first.kv_cache_id) as item:
         assert item.metadata == first.metadata, "what is new there stays"
 
 
 def test_a_store_that_is_down_is_asked_once_a_retry(qwen3: HFBackend, link: str) -> None:
     """Each question may wait as long as the store takes to fail; and what fails is the last to be tried again."""
-    items = TieredItems(qwen3, {"cold": 1 << 30}, cold=link)
+    items = TieredCache(qwen3, {"cold": 1 << 30}, cold=link)
     for memory in MEMORIES[:3]:
         items.put(qwen3.build(memory.memory), "cold")
     FailingLink.down = True
     for item_id in items.ids():
         items.drop(item_id)
-    first, second, third = items.undropped
+    first, second, third = items.pending_deletes
     asked = FailingLink.asked
-    items.undropped.retry()
-    assert FailingLink.asked == asked + 1 and list(items.undropped) == [second, third, first]
+    items.pending_deletes.retry()
+    assert FailingLink.asked == asked + 1 and list(items.pending_deletes) == [second, third, first]
 
 
 def test_a_locked_file_counts_until_it_is_gone(qwen3: HFBackend, tmp_path: Path) -> None:
     """A tier with room for one: nothing new comes in until the old bytes have gone. A folder stands for the file."""
     first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
     room = max(first.metadata.kv_bytes, second.metadata.kv_bytes)
-    items = TieredItems(qwen3, {"disk": room}, tmp_path)
+    items = TieredCache(qwen3, {"disk": room}, tmp_path)
     items.put(first, "disk")
     path = DiskStore.file_of(tmp_path, first.kv_cache_id)
     path.unlink()
@@ -67,11 +69,11 @@ def test_a_locked_file_counts_until_it_is_gone(qwen3: HFBackend, tmp_path: Path)
     assert items.used_bytes() == {"disk": first.metadata.kv_bytes}
     with pytest.raises(BudgetError, match=f"has {room - first.metadata.kv_bytes} left"):
         items.put(second, "disk")
-    items.undropped.retry()
-    assert list(items.undropped) == [("disk", first.kv_cache_id)]
+    items.pending_deletes.retry()
+    assert list(items.pending_deletes) == [("disk", first.kv_cache_id)]
     path.rmdir()
     path.touch()
-    items.undropped.retry()
+    items.pending_deletes.retry()
     assert items.used_bytes() == {"disk": 0} and not path.exists()
     items.put(second, "disk")
     items.close()
@@ -87,13 +89,13 @@ def test_a_tick_tries_again_and_plans_with_what_is_left(qwen3: HFBackend, tmp_pa
     assert [scheduler.tick()[0].memory_id for _ in range(2)] == ["m0", "m1"]
     FailingLink.down = True
     scheduler.update(TextualMemoryItem(id="m1", memory=MEMORIES[2].memory))
-    ((tier, item_id),) = scheduler.items.undropped
-    left = scheduler.items.undropped[tier, item_id]
+    ((tier, item_id),) = scheduler.items.pending_deletes
+    left = scheduler.items.pending_deletes[tier, item_id]
     assert scheduler.tick() == [] and scheduler.shelf.tiers() == {"m0": "cold"} and not scheduler.failures
     assert f"; {left.nbytes} bytes of former KV are still in cold: " in scheduler.explain("m1")
     assert "refused" in scheduler.explain("m1") and "former KV" not in scheduler.explain("m0")
     FailingLink.down = False
-    assert [move.memory_id for move in scheduler.tick()] == ["m1"] and scheduler.items.undropped == {}
+    assert [move.memory_id for move in scheduler.tick()] == ["m1"] and scheduler.items.pending_deletes == {}
     assert "former KV" not in scheduler.explain("m1") and len(list((tmp_path / "cold").iterdir())) == 4
     scheduler.close()
 
@@ -110,15 +112,15 @@ def test_what_a_move_leaves_behind_is_named(qwen3: HFBackend, tmp_path: Path, li
             type(self).down = True
 
     fsspec.register_implementation("downonceread", DownOnceRead, clobber=True)
-    items = TieredItems(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=f"downonceread://{tmp_path}/cold")
+    items = TieredCache(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=f"downonceread://{tmp_path}/cold")
     item = qwen3.build(MEMORIES[0].memory)
     items.put(item, "cold")
     assert items.move(item.kv_cache_id, "ram") and items.tier_of(item.kv_cache_id) == "ram"
     assert items.used_bytes() == {"ram": items.nbytes(item.kv_cache_id), "cold": item.metadata.kv_bytes}
-    assert list(items.undropped) == [("cold", item.kv_cache_id)]
+    assert list(items.pending_deletes) == [("cold", item.kv_cache_id)]
     with pytest.raises(StorageError, match="not removed yet"):
         items.move(item.kv_cache_id, "cold")
     DownOnceRead.down = False
-    items.undropped.retry()
+    items.pending_deletes.retry()
     assert items.used_bytes() == {"ram": items.nbytes(item.kv_cache_id), "cold": 0}
     assert list((tmp_path / "cold").iterdir()) == []

@@ -18,8 +18,8 @@ from kvmem.merge.naive_concat import NaiveConcat
 from kvmem.merge.reprefill import Reprefill
 from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
 from kvmem.scheduler.scheduler import MemScheduler
-from kvmem.tiers.quantized import GROUP, CompressedPlace
-from kvmem.tiers.tiered_cache import TieredItems
+from kvmem.tiers.quantized import GROUP, QuantizedStore
+from kvmem.tiers.tiered_cache import TieredCache
 from tests.helpers.tiny import copy_of, memory_on, pairs, same_bits
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, use
 
@@ -40,7 +40,7 @@ def payload_bytes(path: Path) -> int:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_its_bytes_are_booked_exactly(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str) -> None:
     tier = f"disk_{scheme}"
-    items = TieredItems(qwen3, {"ram": GB, tier: GB}, tmp_path)
+    items = TieredCache(qwen3, {"ram": GB, tier: GB}, tmp_path)
     for item in built:
         items.put(item, "ram")
     used = 0
@@ -55,11 +55,11 @@ def test_its_bytes_are_booked_exactly(qwen3: HFBackend, built: list[KVCacheItem]
     assert items.used_bytes()["ram"] == nbytes(built[0].kv_cache)
     items.close()
 
-    items = TieredItems(qwen3, {tier: GB}, tmp_path)
+    items = TieredCache(qwen3, {tier: GB}, tmp_path)
     assert items.ids() == [built[2].kv_cache_id] and items.metadata(built[2].kv_cache_id).lossy == scheme
     assert items.used_bytes()[tier] == items.size(tier, built[2].metadata.token_count)
     items.close()
-    items = TieredItems(qwen3, {tier: items.size(tier, built[2].metadata.token_count) - 1}, tmp_path)
+    items = TieredCache(qwen3, {tier: items.size(tier, built[2].metadata.token_count) - 1}, tmp_path)
     assert "over the tier's" in items.refused[built[2].kv_cache_id]
     with pytest.raises(BudgetError):
         items.put(built[2], tier)
@@ -70,7 +70,7 @@ def test_its_bytes_are_booked_exactly(qwen3: HFBackend, built: list[KVCacheItem]
 def test_a_number_is_off_by_half_a_step_of_its_group(
     qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str
 ) -> None:
-    place = CompressedPlace(qwen3, tmp_path, scheme)
+    place = QuantizedStore(qwen3, tmp_path, scheme)
     place.take(built[0])
     steps = 2 ** (8 if scheme == "int8" else 4) - 1
     pairs_of = zip(layers_of(built[0].kv_cache), layers_of(place.read(built[0].kv_cache_id).kv_cache), strict=True)
@@ -86,7 +86,7 @@ def test_a_number_is_off_by_half_a_step_of_its_group(
 
 def test_the_mark_goes_wherever_the_item_goes(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
     memory = memory_on(qwen3)
-    items = TieredItems(qwen3, {"ram": GB, "disk": GB, "disk_int8": GB, "disk_int4": GB}, tmp_path)
+    items = TieredCache(qwen3, {"ram": GB, "disk": GB, "disk_int8": GB, "disk_int4": GB}, tmp_path)
     id_ = built[0].kv_cache_id
     items.put(built[0], "ram")
     marks = []
@@ -127,7 +127,7 @@ def test_a_file_says_nothing_of_loss_where_there_is_none(
 def test_a_scheduler_says_so_and_books_it(qwen3: HFBackend, tmp_path: Path) -> None:
     costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(qwen3))
     tokens = max(len(qwen3.template.memory_tokens(memory.memory).token_ids) for memory in MEMORIES[:2])
-    sizes = TieredItems(qwen3, {"disk_int8": GB}, tmp_path / "sizes")
+    sizes = TieredCache(qwen3, {"disk_int8": GB}, tmp_path / "sizes")
     room = 2 * sizes.size("disk_int8", tokens)
     assert room < 2 * tokens * kv_bytes_a_token(qwen3), "less than the two take as they are built"
     scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"disk_int8": room}, tmp_path, costs)
@@ -149,7 +149,7 @@ def test_a_scheduler_says_so_and_books_it(qwen3: HFBackend, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("at", [100, 0.5, -1])
 def test_a_flipped_bit_is_refused(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, at: float) -> None:
-    items = TieredItems(qwen3, {"disk_int4": GB}, tmp_path)
+    items = TieredCache(qwen3, {"disk_int4": GB}, tmp_path)
     items.put(built[0], "disk_int4")
     (path,) = tmp_path.glob("int4/*.safetensors")
     data = bytearray(path.read_bytes())
@@ -161,7 +161,7 @@ def test_a_flipped_bit_is_refused(qwen3: HFBackend, built: list[KVCacheItem], tm
 
 
 def test_exact_tiers_beside_it_keep_every_bit(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
-    items = TieredItems(qwen3, {"ram": GB, "disk": GB, "disk_int8": GB}, tmp_path)
+    items = TieredCache(qwen3, {"ram": GB, "disk": GB, "disk_int8": GB}, tmp_path)
     before = copy_of(built[1])
     items.put(built[0], "disk_int8")
     items.put(built[1], "ram")
@@ -173,11 +173,11 @@ def test_exact_tiers_beside_it_keep_every_bit(qwen3: HFBackend, built: list[KVCa
 
 def test_what_it_does_not_cover_is_named(sliding: HFBackend, qwen3: HFBackend, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'disk_int8' covers full attention only"):
-        TieredItems(sliding, {"disk_int8": GB}, tmp_path)
+        TieredCache(sliding, {"disk_int8": GB}, tmp_path)
     with pytest.raises(ConfigError, match="'disk_int4' needs a folder"):
-        TieredItems(qwen3, {"disk_int4": GB})
+        TieredCache(qwen3, {"disk_int4": GB})
     with pytest.raises(ConfigError, match="disk_int4, disk_int8"):
-        TieredItems(qwen3, {"disk_int3": GB}, tmp_path)
+        TieredCache(qwen3, {"disk_int3": GB}, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["one", "one two", "one two three", " ".join(["one two three four"] * 40)])

@@ -12,7 +12,7 @@ from kvmem import KVCacheItem
 from kvmem.cache.dynamic_cache import nbytes
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import ConfigError, StorageError
-from kvmem.tiers.tiered_cache import TieredItems
+from kvmem.tiers.tiered_cache import TieredCache
 from tests.helpers.tiny import copy_of, loaded, pairs, same_bits
 
 GB = 1 << 30
@@ -32,7 +32,7 @@ def test_moves_keep_every_bit_and_the_next_process_takes_it_up(
     qwen3: HFBackend, built: list[KVCacheItem], url: str
 ) -> None:
     before = [copy_of(item) for item in built]
-    items = TieredItems(qwen3, {"ram": GB, "cold": GB}, cold=url)
+    items = TieredCache(qwen3, {"ram": GB, "cold": GB}, cold=url)
     for item in built:
         items.put(item, "ram")
         assert items.move(item.kv_cache_id, "cold")
@@ -40,7 +40,7 @@ def test_moves_keep_every_bit_and_the_next_process_takes_it_up(
     assert items.move(built[0].kv_cache_id, "ram") and items.drop(built[1].kv_cache_id)
     items.close()
 
-    items = TieredItems(qwen3, {"ram": GB, "cold": GB}, cold=url)
+    items = TieredCache(qwen3, {"ram": GB, "cold": GB}, cold=url)
     assert items.ids() == [built[2].kv_cache_id] and items.refused == {}
     with items.use(built[2].kv_cache_id) as found:
         assert same_bits(found, before[2]) and found.metadata == built[2].metadata
@@ -48,7 +48,7 @@ def test_moves_keep_every_bit_and_the_next_process_takes_it_up(
 
 
 def test_what_is_damaged_or_foreign_or_half_written(qwen3: HFBackend, built: list[KVCacheItem], url: str) -> None:
-    items = TieredItems(qwen3, {"cold": GB}, cold=url)
+    items = TieredCache(qwen3, {"cold": GB}, cold=url)
     for item in built:
         items.put(item, "cold")
     store, root = fsspec.core.url_to_fs(url)
@@ -60,22 +60,22 @@ def test_what_is_damaged_or_foreign_or_half_written(qwen3: HFBackend, built: lis
     store.pipe_file(tensors[1].replace(".safetensors", ".json"), b"{")
     store.rm_file(tensors[2].replace(".safetensors", ".json"))
 
-    items = TieredItems(qwen3, {"cold": GB}, cold=url)
+    items = TieredCache(qwen3, {"cold": GB}, cold=url)
     assert len(items.ids()) == 1 and len(items.refused) == 1
     assert not store.exists(tensors[2]), "half written, and gone"
     with pytest.raises(StorageError, match="checksum"), items.use(items.ids()[0]):
         pass
     other = HFBackend(loaded("tiny", seed=1))
-    assert "another model" in str(TieredItems(other, {"cold": GB}, cold=url).refused)
+    assert "another model" in str(TieredCache(other, {"cold": GB}, cold=url).refused)
 
 
 def test_over_the_budget_is_deleted_and_a_wrong_url_is_named(
     qwen3: HFBackend, built: list[KVCacheItem], url: str
 ) -> None:
-    TieredItems(qwen3, {"cold": GB}, cold=url).put(built[0], "cold")
-    assert "over the tier's 10 bytes" in TieredItems(qwen3, {"cold": 10}, cold=url).refused[built[0].kv_cache_id]
-    assert TieredItems(qwen3, {"cold": GB}, cold=url).ids() == []
+    TieredCache(qwen3, {"cold": GB}, cold=url).put(built[0], "cold")
+    assert "over the tier's 10 bytes" in TieredCache(qwen3, {"cold": 10}, cold=url).refused[built[0].kv_cache_id]
+    assert TieredCache(qwen3, {"cold": GB}, cold=url).ids() == []
     with pytest.raises(ConfigError, match="needs a URL"):
-        TieredItems(qwen3, {"cold": GB})
+        TieredCache(qwen3, {"cold": GB})
     with pytest.raises(StorageError, match="The cold tier nope://x can't be opened"):
-        TieredItems(qwen3, {"cold": GB}, cold="nope://x")
+        TieredCache(qwen3, {"cold": GB}, cold="nope://x")

@@ -89,13 +89,13 @@ def test_a_load_that_was_done_starts_the_count_anew(qwen3: HFBackend, scheduler:
     small, large = (scheduler.items.nbytes(scheduler.shelf.stored()[id_][0]) for id_ in ("short", "m0"))
     long_s = float(scheduler.planner.costs.saved_s(len(scheduler.shelf.tokens(MEMORIES[0]).token_ids), 0.0))
     for _ in range(KEPT):  # what loads took lately: too long for the short one, not for the long one
-        scheduler.items.loads.took("cold", small, 0.7 * long_s)
-        scheduler.items.loads.took("cold", large, 0.7 * long_s)
+        scheduler.items.loads.record("cold", small, 0.7 * long_s)
+        scheduler.items.loads.record("cold", large, 0.7 * long_s)
     for _ in range(PROBE_AFTER - 1):
         assert scheduler.answer(QUERY, [short], 1).cached_tokens == 0
     fetched = SlowLink.fetched
     assert scheduler.answer(QUERY, [MEMORIES[0]], 1).cached_tokens > 50 and SlowLink.fetched == fetched + 1
-    scheduler.items.loads.took("cold", small, 0.7 * long_s)
+    scheduler.items.loads.record("cold", small, 0.7 * long_s)
     assert scheduler.answer(QUERY, [short], 1).cached_tokens == 0
     scheduler.lender.probe()
     assert SlowLink.fetched == fetched + 1, "1 was declined since"
@@ -115,13 +115,13 @@ def test_declined_loads_are_not_counted_where_the_price_is_told(qwen3: HFBackend
 def test_an_estimate_is_a_line_that_outliers_do_not_move() -> None:
     times = LoadTimes()
     assert times.expected_s("cold", 10) is None
-    times.took("cold", 1000, 0.5)
+    times.record("cold", 1000, 0.5)
     assert times.expected_s("cold", 2000) == pytest.approx(1.0), "one size tells no fixed part"
     for nbytes in (2000, 4000, 8000, 16000):
-        times.took("cold", nbytes, 0.4 + 1e-4 * nbytes)
-    times.took("cold", 1000, 30.0)
+        times.record("cold", nbytes, 0.4 + 1e-4 * nbytes)
+    times.record("cold", 1000, 30.0)
     assert times.expected_s("cold", 32000) == pytest.approx(0.4 + 3.2, rel=0.2)
     for _ in range(9):
-        times.took("cold", 1000, 0.01)
+        times.record("cold", 1000, 0.01)
     assert times.expected_s("cold", 1000) == pytest.approx(0.01), "what is long ago is forgotten"
     assert times.expected_s("disk", 1000) is None

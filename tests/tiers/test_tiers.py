@@ -23,7 +23,7 @@ from kvmem.cache.dynamic_cache import nbytes
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, StorageError, UnknownMemoryError
 from kvmem.models.loading import load
-from kvmem.tiers.tiered_cache import TieredItems
+from kvmem.tiers.tiered_cache import TieredCache
 from tests.helpers.tiny import copy_of, pairs, same_bits
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def built(qwen3: HFBackend) -> list[KVCacheItem]:
 
 
 def test_moves_keep_every_bit(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
-    items = TieredItems(qwen3, {"ram": 1 << 30, "disk": 1 << 30}, tmp_path)
+    items = TieredCache(qwen3, {"ram": 1 << 30, "disk": 1 << 30}, tmp_path)
     before = copy_of(built[0])
     items.put(built[0], "ram")
     for tier in ("disk", "ram", "disk"):
@@ -50,7 +50,7 @@ def test_moves_keep_every_bit(qwen3: HFBackend, built: list[KVCacheItem], tmp_pa
 
 
 def test_what_is_in_use_stays(qwen3: HFBackend, built: list[KVCacheItem]) -> None:
-    items = TieredItems(qwen3, {"ram": nbytes(built[0].kv_cache)})
+    items = TieredCache(qwen3, {"ram": nbytes(built[0].kv_cache)})
     items.put(built[0], "ram")
     before = copy_of(built[0])
     with items.use(built[0].kv_cache_id) as item:
@@ -66,7 +66,7 @@ def test_what_is_in_use_stays(qwen3: HFBackend, built: list[KVCacheItem]) -> Non
 
 
 def test_in_use_is_not_moved(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
-    items = TieredItems(qwen3, {"ram": 1 << 30, "disk": 1 << 30}, tmp_path)
+    items = TieredCache(qwen3, {"ram": 1 << 30, "disk": 1 << 30}, tmp_path)
     items.put(built[0], "ram")
     with items.use(built[0].kv_cache_id):
         assert not items.move(built[0].kv_cache_id, "disk")
@@ -76,24 +76,24 @@ def test_in_use_is_not_moved(qwen3: HFBackend, built: list[KVCacheItem], tmp_pat
 
 def test_refusals_name_the_way_out(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Did you mean disk\?"):
-        TieredItems(qwen3, {"disc": 1}, tmp_path)
+        TieredCache(qwen3, {"disc": 1}, tmp_path)
     with pytest.raises(ConfigError, match="Use 'ram'"):
-        TieredItems(qwen3, {"gpu": 1})
+        TieredCache(qwen3, {"gpu": 1})
     with pytest.raises(ConfigError, match="needs a folder"):
-        TieredItems(qwen3, {"disk": 1})
-    items = TieredItems(qwen3, {"ram": 1 << 30, "disk": 10}, tmp_path)
+        TieredCache(qwen3, {"disk": 1})
+    items = TieredCache(qwen3, {"ram": 1 << 30, "disk": 10}, tmp_path)
     items.put(built[0], "ram")
     with pytest.raises(BudgetError, match="'disk' has 10 left"):
         items.move(built[0].kv_cache_id, "disk")
     assert items.used_bytes() == {"ram": nbytes(built[0].kv_cache), "disk": 0}
     assert items.move(built[0].kv_cache_id, "ram")
     with pytest.raises(StorageError, match="another process"):
-        TieredItems(qwen3, {"disk": 10}, tmp_path)
+        TieredCache(qwen3, {"disk": 10}, tmp_path)
     items.close()
 
 
 def test_the_next_process_takes_up_the_disk(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
-    items = TieredItems(qwen3, {"disk": 1 << 30}, tmp_path)
+    items = TieredCache(qwen3, {"disk": 1 << 30}, tmp_path)
     for item in built[:3]:
         items.put(item, "disk")
     items.close()
@@ -102,7 +102,7 @@ def test_the_next_process_takes_up_the_disk(qwen3: HFBackend, built: list[KVCach
     data[-1] ^= 1
     damaged.write_bytes(bytes(data))
     (tmp_path / ".x.safetensors.1.partial").write_bytes(b"cut off")
-    items = TieredItems(qwen3, {"disk": 1 << 30}, tmp_path)
+    items = TieredCache(qwen3, {"disk": 1 << 30}, tmp_path)
     assert list(items.refused) == [damaged.name] and "checksum" in items.refused[damaged.name]
     assert len(items.ids()) == 2 and not list(tmp_path.glob(".*.partial"))
     for item in built[:3]:
@@ -126,7 +126,7 @@ def test_accounting_is_exact(
     mean = sum(nbytes(item.kv_cache) for item in built) / len(built)
     budgets = {"ram": int(ram_items * mean), "disk": int(disk_items * mean)}
     with tempfile.TemporaryDirectory() as folder:
-        items = TieredItems(qwen3, budgets, folder)
+        items = TieredCache(qwen3, budgets, folder)
         where: dict[int, str] = {}
         for step, index, disk in steps:
             item, tier = built[index], "disk" if disk else "ram"
@@ -161,7 +161,7 @@ def test_eight_threads_lose_nothing(qwen3: HFBackend, built: list[KVCacheItem], 
     before = [copy_of(item) for item in built]
     total = sum(nbytes(item.kv_cache) for item in copies)
     budgets = {"ram": total // 10, "disk": total // 10}
-    items = TieredItems(qwen3, budgets, tmp_path)
+    items = TieredCache(qwen3, budgets, tmp_path)
     over: list[dict[str, int]] = []
     wrong: list[str] = []
 
@@ -210,9 +210,9 @@ import sys
 from tests.conftest import _tiny
 from tests.helpers.tiny import pairs
 from kvmem.models import load
-from kvmem.tiers import TieredItems
+from kvmem.tiers import TieredCache
 backend = _tiny("qwen3")
-items = TieredItems(backend, {"ram": 1 << 30, "disk": 1 << 30}, sys.argv[1])
+items = TieredCache(backend, {"ram": 1 << 30, "disk": 1 << 30}, sys.argv[1])
 built = [backend.build(memory) for memory, _ in pairs(6, 300)[:3]]
 for item in built:
     items.put(item, "disk")
@@ -238,7 +238,7 @@ def test_kill_in_a_demotion_leaves_no_half_file(
     time.sleep(delay_s)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    items = TieredItems(qwen3, {"ram": 1 << 30, "disk": 1 << 30}, tmp_path)
+    items = TieredCache(qwen3, {"ram": 1 << 30, "disk": 1 << 30}, tmp_path)
     assert items.refused == {} and len(items.ids()) >= 2  # at most one was in RAM alone
     texts = {item.metadata.source_text: item for item in built}
     for item_id in items.ids():
@@ -254,7 +254,7 @@ def test_layers_on_their_way_to_the_gpu_are_waited_for() -> None:
     backend = HFBackend(loaded)
     item = backend.build(pairs(1, 12_000)[0][0])
     before = copy_of(item)
-    ram = TieredItems(backend, {"ram": nbytes(item.kv_cache)})
+    ram = TieredCache(backend, {"ram": nbytes(item.kv_cache)})
     ram.put(item, "ram")
     cache_view = dynamic_cache.view_of(item.kv_cache, item.metadata.tokens, backend.model_config)
     prompt = backend.split("What is it about?", cache_view)

@@ -13,7 +13,7 @@ from experiments.measurement import page_cache
 from experiments.reporting import tables
 from experiments.scenarios.tiers import Length, break_even_tokens
 from kvmem.scheduler.cost_model import Costs
-from kvmem.tiers.tiered_cache import TieredItems
+from kvmem.tiers.tiered_cache import TieredCache
 
 TINY = ["model=tiny", "model.weights=random", "scenario=tiers", "scenario.repeats=2", "hardware.check=false"]
 
@@ -53,14 +53,14 @@ def test_short_memories_in_bf16_are_larger_compressed(tmp_path: Path) -> None:
 def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[64,96]"]
     on = Bench.open(compose.validate(compose.compose(overrides)))
-    put = TieredItems.put
+    put = TieredCache.put
 
-    def changed(self: TieredItems, item, tier: str) -> None:
+    def changed(self: TieredCache, item, tier: str) -> None:
         put(self, item, tier)
         if tier == "ram":
             self._places["ram"].read(item.kv_cache_id).kv_cache.layers[0].keys.view(-1)[0] += 1
 
-    monkeypatch.setattr(TieredItems, "put", changed)
+    monkeypatch.setattr(TieredCache, "put", changed)
     (cell,) = on.config.scenario.cells(on)
     rows = on.config.scenario.measure(on, cell)
     assert {row.verdict for row in rows} == {"invalid"} and "the tensors from ram" in rows[0].verdict_reason
