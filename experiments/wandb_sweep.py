@@ -1,4 +1,4 @@
-"""A sweep file for W&B's agents: python -m experiments.wandb_sweep OVERRIDES > sweep.yaml, then `wandb sweep sweep.yaml`.
+"""A sweep file for W&B's agents: `python -m experiments.wandb_sweep OVERRIDES > sweep.yaml; wandb sweep sweep.yaml`.
 
 W&B's server hands out the numbers of the sweep's jobs, one to each agent that asks. A job's folder is the one that
 `python -m experiments.run -m` with the same overrides gives it, so that either goes on where the other left off.

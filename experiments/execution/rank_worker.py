@@ -1,4 +1,4 @@
-"""One process of a run by several (experiments/execution/ranks.py): `python -m experiments.execution.rank_worker ORDER`, by torchrun."""
+"""One process of a run by several (see `ranks`): torchrun starts `python -m experiments.execution.rank_worker ORDER`."""
 
 from __future__ import annotations
 

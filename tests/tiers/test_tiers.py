@@ -209,7 +209,6 @@ DEMOTE_FOREVER = """
 import sys
 from tests.conftest import _tiny
 from tests.helpers.tiny import pairs
-from kvmem.models import load
 from kvmem.tiers import TieredCache
 backend = _tiny("qwen3")
 items = TieredCache(backend, {"ram": 1 << 30, "disk": 1 << 30}, sys.argv[1])

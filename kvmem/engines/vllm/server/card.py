@@ -42,7 +42,8 @@ class ServerCard(BaseModel):
         except (OSError, pydantic.ValidationError) as error:
             raise ServerError(
                 f"{path} can't be read ({error}). Give as store_dir the folder that the server was started with, "
-                "python -m kvmem.engines.vllm.server.serve --store FOLDER, or none: memories are then prefixes on the server."
+                "python -m kvmem.engines.vllm.server.serve --store FOLDER, or none: memories are then prefixes on the "
+                "server."
             ) from error
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
