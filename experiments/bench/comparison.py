@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench.bench import Bench
-from experiments.measurement import Sample, Trace, grade, judge, ttft
+from experiments.measurement import Sample, Trace, grade, ttft, validate_cell
 from experiments.results import Row
 from experiments.workloads import Cell
 from kvmem.engines import MeasuredBackend
@@ -71,7 +71,7 @@ def compare(
         limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain.prompt.ids), 0)
     merge = bench.setup.merge
     cache_s = median(sample.cache_s for sample in reused.samples)
-    verdict = judge(
+    verdict = validate_cell(
         direct_digest=plain.prompt.digest,
         injected_digest=hit.prompt.digest,
         direct_cached_tokens=plain.token.cached_tokens,

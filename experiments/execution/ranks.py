@@ -56,7 +56,7 @@ def needed(config: RunConfig) -> int:
             "tensor_parallel=1. Use another layout (hardware=h100x4), set hardware.tensor_parallel, or use "
             "backend=huggingface."
         )
-    if not config.scenario.in_step:
+    if not config.scenario.lockstep:
         raise ConfigError(
             f"scenario={config.scenario.name} measures an engine of one process, and backend=hf_ranks is {count}. "
             "Use scenario=kv_vs_direct."

@@ -4,6 +4,16 @@ from experiments.measurement.consensus import agreed
 from experiments.measurement.equality import Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
 from experiments.measurement.ttft import Sample, synchronize
-from experiments.measurement.verdict import STRAW_MAN, judge
+from experiments.measurement.verdict import MAX_DIRECT_RATIO, validate_cell
 
-__all__ = ["STRAW_MAN", "Equality", "Sample", "Trace", "agreed", "grade", "judge", "synchronize", "transfer_s"]
+__all__ = [
+    "MAX_DIRECT_RATIO",
+    "Equality",
+    "Sample",
+    "Trace",
+    "agreed",
+    "grade",
+    "synchronize",
+    "transfer_s",
+    "validate_cell",
+]

@@ -68,8 +68,8 @@ class CellView:
     title: str
     row: Row
     kind: str
-    verdict: str
-    equality: str
+    verdict: labels.Label
+    equality: labels.Label
     speedup_pct: float | None
     figures: list[tuple[str, str]]
     bars: list[tuple[str, str, float, float | None]]

@@ -15,9 +15,10 @@ import rich.console
 import rich.table
 from rich.text import Text
 
-from experiments.measurement import STRAW_MAN
+from experiments.measurement import MAX_DIRECT_RATIO
 from experiments.results import (
     Kind,
+    Label,
     Row,
     caption,
     condition,
@@ -47,6 +48,8 @@ class Line:
 
     kind: Kind
     cells: tuple[str, ...]
+    verdict: Label
+    equality: Label | None = None
     speedup_pct: float | None = None
 
 
@@ -86,18 +89,20 @@ def _ttft_line(row: Row, extra_columns: Sequence[str], merged: bool) -> Line:
             *(map(formatting.seconds, (row.merge_s, row.kv_user_ttft_s, row.direct_user_ttft_s)) if merged else ()),
             formatting.percent(speedup),
             formatting.percent_range(row.speedup_interval if speedup is not None else None),
-            equality(row),
-            verdict(row),
+            str(equality(row)),
+            str(verdict(row)),
             pays,
         ),
+        verdict(row),
+        equality(row),
         speedup,
     )
 
 
 def _published_line(row: PublishedRow, extra_columns: Sequence[str], merged: bool) -> Line:
     known = {"hardware": row.hardware, "run": row.table}
-    remark = f"published ({row.table}), hardware {row.hardware}"
-    if row.build_s is not None and row.direct_ttft_s > STRAW_MAN * (row.build_s + row.kv_ttft_s):
+    remark = f"({row.table}), hardware {row.hardware}"
+    if row.build_s is not None and row.direct_ttft_s > MAX_DIRECT_RATIO * (row.build_s + row.kv_ttft_s):
         remark += (
             f"; its direct arm takes {formatting.times(row.direct_ttft_s / (row.build_s + row.kv_ttft_s))} build + KV"
         )
@@ -117,9 +122,10 @@ def _published_line(row: PublishedRow, extra_columns: Sequence[str], merged: boo
             formatting.percent(row.speedup_pct),
             formatting.NONE,
             formatting.NONE,
-            remark,
+            f"published {remark}",
             formatting.NONE,
         ),
+        Label("published", remark),
     )
 
 
@@ -152,8 +158,9 @@ def _generic_table(title: str, rows: Sequence[Row]) -> Table:
                 row.model,
                 *(str(condition(row, name)) for name in extra),
                 *(formatting.by_name(key, figures.get(key)) for key in keys),
-                verdict(row),
+                str(verdict(row)),
             ),
+            verdict(row),
         )
         for row, figures in zip(rows, values, strict=True)
     )
@@ -230,14 +237,12 @@ def console_table(rows: Sequence[Row]) -> rich.console.RenderableType:
         reasons: list[Text] = []
         for line in table.lines:
             cells = list(line.cells)
-            short, _, reason = cells[long["Verdict"]].partition(": ")
-            if line.kind == "published":
-                short, reason = "published", cells[long["Verdict"]].partition(" ")[2]
-            if reason:
-                reasons.append(Text(f"{short}: {'/'.join(cells[:2])}: {reason}", _STYLE[line.kind]))
-            cells[long["Verdict"]] = short
-            if "Equality" in long:
-                cells[long["Equality"]] = cells[long["Equality"]].partition(" (")[0]
+            if line.verdict.detail:
+                where = "/".join(cells[:2])
+                reasons.append(Text(f"{line.verdict.name}: {where}: {line.verdict.detail}", _STYLE[line.kind]))
+            cells[long["Verdict"]] = line.verdict.name
+            if line.equality is not None:
+                cells[long["Equality"]] = line.equality.name
             grid.add_row(*map(Text, cells), style=_STYLE[line.kind])
         shown += [grid, *reasons, Text("")]
     return rich.console.Group(*shown, Text(summary(rows)))

@@ -5,6 +5,7 @@ from experiments.results.formatting import between
 from experiments.results.labels import (
     GRADES,
     Kind,
+    Label,
     caption,
     condition,
     equality,
@@ -29,6 +30,7 @@ __all__ = [
     "ROWS_FILE",
     "SWEEPS",
     "Kind",
+    "Label",
     "Row",
     "Run",
     "between",

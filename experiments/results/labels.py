@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from experiments.results import formatting
@@ -11,6 +12,22 @@ from experiments.results.row import Row
 
 Kind = Literal["ok", "invalid", "failed", "unjudged", "published"]
 GRADES = {"bitwise": "bitwise", "tokens": "tokens", "near_tie": "near-tie", "diverged": "diverged"}
+
+
+@dataclass(frozen=True)
+class Label:
+    """A short name, and the detail that is shown where there is room for it."""
+
+    name: str
+    detail: str = ""
+    style: Literal["colon", "parentheses"] = "colon"
+
+    def __str__(self) -> str:
+        if not self.detail:
+            return self.name
+        return f"{self.name}: {self.detail}" if self.style == "colon" else f"{self.name} ({self.detail})"
+
+
 CONDITIONS = ("weights", "dtype", "backend", "attention", "hardware", "merge", "tier", "arm", "memories")
 
 
@@ -21,9 +38,14 @@ def label(row: Row, side: Literal["context", "query"]) -> str:
 
 
 def kind(row: Row) -> Kind:
+    """How a row is counted and coloured."""
     if row.status == "failed":
         return "failed"
-    return {"ok": "ok", "invalid": "invalid"}.get(row.verdict or "", "unjudged")  # type: ignore[return-value]
+    match row.verdict:
+        case "ok" | "invalid":
+            return row.verdict
+        case _:
+            return "unjudged"
 
 
 def shown_speedup(row: Row) -> float | None:
@@ -36,29 +58,29 @@ def last_line(error: str) -> str:
     return lines[-1] if lines else "no reason was recorded"
 
 
-def verdict(row: Row) -> str:
-    """ok (with what is worth knowing), "invalid: reason", or "failed: the last line of the error"."""
+def verdict(row: Row) -> Label:
+    """ok (with a remark), "invalid: reason", or "failed: the last line of the error"."""
     match kind(row):
         case "failed":
-            return f"failed: {last_line(row.error)}"
+            return Label("failed", last_line(row.error))
         case "invalid":
-            return f"invalid: {row.verdict_reason or 'no reason was recorded'}"
+            return Label("invalid", row.verdict_reason or "no reason was recorded")
         case "unjudged":
-            return "not judged"
+            return Label("not judged")
         case other:
-            return f"{other}: {row.verdict_reason}" if row.verdict_reason else other
+            return Label(other, row.verdict_reason)
 
 
-def equality(row: Row) -> str:
-    """The grade, with the margin of a near tie and the place of a first difference."""
+def equality(row: Row) -> Label:
+    """The grade, with the margin of a near tie and the position of the first difference."""
     if row.equality is None:
-        return formatting.NONE
+        return Label(formatting.NONE)
     notes = []
     if row.equality in ("near_tie", "diverged") and row.first_difference is not None:
         notes.append(f"at token {row.first_difference}")
     if row.equality == "near_tie" and row.near_tie_margin is not None:
         notes.append(f"margin {formatting.digits(row.near_tie_margin)}")
-    return GRADES.get(row.equality, row.equality) + (f" ({', '.join(notes)})" if notes else "")
+    return Label(GRADES.get(row.equality, row.equality), ", ".join(notes), "parentheses")
 
 
 def condition(row: Row, name: str) -> Any:

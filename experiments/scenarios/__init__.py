@@ -1,5 +1,8 @@
-"""Scenarios: one question in each file. A scenario turns the cells of a run into rows."""
+"""Scenarios, one question in each file: a scenario turns the cells of a run into rows and answers its question.
 
-from experiments.scenarios.base import Scenario
+A new scenario is one new file in this package, with its card in conf/scenario. `SCENARIOS` finds it by name.
+"""
 
-__all__ = ["Scenario"]
+from experiments.scenarios.base import SCENARIOS, Labelled, ModelScenario, Scenario
+
+__all__ = ["SCENARIOS", "Labelled", "ModelScenario", "Scenario"]

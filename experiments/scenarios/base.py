@@ -1,40 +1,84 @@
-"""One question, one file. A scenario turns the cells of a run into rows."""
+"""The interface of a scenario: one question, one file. A scenario turns the cells of a run into rows."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from experiments.bench import Bench, Setup
 from experiments.results import Row
+from kvmem.registry import Registry
 
 
-class Scenario(ABC):
-    """A question that a run answers."""
+class Labelled(Protocol):
+    """What a scenario measures one by one."""
+
+    @property
+    def label(self) -> str:
+        """Its name in the progress bar, the log and the run's checkpoint."""
+
+
+@runtime_checkable
+class SizedCell(Labelled, Protocol):
+    """A cell whose prompt has a known length."""
+
+    @property
+    def context_tokens(self) -> int: ...
+
+    @property
+    def query_tokens(self) -> int: ...
+
+
+BenchT = TypeVar("BenchT")
+"""What `Scenario.open` returns and the cells are measured on."""
+CellT = TypeVar("CellT", bound=Labelled)
+
+
+class Scenario(ABC, Generic[BenchT, CellT]):
+    """A question that a run answers. A new scenario is one new file in this package."""
 
     name: ClassVar[str]
-    in_step: ClassVar[bool] = False
-    """Several processes can measure it at once: all that they do follows from its cells, and from no clock."""
+    question: ClassVar[str]
+    """The question in one sentence, which heads the report."""
+    lockstep: ClassVar[bool] = False
+    """Whether several ranks can measure it in lockstep: its work depends on the cells alone, never on timing."""
+
+    @abstractmethod
+    def open(self, setup: Setup) -> BenchT:
+        """Prepares what the cells are measured on, such as a loaded model."""
+
+    @abstractmethod
+    def cells(self, bench: BenchT) -> Sequence[CellT]:
+        """The cells of the run, in the order in which they are measured."""
+
+    @abstractmethod
+    def measure(self, bench: BenchT, cell: CellT) -> list[Row]:
+        """The rows of one cell. An exception becomes a failed row, and the run continues with the next cell."""
+
+    @abstractmethod
+    def failed(self, bench: BenchT, cell: CellT, error: str) -> Row:
+        """The row of a cell that raised; `error` is the traceback."""
+
+    @classmethod
+    def answer(cls, rows: Sequence[Row]) -> str:
+        """The answer to `question` in one sentence; "" if the rows do not give one. `rows` are valid rows only."""
+        return ""
+
+
+class ModelScenario(Scenario[Bench, CellT]):
+    """A scenario that measures a loaded model."""
 
     def open(self, setup: Setup) -> Bench:
-        """What the cells are measured on: the model, loaded, unless a scenario needs none."""
         return Bench.open(setup)
 
-    @abstractmethod
-    def cells(self, bench: Bench) -> Sequence[Any]:
-        """What is measured one by one; each has a `label` for the progress bar."""
-
-    @abstractmethod
-    def measure(self, bench: Bench, cell: Any) -> list[Row]:
-        """The rows of one cell. What it raises becomes a failed row; the other cells go on."""
-
-    def failed(self, bench: Bench, cell: Any, error: str) -> Row:
-        """The row of a cell that raised, with its traceback."""
-        return bench.row(
-            self.name,
-            context_tokens=getattr(cell, "context_tokens", 0),
-            query_tokens=getattr(cell, "query_tokens", 0),
-            status="failed",
-            error=error,
+    def failed(self, bench: Bench, cell: CellT, error: str) -> Row:
+        context_tokens, query_tokens = (
+            (cell.context_tokens, cell.query_tokens) if isinstance(cell, SizedCell) else (0, 0)
         )
+        return bench.row(
+            self.name, context_tokens=context_tokens, query_tokens=query_tokens, status="failed", error=error
+        )
+
+
+SCENARIOS = Registry(Scenario, "experiments.scenarios", "scenario")

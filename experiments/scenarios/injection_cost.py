@@ -1,4 +1,4 @@
-"""What does it cost to put a stored memory in front of a query, each way, over the least that this machine needs?"""
+"""How long does each injection method take, as a multiple of the least time that the hardware needs?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from experiments.baselines import vllm_process
 from experiments.bench import Arm, Bench, built_once, compare, every_sample, injection_methods, ratio
 from experiments.measurement import ttft
 from experiments.results import ALONE, DIRECT, GRAPH, IN_PLACE, Row, between
-from experiments.scenarios.base import Scenario
+from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
 from kvmem.engines.graph import HFGraphBackend
@@ -57,7 +57,7 @@ class CostCell:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class InjectionCost(Scenario):
+class InjectionCost(ModelScenario[CostCell]):
     """All ways on the same weights, in interleaved rounds; each from token ids and stored memory to the token.
 
     direct            the memory as prompt text, by the fast engine; "direct, eager" by Hugging Face's forward
@@ -77,6 +77,9 @@ class InjectionCost(Scenario):
     vllm_timeout_s: float = Field(default=600.0, gt=0)
 
     name: ClassVar[str] = "injection_cost"
+    question: ClassVar[str] = (
+        "How long does each injection method take, as a multiple of the least time that the hardware needs?"
+    )
 
     def cells(self, bench: Bench) -> Sequence[CostCell]:
         setup = bench.setup
@@ -185,6 +188,19 @@ class InjectionCost(Scenario):
         )
         return dataclasses.replace(row, verdict_reason="" if row.verdict == "ok" else "it beats the hardware's limit")
 
+    @classmethod
+    def answer(cls, rows: Sequence[Row]) -> str:
+        best = [row for row in rows if row.extra.get("place_s") is not None]
+        if not best:
+            return ""
+        over = between([row.extra["over_limit"] for row in best], " ×")
+        parts = [f"The fastest injected way takes {over} the least that this machine needs"]
+        if beside := [row.extra["over_vllm_quartile"] for row in best if row.extra.get("over_vllm_quartile")]:
+            parts.append(f"{between(beside, ' ×')} vLLM's prefix hit (its lower quartile)")
+        direct = [row.extra["over_fastest"] for row in rows if row.arm == DIRECT]
+        as_text = f"; the same memory as prompt text takes {between(direct, ' ×')} as long" if direct else ""
+        return f"{', '.join(parts)}{as_text}."
+
 
 def best_arm(backend: HFGraphBackend) -> str:
     """Our fastest way here."""
@@ -274,16 +290,3 @@ def _request(bench: Bench, scenario: InjectionCost, cells: Sequence[Cell]) -> vl
         rounds=scenario.pairs,
         decode_tokens=scenario.decode_tokens,
     )
-
-
-def answer(rows: Sequence[Row]) -> str:
-    best = [row for row in rows if row.extra.get("place_s") is not None]
-    if not best:
-        return ""
-    over = between([row.extra["over_limit"] for row in best], " ×")
-    parts = [f"The fastest injected way takes {over} the least that this machine needs"]
-    if beside := [row.extra["over_vllm_quartile"] for row in best if row.extra.get("over_vllm_quartile")]:
-        parts.append(f"{between(beside, ' ×')} vLLM's prefix hit (its lower quartile)")
-    direct = [row.extra["over_fastest"] for row in rows if row.arm == DIRECT]
-    as_text = f"; the same memory as prompt text takes {between(direct, ' ×')} as long" if direct else ""
-    return f"{', '.join(parts)}{as_text}."

@@ -16,13 +16,13 @@ from experiments.baselines import SharedTensors
 from experiments.bench import Arm, Bench, build_s, built_once, compare, ratio
 from experiments.measurement import ttft
 from experiments.results import GRADES, Row, between, formatting
-from experiments.scenarios.base import Scenario
+from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class KVvsDirect(Scenario):
+class KVvsDirect(ModelScenario[Cell]):
     """Both arms eat the same token ids, in interleaved pairs, and answer greedily."""
 
     pairs: int = Field(default=5, ge=1)
@@ -33,7 +33,10 @@ class KVvsDirect(Scenario):
     """Also time a plain shared-tensors recipe in the same rounds (one memory only)."""
 
     name: ClassVar[str] = "kv_vs_direct"
-    in_step: ClassVar[bool] = True
+    question: ClassVar[str] = (
+        "What does injecting a memory buy over sending it as prompt text, and is the output the same?"
+    )
+    lockstep: ClassVar[bool] = True
 
     def cells(self, bench: Bench) -> Sequence[Cell]:
         setup = bench.setup
@@ -84,15 +87,15 @@ class KVvsDirect(Scenario):
             extra=extra,
         )
 
-
-def answer(rows: Sequence[Row]) -> str:
-    times = [100 / (100 - row.speedup_pct) for row in rows if row.speedup_pct is not None]
-    if not times:
-        return ""
-    grades = Counter(row.equality for row in rows)
-    same = f"{grades['bitwise'] + grades['tokens']} of {formatting.plural(len(rows), 'cell')}"
-    others = [f"{grades[grade]} {GRADES[grade]}" for grade in ("near_tie", "diverged") if grades[grade]]
-    return (
-        f"Behind a stored memory the first token comes {between(times)} times as fast as behind its text; "
-        f"the answer is the same in {', '.join([same, *others])}."
-    )
+    @classmethod
+    def answer(cls, rows: Sequence[Row]) -> str:
+        times = [100 / (100 - row.speedup_pct) for row in rows if row.speedup_pct is not None]
+        if not times:
+            return ""
+        grades = Counter(row.equality for row in rows)
+        same = f"{grades['bitwise'] + grades['tokens']} of {formatting.plural(len(rows), 'cell')}"
+        others = [f"{grades[grade]} {GRADES[grade]}" for grade in ("near_tie", "diverged") if grades[grade]]
+        return (
+            f"Behind a stored memory the first token comes {between(times)} times as fast as behind its text; "
+            f"the answer is the same in {', '.join([same, *others])}."
+        )

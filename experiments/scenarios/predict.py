@@ -57,7 +57,7 @@ class Paper:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class Predict(Scenario):
+class Predict(Scenario[Paper, Table]):
     """No GPU, no weights: shapes, the makers' figures and an engine's efficiencies."""
 
     fit_from: list[str] = field(default_factory=list)
@@ -77,12 +77,15 @@ class Predict(Scenario):
     network_gb_s: float = Field(default=12.5, gt=0)
 
     name: ClassVar[str] = "predict"
+    question: ClassVar[str] = (
+        "What should the published cells take on their hardware, and from which length on does a stored memory pay?"
+    )
 
-    def open(self, setup: Setup) -> Paper:  # type: ignore[override]
+    def open(self, setup: Setup) -> Paper:
         found = fit_engine(list(self._points()), setup.seed) if self.fit_from else None
         return Paper(setup, found.engine if found else Engine(), found)
 
-    def cells(self, bench: Any) -> Sequence[Table]:
+    def cells(self, bench: Paper) -> Sequence[Table]:
         tables = [
             Table("published cells", lambda: self._published(bench)),
             Table("break-even lengths", lambda: self._break_even(bench)),
@@ -90,10 +93,10 @@ class Predict(Scenario):
         ]
         return [Table("fit", lambda: self._fitted(bench)), *tables] if bench.fit else tables
 
-    def measure(self, bench: Any, cell: Table) -> list[Row]:
+    def measure(self, bench: Paper, cell: Table) -> list[Row]:
         return list(cell.rows())
 
-    def failed(self, bench: Any, cell: Table, error: str) -> Row:
+    def failed(self, bench: Paper, cell: Table, error: str) -> Row:
         return _row(cell.label, "", GIVEN, {}, status="failed", error=error)
 
     def _points(self) -> Iterator[Point]:
@@ -105,8 +108,8 @@ class Predict(Scenario):
 
     def _published(self, paper: Paper) -> Iterator[Row]:
         beyond = {
-            (finding.row, finding.reason.split()[1])
-            for finding in verdict.judge_published(published.tables())
+            (finding.row, finding.arm)
+            for finding in verdict.validate_published(published.tables())
             if finding.rule == "limit"
         }
         errors: dict[str, list[float]] = {}

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from experiments.bench import Arm, Bench, built_once, compare, every_sample, ratio
 from experiments.measurement import Trace, transfer_s, ttft
 from experiments.results import Row
-from experiments.scenarios.base import Scenario
+from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
 from kvmem.engines import Injectable, MeasuredBackend
@@ -26,7 +26,7 @@ GENERATE = "LLM.generate hit"
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class PrefixReuse(Scenario):
+class PrefixReuse(ModelScenario[Cell]):
     """Three arms in interleaved rounds, each behind an engine whose prefix cache was emptied.
 
     direct      nothing is held: all tokens are computed
@@ -43,6 +43,7 @@ class PrefixReuse(Scenario):
     """On a GPU, also time the native hit through vLLM's own LLM.generate: what our layer adds to it."""
 
     name: ClassVar[str] = "prefix_reuse"
+    question: ClassVar[str] = "What does an injected memory buy over the engine's own prefix cache, and over nothing?"
 
     def cells(self, bench: Bench) -> Sequence[Cell]:
         if bench.backend.prefix_block_tokens is None:

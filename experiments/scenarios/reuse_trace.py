@@ -15,7 +15,7 @@ from scipy import stats
 
 from experiments.bench import Bench, replay
 from experiments.results import Row, between, formatting
-from experiments.scenarios.base import Scenario
+from experiments.scenarios.base import ModelScenario
 from experiments.traces import FAMILIES, Outcome, Trace, TraceFamily, best_oracle, bound_s, jsonl, simulate
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
@@ -45,7 +45,7 @@ class TrafficCell:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class ReuseTrace(Scenario):
+class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
     """A replay gives the costs, and is simulated on them to see that the simulator tells the truth; then every policy
     runs on `seeds` traces of each family, with the oracle and a bound beside. One tier, all of whose bytes are at hand.
 
@@ -69,6 +69,9 @@ class ReuseTrace(Scenario):
     """A trace of your own (JSON lines, see experiments/traces/jsonl.py) instead of the families."""
 
     name: ClassVar[str] = "reuse_trace"
+    question: ClassVar[str] = (
+        "Which policy keeps the right memories as KV? A short trace played for real, then every policy in simulation."
+    )
 
     def __post_init__(self) -> None:
         self._costs: Costs | None = None
@@ -196,6 +199,20 @@ class ReuseTrace(Scenario):
             extra=extra,
         )
 
+    @classmethod
+    def answer(cls, rows: Sequence[Row]) -> str:
+        of = {
+            arm: [row.extra["of_oracle_pct"] for row in rows if row.arm == arm and "of_oracle_pct" in row.extra]
+            for arm in dict.fromkeys(row.arm for row in rows)
+        }
+        others = [max(values) for arm, values in of.items() if arm not in (OURS, Oracle.name) and values]
+        if not of.get(OURS) or not others:
+            return ""
+        return (
+            f"Of the seconds that an oracle saves, {OURS} saves {between(of[OURS], '%')}; "
+            f"the best that any other policy does in any cell is {between([max(others)], '%')}."
+        )
+
 
 def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Over all traces together; counts and seconds as means of a trace."""
@@ -251,17 +268,3 @@ def _t_interval(values: np.ndarray) -> tuple[float, float]:
     """Of the mean, with 95% confidence."""
     mean, half = float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return mean - half, mean + half
-
-
-def answer(rows: Sequence[Row]) -> str:
-    of = {
-        arm: [row.extra["of_oracle_pct"] for row in rows if row.arm == arm and "of_oracle_pct" in row.extra]
-        for arm in dict.fromkeys(row.arm for row in rows)
-    }
-    others = [max(values) for arm, values in of.items() if arm not in (OURS, Oracle.name) and values]
-    if not of.get(OURS) or not others:
-        return ""
-    return (
-        f"Of the seconds that an oracle saves, {OURS} saves {between(of[OURS], '%')}; the best any other policy does "
-        f"in any cell is {between([max(others)], '%')}."
-    )

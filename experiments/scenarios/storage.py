@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from experiments.bench import Bench
 from experiments.measurement import process_memory
 from experiments.results import Row, between
-from experiments.scenarios.base import Scenario
+from experiments.scenarios.base import ModelScenario
 from kvmem import KVCacheItem
 from kvmem import storage as formats
 from kvmem.cache import KVCacheMetadata, MemoryTokens, dynamic_cache
@@ -40,7 +40,7 @@ class StorageCell:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class StorageScenario(Scenario):
+class StorageScenario(ModelScenario[StorageCell]):
     """Random KV of the model's shape in 8 items, written and read by both in turn, in random order within each round.
 
     Every file is new (the old one removed, the disk synced first), and read while it is in the page cache. Our load
@@ -55,6 +55,9 @@ class StorageScenario(Scenario):
     """Where the files are written, and removed again: choose the disk that memories will live on."""
 
     name: ClassVar[str] = "storage"
+    question: ClassVar[str] = (
+        "What do dump and load cost, in time and memory, beside torch.save + fsync and torch.load of the same tensors?"
+    )
 
     def cells(self, bench: Bench) -> Sequence[StorageCell]:
         filename = bench.setup.storage.memory_filename
@@ -95,6 +98,11 @@ class StorageScenario(Scenario):
                 extra=extra,
             )
         ]
+
+    @classmethod
+    def answer(cls, rows: Sequence[Row]) -> str:
+        dump, load = (between([row.extra[f"{step}_ratio"] for row in rows], " ×") for step in ("dump", "load"))
+        return f"dump takes {dump} torch.save's time, load {load} torch.load's."
 
 
 def random_items(bench: Bench, total_bytes: int, count: int) -> list[KVCacheItem]:
@@ -203,8 +211,3 @@ def _named(items: Sequence[KVCacheItem]) -> Tensors:
         for layer, pair in enumerate(dynamic_cache.layers_of(item.kv_cache))
         for kind, tensor in zip("kv", pair, strict=True)
     }
-
-
-def answer(rows: Sequence[Row]) -> str:
-    dump, load = (between([row.extra[f"{step}_ratio"] for row in rows], " ×") for step in ("dump", "load"))
-    return f"dump takes {dump} torch.save's time, load {load} torch.load's."

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from experiments.bench import COLD, RECOMPUTE, WARM, Bench, InEveryTier, Quality
 from experiments.measurement import transfer_s
 from experiments.results import Row, between
-from experiments.scenarios.base import Scenario
+from experiments.scenarios.base import ModelScenario
 from experiments.workloads import asked, cut_memories, docs_texts
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
@@ -34,7 +34,7 @@ class TiersCell:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class Tiers(Scenario):
+class Tiers(ModelScenario[TiersCell]):
     """For each length one memory in every tier; each place answers the same prompt once a round, in random order.
 
     A TTFT runs from the prompt's token ids to the first token on the host, and holds what the tier takes to bring the
@@ -56,6 +56,9 @@ class Tiers(Scenario):
     """Where the disk tier is, and removed again: choose the disk that memories will live on."""
 
     name: ClassVar[str] = "tiers"
+    question: ClassVar[str] = (
+        "What does a slower tier cost: TTFT with a memory in each, beside prefilling it anew, and the break-even?"
+    )
 
     def cells(self, bench: Bench) -> Sequence[TiersCell]:
         if not isinstance(bench.backend, HFBackend):
@@ -158,6 +161,19 @@ class Tiers(Scenario):
             extra=extra,
         )
 
+    @classmethod
+    def answer(cls, rows: Sequence[Row]) -> str:
+        over: dict[str, list[float]] = {}
+        for row in rows:
+            over.setdefault(row.arm, []).append(row.extra["over_resident"])
+        told = ", ".join(
+            f"{place} ({between(values)})"
+            for place, values in over.items()
+            if place != RECOMPUTE and set(values) != {1.0}
+        )
+        anew = f"; prefilled anew ({between(over[RECOMPUTE])})" if RECOMPUTE in over else ""
+        return f"Time to the first token, as a multiple of a memory's in the fastest tier: {told}{anew}."
+
 
 @plain_dataclass(frozen=True)
 class Length:
@@ -209,14 +225,3 @@ def break_even_tokens(costs: Costs, lengths: Sequence[Length], place: str) -> in
     if not pays[-1]:
         return None
     return int(every[np.flatnonzero(~pays)[-1]] + 1) if not pays.all() else 1
-
-
-def answer(rows: Sequence[Row]) -> str:
-    over: dict[str, list[float]] = {}
-    for row in rows:
-        over.setdefault(row.arm, []).append(row.extra["over_resident"])
-    told = ", ".join(
-        f"{place} ({between(values)})" for place, values in over.items() if place != RECOMPUTE and set(values) != {1.0}
-    )
-    anew = f"; prefilled anew ({between(over[RECOMPUTE])})" if RECOMPUTE in over else ""
-    return f"Time to the first token, as a multiple of a memory's in the fastest tier: {told}{anew}."

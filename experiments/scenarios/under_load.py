@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from experiments.bench import Bench, built_once
 from experiments.measurement import ttft
 from experiments.results import Row, formatting
-from experiments.scenarios.base import Scenario
+from experiments.scenarios.base import ModelScenario
 from experiments.workloads import asked, cut_memories, docs_texts
 from kvmem.cache import KVCacheItem
 from kvmem.engines.vllm import Arrival, Served, ServingEngine
@@ -49,7 +49,7 @@ class Asked:
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class UnderLoad(Scenario):
+class UnderLoad(ModelScenario[ArmCell]):
     """Requests arrive at a seeded Poisson rate, and each asks one of `memories` memories, drawn by Zipf's law.
 
     direct      the memory is prompt text, and nothing is shared
@@ -73,6 +73,9 @@ class UnderLoad(Scenario):
     """What p99 TTFT must stay under; null: twice the direct arm's TTFT on an idle engine."""
 
     name: ClassVar[str] = "under_load"
+    question: ClassVar[str] = (
+        "What does injection buy a server under load: TTFT percentiles, throughput, and the rate that it sustains?"
+    )
 
     def cells(self, bench: Bench) -> Sequence[ArmCell]:
         backend = bench.backend
@@ -199,15 +202,15 @@ class UnderLoad(Scenario):
         ends = [ask.at_s + one.finished_s for ask, one in zip(requests, served, strict=True)]
         return served, max(ends) - requests[0].at_s
 
+    @classmethod
+    def answer(cls, rows: Sequence[Row]) -> str:
+        highest = max(row.extra["load"] for row in rows)
+        at_most = [row for row in rows if row.extra["load"] == highest]
+        told = ", ".join(f"{row.arm} {formatting.seconds(row.extra['ttft_p99_s'])}" for row in at_most)
+        rate = formatting.digits(at_most[0].extra["requests_a_second"])
+        return f"At {rate} requests a second 99 of 100 have their first token within: {told}."
+
 
 def percentile(served: Sequence[Served], percent: float) -> float:
     """Of the TTFT, in seconds; with "higher", so that no request is slower than a p100 of few."""
     return float(np.percentile([one.first_token_s for one in served], percent, method="higher"))
-
-
-def answer(rows: Sequence[Row]) -> str:
-    highest = max(row.extra["load"] for row in rows)
-    at_most = [row for row in rows if row.extra["load"] == highest]
-    told = ", ".join(f"{row.arm} {formatting.seconds(row.extra['ttft_p99_s'])}" for row in at_most)
-    rate = formatting.digits(at_most[0].extra["requests_a_second"])
-    return f"At {rate} requests a second 99 of 100 have their first token within: {told}."

@@ -24,8 +24,8 @@ def bench_on(engine: VLLMBackend, *overrides: str) -> Bench:
 def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     knobs = ["scenario.pairs=1", "scenario.answer_tokens=4"]  # one pair has a ratio, and no interval
     bench = bench_on(engine, *knobs, "workload.context_tokens=[200]", "workload.query_tokens=[32]")
-    (cell,) = bench.config.scenario.cells(bench)
-    injected, native = bench.config.scenario.measure(bench, cell)
+    (cell,) = bench.setup.scenario.cells(bench)
+    injected, native = bench.setup.scenario.measure(bench, cell)
     assert (injected.arm, injected.cached_tokens, injected.equality) == ("injected", 200, "tokens")
     assert (native.arm, native.cached_tokens, native.equality) == ("native hit", 128, "tokens")  # one block of 128
     assert (injected.verdict, native.verdict) == ("ok", "ok"), injected.verdict_reason + native.verdict_reason
@@ -33,14 +33,14 @@ def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.
     assert injected.extra["injected_over_native_hit_interval"] is injected.speedup_interval is None
 
     monkeypatch.setattr(ttft, "hold", lambda backend, token_ids, view=None: backend.reset())
-    _, missed = bench.config.scenario.measure(bench, cell)
+    _, missed = bench.setup.scenario.measure(bench, cell)
     assert missed.verdict == "invalid" and "0 tokens came from the cache, 128 were expected" in missed.verdict_reason
 
 
 def test_prefix_reuse_is_about_one_memory(engine: VLLMBackend) -> None:
     bench = bench_on(engine, "workload.memories=2")
     with pytest.raises(ConfigError, match="kv_vs_direct"):
-        bench.config.scenario.cells(bench)
+        bench.setup.scenario.cells(bench)
 
 
 def test_kv_vs_direct_takes_vllm_too(engine: VLLMBackend) -> None:
@@ -54,8 +54,8 @@ def test_kv_vs_direct_takes_vllm_too(engine: VLLMBackend) -> None:
         "scenario.pairs=2",
         "scenario.answer_tokens=4",
     )
-    (cell,) = bench.config.scenario.cells(bench)
-    (row,) = bench.config.scenario.measure(bench, cell)
+    (cell,) = bench.setup.scenario.cells(bench)
+    (row,) = bench.setup.scenario.measure(bench, cell)
     assert (row.backend, row.memories, row.cached_tokens, row.equality) == ("vllm", 2, 128, "tokens")
     assert row.verdict == "ok", row.verdict_reason
 
@@ -70,7 +70,7 @@ def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
         "scenario.loads=[1.0,3.0]",
         "scenario.new_tokens=2",
     )
-    scenario = bench.config.scenario
+    scenario = bench.setup.scenario
     rows = {cell.label: scenario.measure(bench, cell) for cell in scenario.cells(bench)}
     for arm in rows.values():
         assert [row.verdict for row in arm] == ["ok", "ok"], arm[0].verdict_reason

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.measurement.verdict import Finding, hardware_card, judge, judge_published
+from experiments.measurement.verdict import Finding, hardware_card, validate_cell, validate_published
 from experiments.results import published
 
 KNOWN = [row for row in published.tables() if row.table in ("huggingface_ttft", "vllm_ttft")]
@@ -32,48 +32,48 @@ BROKEN = {
     "600 tokens came from the cache": {"cached_tokens": 600},
     "the injected arm took 200 ms, and the hardware needs 201 ms": {"kv_limit_s": 0.201},
     "the direct arm took 1000 ms, and the hardware needs 1100 ms": {"direct_limit_s": 1.1},
-    "straw man": {"build_s": 0.63},
+    "direct baseline is too slow": {"build_s": 0.63},
     "diverge": {"equality": "diverged"},
 }
 
 
 def test_a_sound_cell_is_ok() -> None:
-    verdict = judge(**SOUND)
+    verdict = validate_cell(**SOUND)
     assert (verdict.verdict, verdict.reason) == ("ok", "")
-    assert judge(**SOUND | {"equality": "near_tie"}).verdict == "ok"
-    assert judge(**SOUND | {"build_s": 0.64}).verdict == "ok"  # direct is 1.19 times the two
+    assert validate_cell(**SOUND | {"equality": "near_tie"}).verdict == "ok"
+    assert validate_cell(**SOUND | {"build_s": 0.64}).verdict == "ok"  # direct is 1.19 times the two
 
 
 def test_a_merge_is_work_that_the_direct_arm_does_too() -> None:
     """Four memories of 1,024 tokens in all on a CPU, by RopeShift: 1.12 without the merge, close to what is noise."""
-    assert judge(**SOUND | {"build_s": 0.5}).verdict == "invalid"
-    assert judge(**SOUND | {"build_s": 0.5, "merge_s": 0.14}).verdict == "ok"
-    told = judge(**SOUND | {"build_s": 0.5, "merge_s": 0.12}).reason
-    assert told.endswith("1 s for the work of build, merge and injected arm, which take 0.5 + 0.12 + 0.2 s")
+    assert validate_cell(**SOUND | {"build_s": 0.5}).verdict == "invalid"
+    assert validate_cell(**SOUND | {"build_s": 0.5, "merge_s": 0.14}).verdict == "ok"
+    reason = validate_cell(**SOUND | {"build_s": 0.5, "merge_s": 0.12}).reason
+    assert reason.endswith("1 s for the work of build, merge and injected arm, which take 0.5 + 0.12 + 0.2 s")
 
 
 @pytest.mark.parametrize("reason", BROKEN)
 def test_each_rule_fails_for_its_own_reason(reason: str) -> None:
-    verdict = judge(**SOUND | BROKEN[reason])
+    verdict = validate_cell(**SOUND | BROKEN[reason])
     assert verdict.verdict == "invalid"
     assert reason in verdict.reason
     assert ";" not in verdict.reason
 
 
-def test_all_reasons_are_told() -> None:
-    verdict = judge(**SOUND | {"injected_digest": "b", "cached_tokens": 0, "kv_limit_s": 1.0, "build_s": 0.1})
+def test_every_reason_is_listed() -> None:
+    verdict = validate_cell(**SOUND | {"injected_digest": "b", "cached_tokens": 0, "kv_limit_s": 1.0, "build_s": 0.1})
     assert verdict.reason.count("; ") == 3
 
 
 def test_divergence_is_the_price_of_a_merge_that_is_not_exact() -> None:
-    verdict = judge(**SOUND | {"equality": "diverged", "exact": False})
+    verdict = validate_cell(**SOUND | {"equality": "diverged", "exact": False})
     assert verdict.verdict == "ok"
     assert "the price of this merge" in verdict.reason
 
 
 @cache
 def findings() -> list[Finding]:
-    return judge_published(KNOWN)
+    return validate_published(KNOWN)
 
 
 def failing(rule: str) -> set[tuple[str, str, str, str]]:
@@ -88,8 +88,8 @@ def test_published_rows_that_beat_the_hardware() -> None:
     assert len(found) == 9
 
 
-def test_published_rows_whose_direct_arm_is_a_straw_man() -> None:
-    found = failing("straw_man")
+def test_published_rows_whose_direct_arm_is_too_slow() -> None:
+    found = failing("slow_direct")
     assert ("Qwen3-8B", "not stated", "long", "short") in found
     assert {model for model, *_ in found} == {"Qwen3-8B", "Qwen2.5-72B"}
     assert not {cell for cell in found if cell[1] != "not stated"}

@@ -36,8 +36,8 @@ def bench():
 
 
 def test_rows_of_a_cell(bench):
-    cells = bench.config.scenario.cells(bench)
-    rows = [row for cell in cells for row in bench.config.scenario.measure(bench, cell)]
+    cells = bench.setup.scenario.cells(bench)
+    rows = [row for cell in cells for row in bench.setup.scenario.measure(bench, cell)]
     of_ways = [row for row in rows if row.scenario == "injection_cost"]
     assert [row.context_tokens for row in rows if row.scenario == DECODING] == [128]
     assert len(of_ways) == 2 * (4 + len(recipes()))
@@ -57,7 +57,7 @@ def test_rows_of_a_cell(bench):
 
 
 def test_every_way_answers_alike_and_leaves_the_memory_as_it_is(bench):
-    (cell, *_) = bench.config.scenario.cells(bench)
+    (cell, *_) = bench.setup.scenario.cells(bench)
     item = bench.memory.extract(cell.cell.memories[0])
     before = copy_of(item)
     found = injection_methods.ways(bench.backend, item, cell.cell.question)
@@ -82,4 +82,4 @@ def test_conditions_tell_what_warming_up_has_cost_until_now(bench):
 def test_another_engine_is_refused(bench):
     other = Bench.open(compose.validate(compose.compose(TINY)))
     with pytest.raises(ConfigError, match="Use backend=hf_graph"):
-        other.config.scenario.cells(other)
+        other.setup.scenario.cells(other)

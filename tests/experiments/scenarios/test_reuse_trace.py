@@ -38,7 +38,7 @@ def on() -> Bench:
 
 
 def test_the_replay_does_what_the_simulator_says_and_every_policy_has_its_row(on: Bench) -> None:
-    scenario = on.config.scenario
+    scenario = on.setup.scenario
     assert isinstance(scenario, ReuseTrace)
     cells = scenario.cells(on)
     assert len(cells) == 1 + 3 * 2

@@ -27,8 +27,8 @@ def bench(tmp_path: Path, *overrides: str) -> Bench:
 @pytest.mark.parametrize("name", ["safetensors", "pickle"])
 def test_a_row_says_what_each_side_took(tmp_path: Path, name: str) -> None:
     on = bench(tmp_path, f"storage={name}")
-    (cell,) = on.config.scenario.cells(on)
-    (row,) = on.config.scenario.measure(on, cell)
+    (cell,) = on.setup.scenario.cells(on)
+    (row,) = on.setup.scenario.measure(on, cell)
     assert (row.arm, row.verdict, row.equality, row.pairs) == (name, "ok", "bitwise", 2)
     assert row.kv_bytes is not None and 0.0018e9 < row.kv_bytes <= 0.002e9
     for ours, theirs in (("dump", "torch_save"), ("load", "torch_load")):
@@ -40,7 +40,7 @@ def test_a_row_says_what_each_side_took(tmp_path: Path, name: str) -> None:
 
 def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on = bench(tmp_path)
-    (cell,) = on.config.scenario.cells(on)
+    (cell,) = on.setup.scenario.cells(on)
     load = SafetensorsFile.load
 
     def changed(*args):
@@ -49,7 +49,7 @@ def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch:
         return items
 
     monkeypatch.setattr(SafetensorsFile, "load", changed)
-    (row,) = on.config.scenario.measure(on, cell)
+    (row,) = on.setup.scenario.measure(on, cell)
     assert (row.verdict, row.equality) == ("invalid", "diverged")
 
 

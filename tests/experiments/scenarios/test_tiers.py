@@ -21,8 +21,8 @@ TINY = ["model=tiny", "model.weights=random", "scenario=tiers", "scenario.repeat
 def test_a_row_for_each_place(tmp_path: Path) -> None:
     overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[64,256]"]
     on = Bench.open(compose.validate(compose.compose(overrides)))
-    (cell,) = on.config.scenario.cells(on)
-    rows = on.config.scenario.measure(on, cell)
+    (cell,) = on.setup.scenario.cells(on)
+    rows = on.setup.scenario.measure(on, cell)
     assert [row.arm for row in rows] == ["ram", "disk, warm", "disk, cold", "disk_int8", "disk_int4", "recompute"] * 2
     exact = [row for row in rows if not row.extra["lossy"]]
     assert {row.verdict for row in rows} == {"ok"} and {row.equality for row in exact} == {"bitwise"}
@@ -45,8 +45,8 @@ def test_short_memories_in_bf16_are_larger_compressed(tmp_path: Path) -> None:
     """72 tokens take two groups of 64: there is room for them all the same."""
     overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[72,80]", "backend.dtype=bfloat16"]
     on = Bench.open(compose.validate(compose.compose(overrides)))
-    (cell,) = on.config.scenario.cells(on)
-    rows = {row.arm: row for row in on.config.scenario.measure(on, cell) if row.context_tokens == 72}
+    (cell,) = on.setup.scenario.cells(on)
+    rows = {row.arm: row for row in on.setup.scenario.measure(on, cell) if row.context_tokens == 72}
     assert rows["disk_int8"].kv_bytes > rows["ram"].kv_bytes > rows["disk_int4"].kv_bytes
 
 
@@ -61,8 +61,8 @@ def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch:
             self._places["ram"].read(item.kv_cache_id).kv_cache.layers[0].keys.view(-1)[0] += 1
 
     monkeypatch.setattr(TieredCache, "put", changed)
-    (cell,) = on.config.scenario.cells(on)
-    rows = on.config.scenario.measure(on, cell)
+    (cell,) = on.setup.scenario.cells(on)
+    rows = on.setup.scenario.measure(on, cell)
     assert {row.verdict for row in rows} == {"invalid"} and "the tensors from ram" in rows[0].verdict_reason
 
 
