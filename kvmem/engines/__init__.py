@@ -4,13 +4,23 @@
 with CUDA graphs, and `vllm` drives vLLM in this process or as a server.
 """
 
-from kvmem.engines.base import ENGINES, Backend, BackendConfig, FirstToken, Injectable, MeasuredBackend, backend_class
+from kvmem.engines.base import (
+    ENGINES,
+    Backend,
+    BackendConfig,
+    BetweenLayers,
+    FirstToken,
+    Injectable,
+    MeasuredBackend,
+    backend_class,
+)
 from kvmem.engines.generation import Generation, Sampling
 
 __all__ = [
     "ENGINES",
     "Backend",
     "BackendConfig",
+    "BetweenLayers",
     "FirstToken",
     "Generation",
     "Injectable",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,10 +23,13 @@ from kvmem.cache import (
     TextualMemoryItem,
     dynamic_cache,
 )
-from kvmem.errors import FingerprintError, check_kind
+from kvmem.errors import ConfigError, FingerprintError, check_kind
 from kvmem.merge import MergeStrategy
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
 from kvmem.registry import Registry
+
+BetweenLayers = Callable[[], None]
+"""Called between two layers of a build; it may block, or raise BuildCancelled."""
 
 
 class StoredFile:
@@ -83,9 +86,38 @@ class Backend(ABC):
 
     @abstractmethod
     def build(
-        self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+        self,
+        source: Source,
+        textual_memory: TextualMemoryItem | None = None,
+        base: KVCacheItem | None = None,
+        between_layers: BetweenLayers | None = None,
     ) -> KVCacheItem:
-        """Prefills `source` into a new item; behind `base`, only the tokens that it does not hold."""
+        """Prefills `source` into a new item. With `base`, computes only the tokens that `base` does not hold.
+
+        between_layers: called in this thread before each layer is computed, after the device has finished the layer
+        before it. It may block, so that requests of other threads go first, and it may raise BuildCancelled, which ends
+        the build. Raises ConfigError if the engine can't pause between layers.
+        """
+
+    def measure_prefill(self, lengths: Sequence[int]) -> list[float]:
+        """Seconds of a prefill of each number of tokens with nothing cached: warmed up, the median of several.
+
+        Raises ConfigError if the engine has no such measurement.
+        """
+        raise ConfigError(f"backend={self.name} does not measure prefills. Use backend=huggingface or hf_graph.")
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that the engine computes: memory, query and answer together."""
+        return int(self.model_config.max_position_embeddings)
+
+    def check_builds_in_one_step(self, between_layers: BetweenLayers | None) -> None:
+        """Raises ConfigError if `between_layers` is given, for engines that compute a build in one step."""
+        if between_layers is not None:
+            raise ConfigError(
+                f"backend={self.name} computes all layers of a build in one step and can't pause between them. "
+                "Use backend=huggingface or hf_graph, or leave between_layers out."
+            )
 
     @abstractmethod
     def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache | FileHandle:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import DynamicCache
 
-from kvmem.engines.huggingface import HFBackend
+from kvmem.engines import Backend
 from kvmem.errors import ConfigError
-from kvmem.models import prefill
 
 Number = Any
 """int, float, or a numpy array of them."""
 
 CALIBRATION_TOKENS = (32, 128, 384, 1024)
-REPEATS = 3
-ENOUGH_S = 1.0
-"""A prefill that takes longer is measured once: noise is a small part of it."""
 FIT_ROUNDS = 20
 LEAST_SHARE = 0.05
 """A sample is fitted with no less than this share of its seconds while weights are sought."""
@@ -80,18 +73,11 @@ class Costs:
         return cls(base_s, token_s, pair_s, kv_bytes_a_token, load_s_a_byte or {})
 
     @classmethod
-    def measured(cls, backend: HFBackend, load_s_a_byte: Mapping[str, float] | None = None) -> Costs:
-        """Prefills a few lengths, the fastest of three where one is short: some seconds for a small model on a CPU."""
-        longest = backend.model_config.max_position_embeddings - 1
-        samples = []
-        _prefill_s(backend, min(CALIBRATION_TOKENS[0], longest))  # the first one pays for lazy loading: no sample
-        for tokens in CALIBRATION_TOKENS:
-            if tokens > longest:
-                break
-            took_s = [_prefill_s(backend, tokens)]
-            while len(took_s) < REPEATS and took_s[0] < ENOUGH_S:
-                took_s.append(_prefill_s(backend, tokens))
-            samples.append((tokens, 0, min(took_s)))
+    def measured(cls, backend: Backend, load_s_a_byte: Mapping[str, float] | None = None) -> Costs:
+        """Costs of the engine's own prefills, at a few lengths: some seconds for a small model on a CPU."""
+        lengths = [tokens for tokens in CALIBRATION_TOKENS if tokens < backend.max_tokens]
+        seconds = backend.measure_prefill(lengths)
+        samples = [(tokens, 0, took_s) for tokens, took_s in zip(lengths, seconds, strict=True)]
         return cls.fitted(samples, kv_bytes_a_token(backend), load_s_a_byte)
 
 
@@ -106,16 +92,6 @@ def _fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     return found
 
 
-def kv_bytes_a_token(backend: HFBackend) -> int:
-    """Bytes of keys and values of one token, all layers."""
-    is_of = backend.fingerprint
-    return 2 * is_of.layers * is_of.kv_heads * is_of.head_dim * backend.model.dtype.itemsize
-
-
-def _prefill_s(backend: HFBackend, tokens: int) -> float:
-    ids = [10 + i % 1000 for i in range(tokens)]
-    started = time.perf_counter()
-    logits_V = prefill(backend.model, ids, DynamicCache(config=backend.model_config))
-    if logits_V.device.type == "cuda":
-        torch.cuda.synchronize(logits_V.device)
-    return time.perf_counter() - started
+def kv_bytes_a_token(backend: Backend) -> int:
+    """Bytes of the keys and values of one token, all layers."""
+    return backend.fingerprint.kv_bytes(1)

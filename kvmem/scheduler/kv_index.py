@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from kvmem.cache import KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
+from kvmem.engines import BetweenLayers
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import UnknownMemoryError
 from kvmem.merge import joined_tokens
@@ -79,12 +80,15 @@ class KVIndex:
         tokens = [self.tokens(memory) for memory in memories]
         return tokens[0] if len(tokens) == 1 else joined_tokens(tokens, self._separator_ids)
 
-    def build(self, id_: str, texts: Texts) -> KVCacheItem:
-        """Builds the KV of `texts`, a group's by a joint prefill (`Reprefill`'s way), and does not keep it."""
+    def build(self, id_: str, texts: Texts, between_layers: BetweenLayers | None = None) -> KVCacheItem:
+        """Builds the KV of `texts` without storing it; a group's by a joint prefill, as `Reprefill` does.
+
+        between_layers: as in `Backend.build`.
+        """
         if len(texts) == 1:
-            return self.backend.build(texts[0].memory, textual_memory=texts[0])
+            return self.backend.build(texts[0].memory, textual_memory=texts[0], between_layers=between_layers)
         source = TextualMemoryItem(id=id_, memory="", metadata={"texts": [text.memory for text in texts]})
-        return self.backend.build_tokens(self.joint(texts), textual_memory=source)
+        return self.backend.build_tokens(self.joint(texts), source, between_layers=between_layers)
 
     def store(self, id_: str, texts: Texts, item: KVCacheItem, tier: str) -> bool:
         """Puts the KV of `texts` into `tier`. False, and nothing kept, if a text has changed since it was built.

@@ -69,7 +69,9 @@ class MemScheduler:
         if max_builds < 0:
             raise ConfigError(f"max_builds is {max_builds}. Give 0 or more.")
         if not isinstance(memory.backend, HFBackend) or memory.backend.ranks > 1:  # each rank would plan for itself
-            raise ConfigError(f"MemScheduler needs the backend huggingface, and has {type(memory.backend).name}.")
+            raise ConfigError(
+                f"MemScheduler needs the backend huggingface or hf_graph, and has {type(memory.backend).name}."
+            )
         self.backend = memory.backend
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         costs = costs or Costs.measured(self.backend)
@@ -244,11 +246,13 @@ class MemScheduler:
         tokens = int(self.planner.table.tokens[self.planner.table.row_of[memory_id]])
         if self.items.size(tier, tokens) > self.items.budgets[tier] - self.items.used_bytes()[tier]:
             return False  # what should have left is in use; the next tick plans anew
-        self._building = memory_id
         try:
-            texts = self.shelf.texts_of(memory_id)
-            with self.gate.build(self.backend.model):
-                item = self.shelf.build(memory_id, texts)
+            with self.gate.build() as between_layers:
+                self._building = memory_id
+                if self._closing.is_set():
+                    return False
+                texts = self.shelf.texts_of(memory_id)
+                item = self.shelf.build(memory_id, texts, between_layers)
             stored = self.shelf.store(memory_id, texts, item, tier)
         except BuildCancelled:
             self.cancelled_builds += 1

@@ -43,6 +43,11 @@ def main(order: dict[str, Any]) -> None:
         MemScheduler(memory, "lru", {"ram": 10**9})
     except ConfigError as error:
         told["not planned for"] = str(error)
+    try:
+        memory.backend.build(order["asked"][0][0], between_layers=lambda: None)
+    except ConfigError as error:
+        told["not paused"] = str(error)
+    told["prefill_s"] = memory.backend.measure_prefill([4, 8])
     spread = KVCacheMemory(KVCacheMemoryConfig(extractor_llm=llm | {"config": RANDOM}))
     told["random"] = [spread.backend.fingerprint.model_dump(), first_logits(spread)]
     (folder / f"rank {memory.backend.rank}.json").write_text(json.dumps(told))

@@ -68,6 +68,9 @@ def test_tensor_parallel_memories_move_between_one_process_and_two(device: str, 
     assert "nowhere" in one["not everywhere"]
     assert one["refused"] == "StorageError" and "has hf_ranks" in one["not planned for"]
 
+    assert "backend=hf_ranks computes all layers of a build in one step" in one["not paused"]
+    assert len(one["prefill_s"]) == 2 and min(one["prefill_s"]) > 0
+
     random = KVCacheMemory(
         KVCacheMemoryConfig(extractor_llm={"backend": "huggingface", "config": RANDOM | {"device": device}})
     )

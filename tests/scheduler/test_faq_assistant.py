@@ -32,7 +32,3 @@ def test_the_faq_assistant_gets_faster_as_it_learns(
     assert of_repairs == sorted(of_repairs, key=["text", "KV"].index), "and what is hot stays"
     hits = [(ms, direct_ms) for _, place, ms, direct_ms in told if place == "KV"]
     assert len(hits) >= 3 and median(ms / direct_ms for ms, direct_ms in hits) < 0.6
-
-
-def test_it_is_short() -> None:
-    assert len(EXAMPLE.read_text().splitlines()) <= 60

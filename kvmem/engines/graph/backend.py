@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from transformers import DynamicCache
 
 from kvmem.cache import CacheView, KVCacheItem, dynamic_cache
-from kvmem.engines.base import FirstToken
+from kvmem.engines.base import BetweenLayers, FirstToken
 from kvmem.engines.generation import Generation, Sampler, Sampling, check_asked, told_of
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.engines.graph.engine import Engine, RunningSequence
@@ -151,8 +151,17 @@ class HFGraphBackend(HFBackend):
             "warm_up": dataclasses.asdict(engine.warm_up),
         }
 
-    def _prefilled(self, token_ids: tuple[int, ...], base: KVCacheItem | None) -> DynamicCache:
+    @property
+    def max_tokens(self) -> int:
+        return min(super().max_tokens, self.engine.knobs.capacity_tokens)
+
+    def _prefilled(
+        self, token_ids: tuple[int, ...], base: KVCacheItem | None, between_layers: BetweenLayers | None
+    ) -> DynamicCache:
         cache, held = (None, 0) if base is None else (base.kv_cache, held_by(base, token_ids))
+        if between_layers is not None:
+            layers = self.engine.build_by_layer(cache, held, token_ids[held:], between_layers)
+            return dynamic_cache.from_layers(layers, self.model_config)
         _, answer = self.engine.begin(cache, held, token_ids[held:])
         return dynamic_cache.from_layers(self.engine.read(answer), self.model_config)
 

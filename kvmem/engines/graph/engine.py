@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvmem.cache import KV
+from kvmem.engines.base import BetweenLayers
 from kvmem.engines.graph import attention, fused_decode
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.engines.graph.cuda_graphs import Captured, Run, WarmUp
@@ -63,6 +64,7 @@ class Engine:
         self.graphs: OrderedDict[tuple[Buffer, str], Captured] = OrderedDict()
         self.warm_up = WarmUp()
         self.lock = threading.RLock()
+        self.building = threading.Lock()
         with self.turn():
             self.pool = torch.cuda.graph_pool_handle() if self.graph_up_to else None
         for new in knobs.warm_tokens:
@@ -120,6 +122,34 @@ class Engine:
             _, logits_V = self._run(self.take(answer), answer.length, ids)
             answer.length += len(ids)
             return logits_V.clone()
+
+    def build_by_layer(
+        self, cache: DynamicCache | None, held: int, ids: Sequence[int], between_layers: BetweenLayers
+    ) -> list[KV]:
+        """Keys and values of the first `held` tokens of `cache` and of `ids`, (1, kv_heads, tokens, head_dim) a layer.
+
+        Calls `between_layers` before each layer, while other threads may use the engine. The build has a buffer of its
+        own for its duration, as large as a slot's, and no graph; what it computes is what `begin` computes. One build
+        runs at a time.
+        """
+        tokens = held + len(ids)
+        self._check_room(tokens)
+
+        def pause() -> None:
+            self.lock.release()
+            try:
+                if self.device.type == "cuda":  # so that no more than one layer's work is ever queued before a request
+                    torch.cuda.current_stream().synchronize()
+                between_layers()
+            finally:
+                self.lock.acquire()
+
+        with self.building, self.turn():
+            buffer = self._new_buffer()
+            if cache is not None:
+                buffer.place(cache, held)
+            self.run(self._inputs(held, ids).to(self.device), buffer, pause)
+            return buffer.read(0, tokens)
 
     def greedy(self, answer: RunningSequence, token: int, most: int, ends: Collection[int]) -> list[int]:
         """At most so many greedy tokens that follow `token`, up to an end token, which is not among them.
@@ -196,12 +226,20 @@ class Engine:
 
     def _run(self, seat: Slot, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_room(held + len(ids))
-        new = self.padded(len(ids))
-        inputs = torch.tensor([held, len(ids), *ids, *(0 for _ in range(new - len(ids)))])
+        inputs = self._inputs(held, ids)
+        new = len(inputs) - 2
         seat.buffer.written_from(held)
         if new > self.graph_up_to:
             return self.run(inputs.to(self.device), seat.buffer)
         return self._captured(f"{new} tokens", self.run, seat.buffer, inputs)(inputs)
+
+    def _inputs(self, held: int, ids: Sequence[int]) -> torch.Tensor:
+        """What `ModelRunner` takes, padded, on the host."""
+        return torch.tensor([held, len(ids), *ids, *(0 for _ in range(self.padded(len(ids)) - len(ids)))])
+
+    def _new_buffer(self) -> Buffer:
+        shape = self.run.shape
+        return Buffer(len(self.run.layers), self.rows, shape.kv_heads, shape.head_dim, self.dtype, self.device)
 
     def _captured(self, name: str, run: Run, buffer: Buffer, inputs: torch.Tensor) -> Captured:
         key = (buffer, name)
@@ -220,9 +258,7 @@ class Engine:
         own = [seat for seat in free if cache is not None and seat.buffer.holds(cache)]
         blank = [seat for seat in free if seat.buffer.memory is None or seat.buffer.memory() is None]
         if not own and not blank and len(self.seats) < self.knobs.buffers:
-            shape = self.run.shape
-            size = (len(self.run.layers), self.rows, shape.kv_heads, shape.head_dim)
-            blank = [Slot(Buffer(*size, self.dtype, self.device))]
+            blank = [Slot(self._new_buffer())]
             self.seats.append(blank[0])
         seat = (own or blank or free or self.seats)[0]
         if (guest := seat.answer) is not None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from kvmem.engines.base import BetweenLayers
 from kvmem.engines.graph import attention
 from kvmem.engines.graph.fused_decode import layer_of_one_token, next_logits
 from kvmem.engines.graph.kv_buffers import Buffer
@@ -50,8 +51,13 @@ class ModelRunner:
         self.layer_of_branches = torch.compile(layer_of_branches) if compiled else layer_of_branches
 
     @torch.inference_mode()
-    def __call__(self, inputs: torch.Tensor, buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]:
-        """The greedy token (1,) and the logits (vocab,) behind the last real id. Writes the new rows."""
+    def __call__(
+        self, inputs: torch.Tensor, buffer: Buffer, between_layers: BetweenLayers | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The greedy token (1,) and the logits (vocab,) behind the last real id. Writes the new rows.
+
+        between_layers: called before each layer.
+        """
         held_1, real_1, ids_S = inputs[:1], inputs[1:2], inputs[2:]
         new = ids_S.shape[0]
         at_S = held_1 + torch.arange(new, device=inputs.device)
@@ -60,9 +66,9 @@ class ModelRunner:
         x_SC = F.embedding(ids_S, self.embed)
         where = Where(cos, sin, at_S, length_1, self._plan(new, buffer, length_1))
         if new == 1 and self.shape.fused:
-            logits_V = self._one_token(x_SC[0], buffer, where)
+            logits_V = self._one_token(x_SC[0], buffer, where, between_layers)
         else:
-            logits_V = self._several(x_SC[None], buffer, where, last_1)
+            logits_V = self._several(x_SC[None], buffer, where, last_1, between_layers)
         return logits_V.argmax(keepdim=True), logits_V
 
     def _plan(self, new: int, buffer: Buffer, length_1: torch.Tensor) -> torch.Tensor | None:
@@ -70,16 +76,29 @@ class ModelRunner:
         q_like_BSHD = torch.empty((1, new, shape.heads, shape.head_dim), dtype=self.embed.dtype, device="meta")
         return attention.kernels()[shape.kernel].plan(q_like_BSHD, buffer.layers[0][0], length_1)
 
-    def _one_token(self, x_C: torch.Tensor, buffer: Buffer, where: Where) -> torch.Tensor:
+    def _one_token(
+        self, x_C: torch.Tensor, buffer: Buffer, where: Where, between_layers: BetweenLayers | None
+    ) -> torch.Tensor:
         for w, (k, v) in zip(self.layers, buffer.layers, strict=True):
+            if between_layers is not None:
+                between_layers()
             x_C = layer_of_one_token(x_C, k, v, where, w, self.shape)
         return next_logits(x_C, self.last_norm, self.shape.eps, self.head)
 
-    def _several(self, x_1SC: torch.Tensor, buffer: Buffer, where: Where, last_1: torch.Tensor) -> torch.Tensor:
+    def _several(
+        self,
+        x_1SC: torch.Tensor,
+        buffer: Buffer,
+        where: Where,
+        last_1: torch.Tensor,
+        between_layers: BetweenLayers | None,
+    ) -> torch.Tensor:
         added_1SC = torch.zeros_like(x_1SC)
         any_length = self._is_for_any_length(x_1SC.shape[1])
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             for i, (w, (k, v)) in enumerate(zip(self.layers, buffer.layers, strict=True)):
+                if between_layers is not None:
+                    between_layers()
                 if any_length:
                     for tensor, dim in ((x_1SC, 1), (added_1SC, 1), *zip(where[:3], (1, 1, 0), strict=True)):
                         torch._dynamo.maybe_mark_dynamic(tensor, dim)

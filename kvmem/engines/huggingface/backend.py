@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -21,13 +24,17 @@ from kvmem.cache import (
     dynamic_cache,
     fingerprint_of,
 )
-from kvmem.engines.base import FirstToken, GreedyAnswer, MeasuredBackend, check_view
+from kvmem.engines.base import BetweenLayers, FirstToken, GreedyAnswer, MeasuredBackend, check_view
 from kvmem.engines.generation import Generation, Sampler, Sampling, Token, as_text, check_asked, told_of
 from kvmem.engines.huggingface.config import DTYPES, HFConfig
 from kvmem.errors import PromptError
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.models import decode_one_token, loading, prefill
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt, common_prefix
+
+SAMPLES = 5
+SAMPLING_S = 1.0
+"""A prefill length is timed `SAMPLES` times, or until this has passed: noise is a small part of a long prefill."""
 
 
 class HFBackend(MeasuredBackend):
@@ -68,17 +75,25 @@ class HFBackend(MeasuredBackend):
         )
 
     def build(
-        self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+        self,
+        source: Source,
+        textual_memory: TextualMemoryItem | None = None,
+        base: KVCacheItem | None = None,
+        between_layers: BetweenLayers | None = None,
     ) -> KVCacheItem:
-        return self.build_tokens(self.template.memory_tokens(source), textual_memory, base)
+        return self.build_tokens(self.template.memory_tokens(source), textual_memory, base, between_layers)
 
     def build_tokens(
-        self, tokens: MemoryTokens, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+        self,
+        tokens: MemoryTokens,
+        textual_memory: TextualMemoryItem | None = None,
+        base: KVCacheItem | None = None,
+        between_layers: BetweenLayers | None = None,
     ) -> KVCacheItem:
-        """As `build`, of tokens that are known already: those of several texts joined, for one."""
+        """As `build`, for tokens that are already known, such as those of several texts joined."""
         self._check_length(len(tokens.token_ids))
         started = time.perf_counter()
-        cache = self._prefilled(tokens.token_ids, base)
+        cache = self._prefilled(tokens.token_ids, base, between_layers)
         self._synchronize()
         build_s = time.perf_counter() - started
         layers = dynamic_cache.compact(dynamic_cache.layers_of(cache))
@@ -213,13 +228,52 @@ class HFBackend(MeasuredBackend):
             if step + 1 < max_new_tokens:
                 logits_V = self.decode_one_token(token, cache)
 
-    def _prefilled(self, token_ids: tuple[int, ...], base: KVCacheItem | None) -> DynamicCache:
-        """The cache of `token_ids`; of those that `base` holds nothing is computed."""
+    def measure_prefill(self, lengths: Sequence[int]) -> list[float]:
+        seconds = []
+        for tokens in lengths:
+            self._prefill_s(tokens)  # compiles, captures, loads libraries
+            samples = [self._prefill_s(tokens)]
+            while len(samples) < SAMPLES and sum(samples) < SAMPLING_S:
+                samples.append(self._prefill_s(tokens))
+            seconds.append(statistics.median(samples))
+        return seconds
+
+    def _prefill_s(self, tokens: int) -> float:
+        prompt = TokenizedPrompt((), tuple(10 + i % 1000 for i in range(tokens)))
+        started = time.perf_counter()
+        self.first_token(prompt)
+        return time.perf_counter() - started
+
+    def _prefilled(
+        self, token_ids: tuple[int, ...], base: KVCacheItem | None, between_layers: BetweenLayers | None
+    ) -> DynamicCache:
+        """The cache of `token_ids`; the tokens that `base` holds are not computed."""
         cache = DynamicCache(config=self.model_config)
         if base is not None:
             cache = self._prefix_view(base.kv_cache, base.metadata.tokens, held_by(base, token_ids))
-        prefill(self.model, token_ids[cache.get_seq_length() :], cache)
+        with self._layer_hooks(between_layers):
+            prefill(self.model, token_ids[cache.get_seq_length() :], cache)
         return cache
+
+    @contextmanager
+    def _layer_hooks(self, between_layers: BetweenLayers | None) -> Iterator[None]:
+        """Inside the block, this thread's forward passes call `between_layers` before each decoder layer."""
+        if between_layers is None:
+            yield
+            return
+        builder = threading.get_ident()
+
+        def before_layer(*_: Any) -> None:
+            if threading.get_ident() == builder:  # requests of other threads run the same modules
+                self._synchronize()
+                between_layers()
+
+        hooks = [layer.register_forward_pre_hook(before_layer) for layer in self.model.get_decoder().layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _prefix_view(self, cache: DynamicCache, tokens: MemoryTokens, length: int) -> DynamicCache:
         cache_view = dynamic_cache.view_of(cache, tokens, self.model_config)
@@ -235,7 +289,7 @@ class HFBackend(MeasuredBackend):
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 def held_by(base: KVCacheItem, token_ids: tuple[int, ...]) -> int:

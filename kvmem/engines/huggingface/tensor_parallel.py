@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from kvmem import storage
 from kvmem.cache import KV, KVCacheItem, Source, TextualMemoryItem, dynamic_cache
+from kvmem.engines.base import BetweenLayers
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.huggingface.config import DTYPES, HFConfig
 from kvmem.errors import ConfigError, KVMemError
@@ -84,12 +85,23 @@ class HFRanksBackend(HFBackend):
         )
 
     def build(
-        self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+        self,
+        source: Source,
+        textual_memory: TextualMemoryItem | None = None,
+        base: KVCacheItem | None = None,
+        between_layers: BetweenLayers | None = None,
     ) -> KVCacheItem:
+        """As `HFBackend.build`, but raises ConfigError for `between_layers`: ranks would wait at different layers."""
+        self.check_builds_in_one_step(between_layers)
         item = super().build(source, textual_memory, base)
         whole = item.metadata.model_copy(update={"kv_bytes": self.ranks * item.metadata.kv_bytes})
         kv_cache_id, metadata = self._agreed((item.kv_cache_id, whole))  # one id and one time for all ranks
         return KVCacheItem(item.kv_cache, metadata, kv_cache_id)
+
+    def measure_prefill(self, lengths: Sequence[int]) -> list[float]:
+        """The first rank's seconds, on all ranks."""
+        seconds: list[float] = self._agreed(super().measure_prefill(lengths))
+        return seconds
 
     def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
         """Every rank sends its heads to the first one, which writes. Returns, or raises, on all of them."""

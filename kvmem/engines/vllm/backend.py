@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from kvmem.cache import KVCacheItem, Source, TextualMemoryItem, fingerprint_of
-from kvmem.engines.base import FileHandle
+from kvmem.engines.base import BetweenLayers, FileHandle
 from kvmem.engines.generation import Sampling, Token, as_text, check_asked
 from kvmem.engines.vllm import benchmarking, launch
 from kvmem.engines.vllm.benchmarking import MeasuredEngine
@@ -77,8 +77,13 @@ class VLLMBackend(PinningEngine, ServingEngine, MeasuredEngine):
         return cls(config, template)
 
     def build(
-        self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+        self,
+        source: Source,
+        textual_memory: TextualMemoryItem | None = None,
+        base: KVCacheItem | None = None,
+        between_layers: BetweenLayers | None = None,
     ) -> KVCacheItem:
+        self.check_builds_in_one_step(between_layers)
         tokens = self.template.memory_tokens(source)
         self._check_length(len(tokens.token_ids), BUILD_TOKENS)
         entry = announced(tokens, self.fingerprint, textual_memory)

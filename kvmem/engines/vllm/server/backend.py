@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvmem.cache import KVCacheItem, Source, TextualMemoryItem, dynamic_cache
-from kvmem.engines.base import Backend, FileHandle
+from kvmem.engines.base import Backend, BetweenLayers, FileHandle
 from kvmem.engines.generation import Sampling, Token, as_text, check_asked
 from kvmem.engines.vllm.config import Ask, VLLMGeneration
 from kvmem.engines.vllm.connector import ITEM, LOAD, REPORT_TO, SAVE, report_name
@@ -62,10 +62,15 @@ class VLLMServerBackend(Backend):
         return cls(config, template)
 
     def build(
-        self, source: Source, textual_memory: TextualMemoryItem | None = None, base: KVCacheItem | None = None
+        self,
+        source: Source,
+        textual_memory: TextualMemoryItem | None = None,
+        base: KVCacheItem | None = None,
+        between_layers: BetweenLayers | None = None,
     ) -> KVCacheItem:
         """A file that the server's connector writes; without a store a prefix on the server, whose tensors are not to
         be had (`build_s` is then a hit's time where the server held it already)."""
+        self.check_builds_in_one_step(between_layers)
         tokens = self.template.memory_tokens(source)
         self._check_length(len(tokens.token_ids), BUILD_TOKENS)
         entry = announced(tokens, self.fingerprint, textual_memory)
