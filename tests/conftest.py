@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,11 @@ from kvmem.models.loading import Loaded
 from tests.helpers.tiny import SHAPES, copy_of, loaded, memory_on, pairs, same_bits, with_template
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# The experiments are not installed, they run from the checkout: commands that tests start in other folders find them.
+CHECKOUT = str(Path(__file__).parents[1])
+if CHECKOUT not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [CHECKOUT, os.environ.get("PYTHONPATH")]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
