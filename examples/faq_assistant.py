@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     with MemScheduler(memory, "benefit_per_byte", {"ram": 1 << 30}) as scheduler:
         for question in filter(None, map(str.strip, sys.stdin)):
             text = closest(question, memories)
-            nothing = dynamic_cache.empty_view(scheduler.shelf.tokens(text), scheduler.backend.model_config)
+            nothing = dynamic_cache.empty_view(scheduler.index.tokens(text), scheduler.backend.model_config)
             _, direct_ms = answer(scheduler, question, nothing, length=1)
             with scheduler.view([text]) as cache:
                 place = "KV" if cache.get_seq_length() else "text"

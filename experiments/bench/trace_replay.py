@@ -67,7 +67,7 @@ def replay(memory: KVCacheMemory, trace: Trace, policy: str, budget_share: float
         samples.append((answer.prompt_tokens - answer.cached_tokens, answer.cached_tokens, ttft_s[-1]))
         query_tokens.append(answer.prompt_tokens - lengths[event.memory])
         if answer.cached_tokens:
-            nothing = dynamic_cache.empty_view(scheduler.shelf.tokens(text), backend.model_config)
+            nothing = dynamic_cache.empty_view(scheduler.index.tokens(text), backend.model_config)
             started = time.perf_counter()
             direct = backend.generate(query, nothing, max_new_tokens=1)
             direct_s = time.perf_counter() - started

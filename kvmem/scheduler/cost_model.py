@@ -10,6 +10,7 @@ import numpy as np
 
 from kvmem.engines import Backend
 from kvmem.errors import ConfigError
+from kvmem.tiers import LoadEstimate, LoadTimes
 
 Number = Any
 """int, float, or a numpy array of them."""
@@ -79,6 +80,31 @@ class Costs:
         seconds = backend.measure_prefill(lengths)
         samples = [(tokens, 0, took_s) for tokens, took_s in zip(lengths, seconds, strict=True)]
         return cls.fitted(samples, kv_bytes_a_token(backend), load_s_a_byte)
+
+
+class LoadEstimator:
+    """Predicts what a load takes: as given in `costs`, otherwise as measured, and 0 s for a tier never loaded from.
+
+    The planner and the prefix selection share one, so that both decide on the same figures.
+    """
+
+    def __init__(self, costs: Costs, load_times: LoadTimes | None = None) -> None:
+        self.costs = costs
+        self.load_times = load_times or LoadTimes()
+
+    def is_given(self, tier: str) -> bool:
+        """Whether `costs` states the tier's load time, so that measurements do not count."""
+        return tier in self.costs.load_s_a_byte
+
+    def load_s(self, tier: str, nbytes: int) -> float:
+        """Seconds to load `nbytes` from the tier."""
+        if self.is_given(tier):
+            return float(self.costs.load_s(nbytes, tier))
+        return self.load_times.expected_s(tier, nbytes) or 0.0
+
+    def estimate(self, tier: str, nbytes: int, tokens: int) -> LoadEstimate:
+        """The load of `nbytes` beside the prefill of the `tokens` that it spares."""
+        return LoadEstimate(tier, nbytes, self.load_s(tier, nbytes), tokens, float(self.costs.saved_s(tokens, 0.0)))
 
 
 def _fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:

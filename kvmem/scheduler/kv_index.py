@@ -75,7 +75,7 @@ class KVIndex:
                     self._tokens[memory.id] = tokens
         return tokens
 
-    def joint(self, memories: Sequence[TextualMemoryItem]) -> MemoryTokens:
+    def joint_tokens(self, memories: Sequence[TextualMemoryItem]) -> MemoryTokens:
         """What KV of these memories, in this order, holds. Raises PromptError, as `tokens`."""
         tokens = [self.tokens(memory) for memory in memories]
         return tokens[0] if len(tokens) == 1 else joined_tokens(tokens, self._separator_ids)
@@ -88,7 +88,7 @@ class KVIndex:
         if len(texts) == 1:
             return self.backend.build(texts[0].memory, textual_memory=texts[0], between_layers=between_layers)
         source = TextualMemoryItem(id=id_, memory="", metadata={"texts": [text.memory for text in texts]})
-        return self.backend.build_tokens(self.joint(texts), source, between_layers=between_layers)
+        return self.backend.build_tokens(self.joint_tokens(texts), source, between_layers=between_layers)
 
     def store(self, id_: str, texts: Texts, item: KVCacheItem, tier: str) -> bool:
         """Puts the KV of `texts` into `tier`. False, and nothing kept, if a text has changed since it was built.

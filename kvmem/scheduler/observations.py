@@ -24,9 +24,9 @@ SNAPSHOT_EVERY = 1000
 class ObservationQueue:
     """Uses and new texts. `use` and `text` are for any thread and return at once; `take_in` is for one at a time."""
 
-    def __init__(self, planner: Planner, shelf: KVIndex, failures: RetryBackoff, journal: Journal | None) -> None:
+    def __init__(self, planner: Planner, index: KVIndex, failures: RetryBackoff, journal: Journal | None) -> None:
         """Takes back what `journal` holds."""
-        self._planner, self._shelf, self._failures, self._journal = planner, shelf, failures, journal
+        self._planner, self._index, self._failures, self._journal = planner, index, failures, journal
         self._seen: deque[tuple[str, tuple[str, ...], int]] = deque()
         self._lock = threading.Lock()
         if journal is not None:
@@ -54,13 +54,13 @@ class ObservationQueue:
             kind, ids, query_tokens = self._seen.popleft()
             if kind == "use":
                 self._planner.used(ids[0], query_tokens)
-                for group in self._shelf.groups.used(ids):
+                for group in self._index.groups.used(ids):
                     if group not in self._planner.table.row_of:
-                        self._planner.joined(group, self._shelf.groups.heads(group))
+                        self._planner.joined(group, self._index.groups.heads(group))
                         self._size(group)
                     self._planner.used(group, query_tokens)
                 continue
-            for changed in (ids[0], *self._shelf.groups.of(ids[0])):
+            for changed in (ids[0], *self._index.groups.of(ids[0])):
                 if changed in self._planner.table.row_of:  # a text that was there before: an edit
                     self._planner.edited(changed)
                 self._failures.pop(changed, None)
@@ -72,21 +72,21 @@ class ObservationQueue:
             return
         with self._lock:  # nothing is noted between the counts and the new journal
             self.take_in()
-            texts = [memory.model_dump(mode="json") for memory in self._shelf.texts.values()]
+            texts = [memory.model_dump(mode="json") for memory in self._index.texts.values()]
             self._journal.snapshot(
                 {
                     "planner": self._planner.state(),
                     "texts": texts,
                     "failures": self._failures.state(),
-                    "groups": self._shelf.groups.state(),
+                    "groups": self._index.groups.state(),
                 }
             )
 
     def _hold(self, memory: TextualMemoryItem) -> bool:
-        changed = self._shelf.hold(memory)
+        changed = self._index.hold(memory)
         if changed:
             self._note("text", (memory.id,), 0, memory.model_dump(mode="json"))
-            self._shelf.free()
+            self._index.free()
         return changed
 
     def _note(self, kind: str, ids: tuple[str, ...], query_tokens: int, memory: dict[str, Any] | None = None) -> None:
@@ -97,7 +97,7 @@ class ObservationQueue:
 
     def _size(self, memory_id: str) -> None:
         try:
-            tokens = len(self._shelf.joint(self._shelf.texts_of(memory_id)).token_ids)
+            tokens = len(self._index.joint_tokens(self._index.texts_of(memory_id)).token_ids)
         except PromptError as error:
             tokens = 0
             self._failures.add(memory_id, error, self._planner.table.now)
@@ -108,14 +108,14 @@ class ObservationQueue:
         if state is not None:
             self._planner.restore(state["planner"])
             for memory in state["texts"]:
-                self._shelf.hold(TextualMemoryItem(**memory))
+                self._index.hold(TextualMemoryItem(**memory))
             self._failures.update(RetryBackoff.of_state(state["failures"]))
-            self._shelf.groups.restore(state.get("groups", {"members": [], "seen": []}))
-            for group in self._shelf.groups.members:
-                self._planner.joined(group, self._shelf.groups.heads(group))
+            self._index.groups.restore(state.get("groups", {"members": [], "seen": []}))
+            for group in self._index.groups.members:
+                self._planner.joined(group, self._index.groups.heads(group))
         for event in events:
             if event["memory"] is not None:
-                self._shelf.hold(TextualMemoryItem(**event["memory"]))
+                self._index.hold(TextualMemoryItem(**event["memory"]))
             self._seen.append((event["kind"], (event["id"], *event.get("behind", ())), event["query_tokens"]))
         self.take_in()
         self.snapshot(every=0)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvmem.errors import ConfigError
-from kvmem.scheduler.cost_model import Costs
+from kvmem.scheduler.cost_model import Costs, LoadEstimator
 from kvmem.scheduler.policies import Policy
 from kvmem.scheduler.usage import UsageTable
 
@@ -22,6 +22,12 @@ class Move:
     memory_id: str
     source: str | None
     target: str | None
+
+
+def check_budgets(budgets: Mapping[str, int]) -> None:
+    """Raises ConfigError unless there is a tier and every budget is a number of bytes."""
+    if not budgets or not all(isinstance(most, int) and most >= 0 for most in budgets.values()):
+        raise ConfigError(f"budget is {dict(budgets)!r}. Give bytes by tier, fastest first: {{'ram': 1 << 30}}.")
 
 
 class Planner:
@@ -37,18 +43,17 @@ class Planner:
         budgets: Mapping[str, int],
         costs: Costs,
         size: Callable[[str, int], int] | None = None,
-        load_s: Callable[[str, int], float] | None = None,
+        loads: LoadEstimator | None = None,
     ) -> None:
-        """budgets: bytes by tier, fastest first. size: bytes of so many tokens in a tier; None: the same in each.
-        load_s: what loading so many bytes from a tier takes; None: what `costs` says.
+        """budgets: bytes by tier, fastest first. size(tier, tokens): bytes of so many tokens in a tier; None: the same
+        in each tier. loads: what loads take; None: what `costs` says.
         """
-        if not budgets or not all(isinstance(most, int) and most >= 0 for most in budgets.values()):
-            raise ConfigError(f"budget is {dict(budgets)!r}. Give bytes by tier, fastest first: {{'ram': 1 << 30}}.")
+        check_budgets(budgets)
         self.policy, self.budgets, self.costs = policy, dict(budgets), costs
         self.level = {name: level for level, name in enumerate(self.budgets)}
         self.table = UsageTable()
         self._size = size or (lambda tier, tokens: tokens * costs.kv_bytes_a_token)
-        self._load_s = load_s or (lambda tier, nbytes: float(costs.load_s(nbytes, tier)))
+        self.loads = loads or LoadEstimator(costs)
         self.heads: dict[str, list[str]] = {}
         """Groups of memories, and what each begins with, shortest first: KV of those is in the group's KV too."""
         self.query_tokens = 0.0
@@ -91,7 +96,7 @@ class Planner:
                 self.table.saved_s[row_of[group]] = max(0.0, saved_s[row_of[group]] - saved_s[row_of[longest]])
         for group in self.heads.keys() & tier_of.keys():
             tier = tier_of[group]
-            load_s = self._load_s(tier, self._nbytes(group, tier))
+            load_s = self.loads.load_s(tier, self._nbytes(group, tier))
             for head in self.heads[group]:
                 near = self.level[tier] <= self.level[tier_of.get(head, tier)]
                 if near and head in row_of and load_s < saved_s[row_of[head]]:

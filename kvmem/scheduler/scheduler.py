@@ -26,11 +26,11 @@ from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query
 from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
-from kvmem.scheduler.cost_model import Costs
+from kvmem.scheduler.cost_model import Costs, LoadEstimator
 from kvmem.scheduler.journal import Journal
 from kvmem.scheduler.kv_index import KVIndex
 from kvmem.scheduler.observations import ObservationQueue, TextMemories, text_memories_of
-from kvmem.scheduler.planner import Move, Planner
+from kvmem.scheduler.planner import Move, Planner, check_budgets
 from kvmem.scheduler.policies import Policy
 from kvmem.scheduler.policies import policy as policy_by_name
 from kvmem.scheduler.prefix_selection import PrefixSelector
@@ -74,18 +74,14 @@ class MemScheduler:
             )
         self.backend = memory.backend
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
+        check_budgets(budget)
         costs = costs or Costs.measured(self.backend)
-        self.planner = Planner(
-            chosen,
-            budget,
-            costs,
-            lambda tier, tokens: self.items.size(tier, tokens),
-            lambda tier, nbytes: self.lender.load_s(tier, nbytes),
-        )
         self.journal = Journal(Path(folder)) if folder is not None else None
         self.items = TieredCache(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
-        self.shelf = KVIndex(self.backend, self.items, memory.config.separator)
-        self.lender = PrefixSelector(self.shelf, self.planner.costs)
+        self.index = KVIndex(self.backend, self.items, memory.config.separator)
+        loads = LoadEstimator(costs, self.items.loads)
+        self.planner = Planner(chosen, budget, costs, self.items.size, loads)
+        self.prefix_selector = PrefixSelector(self.index, loads)
         self.failures = RetryBackoff()
         self.builds = self.cancelled_builds = 0
         self.failed_ticks, self.last_failed_tick = 0, ""
@@ -96,8 +92,8 @@ class MemScheduler:
         self._ticking = threading.Lock()
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._intake = ObservationQueue(self.planner, self.shelf, self.failures, self.journal)
-        self.shelf.adopt()
+        self.observations = ObservationQueue(self.planner, self.index, self.failures, self.journal)
+        self.index.adopt()
 
     def observe(self, memories: TextMemories, query: Query) -> None:
         """A query used this text memory, or these in this order. Returns at once; what follows is done in `tick`.
@@ -109,7 +105,7 @@ class MemScheduler:
         self.backend.template.check_query(query)
         text = query if isinstance(query, str) else "\n".join(turn["content"] for turn in query)
         query_tokens = len(self.backend.tokenizer(text, add_special_tokens=False).input_ids)
-        for changed in self._intake.use(used, query_tokens):
+        for changed in self.observations.use(used, query_tokens):
             self._call_off(changed)
         self._wake.set()
 
@@ -117,13 +113,13 @@ class MemScheduler:
         """A text changed: its KV is served no more from here on, and a running build of it is called off."""
         (changed,) = text_memories_of([text_memory])
         self._check_open()
-        if self._intake.text(changed):
+        if self.observations.text(changed):
             self._call_off(text_memory.id)
         self._wake.set()
 
     def _call_off(self, changed: str) -> None:
         building = self._building
-        if building is not None and changed in self.shelf.members(building):
+        if building is not None and changed in self.index.members(building):
             self.gate.cancel()
 
     def answer(
@@ -148,34 +144,34 @@ class MemScheduler:
     @contextmanager
     def view(self, text_memories: TextMemories) -> Iterator[CacheView]:
         """The cache that `answer` uses, for a block in which builds stand aside. Observes nothing."""
-        with self.gate.request(), self.lender.view(text_memories_of(text_memories)) as cache:
+        with self.gate.request(), self.prefix_selector.view(text_memories_of(text_memories)) as cache:
             yield cache
 
     def tick(self) -> list[Move]:
         """Takes in what was observed, plans, and carries the plan out; the moves that were made. One tick at a time."""
         with self._ticking:
-            self._intake.take_in()
+            self.observations.take_in()
             if not self._closing.is_set():  # what is left in the tiers may be another process's by then
                 self.items.pending_deletes.retry()
             barred = self.failures.barred(self.planner.table.now)
             made, lost = [], self.items.pending_deletes.by_tier()
-            for move in self.planner.plan(self.shelf.tiers(), self._max_builds, barred, lost):
+            for move in self.planner.plan(self.index.tiers(), self._max_builds, barred, lost):
                 if not self._closing.is_set() and self._carry_out(move):
                     made.append(move)
-            self.lender.probe()
-            self._intake.snapshot()
+            self.prefix_selector.probe()
+            self.observations.snapshot()
             return made
 
     def explain(self, memory_id: str) -> str:
         """Why a memory is where it is, in one line with its numbers. Raises UnknownMemoryError."""
         check_kind("A memory's id", memory_id, str, way_out="Give the id of a text memory.")
         with self._ticking:
-            self._intake.take_in()
-            if memory_id not in self.shelf.texts and memory_id not in self.shelf.groups.members:
-                raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.shelf.texts)} memories.")
-            tiers = self.shelf.tiers()
+            self.observations.take_in()
+            if memory_id not in self.index.texts and memory_id not in self.index.groups.members:
+                raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.index.texts)} memories.")
+            tiers = self.index.tiers()
             place = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
-            why = self.planner.explain(memory_id, tiers) + self.lender.explain(memory_id)
+            why = self.planner.explain(memory_id, tiers) + self.prefix_selector.explain(memory_id)
             why += self.failures.explain(memory_id) + self.items.pending_deletes.explain(memory_id)
             return f"{memory_id} is {place}. {why}"
 
@@ -215,8 +211,8 @@ class MemScheduler:
         if self._thread is not None:
             self._thread.join()
         with self._ticking, closing(self.items), closing(self.journal) if self.journal is not None else nullcontext():
-            self._intake.take_in()
-            self._intake.snapshot(every=0)
+            self.observations.take_in()
+            self.observations.snapshot(every=0)
 
     def __enter__(self) -> Self:
         self._check_open()
@@ -231,11 +227,11 @@ class MemScheduler:
 
     def _carry_out(self, move: Move) -> bool:
         if move.target is None:
-            return self.shelf.evict(move.memory_id)
+            return self.index.evict(move.memory_id)
         if move.source is None:
             return self._build(move.memory_id, move.target)
         try:
-            return self.shelf.move(move.memory_id, move.target)
+            return self.index.move(move.memory_id, move.target)
         except BudgetError:  # what should have left is in use; the next tick plans anew
             return False
         except StorageError as error:
@@ -251,9 +247,9 @@ class MemScheduler:
                 self._building = memory_id
                 if self._closing.is_set():
                     return False
-                texts = self.shelf.texts_of(memory_id)
-                item = self.shelf.build(memory_id, texts, between_layers)
-            stored = self.shelf.store(memory_id, texts, item, tier)
+                texts = self.index.texts_of(memory_id)
+                item = self.index.build(memory_id, texts, between_layers)
+            stored = self.index.store(memory_id, texts, item, tier)
         except BuildCancelled:
             self.cancelled_builds += 1
             return False

@@ -5,8 +5,8 @@ slower than prefilling is not used.
 """
 
 from kvmem.tiers.base import DiskStore
-from kvmem.tiers.load_times import LoadEstimate
+from kvmem.tiers.load_times import LoadEstimate, LoadTimes
 from kvmem.tiers.quantized import BITS, check_hqq, quantized_bytes
 from kvmem.tiers.tiered_cache import TieredCache
 
-__all__ = ["BITS", "DiskStore", "LoadEstimate", "TieredCache", "check_hqq", "quantized_bytes"]
+__all__ = ["BITS", "DiskStore", "LoadEstimate", "LoadTimes", "TieredCache", "check_hqq", "quantized_bytes"]

@@ -30,7 +30,7 @@ ID = group_id(["m0", "m1"])
 def as_text(scheduler: MemScheduler, memories: Sequence[TextualMemoryItem], tokens: int = 8) -> tuple[int, ...]:
     """Greedy tokens of the same prompt with nothing cached."""
     backend = scheduler.backend
-    prompt = backend.template.split(scheduler.shelf.joint(memories), QUERY)
+    prompt = backend.template.split(scheduler.index.joint_tokens(memories), QUERY)
     return tuple(backend._decode(TokenizedPrompt((), prompt.ids), None, tokens, Sampling()))
 
 
@@ -50,19 +50,19 @@ def test_a_pair_used_together_becomes_one_item(qwen3: HFBackend) -> None:
     before = scheduler.answer(QUERY, PAIR, 8)
     assert before.cached_tokens == 0 and before.token_ids == as_text(scheduler, PAIR)
     use_together(scheduler, PAIR, 15)
-    assert ID in ticked(scheduler).shelf.tiers()
+    assert ID in ticked(scheduler).index.tiers()
     after = scheduler.answer(QUERY, PAIR, 8)
-    joint = scheduler.shelf.joint(PAIR)
+    joint = scheduler.index.joint_tokens(PAIR)
     assert after.cached_tokens == len(joint.token_ids) and after.prompt_tokens == before.prompt_tokens
     assert after.token_ids == before.token_ids
     assert f"{ID} is in ram. rank 1 of 3: " in scheduler.explain(ID)
-    assert scheduler.shelf.tiers().get("m1") is None, "behind another, its own KV serves nothing"
+    assert scheduler.index.tiers().get("m1") is None, "behind another, its own KV serves nothing"
 
 
 def test_it_is_what_reprefill_gives(qwen3: HFBackend) -> None:
     scheduler = scheduler_on(qwen3)
     use_together(scheduler, PAIR, 15)
-    item_id, _ = ticked(scheduler).shelf.stored()[ID]
+    item_id, _ = ticked(scheduler).index.stored()[ID]
     alone = [qwen3.build(memory.memory) for memory in PAIR]
     merged = qwen3.view(alone, Reprefill(), "\n\n")
     with scheduler.items.use(item_id) as item:
@@ -74,7 +74,7 @@ def test_it_serves_its_first_memory_and_longer_orders_but_no_other(qwen3: HFBack
     scheduler = scheduler_on(qwen3)
     use_together(scheduler, PAIR, 15)
     ticked(scheduler)
-    scheduler.shelf.evict("m0")
+    scheduler.index.evict("m0")
     a, b, c = MEMORIES[:3]
     of_first = len(qwen3.template.memory_tokens(a.memory).body_ids)
     for memories, cached in (([a], of_first), ([a, b, c], of_first + 50), ([a, c], of_first), ([b], 0), ([b, a], 0)):
@@ -87,18 +87,18 @@ def test_it_serves_its_first_memory_and_longer_orders_but_no_other(qwen3: HFBack
 def test_an_edit_of_a_member_drops_it(qwen3: HFBackend, member: int) -> None:
     scheduler = scheduler_on(qwen3)
     use_together(scheduler, PAIR, 15)
-    assert ID in ticked(scheduler).shelf.tiers()
+    assert ID in ticked(scheduler).index.tiers()
     edited = list(PAIR)
     edited[member] = TextualMemoryItem(id=f"m{member}", memory=f"{PAIR[member].memory} And then some more.")
     scheduler.update(edited[member])
-    assert ID not in scheduler.shelf.tiers()
+    assert ID not in scheduler.index.tiers()
     bytes_left = sum(scheduler.items.nbytes(item_id) for item_id in scheduler.items.ids())
     assert scheduler.items.used_bytes()["ram"] == bytes_left
     answer = scheduler.answer(QUERY, edited, 8)
     assert answer.token_ids == as_text(scheduler, edited)
     use_together(scheduler, edited, 15)
     again = ticked(scheduler).answer(QUERY, edited, 8)
-    assert ID in scheduler.shelf.tiers() and again.cached_tokens == len(scheduler.shelf.joint(edited).token_ids)
+    assert ID in scheduler.index.tiers() and again.cached_tokens == len(scheduler.index.joint_tokens(edited).token_ids)
     assert again.token_ids == answer.token_ids
 
 
@@ -106,27 +106,27 @@ def test_an_edit_that_was_not_announced_is_not_served_from_it(qwen3: HFBackend) 
     scheduler = scheduler_on(qwen3)
     use_together(scheduler, PAIR, 15)
     ticked(scheduler)
-    scheduler.shelf.evict("m0")
+    scheduler.index.evict("m0")
     edited = [PAIR[0], TextualMemoryItem(id="m1", memory=f"{PAIR[1].memory} And then some more.")]
     answer = scheduler.answer(QUERY, edited, 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(scheduler, edited)
-    assert scheduler.shelf.tiers() == {}
+    assert scheduler.index.tiers() == {}
 
 
 def test_groups_survive_a_restart(qwen3: HFBackend, tmp_path: Path) -> None:
     scheduler = scheduler_on(qwen3, tmp_path, ram=0)  # all on disk
     use_together(scheduler, PAIR, 15)
-    before = ticked(scheduler).shelf.tiers()
+    before = ticked(scheduler).index.tiers()
     assert before[ID] == "disk"
     scheduler.items.close()
     assert scheduler.journal is not None
     scheduler.journal.close()  # as a process that was killed: what was observed comes back from the events
     for uses in (15, 16):
         again = scheduler_on(qwen3, tmp_path, ram=0)
-        assert again.shelf.tiers() == before and again.planner.heads == {ID: ["m0"]}
-        assert again.shelf.groups.state()["seen"] == [(("m0", "m1"), uses)]
+        assert again.index.tiers() == before and again.planner.heads == {ID: ["m0"]}
+        assert again.index.groups.state()["seen"] == [(("m0", "m1"), uses)]
         answer = again.answer(QUERY, PAIR, 8)
-        assert answer.cached_tokens == len(again.shelf.joint(PAIR).token_ids)
+        assert answer.cached_tokens == len(again.index.joint_tokens(PAIR).token_ids)
         assert answer.token_ids == as_text(again, PAIR)
         again.close()
 
@@ -149,7 +149,7 @@ def test_any_orders_and_edits_answer_as_text(qwen3: HFBackend) -> None:
         scheduler.tick()
         used = sum(scheduler.items.nbytes(item_id) for item_id in scheduler.items.ids())
         assert scheduler.items.used_bytes()["ram"] == used <= scheduler.items.budgets["ram"]
-    assert hits > 30 and ID in scheduler.shelf.groups.members
+    assert hits > 30 and ID in scheduler.index.groups.members
 
 
 def test_it_is_joined_only_where_that_pays() -> None:
@@ -174,16 +174,16 @@ def test_a_head_is_built_again_where_loading_its_group_does_not_pay_for_it(qwen3
     scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"disk": 1 << 30}, tmp_path, costs)
     use_together(scheduler, MEMORIES[:4], 12)
     group = group_id([f"m{i}" for i in range(4)])
-    assert group in ticked(scheduler).shelf.tiers()
-    for id_ in scheduler.shelf.tiers():
+    assert group in ticked(scheduler).index.tiers()
+    for id_ in scheduler.index.tiers():
         if id_ != group:
-            scheduler.shelf.evict(id_)
-    head, whole = (len(scheduler.shelf.joint(MEMORIES[:n]).token_ids) for n in (1, 4))
+            scheduler.index.evict(id_)
+    head, whole = (len(scheduler.index.joint_tokens(MEMORIES[:n]).token_ids) for n in (1, 4))
     assert costs.saved_s(head, 0.0) < costs.load_s(whole * a_token, "disk"), "the case in question"
     assert scheduler.answer(QUERY, MEMORIES[:1], 4).cached_tokens == 0
     for _ in range(60):
         scheduler.observe(MEMORIES[0], QUERY)
-    assert "m0" in ticked(scheduler).shelf.tiers() and group in scheduler.shelf.tiers()
+    assert "m0" in ticked(scheduler).index.tiers() and group in scheduler.index.tiers()
     answer = scheduler.answer(QUERY, MEMORIES[:1], 8)
     assert answer.cached_tokens > 50 and answer.token_ids == as_text(scheduler, MEMORIES[:1])
     scheduler.close()

@@ -72,7 +72,7 @@ def test_edited_text_is_never_served_from_old_kv(qwen3: HFBackend) -> None:
     scheduler.tick()
     edited = TextualMemoryItem(id="m0", memory="No: " + MEMORIES[0].memory[::-1])
     scheduler.update(edited)
-    assert scheduler.shelf.tiers() == {} and scheduler.items.used_bytes()["ram"] == 0
+    assert scheduler.index.tiers() == {} and scheduler.items.used_bytes()["ram"] == 0
     answer = scheduler.answer(QUERY, [edited], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
     scheduler.tick()  # still hot: built anew, from the new text
@@ -87,7 +87,7 @@ def test_changed_text_without_update_is_an_edit(qwen3: HFBackend) -> None:
     edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
     answer = scheduler.answer(QUERY, [edited], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
-    assert scheduler.shelf.tiers() == {}
+    assert scheduler.index.tiers() == {}
 
 
 def test_a_text_edited_within_its_reuse_time_is_not_promoted(qwen3: HFBackend) -> None:
@@ -145,7 +145,7 @@ def test_a_failed_build_leaves_the_memory_as_text(qwen3: HFBackend) -> None:
     assert scheduler.tick() == []
     failure = scheduler.failures["long"]
     assert failure.count == 1 and "PromptError" in failure.reason and str(positions) in failure.reason
-    assert scheduler.shelf.tiers() == {"m1": "ram"} and "failed 1 times" in scheduler.explain("long")
+    assert scheduler.index.tiers() == {"m1": "ram"} and "failed 1 times" in scheduler.explain("long")
     scheduler.tick()
     assert scheduler.failures["long"].count == 1  # not tried again at once
     use(scheduler, too_long, 20)
@@ -165,7 +165,7 @@ def test_budget_holds_and_the_more_useful_stays(qwen3: HFBackend) -> None:
             use(scheduler, memory, 2**i)
         scheduler.tick()
         assert scheduler.items.used_bytes()["ram"] <= 2 * size
-    assert "m5" in scheduler.shelf.tiers()
+    assert "m5" in scheduler.index.tiers()
     with pytest.raises(UnknownMemoryError, match="Never observed: x"):
         scheduler.explain("x")
 
@@ -176,11 +176,11 @@ def test_state_survives_a_restart(qwen3: HFBackend, tmp_path: Path) -> None:
     use(scheduler, MEMORIES[1], 4)
     scheduler.tick()
     scheduler.tick()
-    assert scheduler.shelf.tiers() == {"m0": "disk", "m1": "disk"}
+    assert scheduler.index.tiers() == {"m0": "disk", "m1": "disk"}
     before = scheduler.planner.state()
     scheduler.close()
     again = scheduler_on(qwen3, tmp_path, ram=0)
-    assert again.planner.state() == before and again.shelf.tiers() == {"m0": "disk", "m1": "disk"}
+    assert again.planner.state() == before and again.index.tiers() == {"m0": "disk", "m1": "disk"}
     answer = again.answer(QUERY, [MEMORIES[0]], 8)
     assert answer.cached_tokens > 50 and answer.token_ids == as_text(qwen3, MEMORIES[0])
     again.close()
@@ -213,9 +213,9 @@ def test_kill_in_a_build_loses_nothing(qwen3: HFBackend, tmp_path: Path) -> None
     scheduler = scheduler_on(qwen3, tmp_path, ram=0)
     table = scheduler.planner.table
     assert {memory_id: table.uses[row] for memory_id, row in table.row_of.items()} == {"m0": 5, "m1": 9}
-    assert scheduler.shelf.tiers() == {"m0": "disk"} and scheduler.items.refused == {}
+    assert scheduler.index.tiers() == {"m0": "disk"} and scheduler.items.refused == {}
     scheduler.tick()
-    assert scheduler.shelf.tiers() == {"m0": "disk", "m1": "disk"}
+    assert scheduler.index.tiers() == {"m0": "disk", "m1": "disk"}
     scheduler.close()
 
 
@@ -229,7 +229,7 @@ def test_damaged_kv_is_answered_as_text(qwen3: HFBackend, tmp_path: Path) -> Non
     path.write_bytes(bytes(data))
     answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
-    assert "checksum" in scheduler.lender.unreadable["m0"] and scheduler.shelf.tiers() == {}
+    assert "checksum" in scheduler.prefix_selector.unreadable["m0"] and scheduler.index.tiers() == {}
     scheduler.close()
 
 
@@ -270,7 +270,7 @@ def test_a_load_slower_than_prefilling_is_not_done(qwen3: HFBackend, tmp_path: P
         use(scheduler, MEMORIES[0], 6)
         assert [move.target for move in scheduler.tick()] == ["disk"]
         served[name] = scheduler.answer(QUERY, [MEMORIES[0]], 8)
-        assert scheduler.lender.not_worth_loading == (name == "slow")
+        assert scheduler.prefix_selector.not_worth_loading == (name == "slow")
         scheduler.close()
     assert served["slow"].cached_tokens == 0 < served["fast"].cached_tokens
     assert served["slow"].token_ids == served["fast"].token_ids
@@ -302,7 +302,7 @@ def test_a_with_block_closes_and_starts_nothing(qwen3: HFBackend, tmp_path: Path
     with pytest.raises(ClosedError), scheduler:
         raise AssertionError("a closed one is not entered")
     with pytest.raises(ZeroDivisionError), scheduler_on(qwen3, tmp_path) as again:
-        assert again.shelf.texts["m0"].memory == MEMORIES[0].memory, "its state was written"
+        assert again.index.texts["m0"].memory == MEMORIES[0].memory, "its state was written"
         again.update(MEMORIES[1])
         raise ZeroDivisionError
     scheduler_on(qwen3, tmp_path).close()  # the folder was handed back

@@ -29,7 +29,7 @@ def observed(qwen3, tmp_path):
     yield scheduler
     scheduler.tick()  # nothing is left of a refused call for this to fall over
     assert (scheduler.explain("m0"), scheduler.planner.state()) == before
-    assert list(scheduler.shelf.texts.values()) == [FIRST] and not scheduler.failures
+    assert list(scheduler.index.texts.values()) == [FIRST] and not scheduler.failures
     scheduler.close()
 
 
@@ -86,7 +86,7 @@ def test_one_memory_alone_and_an_iterator_are_taken(qwen3, given):
     scheduler = scheduler_on(qwen3)
     assert scheduler.answer(QUERY, given, 8).token_ids == as_text(qwen3, FIRST)
     scheduler.tick()
-    assert scheduler.planner.table.now == 1 and list(scheduler.shelf.texts) == ["m0"]
+    assert scheduler.planner.table.now == 1 and list(scheduler.index.texts) == ["m0"]
 
 
 @pytest.mark.parametrize("folder", [True, False], ids=["folder", "no folder"])

@@ -31,9 +31,9 @@ def alive_after(scheduler: MemScheduler, done: str) -> bool:
     """Whether the thread of a scheduler builds `done`, which is hot."""
     use(scheduler, next(memory for memory in MEMORIES if memory.id == done), 20)
     until = time.monotonic() + 60
-    while done not in scheduler.shelf.tiers() and time.monotonic() < until:
+    while done not in scheduler.index.tiers() and time.monotonic() < until:
         time.sleep(0.01)
-    return done in scheduler.shelf.tiers()
+    return done in scheduler.index.tiers()
 
 
 def test_a_lost_file_is_answered_as_text_and_built_again(qwen3: HFBackend, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_lost_file_is_answered_as_text_and_built_again(qwen3: HFBackend, tmp_p
         path.unlink()
     answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
-    assert "m0 was not loaded" in answer.note and scheduler.shelf.tiers() == {}
+    assert "m0 was not loaded" in answer.note and scheduler.index.tiers() == {}
     assert scheduler.items.used_bytes() == {"ram": 0, "disk": 0} and scheduler.items.pending_deletes == {}
     scheduler.tick()
     assert scheduler.answer(QUERY, [MEMORIES[0]], 8).cached_tokens > 50
@@ -67,9 +67,9 @@ def test_the_thread_outlives_a_lost_file(qwen3: HFBackend, tmp_path: Path) -> No
 def test_the_thread_outlives_a_tick_that_fails(qwen3: HFBackend, tmp_path: Path) -> None:
     """The folder of its state is gone when the state is to be written."""
     scheduler = scheduler_on(qwen3, tmp_path / "state")
-    scheduler.lender.probe()
+    scheduler.prefix_selector.probe()
     for _ in range(SNAPSHOT_EVERY):
-        scheduler._intake.use([MEMORIES[0]], 5)
+        scheduler.observations.use([MEMORIES[0]], 5)
     shutil.rmtree(tmp_path / "state")
     scheduler.start(0.01)
     until = time.monotonic() + 60
@@ -83,16 +83,21 @@ def test_the_thread_outlives_a_tick_that_fails(qwen3: HFBackend, tmp_path: Path)
 
 def test_an_outage_costs_no_item(qwen3: HFBackend, link: str) -> None:
     scheduler = cold_scheduler(qwen3, link)
-    ((item_id, _),) = scheduler.shelf.stored().values()
+    ((item_id, _),) = scheduler.index.stored().values()
     FailingLink.down = True
     answer = scheduler.answer(QUERY, [MEMORIES[0]], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
     assert "m0 was not loaded: The cold tier" in answer.note and "connection refused" in answer.note
-    assert "connection refused" in scheduler.lender.unreached["m0"] and scheduler.lender.unreadable == {}
-    assert scheduler.shelf.stored() == {"m0": (item_id, "cold")}
+    assert (
+        "connection refused" in scheduler.prefix_selector.unreachable["m0"]
+        and scheduler.prefix_selector.unreadable == {}
+    )
+    assert scheduler.index.stored() == {"m0": (item_id, "cold")}
     FailingLink.down = False
     again = scheduler.answer(QUERY, [MEMORIES[0]], 8)
-    assert again.cached_tokens > 50 and again.token_ids == answer.token_ids and scheduler.lender.unreached == {}
+    assert (
+        again.cached_tokens > 50 and again.token_ids == answer.token_ids and scheduler.prefix_selector.unreachable == {}
+    )
     scheduler.close()
 
 
@@ -102,7 +107,7 @@ def test_an_outage_while_a_load_is_measured_costs_no_item(qwen3: HFBackend, link
     use(scheduler, MEMORIES[0], 6)
     FailingLink.down = True
     assert [move.kind for move in scheduler.tick()] == ["build"]
-    assert scheduler.shelf.tiers() == {"m0": "cold"} and list(scheduler.lender.unreached) == ["m0"]
+    assert scheduler.index.tiers() == {"m0": "cold"} and list(scheduler.prefix_selector.unreachable) == ["m0"]
     FailingLink.down = False
     assert scheduler.answer(QUERY, [MEMORIES[0]], 8).cached_tokens > 50
     scheduler.close()
@@ -113,13 +118,13 @@ def test_a_build_since_is_not_dropped_for_the_file_before_it(qwen3: HFBackend, t
     scheduler = scheduler_on(qwen3, tmp_path, ram=0)
     use(scheduler, MEMORIES[0], 6)
     scheduler.tick()
-    ((lost, _),) = scheduler.shelf.stored().values()
-    scheduler.shelf.evict("m0")
+    ((lost, _),) = scheduler.index.stored().values()
+    scheduler.index.evict("m0")
     scheduler.tick()
-    ((built, _),) = scheduler.shelf.stored().values()
-    assert built != lost and not scheduler.shelf.evict("m0", lost)
-    assert scheduler.shelf.stored() == {"m0": (built, "disk")}
-    assert scheduler.shelf.evict("m0", built) and scheduler.shelf.stored() == {}
+    ((built, _),) = scheduler.index.stored().values()
+    assert built != lost and not scheduler.index.evict("m0", lost)
+    assert scheduler.index.stored() == {"m0": (built, "disk")}
+    assert scheduler.index.evict("m0", built) and scheduler.index.stored() == {}
     scheduler.close()
 
 
@@ -129,12 +134,12 @@ def test_an_edit_is_kept_where_the_old_kv_can_not_be_removed(qwen3: HFBackend, t
     edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
     FailingLink.down = True
     scheduler.update(edited)
-    assert scheduler.shelf.tiers() == {} and len(scheduler.items.pending_deletes) == 1
+    assert scheduler.index.tiers() == {} and len(scheduler.items.pending_deletes) == 1
     answer = scheduler.answer(QUERY, [edited], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
     scheduler.explain("m0")
     row = scheduler.planner.table.row_of["m0"]
-    assert scheduler.planner.table.tokens[row] == len(scheduler.shelf.tokens(edited).token_ids)
+    assert scheduler.planner.table.tokens[row] == len(scheduler.index.tokens(edited).token_ids)
     FailingLink.down = False
     scheduler.items.close()
     assert scheduler.journal is not None
@@ -142,8 +147,8 @@ def test_an_edit_is_kept_where_the_old_kv_can_not_be_removed(qwen3: HFBackend, t
 
     costs = scheduler.planner.costs
     again = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"cold": 1 << 30}, tmp_path / "state", costs, cold=link)
-    assert again.shelf.texts["m0"].memory == edited.memory
-    assert again.shelf.tiers() == {} and again.items.ids() == [], "what was left is of the old text, and gone now"
+    assert again.index.texts["m0"].memory == edited.memory
+    assert again.index.tiers() == {} and again.items.ids() == [], "what was left is of the old text, and gone now"
     assert list((tmp_path / "cold").iterdir()) == []
     again.close()
 
@@ -159,6 +164,6 @@ def test_an_edit_is_noted_before_the_store_is_asked(qwen3: HFBackend, tmp_path: 
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
     scheduler.explain("m0")
     row = scheduler.planner.table.row_of["m0"]
-    assert scheduler.planner.table.tokens[row] == len(scheduler.shelf.tokens(edited).token_ids)
+    assert scheduler.planner.table.tokens[row] == len(scheduler.index.tokens(edited).token_ids)
     assert b'"kind": "text", "id": "m0"' in (tmp_path / "state" / "events.jsonl").read_bytes().splitlines()[-2]
     scheduler.close()

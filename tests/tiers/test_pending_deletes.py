@@ -91,7 +91,7 @@ def test_a_tick_tries_again_and_plans_with_what_is_left(qwen3: HFBackend, tmp_pa
     scheduler.update(TextualMemoryItem(id="m1", memory=MEMORIES[2].memory))
     ((tier, item_id),) = scheduler.items.pending_deletes
     left = scheduler.items.pending_deletes[tier, item_id]
-    assert scheduler.tick() == [] and scheduler.shelf.tiers() == {"m0": "cold"} and not scheduler.failures
+    assert scheduler.tick() == [] and scheduler.index.tiers() == {"m0": "cold"} and not scheduler.failures
     assert f"; {left.nbytes} bytes of former KV are still in cold: " in scheduler.explain("m1")
     assert "refused" in scheduler.explain("m1") and "former KV" not in scheduler.explain("m0")
     FailingLink.down = False

@@ -136,7 +136,7 @@ def test_a_scheduler_says_so_and_books_it(qwen3: HFBackend, tmp_path: Path) -> N
         use(scheduler, memory, 8)
     while scheduler.tick():
         pass
-    assert scheduler.shelf.tiers() == {"m0": "disk_int8", "m1": "disk_int8"}
+    assert scheduler.index.tiers() == {"m0": "disk_int8", "m1": "disk_int8"}
     assert scheduler.items.used_bytes()["disk_int8"] <= room
     for memory, before in zip(MEMORIES[:2], exact, strict=True):
         answer = scheduler.answer(QUERY, [memory], 8)

@@ -57,7 +57,7 @@ def test_a_slow_store_is_not_waited_for(qwen3: HFBackend, scheduler: MemSchedule
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, MEMORIES[0])
     assert "m0 was not loaded: loading its" in answer.note and "from cold takes about 1." in answer.note
     assert "is in cold." in scheduler.explain("m0") and "; not loaded when wanted: " in scheduler.explain("m0")
-    assert scheduler.lender.not_worth_loading == 1
+    assert scheduler.prefix_selector.not_worth_loading == 1
 
 
 def test_a_store_that_is_fast_again_is_used_again(qwen3: HFBackend, scheduler: MemScheduler) -> None:
@@ -85,9 +85,9 @@ def test_a_load_that_was_done_starts_the_count_anew(qwen3: HFBackend, scheduler:
     for memory in (MEMORIES[0], short):
         use(scheduler, memory, 20)
         scheduler.tick()
-    assert set(scheduler.shelf.tiers()) == {"m0", "short"}
-    small, large = (scheduler.items.nbytes(scheduler.shelf.stored()[id_][0]) for id_ in ("short", "m0"))
-    long_s = float(scheduler.planner.costs.saved_s(len(scheduler.shelf.tokens(MEMORIES[0]).token_ids), 0.0))
+    assert set(scheduler.index.tiers()) == {"m0", "short"}
+    small, large = (scheduler.items.nbytes(scheduler.index.stored()[id_][0]) for id_ in ("short", "m0"))
+    long_s = float(scheduler.planner.costs.saved_s(len(scheduler.index.tokens(MEMORIES[0]).token_ids), 0.0))
     for _ in range(KEPT):  # what loads took lately: too long for the short one, not for the long one
         scheduler.items.loads.record("cold", small, 0.7 * long_s)
         scheduler.items.loads.record("cold", large, 0.7 * long_s)
@@ -97,7 +97,7 @@ def test_a_load_that_was_done_starts_the_count_anew(qwen3: HFBackend, scheduler:
     assert scheduler.answer(QUERY, [MEMORIES[0]], 1).cached_tokens > 50 and SlowLink.fetched == fetched + 1
     scheduler.items.loads.record("cold", small, 0.7 * long_s)
     assert scheduler.answer(QUERY, [short], 1).cached_tokens == 0
-    scheduler.lender.probe()
+    scheduler.prefix_selector.probe()
     assert SlowLink.fetched == fetched + 1, "1 was declined since"
 
 
@@ -108,7 +108,9 @@ def test_declined_loads_are_not_counted_where_the_price_is_told(qwen3: HFBackend
     made.tick()
     for _ in range(3):
         made.answer(QUERY, [MEMORIES[0]], 1)
-    assert made.lender.not_worth_loading == 3 and not made.lender._declined, "no load will ever clear it"
+    assert made.prefix_selector.not_worth_loading == 3 and not made.prefix_selector.declined, (
+        "no load will ever clear it"
+    )
     made.close()
 
 
