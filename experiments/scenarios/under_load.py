@@ -19,7 +19,7 @@ from experiments.results import Row, formatting
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import asked, cut_memories, docs_texts
 from kvmem.cache import KVCacheItem
-from kvmem.engines.vllm import Arrival, Served, ServingEngine
+from kvmem.engines.vllm import Arrival, Served, VLLMBackend
 from kvmem.errors import ConfigError, KVMemError
 from kvmem.prompt import TokenizedPrompt
 
@@ -79,7 +79,7 @@ class UnderLoad(ModelScenario[ArmCell]):
 
     def cells(self, bench: Bench) -> Sequence[ArmCell]:
         backend = bench.backend
-        if not isinstance(backend, ServingEngine):
+        if not isinstance(backend, VLLMBackend):
             raise ConfigError(
                 f"scenario=under_load needs an engine that serves requests together, and "
                 f"backend={type(backend).name} does not. Use backend=vllm."
@@ -175,19 +175,19 @@ class UnderLoad(ModelScenario[ArmCell]):
     def _alone(self, bench: Bench, item: KVCacheItem) -> tuple[float, float]:
         """Seconds of one direct request on an idle engine: to its first token, and to its last. Medians of five."""
         engine = bench.backend
-        assert isinstance(engine, ServingEngine)
+        assert isinstance(engine, VLLMBackend)
         taken = []
         for ask in self._requests(bench, 1.0)[:5]:
             prompt = ttft.direct_prompt(bench.backend, item.metadata.tokens, ask.question)
-            engine.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])  # warms up
-            taken += engine.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])
+            engine.serving.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])  # warms up
+            taken += engine.serving.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])
         first = float(np.median([one.first_token_s for one in taken]))
         return first, float(np.median([one.finished_s for one in taken]))
 
     def _run(self, bench: Bench, arm: str, items: list[KVCacheItem], rate: float) -> tuple[list[Served], float]:
         """What became of each request, and the seconds from the first arrival to the last token."""
         engine, memory = bench.backend, bench.memory
-        assert isinstance(engine, ServingEngine)
+        assert isinstance(engine, VLLMBackend)
         bench.backend.reset()
         requests = self._requests(bench, rate)
         arrivals = []
@@ -197,8 +197,8 @@ class UnderLoad(ModelScenario[ArmCell]):
             cache_view = memory.get_cache([item.kv_cache_id]) if arm == "injected" else None
             whole = prompt if arm == "injected" else TokenizedPrompt((), prompt.ids)
             salt = uuid.uuid4().hex if arm == "direct" else None
-            arrivals.append(Arrival(ask.at_s, whole, cache_view, self.new_tokens, salt))  # type: ignore[arg-type]
-        served = engine.serve(arrivals)
+            arrivals.append(Arrival(ask.at_s, whole, cache_view, self.new_tokens, salt))
+        served = engine.serving.serve(arrivals)
         ends = [ask.at_s + one.finished_s for ask, one in zip(requests, served, strict=True)]
         return served, max(ends) - requests[0].at_s
 

@@ -18,7 +18,7 @@ from kvmem.engines.base import FileHandle
 from kvmem.engines.generation import Sampling
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.vllm.backend import VLLMBackend
-from kvmem.engines.vllm.config import Ask, VLLMGeneration
+from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
 from kvmem.errors import ConfigError, EngineError, InjectionError, KVMemError, PromptError, StorageError
 from kvmem.prompt.template import TokenizedPrompt
 from tests.helpers.tiny import memory_on, pairs
@@ -61,7 +61,7 @@ class Batch:
 
     def again(self, engine: VLLMBackend) -> list[VLLMGeneration | KVMemError]:
         engine.reset()
-        return engine.generate_batch([Ask(QUERY, handle, 8) for handle in self.cache_view])
+        return engine.generate_batch([GenerationRequest(QUERY, handle, 8) for handle in self.cache_view])
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,9 @@ def test_sampling_is_its_seeds(engine: VLLMBackend) -> None:
 def test_a_request_that_does_not_fit_names_both_lengths(engine: VLLMBackend, memory: KVCacheMemory) -> None:
     with pytest.raises(PromptError, match=r"\d+ tokens.*1536"):
         memory.extract("word " * 3000)
-    long, fine = engine.generate_batch([Ask("word " * 3000), Ask("What is a word?", max_new_tokens=4)])
+    long, fine = engine.generate_batch(
+        [GenerationRequest("word " * 3000), GenerationRequest("What is a word?", max_new_tokens=4)]
+    )
     assert isinstance(long, PromptError)
     assert isinstance(fine, VLLMGeneration) and fine.token_ids
     with pytest.raises(ConfigError, match="max_new_tokens"):

@@ -14,7 +14,7 @@ from kvmem import KVCacheMemory
 from kvmem.cache.dynamic_cache import layers_of
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.vllm.backend import VLLMBackend
-from kvmem.engines.vllm.config import Ask, VLLMGeneration
+from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
 from tests.helpers.tiny import memory_on, pairs
 from tests.vllm.conftest import SETTINGS, on_engine
 
@@ -37,16 +37,18 @@ def as_turns(text: str, query: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}, {"role": "user", "content": query}]
 
 
-def answers(engine: VLLMBackend, asks: list[Ask]) -> list[VLLMGeneration]:
+def answers(engine: VLLMBackend, asks: list[GenerationRequest]) -> list[VLLMGeneration]:
     results = engine.generate_batch(asks)
     assert all(isinstance(result, VLLMGeneration) for result in results), results
     return results
 
 
-def injecting(memory: KVCacheMemory, queries: list[str], salt: str, tokens: int = NEW_TOKENS) -> list[Ask]:
+def injecting(
+    memory: KVCacheMemory, queries: list[str], salt: str, tokens: int = NEW_TOKENS
+) -> list[GenerationRequest]:
     """Each memory with its query, past any end token."""
     return [
-        Ask(query, memory.get_cache(item.kv_cache_id), tokens, cache_salt=salt, past_end=True)
+        GenerationRequest(query, memory.get_cache(item.kv_cache_id), tokens, cache_salt=salt, past_end=True)
         for item, query in zip(memory.get_all(), queries, strict=True)
     ]
 
@@ -62,7 +64,9 @@ def test_direct_native_injected_and_from_the_other_engine(
 ) -> None:
     asked = pairs(20, 600)
     texts, queries = [text for text, _ in asked], [query for _, query in asked]
-    wholes = [Ask(as_turns(*pair), None, NEW_TOKENS, cache_salt="direct", past_end=True) for pair in asked]
+    wholes = [
+        GenerationRequest(as_turns(*pair), None, NEW_TOKENS, cache_salt="direct", past_end=True) for pair in asked
+    ]
 
     direct = answers(engine, wholes)
     assert all(answer.cached_tokens == 0 for answer in direct)
@@ -117,7 +121,7 @@ def test_a_batch_of_sixteen_answers_as_one_by_one(engine: VLLMBackend, memory: K
     assert all_injected(memory, together)
     for item, query, answer in list(zip(memory.get_all(), queries, together, strict=True))[::8]:
         cache_view = memory.get_cache(item.kv_cache_id)
-        (alone,) = answers(engine, [Ask(query, cache_view, 16, cache_salt="alone", past_end=True)])
+        (alone,) = answers(engine, [GenerationRequest(query, cache_view, 16, cache_salt="alone", past_end=True)])
         assert alone == answer
 
 

@@ -11,7 +11,8 @@ import pytest
 from kvmem import KVCacheMemory
 from kvmem.cache.items import KVCacheItem
 from kvmem.engines.vllm.backend import VLLMBackend
-from kvmem.engines.vllm.config import Ask, VLLMConfig, VLLMGeneration
+from kvmem.engines.vllm.config import VLLMConfig
+from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
 from kvmem.errors import ConfigError, EngineError, UnknownMemoryError
 from tests.vllm.conftest import SETTINGS, on_engine
 
@@ -55,7 +56,7 @@ def test_what_is_pinned_outlasts_the_traffic_that_evicts_the_rest(
     cache_view = [memory.get_cache(item.kv_cache_id) for item in (pinned, control)]
     held = whole_blocks(pinned.metadata.token_count)
     before = [engine.generate(QUERY, handle, 8) for handle in cache_view]
-    assert engine.pin(pinned) == held > 0
+    assert engine.pins.pin(pinned) == held > 0
     evict(engine, filler)
 
     hit, miss = (engine.generate(QUERY, handle, 8) for handle in cache_view)
@@ -63,7 +64,7 @@ def test_what_is_pinned_outlasts_the_traffic_that_evicts_the_rest(
     assert (miss.local_tokens, miss.injected_tokens) == (0, control.metadata.token_count)
     assert (hit.token_ids, miss.token_ids) == (before[0].token_ids, before[1].token_ids)
 
-    engine.unpin(pinned.kv_cache_id)
+    engine.pins.unpin(pinned.kv_cache_id)
     evict(engine, filler)
     assert engine.generate(QUERY, cache_view[0], 8).local_tokens == 0
 
@@ -71,23 +72,23 @@ def test_what_is_pinned_outlasts_the_traffic_that_evicts_the_rest(
 def test_reset_names_what_is_pinned(engine: VLLMBackend, memory: KVCacheMemory) -> None:
     item = memory.extract(TEXTS[2])
     memory.add(item)
-    engine.pin(item)
+    engine.pins.pin(item)
     with pytest.raises(EngineError, match=item.kv_cache_id):
         engine.reset()
     engine.reset(unpin=True)
     cache_view = memory.get_cache(item.kv_cache_id)
     assert engine.generate(QUERY, cache_view, 1).local_tokens == 0
     with pytest.raises(EngineError, match="not pinned"):
-        engine.unpin(item)
+        engine.pins.unpin(item)
     with pytest.raises(UnknownMemoryError, match="no such id"):
-        engine.pin("no such id")
+        engine.pins.pin("no such id")
 
 
 def test_a_deleted_memory_is_unpinned(engine: VLLMBackend, memory: KVCacheMemory) -> None:
     memory.add(memory.extract(TEXTS[3]))
     (kv_cache_id,) = (item.kv_cache_id for item in memory.get_all())
-    engine.pin(kv_cache_id)
-    engine.pin(kv_cache_id)  # pinned twice is pinned once
+    engine.pins.pin(kv_cache_id)
+    engine.pins.pin(kv_cache_id)  # pinned twice is pinned once
     with pytest.raises(EngineError, match=kv_cache_id):
         engine.reset()
     memory.delete(kv_cache_id)
@@ -98,7 +99,7 @@ def test_a_deleted_memory_is_unpinned(engine: VLLMBackend, memory: KVCacheMemory
 def test_a_pin_is_of_one_salt(engine: VLLMBackend, memory: KVCacheMemory, filler: KVCacheItem) -> None:
     item = memory.extract(TEXTS[0])
     memory.add(item)
-    held = engine.pin(item, cache_salt="tenant a")
+    held = engine.pins.pin(item, cache_salt="tenant a")
     evict(engine, filler)
     cache_view = memory.get_cache(item.kv_cache_id)
     assert engine.generate(QUERY, cache_view, 1, cache_salt="tenant b").local_tokens == 0
@@ -108,11 +109,11 @@ def test_a_pin_is_of_one_salt(engine: VLLMBackend, memory: KVCacheMemory, filler
 def test_what_can_not_be_pinned_says_why(engine: VLLMBackend, memory: KVCacheMemory) -> None:
     short = memory.extract("The sky is green.")
     with pytest.raises(EngineError, match="shorter than one block"):
-        engine.pin(short)
+        engine.pins.pin(short)
     gone = memory.extract(TEXTS[1])
     engine.store.file_of(gone).path.unlink()
     with pytest.raises(EngineError, match=f"{gone.kv_cache_id} is not pinned: .*deleted"):
-        engine.pin(gone)
+        engine.pins.pin(gone)
     engine.reset()  # nothing is left pinned
 
 
@@ -122,10 +123,10 @@ def test_pins_leave_room_and_short_of_blocks_answers_stay_equal(
     total = engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
     most = (total - WINDOW_BLOCKS) // 10
     for i in range(most):
-        assert engine.pin(filler, cache_salt=f"pin {i}") == 10 * BLOCK_TOKENS
+        assert engine.pins.pin(filler, cache_salt=f"pin {i}") == 10 * BLOCK_TOKENS
     numbers = rf"10 blocks more than the {10 * most} pinned.*{total} blocks {WINDOW_BLOCKS}"
     with pytest.raises(EngineError, match=numbers):
-        engine.pin(filler, cache_salt="one too many")
+        engine.pins.pin(filler, cache_salt="one too many")
 
     # What is left holds each of these while its answer is short, and not all of them when they grow past a block.
     left = total - 10 * most
@@ -134,7 +135,7 @@ def test_pins_leave_room_and_short_of_blocks_answers_stay_equal(
     cache_view = memory.get_cache(small.kv_cache_id)
     words = " please" * (BLOCK_TOKENS - 8 - len(engine.split("10", cache_view).ids))
     assert BLOCK_TOKENS - 16 < len(engine.split(f"10{words}", cache_view).ids) < BLOCK_TOKENS
-    asks = [Ask(f"{i}{words}", cache_view, 16, cache_salt=str(i), past_end=True) for i in range(left)]
+    asks = [GenerationRequest(f"{i}{words}", cache_view, 16, cache_salt=str(i), past_end=True) for i in range(left)]
     together = engine.generate_batch(asks)
     assert all(isinstance(answer, VLLMGeneration) for answer in together), together
     put_aside = [i for i, answer in enumerate(together) if answer.preemptions]

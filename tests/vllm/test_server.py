@@ -10,10 +10,9 @@ import pytest
 
 from kvmem.engines.generation import Sampling
 from kvmem.engines.huggingface.backend import HFBackend
-from kvmem.engines.vllm.config import Ask, VLLMGeneration
 from kvmem.engines.vllm.connector.protocol import ITEM, LOAD, PIN, REPORT_TO, SAVE, UNPIN
+from kvmem.engines.vllm.requests import EngineRequest, GenerationRequest, VLLMGeneration
 from kvmem.engines.vllm.server.backend import VLLMServerBackend
-from kvmem.engines.vllm.server.client import ServerRequest
 from kvmem.errors import ConfigError, InjectionError, PromptError
 from tests.helpers.tiny import memory_on, pairs
 from tests.vllm.serving import MODEL, NEW_TOKENS, QUERY, TEXTS, as_turns, on_server, whole_blocks
@@ -114,7 +113,7 @@ def test_a_damaged_file_is_one_requests_error(
     before = [files.generate(QUERY, cache_view, 4, cache_salt=f"{salt}, before") for cache_view in (whole, damaged)]
     damage(damaged.file.path)
     first, second = files.generate_batch(
-        [Ask(QUERY, cache_view, 4, cache_salt=salt) for cache_view in (whole, damaged)]
+        [GenerationRequest(QUERY, cache_view, 4, cache_salt=salt) for cache_view in (whole, damaged)]
     )
     assert first == before[0]
     assert isinstance(second, InjectionError) and damaged.file.name in str(second)
@@ -153,7 +152,9 @@ def test_a_deleted_memory_leaves_the_servers_folder(files: VLLMServerBackend, st
 def test_a_text_longer_than_the_window_names_both_lengths(files: VLLMServerBackend, url: str) -> None:
     with pytest.raises(PromptError, match=rf"\d{{4}} tokens.* 1536 tokens of {MODEL} at {url}.*--max-model-len"):
         files.build("word " * 3000)
-    long, fine = files.generate_batch([Ask("word " * 3000), Ask("What is a word?", max_new_tokens=4)])
+    long, fine = files.generate_batch(
+        [GenerationRequest("word " * 3000), GenerationRequest("What is a word?", max_new_tokens=4)]
+    )
     assert isinstance(long, PromptError)
     assert isinstance(fine, VLLMGeneration) and fine.token_ids
     with pytest.raises(ConfigError, match="max_new_tokens"):
@@ -173,7 +174,7 @@ def test_what_a_stranger_asks_of_the_connector_does_not_hurt_the_server(files: V
         {LOAD: {"name": 1}, UNPIN: 7},
         {LOAD: 1.5, UNPIN: [[]], PIN: []},
     ):
-        answer = files.client.complete(ServerRequest(ids, 2, transfer=transfer, salt="stranger"))
-        assert answer.report is not None and (answer.report["load_error"] or answer.report["save_error"])
+        answer = files.client.complete(EngineRequest(ids, 2, transfer=transfer, salt="stranger"))
+        assert answer.report is not None and (answer.report.load_error or answer.report.save_error)
     assert {path.name for path in store.parent.iterdir()} == before
     assert files.generate(QUERY, None, 2).token_ids

@@ -25,7 +25,9 @@ def test_a_model_that_is_not_served_names_those_that_are(connect: Connect, url: 
 
 def test_no_server_there_names_the_address_and_how_to_start_one(connect: Connect) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}/v1"
-    with pytest.raises(ServerError, match=rf"No server answers at {nowhere} .*refused.*kvmem\.backends\.vllm_serve"):
+    with pytest.raises(
+        ServerError, match=rf"No server answers at {nowhere} .*refused.*kvmem\.engines\.vllm\.server\.serve"
+    ):
         connect(base_url=nowhere)
 
 

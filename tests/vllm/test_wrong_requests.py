@@ -8,7 +8,7 @@ import pytest
 
 from kvmem import KVCacheMemory
 from kvmem.engines.vllm.backend import VLLMBackend
-from kvmem.engines.vllm.config import Ask, VLLMGeneration
+from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
 from kvmem.errors import ArgumentError, PromptError
 
 QUERY = "What does it say?"
@@ -28,5 +28,5 @@ def test_wrong_kinds_are_refused_and_the_next_request_runs(engine: VLLMBackend, 
 
 
 def test_a_wrong_kind_is_one_requests_error(engine: VLLMBackend) -> None:
-    wrong, fine = engine.generate_batch([Ask(QUERY, "an id"), Ask(QUERY, max_new_tokens=3)])  # type: ignore[arg-type]
+    wrong, fine = engine.generate_batch([GenerationRequest(QUERY, "an id"), GenerationRequest(QUERY, max_new_tokens=3)])  # type: ignore[arg-type]
     assert isinstance(wrong, ArgumentError) and isinstance(fine, VLLMGeneration)

@@ -1,11 +1,21 @@
-"""The vLLM engine in this process. vLLM is imported only below this package.
+"""vLLM engines. vLLM is imported only below this package, and only when an engine starts.
 
-`backend` starts the engine, `connector/` runs inside vLLM and moves keys and values between its blocks and files, and
-`server/` is the same engine behind vLLM's HTTP server.
+`backend` runs an engine in this process, and `server/` is a client of vLLM's HTTP server. Both derive from the
+`FileInjectingEngine` of `file_injection`. `connector/` runs inside vLLM and moves keys and values between its blocks
+and files.
 """
 
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.engines.vllm.launch import CPU_KV_CACHE_GIB, ENVIRONMENT
-from kvmem.engines.vllm.open_loop import Arrival, Served, ServingEngine
+from kvmem.engines.vllm.open_loop import Arrival, Served
+from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
 
-__all__ = ["CPU_KV_CACHE_GIB", "ENVIRONMENT", "Arrival", "Served", "ServingEngine", "VLLMBackend"]
+__all__ = [
+    "CPU_KV_CACHE_GIB",
+    "ENVIRONMENT",
+    "Arrival",
+    "GenerationRequest",
+    "Served",
+    "VLLMBackend",
+    "VLLMGeneration",
+]

@@ -1,4 +1,4 @@
-"""Memories as files that an engine injects: one an item, in a folder of its own, as long as they are needed."""
+"""Memories as files that an engine injects: one file for each item, deleted when the item is no longer used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvmem.cache import KV, KVCacheItem, MemoryTokens, ModelFingerprint, dynamic_cache
-from kvmem.engines.base import FileHandle, StoredFile
+from kvmem.engines.base import FileHandle, Injectable, StoredFile
 from kvmem.engines.vllm.connector import part_name
 from kvmem.errors import StorageError, check_kind
 from kvmem.merge import MergeStrategy
@@ -23,25 +23,35 @@ from kvmem.storage import SafetensorsFile
 CPU = torch.device("cpu")
 
 
-def salt_of(cache_salt: str | None, cache_view: FileHandle | None) -> str | None:
-    """The salt of the engine's blocks: the tenant's, and that of KV which is not what a prefill of its ids gives."""
+def as_file_handle(kv_cache: Injectable | None) -> FileHandle | None:
+    """Raises ArgumentError for a cache of another engine, which holds tensors and is not a file."""
+    if kv_cache is None or isinstance(kv_cache, FileHandle):
+        return kv_cache
+    check_kind("What vLLM injects", kv_cache, FileHandle, way_out="get_cache of a memory on this backend gives it.")
+    return None
+
+
+def block_salt(cache_salt: str | None, cache_view: FileHandle | None) -> str | None:
+    """The salt of the engine's blocks: the tenant's, and the salt of KV that differs from a prefill of its ids."""
     return " ".join(salt for salt in (cache_salt, cache_view.salt if cache_view else None) if salt) or None
 
 
-def split_behind(template: PromptTemplate, query: Query, kv_cache: FileHandle | None) -> TokenizedPrompt:
-    """The prompt of `query`, split at what `kv_cache` holds of it. Raises ArgumentError for another engine's cache."""
-    if kv_cache is None:
-        return template.bare(query)
-    check_kind("What vLLM injects", kv_cache, FileHandle, way_out="get_cache of a memory on this backend gives it.")
-    return template.split(kv_cache.tokens, query)
+def split_behind(template: PromptTemplate, query: Query, kv_cache: Injectable | None) -> TokenizedPrompt:
+    """The prompt of `query`, split at the tokens that `kv_cache` holds of it.
+
+    Raises ArgumentError for a cache of another engine.
+    """
+    cache_view = as_file_handle(kv_cache)
+    return template.bare(query) if cache_view is None else template.split(cache_view.tokens, query)
 
 
 class FileStore:
-    """The folder. Each item is written at first need, and once; what is lent keeps its file alive."""
+    """A folder of memory files. Each item is written once, when it is first needed; a view keeps the file alive."""
 
     def __init__(self, parent: Path | None = None, shared: Path | None = None) -> None:
-        """parent: where the folder is made; None takes the system's folder for temporary files. shared: a server's own
-        folder, to be used as it is; the files written here go one by one, and what others put there stays."""
+        """parent: where a temporary folder is created; None uses the system's folder for temporary files.
+        shared: use a server's own folder instead. Files that this store writes are deleted one by one; files of other
+        clients stay."""
         if shared is not None:
             self.folder = shared
         else:
@@ -56,14 +66,14 @@ class FileStore:
         return f"{uuid.uuid4()}.safetensors"
 
     def file_of(self, item: KVCacheItem) -> StoredFile:
-        """The item's file, written now if it has none yet."""
+        """The item's file, which is written now if it does not exist yet."""
         with self.lock:
             if item not in self.files:
                 self.files[item] = self.write(item)
             return self.files[item]
 
     def view(self, item: KVCacheItem) -> FileHandle:
-        """What is injected for one item; KV of unknown origin is kept apart from what a prefill of its ids gives."""
+        """The handle of one item. A salt separates KV of unknown origin from what a prefill of its ids gives."""
         file = self.file_of(item)
         return FileHandle(item.metadata.tokens, file, file.name if item.metadata.fingerprint is None else None)
 
@@ -75,22 +85,23 @@ class FileStore:
         merge: MergeStrategy,
         model: PreTrainedModel,
     ) -> FileHandle:
-        """What is injected for several items that `merge` makes one of, as `tokens`; `model` is where it computes."""
+        """The handle of several items, which `merge` merges into one of `tokens`, computed with `model`."""
         cache = merge.merge(items, separator_ids, model)
         update = {"tokens": tokens, "kv_bytes": dynamic_cache.nbytes(cache), "textual_memory": None}
         file = self.write(KVCacheItem(cache, items[0].metadata.model_copy(update=update)))
         return FileHandle(tokens, file, file.name)
 
     def write(self, item: KVCacheItem) -> StoredFile:
+        """Writes the item to a new file, which is deleted with the last reference to the returned object."""
         name = self.new_name()
         SafetensorsFile().dump(self.folder / name, [item])
         return StoredFile(self.folder / name)
 
     def adopt(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> KVCacheItem:
-        """The item that an engine has just saved as `name`, its tensors mapped from the file and so read when they are
-        used. The ranks of a tensor-parallel engine each wrote their heads; they are put together here.
+        """The item that an engine has saved as `name`. Its tensors are mapped from the file and read when used.
 
-        Raises StorageError or FingerprintError if what was saved is not whole.
+        Each rank of a tensor-parallel engine wrote a file of its own heads; this joins them into one file.
+        Raises StorageError or FingerprintError if a file is incomplete or was written by another model.
         """
         path = self.folder / name
         if ranks > 1:
@@ -101,7 +112,7 @@ class FileStore:
         return item
 
     def discard(self, name: str, ranks: int) -> None:
-        """Removes what an engine wrote of a memory that did not come about: perhaps some ranks' files, perhaps none."""
+        """Deletes what an engine wrote of a build that failed: the files of all ranks, of some, or of none."""
         for rank in range(ranks):
             (self.folder / part_name(name, rank, ranks)).unlink(missing_ok=True)
 
@@ -118,9 +129,9 @@ class FileStore:
 
 
 def _heads_of(parts: Sequence[KV], kv_heads: int) -> KV:
-    """One layer's keys and values with all heads; with more ranks than heads, neighbours hold the same one."""
-    every = max(len(parts) // kv_heads, 1)
-    kept = parts[::every]
+    """The keys and values of one layer with all heads. If there are more ranks than heads, neighbors hold the same."""
+    ranks_per_head = max(len(parts) // kv_heads, 1)
+    kept = parts[::ranks_per_head]
     keys, values = torch.cat([keys for keys, _ in kept], dim=1), torch.cat([values for _, values in kept], dim=1)
     if keys.shape[1] != kv_heads:
         raise StorageError(f"The ranks saved {keys.shape[1]} heads, and the model has {kv_heads}. Extract again.")

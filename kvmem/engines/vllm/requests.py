@@ -1,39 +1,90 @@
-"""What a vLLM request came back with, once the engine's own count says that the memory spared it what it should."""
+"""Requests to a vLLM engine and their answers, verified by the engine's own counts. Does not import vLLM."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from kvmem.cache import KVCacheMetadata, MemoryTokens, ModelFingerprint, TextualMemoryItem, TextualSource
-from kvmem.engines.base import FileHandle
-from kvmem.engines.vllm.config import VLLMGeneration
-from kvmem.engines.vllm.connector import REPORT
-from kvmem.errors import EngineError, InjectionError, KVMemError
-from kvmem.prompt import TokenizedPrompt
-from kvmem.storage import ItemManifest
+from kvmem.engines.base import FileHandle, Injectable
+from kvmem.engines.generation import Generation, Sampling
+from kvmem.engines.vllm.connector import Report
+from kvmem.errors import EngineError, InjectionError
+from kvmem.prompt import Query, TokenizedPrompt
 
-if TYPE_CHECKING:
-    from vllm import RequestOutput
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One request of a batch, as a caller states it."""
+
+    query: Query | TokenizedPrompt
+    """Text or turns to put behind the memory; or a whole prompt that is split already, which is sent as it is."""
+    kv_cache: Injectable | None = None
+    """What `get_cache` returned, or None: nothing is injected."""
+    max_new_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    cache_salt: str | None = None
+    """Requests share the engine's blocks only with requests of the same salt: use one for each tenant."""
+    past_end: bool = False
+    """Continue past end tokens, as a measurement does."""
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One request as it is sent to an engine, in token ids."""
+
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    salt: str | None = None
+    """Salt of the engine's blocks."""
+    transfer: dict[str, Any] = field(default_factory=dict)
+    """Orders to the connector: its protocol's keys."""
+    past_end: bool = False
+    """Continue past end tokens."""
+    top_logprobs: int | None = None
+    """How many log-probabilities to return for each token, largest first (engine in this process only)."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True)
 class EngineAnswer:
-    """What an engine said, in this process or over HTTP. `report`: our connector's, where the request asked it."""
+    """What an engine returned for an `EngineRequest`."""
 
     token_ids: tuple[int, ...]
+    """With the end token, if the answer stopped at one."""
     finish_reason: str | None
     cached_tokens: int
     """The engine's own count of prompt tokens that it took from any cache, made when it starts on the prompt."""
-    report: dict[str, Any] | None
+    report: Report | None
+    """The connector's report, if the request gave it an order."""
+    logprobs: tuple[dict[int, float], ...] | None = None
+    """For each token, log-probabilities by token id, if the request asked for them."""
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """The tokens without the end token."""
+        return without_end(self.token_ids, self.finish_reason)
 
 
-def answer_of(output: RequestOutput) -> EngineAnswer:
-    completion = output.outputs[0]
-    report = (output.kv_transfer_params or {}).get(REPORT)
-    return EngineAnswer(tuple(completion.token_ids), completion.finish_reason, output.num_cached_tokens or 0, report)
+def without_end(token_ids: Sequence[int], finish_reason: str | None) -> tuple[int, ...]:
+    """The last tokens of an answer without its end token, which engines return where they stop at one."""
+    return tuple(token_ids[:-1] if finish_reason == "stop" else token_ids)
+
+
+@dataclass(frozen=True)
+class VLLMGeneration(Generation):
+    """An answer, with the engine's own count of tokens that it did not compute: `cached_tokens` = local + injected."""
+
+    local_tokens: int = 0
+    """From the engine's prefix cache."""
+    injected_tokens: int = 0
+    """From the memory's file."""
+    recomputed_tokens: int = 0
+    """Tokens of the memory that the engine computed because they could not be reused, where that is allowed."""
+    preemptions: int = 0
+    """How often the engine, short of blocks, suspended the request and loaded and computed it again."""
 
 
 def verified(
@@ -41,66 +92,38 @@ def verified(
     prompt: TokenizedPrompt,
     cache_view: FileHandle | None,
     may_recompute: bool,
-    end_tokens: Collection[int],
     decode: Callable[[Sequence[int]], str],
-) -> VLLMGeneration | KVMemError:
-    """The answer, or why it is none: the engine gave up, or a hit is not what prompt and memory promise.
+) -> VLLMGeneration:
+    """The answer as text, if the engine reused what memory and prompt promise.
 
-    may_recompute: a memory that could not be loaded is counted as recomputed, and is no error.
+    may_recompute: a memory that could not be loaded is counted as recomputed and is not an error.
+
+    Raises EngineError if the engine aborted the request, and InjectionError if the memory was not loaded, or the
+    engine's count differs from the connector's, or is less than what memory and prompt share.
     """
     if answer.finish_reason == "error":
-        return EngineError("The engine gave up the request; its log says why.")
-    report, counted = answer.report, answer.cached_tokens
-    local, injected, failed, preemptions = counted, 0, "", 0
-    if report:
-        local, injected = report["local_tokens"], report["injected_tokens"]
-        failed, preemptions = report["load_error"], report["preemptions"]
-    expected, cached = len(prompt.memory_ids), local + injected
-    if failed and not may_recompute:
-        return InjectionError(f"The memory was not injected: {failed} Or use on_load_failure='recompute'.")
-    if not failed and cached != counted:
-        return InjectionError(
-            f"The engine counts {counted} cached tokens, and the connector {cached}. Don't trust this hit."
+        raise EngineError("The engine gave up the request; its log says why.")
+    report = answer.report or Report(local_tokens=answer.cached_tokens)
+    expected, cached = len(prompt.memory_ids), report.local_tokens + report.injected_tokens
+    if report.load_error:
+        if not may_recompute:
+            raise InjectionError(
+                f"The memory was not injected: {report.load_error} Or use on_load_failure='recompute'."
+            )
+    elif cached != answer.cached_tokens:
+        raise InjectionError(
+            f"The engine counts {answer.cached_tokens} cached tokens, and the connector {cached}. Don't trust this hit."
         )
-    if not failed and cache_view is not None and cache_view.file is not None and cached < expected:
-        return InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")
-    ids = answer.token_ids
-    if ids and ids[-1] in end_tokens and answer.finish_reason == "stop":
-        ids = ids[:-1]
+    elif cache_view is not None and cache_view.file is not None and cached < expected:
+        raise InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")
+    ids = answer.text_ids
     return VLLMGeneration(
         decode(ids),
         ids,
         len(prompt.ids),
         cached,
-        local_tokens=local,
-        injected_tokens=injected,
-        recomputed_tokens=max(expected - cached, 0) if failed else 0,
-        preemptions=preemptions,
+        local_tokens=report.local_tokens,
+        injected_tokens=report.injected_tokens,
+        recomputed_tokens=max(expected - cached, 0) if report.load_error else 0,
+        preemptions=report.preemptions,
     )
-
-
-BUILD_TOKENS = 2
-"""A build generates two tokens, for a failed save is known one step after the prompt's last."""
-
-
-def announced(
-    tokens: MemoryTokens, fingerprint: ModelFingerprint, textual_memory: TextualMemoryItem | None
-) -> ItemManifest:
-    """What the saved file says of itself; how long the build took is not known yet."""
-    count = len(tokens.token_ids)
-    source = None
-    if textual_memory is not None:
-        source = TextualSource(id=textual_memory.id, metadata=textual_memory.metadata)
-    metadata = KVCacheMetadata(
-        tokens=tokens,
-        build_s=0.0,
-        kv_bytes=fingerprint.kv_bytes(count),
-        fingerprint=fingerprint,
-        textual_memory=source,
-    )
-    return ItemManifest(kv_cache_id=str(uuid.uuid4()), cache_tokens=count, layers=fingerprint.layers, metadata=metadata)
-
-
-def not_saved(report: dict[str, Any], may_recompute: bool) -> str:
-    """The connector's reason, if the file was not saved or its base was not loaded; else nothing."""
-    return str(report["save_error"] or (not may_recompute and report["load_error"]) or "")

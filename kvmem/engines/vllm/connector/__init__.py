@@ -1,9 +1,10 @@
 """The part that runs inside vLLM: a KV connector that saves, injects and pins memories.
 
-`protocol` names the request parameters and is imported on both sides. The other modules import vLLM.
+`protocol` defines the request parameters and the report, and is all that this package exports: importing it does not
+import vLLM. `connector` is the class that vLLM loads; `scheduler_side` and `block_pins` run in vLLM's scheduler, and
+`worker_side`, `block_layouts` and `host_cache` run in its workers.
 """
 
-from kvmem.engines.vllm.connector.connector import check_version
 from kvmem.engines.vllm.connector.protocol import (
     CONNECTOR_CLASS,
     CONNECTOR_MODULE,
@@ -16,6 +17,8 @@ from kvmem.engines.vllm.connector.protocol import (
     REPORT_TO,
     SAVE,
     UNPIN,
+    Report,
+    check_version,
     part_name,
     report_name,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "REPORT_TO",
     "SAVE",
     "UNPIN",
+    "Report",
     "check_version",
     "part_name",
     "report_name",

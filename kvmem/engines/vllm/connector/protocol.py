@@ -1,41 +1,91 @@
-"""Our side of vLLM's KV connector: saves a memory's keys and values to one of our files, and injects one from there.
+"""What a request and kvmem's KV connector say to one another. Importing this module does not import vLLM.
 
-Importing this package does not import vLLM; `connector` does, and vLLM loads that by its module path. A request asks
-through `SamplingParams(extra_args={"kv_transfer_params": {…}})` with the keys below, and the answer's own
-`kv_transfer_params` carry a report of what was really reused. Files are named, not pathed: they lie in one folder.
+The connector saves the keys and values of a memory to a file and injects them from there. vLLM loads the connector by
+its module path. A request carries its orders in `SamplingParams(extra_args={"kv_transfer_params": {...}})`, under the
+keys below. The `kv_transfer_params` of the answer carry a `Report` of what was actually reused. Requests give file
+names, not paths: all files are in one folder.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvmem.errors import EngineError
 
 CONNECTOR_MODULE = "kvmem.engines.vllm.connector.connector"
 CONNECTOR_CLASS = "KVMemConnector"
+COVERED_VERSIONS = ("0.24.", "0.32.")
+"""The versions of vLLM that the connector was written for: vLLM's connector interface is experimental and changes."""
 
 LOAD = "kvmem_load"
-"""Name of the file to inject: as many leading tokens as file and prompt have in common, all but the prompt's last."""
+"""Name of the file to inject: the longest prefix that file and prompt share, except the prompt's last token."""
 SAVE = "kvmem_save"
-"""Name of the file to write: the whole prompt's keys and values."""
+"""Name of the file to write: the keys and values of the whole prompt."""
 ITEM = "kvmem_item"
-"""What the saved file says of itself: an ItemManifest as JSON."""
+"""The manifest of the saved file: an `ItemManifest` as JSON."""
 PIN = "kvmem_pin"
-"""A name: once the request is through, the whole blocks of its prompt stay in the engine's prefix cache, whatever
-traffic evicts others, until a request unpins that name."""
+"""Name of a pin: when the request finishes, the whole blocks of its prompt stay in the engine's prefix cache, whatever
+other requests evict, until a request unpins that name."""
 UNPIN = "kvmem_unpin"
-"""A list of names, let go before the request gets its blocks. A name that is not pinned is passed over."""
+"""List of pins to release before the request is given its blocks. Unknown names are ignored."""
 REPORT_TO = "kvmem_report_to"
-"""A name: the report is also written to the folder as `report_name` of it, for an answer that can't carry it (vLLM's
-server streams completions without their kv_transfer_params). The one who asked takes the file away."""
+"""Name of a report: it is also written to the folder, to the file `report_name(name)`, because vLLM's server streams
+completions without their kv_transfer_params. The client deletes the file."""
 REPORT = "kvmem"
-"""In the answer: local_tokens, injected_tokens, load_error, save_error, pinned_tokens, pin_error, preemptions."""
+"""Key of the report in the answer: the fields of `Report`."""
 
 FOLDER = "kvmem_folder"
 FINGERPRINT = "kvmem_fingerprint"
 HOST_BYTES = "kvmem_host_bytes"
-"""Keys of `kv_connector_extra_config`: the folder, the model's fingerprint as JSON, how much opened KV to keep."""
+"""Keys of `kv_connector_extra_config`: the folder, the model's fingerprint as JSON, and how many bytes of opened files
+to keep in host memory."""
+
+
+@dataclass
+class Report:
+    """The outcome of a request."""
+
+    local_tokens: int = 0
+    """Prompt tokens from the engine's own prefix cache."""
+    injected_tokens: int = 0
+    """Prompt tokens from the file."""
+    load_error: str = ""
+    save_error: str = ""
+    pinned_tokens: int = 0
+    pin_error: str = ""
+    preemptions: int = 0
+    """How often the engine took the request's blocks away and assigned others later."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Report:
+        """The report that an answer carries; fields that this version does not know are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def keep_only(self, tokens: int) -> None:
+        """Corrects the counts after a failed load: only the first `tokens` tokens were reused."""
+        lost = max(self.local_tokens + self.injected_tokens - tokens, 0)
+        from_file = min(lost, self.injected_tokens)
+        self.injected_tokens -= from_file
+        self.local_tokens -= lost - from_file
 
 
 def report_name(name: str) -> str:
-    """The file that a report asked for by `name` is written to: never the name of a memory's file."""
+    """The file that the report `name` is written to. It never has the name of a memory's file."""
     return f"{name}.report"
 
 
 def part_name(name: str, rank: int, ranks: int) -> str:
-    """The file that one tensor-parallel rank writes: its own heads. With one rank it is the whole file."""
+    """The file that one tensor-parallel rank writes, with its own heads. With one rank it is the whole file."""
     return name if ranks == 1 else f"{name}.rank{rank}of{ranks}"
+
+
+def check_version(version: str) -> None:
+    """Raises EngineError for a version of vLLM that the connector was not written for."""
+    if not version.startswith(COVERED_VERSIONS):
+        raise EngineError(
+            f"vLLM {version} is not covered: the KV connector was written for "
+            f"{' and '.join(covered + 'x' for covered in COVERED_VERSIONS)}. Install one of them."
+        )

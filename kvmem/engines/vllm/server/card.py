@@ -1,4 +1,7 @@
-"""What a server with our connector says of itself: a file in its store, so that a client needs none of its weights."""
+"""The card of a server with kvmem's connector: a file in its store that describes its model to clients.
+
+A client with the card does not need the model's weights.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ CARD_NAME = "kvmem_server.json"
 
 
 class ServerCard(BaseModel):
-    """Which model the server runs. `model`: a folder or hub name with weights and tokenizer, as the server sees it."""
+    """Describes the model that the server runs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str
+    """A folder or hub name with weights and tokenizer, as a path on the server."""
     fingerprint: ModelFingerprint
     config: dict[str, Any]
     """The model's config.json."""
@@ -28,6 +32,7 @@ class ServerCard(BaseModel):
     """Tensor-parallel ranks, each of which saves its own heads."""
 
     def write(self, store: Path) -> None:
+        """Writes the card into the store, which is created if it does not exist."""
         store.mkdir(parents=True, exist_ok=True)
         beside = store / f".{CARD_NAME}"
         beside.write_text(self.model_dump_json())
@@ -35,7 +40,7 @@ class ServerCard(BaseModel):
 
     @classmethod
     def read(cls, store: Path) -> ServerCard:
-        """The card of the server whose store this is. Raises ServerError for a folder that is no server's store."""
+        """Reads the card of a server's store. Raises ServerError for a folder that is not one."""
         path = store / CARD_NAME
         try:
             return cls.model_validate_json(path.read_text())
@@ -48,21 +53,24 @@ class ServerCard(BaseModel):
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises FingerprintError for a tokenizer or chat template that is not the server's."""
-        for name, ours in hash_tokenizer(tokenizer).items():
-            theirs = getattr(self.fingerprint, name)
-            if ours != theirs:
+        for name, local_hash in hash_tokenizer(tokenizer).items():
+            server_hash = getattr(self.fingerprint, name)
+            if local_hash != server_hash:
                 raise FingerprintError(
-                    f"{name}: {ours} here ({tokenizer.name_or_path}), {theirs} on the server ({self.model}). Name the "
-                    "server's own as tokenizer_name_or_path."
+                    f"{name}: {local_hash} here ({tokenizer.name_or_path}), {server_hash} on the server "
+                    f"({self.model}). Name the server's own as tokenizer_name_or_path."
                 )
 
     def pretrained_config(self) -> PreTrainedConfig:
+        """The model's configuration in transformers."""
         return AutoConfig.for_model(**self.config)
 
 
-def of_a_served_model(server: str, model: str, tokenizer: PreTrainedTokenizerBase) -> ModelFingerprint:
-    """What is known of a model behind a server without a card: the name that it is served by, and the tokenizer. Equal
-    to no model's that is loaded: a memory of one is a prefix of ids, and holds no tensors for the other."""
+def fingerprint_of_served_model(server: str, model: str, tokenizer: PreTrainedTokenizerBase) -> ModelFingerprint:
+    """The fingerprint of a model on a server without a card: the name under which it is served, and its tokenizer.
+
+    It never equals the fingerprint of a loaded model, because memories of such a server have no tensors.
+    """
     hashes = hash_tokenizer(tokenizer)
     return ModelFingerprint(
         architecture="served",

@@ -1,4 +1,7 @@
-"""HTTP to a vLLM server: completions in token ids, and what can go wrong, by name. The only file that knows openai."""
+"""The HTTP client of a vLLM server: completions in token ids, with errors of kvmem's own.
+
+This is the only file that imports openai.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,14 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from kvmem.engines.generation import Sampling
-from kvmem.engines.vllm.connector import REPORT
-from kvmem.engines.vllm.requests import EngineAnswer
+from kvmem.engines.vllm.connector import REPORT, Report
+from kvmem.engines.vllm.requests import EngineAnswer, EngineRequest
 from kvmem.engines.vllm.server.config import VLLMServerConfig
 from kvmem.errors import ConfigError, EngineError, FingerprintError, InjectionError, ServerError, did_you_mean
 
@@ -28,20 +30,8 @@ START = "python -m kvmem.engines.vllm.server.serve"
 
 
 @dataclass(frozen=True)
-class ServerRequest:
-    """One completion. `prompt`: token ids, or text for the server's own tokenizer. `transfer`: for our connector."""
-
-    prompt: tuple[int, ...] | str
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    salt: str | None = None
-    transfer: dict[str, str] = field(default_factory=dict)
-    past_end: bool = False
-
-
-@dataclass(frozen=True)
 class Chunk:
-    """A piece of a stream, `at_s` seconds after the request. The counts come with a last piece that holds no token."""
+    """A part of a stream, `at_s` seconds after the request. Only the last one, which has no token, has counts."""
 
     at_s: float
     token_ids: tuple[int, ...]
@@ -66,15 +56,15 @@ class ServerClient:
             raise ConfigError(
                 f"api_key_env names {config.api_key_env}, which is not set. Put the key of {self.url} there."
             )
-        # No retries: a second try would be timed as the first, and would find what the first one left in the cache.
+        # No retries: they would be part of the measured time, and would hit what the first attempt left in the cache.
         self.openai = openai.OpenAI(base_url=self.url, api_key=key or "none", max_retries=0)
         self.leaves_out_zero = False
 
     def window(self) -> int:
-        """The model's window in tokens. Raises ServerError if the server does not serve it, with those that it does."""
+        """The model's window in tokens. Raises ServerError, naming the served models, if this one is not served."""
         with self._named_errors("first_token_timeout_s"):
-            listed = self.openai.models.list(timeout=self._timeout("first_token_timeout_s"))
-        served = {model.id: model for model in listed}
+            models = self.openai.models.list(timeout=self._timeout("first_token_timeout_s"))
+        served = {model.id: model for model in models}
         if self.config.model not in served:
             raise ServerError(
                 f"The server at {self.url} does not serve {self.config.model!r}. "
@@ -87,14 +77,17 @@ class ServerClient:
 
     def prompt_ids(self, text: str) -> tuple[int, ...]:
         """The token ids that the server's own tokenizer makes of `text`, without special tokens."""
-        completion = self._create(ServerRequest(text, 1))
+        completion = self._create(EngineRequest((), 1), text)
         self.leaves_out_zero = self._cached_tokens(completion.usage) is None
-        return tuple(self._told(completion.choices[0], "prompt_token_ids"))
+        return tuple(self._required(completion.choices[0], "prompt_token_ids"))
 
-    def check_hit_is_told(self, token_ids: tuple[int, ...], salt: str) -> None:
-        """For a server that told no count for a prompt that no cache held. Older ones (vLLM 0.24) leave a count of zero
-        out, as they do every count without their flag: raises ServerError unless a sure hit is told."""
-        request = ServerRequest(token_ids, 1, salt=salt)
+    def check_counts_hits(self, token_ids: tuple[int, ...], salt: str) -> None:
+        """Raises ServerError unless the server reports the count of a certain hit.
+
+        For a server that reported no count for a prompt that no cache held: vLLM 0.24 omits a count of zero, and
+        without its flag it omits every count.
+        """
+        request = EngineRequest(token_ids, 1, salt=salt)
         self._create(request)
         if self._cached_tokens(self._create(request).usage) is None:
             raise ServerError(
@@ -102,19 +95,20 @@ class ServerClient:
                 f"--enable-prompt-tokens-details and with prefix caching, as {START} does."
             )
 
-    def complete(self, request: ServerRequest) -> EngineAnswer:
+    def complete(self, request: EngineRequest) -> EngineAnswer:
+        """Sends a request and waits for its whole answer."""
         completion = self._create(request)
         choice = completion.choices[0]
         transfer = _extra(completion, "kv_transfer_params") or {}
         return EngineAnswer(
-            tuple(self._told(choice, "token_ids")),
+            tuple(self._required(choice, "token_ids")),
             choice.finish_reason,
             self.counted(completion.usage),
-            transfer.get(REPORT),
+            Report.parse(transfer[REPORT]) if REPORT in transfer else None,
         )
 
-    def stream(self, request: ServerRequest) -> Iterator[Chunk]:
-        """The answer in pieces. Closing the iterator ends the request on the server."""
+    def stream(self, request: EngineRequest) -> Iterator[Chunk]:
+        """Yields the answer in chunks. Closing the iterator aborts the request on the server."""
         started = time.perf_counter()
         with self._named_errors("first_token_timeout_s"):
             stream = self.openai.completions.create(
@@ -124,56 +118,57 @@ class ServerClient:
                 timeout=self._timeout("first_token_timeout_s"),
             )
         with stream, self._named_errors("first_token_timeout_s"):
-            for piece in stream:
+            for event in stream:
                 at_s = time.perf_counter() - started
                 if at_s > self.config.whole_timeout_s:
                     raise self._too_slow("whole_timeout_s")
-                if not piece.choices:
-                    yield Chunk(at_s, (), "", None, self.counted(piece.usage))
+                if not event.choices:
+                    yield Chunk(at_s, (), "", None, self.counted(event.usage))
                     continue
-                choice = piece.choices[0]
-                ids = tuple(self._told(choice, "token_ids"))
+                choice = event.choices[0]
+                ids = tuple(self._required(choice, "token_ids"))
                 yield Chunk(at_s, ids, choice.text, choice.finish_reason, None)
 
-    def joined(self, chunks: Sequence[Chunk], report: Path | None) -> EngineAnswer:
-        """A stream's pieces as one answer, with the report that the connector left at `report`, and that goes now."""
+    def joined(self, chunks: Sequence[Chunk], report_path: Path | None) -> EngineAnswer:
+        """The chunks of a stream as one answer, with the connector's report, whose file `report_path` it deletes."""
         counted = next((chunk.cached_tokens for chunk in chunks if chunk.cached_tokens is not None), None)
         if counted is None:
             raise ServerError(f"{self.name} broke the stream off before it told its counts. Its log says why.")
-        told = None
-        if report is not None:
+        report = None
+        if report_path is not None:
             try:
-                told = json.loads(report.read_text())
+                report = Report.parse(json.loads(report_path.read_text()))
             except OSError as error:
                 raise InjectionError(
                     f"The connector of {self.name} left no report of the injection ({error}). Is that its store?"
                 ) from error
-            report.unlink(missing_ok=True)
+            report_path.unlink(missing_ok=True)
         reason = next((chunk.finish_reason for chunk in chunks if chunk.finish_reason), None)
-        return EngineAnswer(tuple(token for chunk in chunks for token in chunk.token_ids), reason, counted, told)
+        return EngineAnswer(tuple(token for chunk in chunks for token in chunk.token_ids), reason, counted, report)
 
     def counted(self, usage: Any) -> int:
-        """How many prompt tokens the server took from a cache."""
+        """How many prompt tokens the server took from a cache. Raises ServerError if it does not report that."""
         count = self._cached_tokens(usage)
         if count is None and not self.leaves_out_zero:
             raise ServerError(f"{self.name} did not tell how many tokens it took from its cache.")
         return count or 0
 
-    def _create(self, request: ServerRequest) -> Completion:
+    def _create(self, request: EngineRequest, text: str | None = None) -> Completion:
         with self._named_errors("whole_timeout_s"):
             completion: Completion = self.openai.completions.create(
-                **self._body(request), timeout=self._timeout("whole_timeout_s")
+                **self._body(request, text), timeout=self._timeout("whole_timeout_s")
             )
         return completion
 
-    def _body(self, request: ServerRequest) -> dict[str, Any]:
+    def _body(self, request: EngineRequest, text: str | None = None) -> dict[str, Any]:
+        """The arguments of a completion. With `text` the server tokenizes that, instead of the request's token ids."""
         sampling = request.sampling
         more: dict[str, Any] = {
             "top_k": sampling.top_k,
             "return_token_ids": True,
             "ignore_eos": request.past_end,
             "add_special_tokens": False,
-            # Said, for a server takes what is not said from the model's generation_config.json.
+            # Explicit: a server takes what is not given from the model's generation_config.json.
             "repetition_penalty": 1.0,
             "min_p": 0.0,
         }
@@ -183,7 +178,7 @@ class ServerClient:
             more["kv_transfer_params"] = request.transfer
         return {
             "model": self.config.model,
-            "prompt": request.prompt if isinstance(request.prompt, str) else list(request.prompt),
+            "prompt": list(request.token_ids) if text is None else text,
             "max_tokens": request.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -199,11 +194,12 @@ class ServerClient:
         allowed_s = min(getattr(self.config, knob), self.config.whole_timeout_s)
         return Timeout(allowed_s, connect=self.config.connect_timeout_s)
 
-    def _told(self, choice: Any, name: str) -> Any:
-        told = _extra(choice, name)
-        if told is None:
+    def _required(self, choice: Any, name: str) -> Any:
+        """A field that vLLM adds to OpenAI's. Raises ServerError if it is missing."""
+        value = _extra(choice, name)
+        if value is None:
             raise ServerError(f"{self.name} does not tell {name}: it is no vLLM server of 0.24 or later. {START}")
-        return told
+        return value
 
     @staticmethod
     def _cached_tokens(usage: Any) -> int | None:
@@ -216,7 +212,7 @@ class ServerClient:
 
     @contextmanager
     def _named_errors(self, knob: str) -> Iterator[None]:
-        """openai's errors as ours, each with the server's name and the way out. `knob`: the time-out that holds."""
+        """Turns openai's errors into kvmem's, which name the server and the way out. `knob`: the time-out in force."""
         import openai
 
         try:
@@ -250,18 +246,18 @@ def _extra(answer: Any, name: str) -> Any:
 
 
 PROBE = "A text of letters, digits 1234567890, (signs) and ünïcödé: which tokens is it?\n"
-TOKENS = 300
-"""More than a block of any engine, so that sending it twice is a hit."""
+HIT_TOKENS = 300
+"""More than a block of any engine, so that the second of two equal prompts is a hit."""
 
 
 def check_tokens_and_counts(client: ServerClient, tokenizer: PreTrainedTokenizerBase, window: int) -> None:
-    """Raises FingerprintError if the server's tokens are not ours, and ServerError if it hides its counts."""
-    ours = tuple(tokenizer(PROBE, add_special_tokens=False).input_ids)
-    if ours != client.prompt_ids(PROBE):
+    """Raises FingerprintError if the server has another tokenizer, and ServerError if it does not report its counts."""
+    token_ids = tuple(tokenizer(PROBE, add_special_tokens=False).input_ids)
+    if token_ids != client.prompt_ids(PROBE):
         raise FingerprintError(
             f"{client.name} has another tokenizer than {tokenizer.name_or_path}. Name the model's own as "
             "tokenizer_name_or_path."
         )
     if client.leaves_out_zero:
-        many = (ours * (TOKENS // len(ours) + 1))[: window // 2]
-        client.check_hit_is_told(many, str(uuid.uuid4()))
+        repeated = (token_ids * (HIT_TOKENS // len(token_ids) + 1))[: window // 2]
+        client.check_counts_hits(repeated, str(uuid.uuid4()))

@@ -1,14 +1,12 @@
-"""How a vLLM server is reached, and what it tells beyond an engine; importing this imports no client."""
+"""The configuration of a vLLM server's client. Importing this does not import the client."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass as plain_dataclass
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from kvmem.engines.vllm.config import VLLMGeneration
 from kvmem.models import loading
 
 
@@ -19,38 +17,25 @@ class VLLMServerConfig:
     backend: ClassVar[str] = "vllm_server"
 
     base_url: str = "http://localhost:8000/v1"
-    """Where its OpenAI API begins."""
+    """Address of the server's OpenAI API."""
     model: str = loading.PACKAGED
-    """The name that the server serves it by."""
+    """The name under which the server serves the model."""
     api_key_env: str | None = None
-    """The environment variable that holds the key; None: the server asks for none."""
+    """The environment variable that holds the API key. None: the server needs no key."""
     tokenizer_name_or_path: str | None = None
-    """A hub name, a local folder or `smollm2-135m`; None: what the store's card names, else `model`."""
+    """A hub name, a local folder or `smollm2-135m`. None: the one that the store's card names, or else `model`."""
     store_dir: str | None = None
-    """The folder that the server's connector keeps memories in, as seen from here. None: memories are prefixes on the
-    server, without tensors."""
+    """The folder in which the server's connector keeps memories, as a path on this machine. None: memories are prefixes
+    in the server's own cache, without tensors."""
     cache_salt: str | None = Field(default=None, min_length=1)
-    """The tenant whose blocks are shared; a request's own `cache_salt` comes before it. None: shared with everyone who
-    gives none."""
+    """The tenant whose blocks this client shares. A request's own `cache_salt` takes precedence. None: it shares blocks
+    with all clients that give no salt."""
     on_miss: Literal["error", "recompute"] = "error"
-    """A memory that the server did not reuse is an InjectionError, or its tokens are counted as recomputed."""
+    """A memory that the server did not reuse raises InjectionError, or its tokens are counted as recomputed."""
     connect_timeout_s: float = Field(default=5.0, gt=0)
     first_token_timeout_s: float = Field(default=60.0, gt=0)
-    """The longest silence in a stream: until its first token, and then until each next one."""
+    """The longest wait in a stream: for the first token, and then for each next one."""
     whole_timeout_s: float = Field(default=600.0, gt=0)
-    """For a whole answer, streamed or not."""
+    """The longest wait for a whole answer, streamed or not."""
     parallel_requests: int = Field(default=16, ge=1)
-    """How many requests of a batch are under way at once."""
-
-
-@plain_dataclass(frozen=True)
-class StreamTTFT:
-    """A streamed answer's times, in seconds from token ids ready to send, HTTP included."""
-
-    first_chunk_s: float
-    """Until the server's first chunk: its first token is there, whether or not it is any text yet."""
-    first_text_s: float | None
-    """Until the first chunk whose text is not empty: what a reader sees. None: no token was text."""
-    whole_s: float
-    """Until the end of the answer."""
-    generation: VLLMGeneration
+    """How many requests of a batch run at once."""

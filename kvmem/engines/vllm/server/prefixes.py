@@ -1,4 +1,4 @@
-"""Memories that are prefixes in a server's own cache: put there once, and every later hit on one verified."""
+"""Memories that are prefixes in a server's own cache: prefilled once, and verified at every later hit."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import time
 from dataclasses import replace
 
 from kvmem.engines.base import FileHandle
-from kvmem.engines.vllm.config import VLLMGeneration
-from kvmem.engines.vllm.server.client import ServerClient, ServerRequest
+from kvmem.engines.vllm.requests import EngineRequest, VLLMGeneration
+from kvmem.engines.vllm.server.client import ServerClient
 from kvmem.errors import InjectionError
 from kvmem.prompt import TokenizedPrompt
 
-Held = tuple[tuple[int, ...], str | None]
-"""Token ids, and the tenant's salt under which a server holds them."""
+PrefixKey = tuple[tuple[int, ...], str | None]
+"""Token ids, and the tenant's salt under which the server holds them."""
 
 
 class Prefixes:
-    """What this client has warmed up on one server, and how many tokens that spares a request."""
+    """The prefixes that this client has warmed up on one server, and how many tokens each spares a request."""
 
     def __init__(self, client: ServerClient) -> None:
         self.client = client
-        self.held: dict[Held, int] = {}
+        self.held: dict[PrefixKey, int] = {}
 
     def warm_up(self, token_ids: tuple[int, ...], salt: str | None) -> float:
-        """Prefills the ids on the server; how long that took. A second request then tells what it holds of them: whole
-        blocks, whose size only the server knows, and nothing at all where it keeps no prefixes."""
-        request = ServerRequest(token_ids, 1, salt=salt, past_end=True)
+        """Prefills the ids on the server. Returns the seconds that this took.
+
+        A second request then counts how many of them the server holds: whole blocks, whose size only the server knows;
+        none if it has no prefix cache.
+        """
+        request = EngineRequest(token_ids, 1, salt=salt, past_end=True)
         started = time.perf_counter()
         self.client.complete(request)
         build_s = time.perf_counter() - started
@@ -49,13 +52,14 @@ class Prefixes:
         salt: str | None,
         may_recompute: bool,
     ) -> VLLMGeneration:
-        """The answer, once the server's count says that it was spared what it held of a prefix; else InjectionError."""
-        held = (
-            0
-            if cache_view is None or cache_view.file is not None
-            else self.held.get((cache_view.tokens.token_ids, salt), 0)
-        )
-        # A query that changes the memory's last tokens may break into its last block; then the count can't be foretold.
+        """The answer, if the server reused as many tokens of a prefix as it held when that was warmed up.
+
+        Raises InjectionError if it reused fewer, unless `may_recompute`: then they are counted as recomputed.
+        """
+        if cache_view is None or cache_view.file is not None:
+            return answer
+        held = self.held.get((cache_view.tokens.token_ids, salt), 0)
+        # A query that changes the memory's last tokens may also change its last block: the count is then unknown.
         promised = held if len(prompt.memory_ids) >= held else 0
         if answer.cached_tokens >= promised:
             return answer

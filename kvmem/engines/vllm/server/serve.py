@@ -2,8 +2,8 @@
 
     python -m kvmem.engines.vllm.server.serve --model smollm2-135m --store memories -- --port 8000 --max-model-len 4096
 
-With --store the server runs our KV connector: memories are files in that folder, which clients must see too. Without,
-memories are prefixes in the server's own cache. What stands behind `--` goes to `vllm serve` as it is.
+With --store the server runs kvmem's KV connector: memories are files in that folder, which clients must reach too.
+Without it, memories are prefixes in the server's own cache. Arguments after `--` are passed to `vllm serve` unchanged.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch
 from kvmem.cache import fingerprint_of
 from kvmem.engines.vllm import launch
 from kvmem.engines.vllm.config import VLLMConfig
-from kvmem.engines.vllm.launch import described, dtype_of
+from kvmem.engines.vllm.launch import dtype_of, load_description
 from kvmem.engines.vllm.server.card import ServerCard
 from kvmem.errors import KVMemError, config_error
 from kvmem.models import loading
 
 CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(int(launch.CPU_KV_CACHE_GIB * 2**30)))
-"""Where there is no GPU: compiling takes minutes there, and vLLM's own choice of memory is half the machine's."""
+"""Without a GPU: compiling takes minutes there, and by default vLLM takes half of the machine's memory."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Becomes vLLM's server; returns only by raising."""
+    """Replaces this process by vLLM's server. Raises SystemExit, saying why, if it can't be started."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     at = given.index("--") if "--" in given else len(given)
     options = _parser().parse_args(given[:at])
@@ -46,17 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.tensor_parallel_size > 1 and not torch.cuda.is_available():
         cores = launch.cores_by_rank(options.tensor_parallel_size)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
-    # What `vllm serve` runs, by its module: the script does not look for kvmem in the current folder, and in the CPU
-    # build it fails, for the package is of another name there.
-    # A further node of a server has no API, which only the script itself knows (--headless).
+    # The module that `vllm serve` runs: the script does not look for kvmem in the current folder, and it fails in the
+    # CPU build, where the package has another name. Only the script supports --headless, for the further nodes of a
+    # server, which have no API.
     script, server = ["vllm.entrypoints.cli.main", "serve"], ["vllm.entrypoints.openai.api_server"]
     os.execv(sys.executable, [sys.executable, "-m", *(script if "--headless" in command else server), *command])
 
 
 def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[str]:
-    """The server's arguments. The model's folder is made where it needs one, and the store's card is written."""
+    """The server's arguments. Saves the model to a folder if it is in none, and writes the store's card."""
     config = VLLMConfig(model_name_or_path=given.model, dtype=given.dtype, seed=given.seed, random_weights="saved")
-    loaded = described(config, dtype_of(config))
+    loaded = load_description(config, dtype_of(config))
     folder = loading.engine_folder(given.model, loaded)
     command = ["--model", folder, "--served-model-name", given.served_model_name or given.model]
     command += ["--dtype", str(loaded.model.dtype).removeprefix("torch.")]
@@ -65,15 +65,18 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
         command += CPU_FLAGS
     if given.store is not None:
         store = given.store.resolve()
-        ours = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
+        fingerprint = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
         card = ServerCard(
-            model=folder, fingerprint=ours, config=loaded.model.config.to_dict(), ranks=given.tensor_parallel_size
+            model=folder,
+            fingerprint=fingerprint,
+            config=loaded.model.config.to_dict(),
+            ranks=given.tensor_parallel_size,
         )
         card.write(store)
-        # No asynchronous scheduling: see vllm_start.
+        # No asynchronous scheduling: see launch.start.
         command += ["--no-async-scheduling", "--kv-transfer-config"]
-        command.append(json.dumps(launch.transfer_config(store, ours)))
-    return [*command, *for_vllm]  # last, for the last of two values counts
+        command.append(json.dumps(launch.transfer_config(store, fingerprint)))
+    return [*command, *for_vllm]  # last, because the last of two values counts
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,11 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Starts vLLM's OpenAI server for the backend vllm_server.",
     )
     parser.add_argument("--model", default=loading.PACKAGED, help="hub name, folder, smollm2-135m or random:<shape>")
-    parser.add_argument("--served-model-name", help="what clients call it; as --model if not given")
-    parser.add_argument("--store", type=Path, help="folder of memory files, shared with clients; made if it is missing")
+    parser.add_argument("--served-model-name", help="the name that clients use; default: --model")
+    parser.add_argument(
+        "--store", type=Path, help="folder of memory files, shared with clients; created if it is missing"
+    )
     parser.add_argument("--dtype", default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of random weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random weights")
     return parser
 
 

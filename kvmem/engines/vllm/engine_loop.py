@@ -1,0 +1,98 @@
+"""Runs requests on a vLLM engine in this process. Imports vLLM only when a request is sent."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kvmem.engines.vllm.connector import REPORT, UNPIN, Report
+from kvmem.engines.vllm.requests import EngineAnswer, EngineRequest
+from kvmem.errors import EngineError
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+
+class EngineLoop:
+    """The step loop of one engine. It runs one batch at a time: whoever uses it holds `lock` until the batch ends."""
+
+    def __init__(self, llm: LLM, end_tokens: Collection[int]) -> None:
+        self.llm = llm
+        self.end_tokens = sorted(end_tokens)
+        self.lock = threading.RLock()
+        self.pins_to_release: list[str] = []
+        """Names of pins that the engine is still to release: they are sent with the next request."""
+
+    def run(self, requests: Sequence[EngineRequest], stream: bool = False) -> Generator[RequestOutput, None, None]:
+        """Runs `requests` together. Yields each output once, when it is finished; with `stream`, at every step.
+        Closing the iterator aborts the requests that are not finished."""
+        unfinished = set()
+        try:
+            for request in requests:
+                self.add(request, stream)
+                unfinished.add(request.id)
+            while unfinished:
+                for output in self.step():
+                    if output.finished:
+                        unfinished.discard(output.request_id)
+                    yield output
+        finally:
+            if unfinished:
+                self.llm.llm_engine.abort_request(list(unfinished))
+
+    def add(self, request: EngineRequest, stream: bool = False) -> None:
+        """Adds a request to those that the engine's next steps run. With `stream`, each output has the new tokens only,
+        otherwise there is one output, with all tokens."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+        if request.salt:
+            prompt["cache_salt"] = request.salt
+        sampling, transfer = request.sampling, dict(request.transfer)
+        if self.pins_to_release:
+            transfer[UNPIN] = [self.pins_to_release.pop() for _ in range(len(self.pins_to_release))]
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=[] if request.past_end else self.end_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=request.top_logprobs,
+            extra_args={"kv_transfer_params": transfer} if transfer else None,
+            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+        )
+        self.llm.llm_engine.add_request(request.id, prompt, params)
+
+    def step(self) -> list[RequestOutput]:
+        """One step of the engine. Returns what it generated."""
+        outputs: list[RequestOutput] = self.llm.llm_engine.step()
+        return outputs
+
+    def reset_prefix_cache(self) -> None:
+        """Empties the engine's prefix cache. Raises EngineError while a request holds blocks."""
+        with self.lock:
+            if self.pins_to_release:  # a request of one token carries them, with a salt that no other has
+                release = EngineRequest((0,), 1, past_end=True)
+                list(self.run([replace(release, salt=release.id)]))
+            if not self.llm.reset_prefix_cache():
+                raise EngineError("The engine's prefix cache can't be emptied while a request uses it. Let it finish.")
+
+
+def answer_of(output: RequestOutput, token_ids: Sequence[int] | None = None) -> EngineAnswer:
+    """The answer of a finished output. token_ids: all tokens of a streamed one, which has only the last itself."""
+    completion = output.outputs[0]
+    report = (output.kv_transfer_params or {}).get(REPORT)
+    logprobs = completion.logprobs
+    return EngineAnswer(
+        tuple(completion.token_ids if token_ids is None else token_ids),
+        completion.finish_reason,
+        output.num_cached_tokens or 0,
+        None if report is None else Report.parse(report),
+        logprobs and tuple({token: entry.logprob for token, entry in step.items()} for step in logprobs),
+    )
