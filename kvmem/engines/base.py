@@ -96,7 +96,8 @@ class Backend(ABC):
 
         between_layers: called in this thread before each layer is computed, after the device has finished the layer
         before it. It may block, so that requests of other threads go first, and it may raise BuildCancelled, which ends
-        the build. Raises ConfigError if the engine can't pause between layers.
+        the build. An engine with a scheduler of its own, which interleaves the build with requests, calls it once,
+        before it submits the build. Raises ConfigError if the engine can do neither.
         """
 
     def measure_prefill(self, lengths: Sequence[int]) -> list[float]:

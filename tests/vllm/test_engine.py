@@ -19,7 +19,7 @@ from kvmem.engines.generation import Sampling
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
-from kvmem.errors import ConfigError, EngineError, InjectionError, KVMemError, PromptError, StorageError
+from kvmem.errors import BuildCancelled, ConfigError, EngineError, InjectionError, KVMemError, PromptError, StorageError
 from kvmem.prompt.template import TokenizedPrompt
 from tests.helpers.tiny import memory_on, pairs
 from tests.vllm.conftest import on_engine
@@ -272,3 +272,25 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(engine: VLLMBackend) -> 
     for name in ("../elsewhere.safetensors", "/etc/passwd", "", ".."):
         with pytest.raises(StorageError, match="plain file name"):
             file_path(engine.store.folder, name)
+
+
+def test_a_build_asks_once_before_it_is_sent_and_can_be_cancelled(engine: VLLMBackend) -> None:
+    calls: list[int] = []
+    item = engine.build(TEXTS[0][:400], between_layers=lambda: calls.append(1))
+    assert calls == [1] and item.metadata.token_count > 0
+
+    def cancel() -> None:
+        raise BuildCancelled("The text changed.")
+
+    there = sorted(engine.store.folder.iterdir())
+    with pytest.raises(BuildCancelled):
+        engine.build(TEXTS[0][:400], between_layers=cancel)
+    assert sorted(engine.store.folder.iterdir()) == there
+
+
+def test_a_measured_prefill_is_cold(engine: VLLMBackend) -> None:
+    assert engine.max_tokens == 1536
+    short_s, long_s = engine.measure_prefill([128, 1024])
+    assert 2 * short_s < long_s  # a hit on the second one's first blocks would take as long as the short one
+    with pytest.raises(PromptError, match=r"2000 tokens.*1536"):
+        engine.measure_prefill([2000])

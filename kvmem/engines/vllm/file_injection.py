@@ -6,6 +6,7 @@ to its subclasses: `VLLMBackend` runs the engine in this process, `VLLMServerBac
 
 from __future__ import annotations
 
+import statistics
 import time
 import uuid
 from abc import abstractmethod
@@ -26,7 +27,7 @@ from kvmem.cache import (
     TextualSource,
     dynamic_cache,
 )
-from kvmem.engines.base import Backend, FileHandle, Injectable
+from kvmem.engines.base import Backend, BetweenLayers, FileHandle, Injectable
 from kvmem.engines.generation import Sampling, Token, as_text, check_asked
 from kvmem.engines.vllm.connector import ITEM, LOAD, SAVE
 from kvmem.engines.vllm.memory_files import FileStore, as_file_handle, block_salt, split_behind
@@ -39,6 +40,9 @@ from kvmem.storage import ItemManifest
 
 BUILD_TOKENS = 2
 """A build generates two tokens, because a failed save is reported one step after the prompt's last."""
+PREFILL_SAMPLES = 3
+PREFILL_FIRST_ID, PREFILL_IDS = 10, 1000
+"""Token ids of a measured prefill: any will do, as a prefill's time does not depend on them."""
 
 
 class FileInjectingEngine(Backend):
@@ -91,8 +95,11 @@ class FileInjectingEngine(Backend):
         source: Source,
         textual_memory: TextualMemoryItem | None = None,
         base: KVCacheItem | None = None,
+        between_layers: BetweenLayers | None = None,
     ) -> KVCacheItem:
         """Prefills `source` into a new item, whose file the connector writes; with `base`, only the tokens behind it.
+
+        between_layers: called once, before the build is sent: vLLM's own scheduler interleaves it with other requests.
 
         Without a store the item is a prefix in the engine's own cache and has no tensors. Its `build_s` is the time of
         a hit if the engine held the prefix already.
@@ -102,6 +109,8 @@ class FileInjectingEngine(Backend):
         tokens = self.template.memory_tokens(source)
         self.check_length(len(tokens.token_ids), BUILD_TOKENS)
         manifest = new_manifest(tokens, self.fingerprint, textual_memory)
+        if between_layers is not None:
+            between_layers()
         store = self.store
         if store is None:
             metadata = manifest.metadata.model_copy(update={"build_s": self.hold_prefix(tokens.token_ids)})
@@ -127,6 +136,28 @@ class FileInjectingEngine(Backend):
         if answer.report is None:
             return "The engine does not run kvmem's connector."
         return answer.report.save_error or ("" if self.may_recompute else answer.report.load_error)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.window
+
+    def measure_prefill(self, lengths: Sequence[int]) -> list[float]:
+        """Seconds of a cold prefill of each number of tokens: warmed up, the median of three.
+
+        A salt of its own keeps each prefill from the blocks of the one before. On a server the times contain HTTP.
+        Raises PromptError for a length that does not fit the window.
+        """
+        medians = []
+        for tokens in lengths:
+            self.check_length(tokens, 1)
+            prompt = TokenizedPrompt((), tuple(PREFILL_FIRST_ID + i % PREFILL_IDS for i in range(tokens)))
+            samples = []
+            for _ in range(1 + PREFILL_SAMPLES):
+                started = time.perf_counter()
+                self.answer_prompt(prompt, cache_salt=uuid.uuid4().hex)
+                samples.append(time.perf_counter() - started)
+            medians.append(statistics.median(samples[1:]))
+        return medians
 
     def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> FileHandle:
         """The file of one item. Several items become a joined prefix in the engine's own cache if the merge is exact;
