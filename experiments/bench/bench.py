@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.bench.setup import Setup
 from experiments.hardware import layout
+from experiments.measurement import engine_conditions
 from experiments.performance_model import Rates, Roofline, calibrate
 from experiments.results import Row
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
@@ -66,7 +67,7 @@ class Bench:
 
     def conditions_now(self) -> dict[str, Any]:
         """Clocks, temperature, versions, kernel and graph mode, and what warming up has cost until now."""
-        return layout.conditions() | self.backend.conditions() | self.conditions
+        return layout.conditions() | engine_conditions(self.backend) | self.conditions
 
     def row(self, scenario: str, **fields: Any) -> Row:
         """A row with what is the same for all of this run filled in."""

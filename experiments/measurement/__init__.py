@@ -1,6 +1,7 @@
 """Timing, output equality and the verdict: how one figure is taken and judged."""
 
 from experiments.measurement.consensus import agreed
+from experiments.measurement.engine_adapters import engine_conditions, two_chunkings
 from experiments.measurement.equality import Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
 from experiments.measurement.ttft import Sample, synchronize
@@ -12,8 +13,10 @@ __all__ = [
     "Sample",
     "Trace",
     "agreed",
+    "engine_conditions",
     "grade",
     "synchronize",
     "transfer_s",
+    "two_chunkings",
     "validate_cell",
 ]

@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 from experiments.measurement.consensus import agreed
+from experiments.measurement.engine_adapters import two_chunkings
 from experiments.measurement.equality import Trace
 from kvmem.cache import MemoryTokens
 from kvmem.engines import FirstToken, Injectable, MeasuredBackend
@@ -219,7 +220,7 @@ def rounding_noise(backend: MeasuredBackend, token_ids: Sequence[int], memory_to
     """
     noise = 0.0
     for at in {len(token_ids) // 2, memory_tokens} - {0, len(token_ids)}:
-        whole_V, parts_V = backend.two_chunkings(token_ids, at)
+        whole_V, parts_V = two_chunkings(backend, token_ids, at)
         told_V = whole_V.isfinite() & parts_V.isfinite()
         noise = max(noise, float((whole_V[told_V] - parts_V[told_V]).abs().max()))
     return noise

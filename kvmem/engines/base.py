@@ -232,19 +232,9 @@ class MeasuredBackend(Backend):
     def greedy(self, prompt: TokenizedPrompt, kv_cache: Any, steps: int) -> GreedyAnswer:
         """`steps` greedy tokens, with the logits that gave each."""
 
-    @abstractmethod
-    def two_chunkings(self, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last token's logits, (vocab,), of a plain prompt prefilled whole, and in two parts that meet at token
-        `at` or as near to it as the engine can: what lies between the two is rounding. No stored memory has a part in
-        it. -inf where the engine does not tell them."""
-
     def held_tokens(self, prompt: TokenizedPrompt, kv_cache: Any) -> int:
         """How many of the prompt's tokens an answer behind `kv_cache` must not compute: exactly so many, or no hit."""
         return len(prompt.memory_ids)
 
     def reset(self) -> None:
         """Empties what the engine keeps of earlier prompts by itself; this one keeps nothing."""
-
-    @abstractmethod
-    def conditions(self) -> dict[str, Any]:
-        """What the engine's figures depend on: its version, graphs, sizes. Plain JSON."""

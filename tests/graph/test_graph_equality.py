@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from experiments.measurement.engine_adapters import engine_conditions
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.cache.dynamic_cache import layers_of
 from kvmem.engines.graph.backend import HFGraphBackend
@@ -81,7 +82,7 @@ def test_the_backend_opens_by_its_name():
     config = {"model_name_or_path": "random:tiny", "device": "cpu", "capacity_tokens": 512}
     memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "hf_graph", "config": config}))
     assert isinstance(memory.backend, HFGraphBackend) and memory.backend.engine.knobs.capacity_tokens == 512
-    assert memory.backend.conditions()["left_out"] == "CUDA graphs, compiled layers, fused kernels"
+    assert engine_conditions(memory.backend)["left_out"] == "CUDA graphs, compiled layers, fused kernels"
     assert memory.backend.attention == "sdpa"
 
 

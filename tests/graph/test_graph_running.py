@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch._inductor.utils import run_and_get_code
 
+from experiments.measurement.engine_adapters import engine_conditions
 from kvmem.engines.graph.backend import HFGraphBackend
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.errors import CapacityError
@@ -118,14 +119,14 @@ def test_decoding_stops_at_the_capacity(open_engine):
 def test_lengths_to_warm_are_ready_in_every_buffer(open_engine):
     fast = open_engine(warm_tokens=[8, 24], buffers=2)
     assert len(fast.engine.seats) == 2 and all(seat.answer is None for seat in fast.engine.seats)
-    ready = fast.conditions()["warm_up"]
+    ready = engine_conditions(fast)["warm_up"]
     if fast.device.type == "cpu":
         assert ready == {"seconds": 0.0, "graphs": 0, "graph_bytes": 0}
         return
     assert ready["graphs"] == 8 and ready["seconds"] > 0  # two lengths, one token, decoding; in two buffers
     fast.generate("Why?", None, 4)
     fast.prefill(prompt_of(0, 20))
-    assert fast.conditions()["warm_up"]["graphs"] in (8, 9)  # the question may be longer
+    assert engine_conditions(fast)["warm_up"]["graphs"] in (8, 9)  # the question may be longer
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import pytest
 from experiments.bench.bench import Bench
 from experiments.config import compose
 from experiments.measurement import ttft
+from experiments.measurement.engine_adapters import engine_conditions
 from experiments.performance_model.roofline import Rates, Roofline
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.errors import ConfigError
@@ -18,7 +19,7 @@ SLOWER_THAN_ANY = Rates(1e15, 1e15, "float32", "a limit that no arm of a test re
 def bench_on(engine: VLLMBackend, *overrides: str) -> Bench:
     config = compose.validate(compose.compose(["backend=vllm", "sink=none", *overrides]))
     memory = on_engine(engine)
-    return Bench(config, memory, engine, Roofline(SLOWER_THAN_ANY, engine.model_config), engine.conditions())
+    return Bench(config, memory, engine, Roofline(SLOWER_THAN_ANY, engine.model_config), engine_conditions(engine))
 
 
 def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,9 @@ Items are Hugging Face's: a memory that backend=huggingface built is placed here
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import ConfigDict
@@ -136,20 +135,6 @@ class HFGraphBackend(HFBackend):
     def eager(self) -> HFBackend:
         """The same weights by transformers' own forward."""
         return HFBackend(loading.Loaded(self.model, self.tokenizer, self.fingerprint.origin), self.template.kind)
-
-    def conditions(self) -> dict[str, Any]:
-        engine = self.engine
-        return {
-            "graphs": f"one a query length, up to {engine.graph_up_to} tokens" if engine.graph_up_to else "none",
-            "left_out": ", ".join(engine.left_out) or "nothing",
-            "compile": engine.compile,
-            "fused": engine.fused,
-            "pad_to": engine.pad_to,
-            "pad_up_to": engine.knobs.pad_up_to,
-            "capacity_tokens": engine.knobs.capacity_tokens,
-            "buffers": engine.knobs.buffers,
-            "warm_up": dataclasses.asdict(engine.warm_up),
-        }
 
     @property
     def max_tokens(self) -> int:

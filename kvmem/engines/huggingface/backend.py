@@ -164,15 +164,6 @@ class HFBackend(MeasuredBackend):
             logits.append(logits_V.float().cpu())
         return GreedyAnswer(tuple(token_ids), torch.stack(logits))
 
-    def two_chunkings(self, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = tuple(token_ids)
-        whole_V = self.prefill(TokenizedPrompt((), ids))[0].float()
-        _, grown = self.prefill(TokenizedPrompt((), ids[:at]))
-        return whole_V, self.extend(ids[at:], grown).float()
-
-    def conditions(self) -> dict[str, Any]:
-        return {"graphs": "none (eager)"}
-
     def extend(self, token_ids: Sequence[int], grown: Any) -> torch.Tensor:
         """The logits, (vocab,), that follow `token_ids` behind what `prefill` gave, which grows by them."""
         return prefill(self.model, token_ids, grown)

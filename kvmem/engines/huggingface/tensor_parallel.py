@@ -130,9 +130,6 @@ class HFRanksBackend(HFBackend):
         """Waits for the slowest rank, so that no clock starts before all of them are there."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def conditions(self) -> dict[str, Any]:
-        return super().conditions() | {"tensor_parallel": self.ranks}
-
     def _own(self, pair: KV) -> KV:
         keys, values = (tensor.chunk(self.ranks, HEADS)[self.rank].to(self.device) for tensor in pair)
         return keys, values
