@@ -10,6 +10,7 @@ from experiments.measurement import Equality, Trace, grade, ttft
 from kvmem import KVCacheItem
 from kvmem.cache import dynamic_cache
 from kvmem.engines.huggingface import HFBackend
+from kvmem.errors import ConfigError
 from kvmem.prompt import TokenizedPrompt
 
 SCORED_TOKENS, LEAST_SCORED = 64, 2
@@ -47,7 +48,8 @@ def nll(backend: HFBackend, item: KVCacheItem) -> float | None:
         return None
     start = tokens.body_end - scored - 1  # the token before the first that is scored predicts it
     cache = _view(backend, item)
-    assert dynamic_cache.crop(cache, start)  # a compressed tier covers full attention only
+    if not dynamic_cache.crop(cache, start):
+        raise ConfigError("The likelihood of a memory's text needs full attention; this model has a sliding window.")
     ids = torch.tensor([tokens.token_ids[start : tokens.body_end]], device=backend.device)
     logits_TV = backend.model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits[0].float()
     return float(torch.nn.functional.cross_entropy(logits_TV, ids[0, 1:]))

@@ -196,3 +196,9 @@ def test_likelihood_is_of_64_tokens_or_none(qwen3: HFBackend, text: str) -> None
         likely_TV = qwen3.model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
     of_each = -likely_TV[:-1].gather(1, ids[1:, None])[-64:]
     assert of_each.numel() == 64 and found == pytest.approx(float(of_each.mean()), rel=1e-5)
+
+
+def test_likelihood_behind_a_sliding_window_is_refused(sliding: HFBackend) -> None:
+    item = sliding.build(pairs(1, 900, seed=3)[0][0])
+    with pytest.raises(ConfigError, match="full attention"):
+        nll(sliding, item)
