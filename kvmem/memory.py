@@ -7,9 +7,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
-from kvmem.cache import KVCacheItem, Message, TextualMemoryItem, dynamic_cache
+from kvmem.cache import KVCacheItem, Message, TextualMemoryItem
 from kvmem.config import KVCacheMemoryConfig
-from kvmem.engines import Backend
+from kvmem.engines import Backend, Injectable
 from kvmem.errors import ArgumentError, DuplicateMemoryError, PromptError, StorageError, UnknownMemoryError, check_kind
 from kvmem.prompt import with_ids_from_text
 
@@ -103,7 +103,7 @@ class KVCacheMemory:
         """All items, in the order of adding."""
         return list(self._items.values())
 
-    def get_cache(self, cache_ids: str | Sequence[str]) -> dynamic_cache.CacheView:
+    def get_cache(self, cache_ids: str | Sequence[str]) -> Injectable:
         """A lent cache for one id, or for several through the configured merge strategy, in the given order.
 
         Always a fresh shell that shares the stored tensors: however it is used, the stored items stay bit-identical.
@@ -118,7 +118,7 @@ class KVCacheMemory:
             stored = f"Stored: {len(self._items)} items, see get_all()."
             raise UnknownMemoryError(" ".join([f"Not stored: {names}. {stored}", *self._of_texts(missing)]))
         items = [with_ids_from_text(self._items[memory_id], self.backend.template) for memory_id in ids]
-        return self.backend.view(items, self.config.merge, self.config.separator)  # type: ignore[return-value]
+        return self.backend.view(items, self.config.merge, self.config.separator)
 
     def _of_texts(self, missing: Sequence[str]) -> list[str]:
         """Sentences on ids that are a text memory's, which its item does not share: an edited text may have several."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kvmem import storage
@@ -56,6 +56,10 @@ class FileHandle:
     tokens: MemoryTokens
     file: StoredFile | None
     salt: str | None = None
+
+
+Injectable = CacheView | FileHandle
+"""What `get_cache` returns: a cache view if the engine computes in this process, a file handle if it injects files."""
 
 
 class BackendConfig:
@@ -121,7 +125,7 @@ class Backend(ABC):
             )
 
     @abstractmethod
-    def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> DynamicCache | FileHandle:
+    def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> Injectable:
         """What the engine injects for one item, or for several through `merge`; using it leaves them as they are."""
 
     def check(self, item: KVCacheItem) -> None:
@@ -175,10 +179,6 @@ def check_view(cache: CacheView, fingerprint: ModelFingerprint, shards: int = 1)
             f"This cache was lent by another model: {difference}. Answer with that model's backend, or extract the "
             "memory again with this one."
         )
-
-
-Injectable = CacheView | FileHandle
-"""What `get_cache` gives, on one engine or another."""
 
 
 @dataclass(frozen=True)

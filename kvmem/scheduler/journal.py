@@ -1,11 +1,12 @@
-"""A state that survives kill -9: a snapshot, and a journal of what came after it."""
+"""A scheduler state that survives kill -9: a snapshot, and a journal of the events after it."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from kvmem.errors import DamagedFileError, StorageError
 from kvmem.storage import replacing, write_all
@@ -14,30 +15,34 @@ VERSION = 1
 
 
 class Journal:
-    """`append` costs one small write, and outlives the process once it returns (not the machine); `snapshot` is
-    fsynced, and empties the journal. Snapshots are numbered, and so are the events that follow each: a process that
-    dies between the two leaves events that the snapshot already holds, and they are skipped."""
+    """Appends events and replaces them by snapshots of the state.
+
+    `append` is one small write that survives the end of the process, but not a crash of the machine. `snapshot` is
+    fsynced and empties the journal. Each event carries the number of the snapshot that it follows. If a process dies
+    between writing a snapshot and emptying the journal, the events that the snapshot already contains are skipped.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises StorageError for a folder that can't be made or written, or that another process has."""
+        """Raises StorageError if `folder` can't be created or written, or if another process uses it."""
         self._snapshot_path, self._events_path = folder / "state.json", folder / "events.jsonl"
         self._number = 0
+        self._lock = FileLock(folder / "journal.lock", timeout=0, thread_local=False)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._events = open(self._events_path, "ab", buffering=0)  # noqa: SIM115 - open as long as the journal is
-        except OSError as error:
-            raise StorageError(f"{folder} can't hold the state ({error}). Give another folder.") from error
-        try:
-            fcntl.flock(self._events, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._lock.acquire()
+            self._events = open(self._events_path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+        except Timeout as error:
             raise StorageError(f"{folder} is another process's. Give this scheduler a folder of its own.") from error
+        except OSError as error:
+            self._lock.release()
+            raise StorageError(f"{folder} can't hold the state ({error}). Give another folder.") from error
         self.appended = 0
         """Events since the last snapshot."""
 
     def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        """The last snapshot (None: there is none) and the events after it. A last line that was cut off is left out.
+        """The last snapshot (None if there is none) and the events after it. Skips a last line that is incomplete.
 
-        Raises DamagedFileError for a snapshot that is not one.
+        Raises DamagedFileError for a snapshot that can't be parsed or has another version.
         """
         state = None
         if self._snapshot_path.exists():
@@ -53,8 +58,8 @@ class Journal:
                     "Upgrade kvmem, or delete the file to start without counts."
                 )
             self._number, state = saved["number"], saved["state"]
-        whole = self._events_path.read_bytes().rpartition(b"\n")[0]
-        numbered = [json.loads(line) for line in whole.splitlines()]
+        complete = self._events_path.read_bytes().rpartition(b"\n")[0]
+        numbered = [json.loads(line) for line in complete.splitlines()]
         return state, [event for number, event in numbered if number == self._number]
 
     def append(self, event: dict[str, Any]) -> None:
@@ -62,7 +67,7 @@ class Journal:
         self.appended += 1
 
     def snapshot(self, state: dict[str, Any]) -> None:
-        """Writes `state`, beside and renamed, and forgets the events that led to it."""
+        """Writes `state` atomically and deletes the events that led to it."""
         document = {"version": VERSION, "number": self._number + 1, "state": state}
         with replacing(self._snapshot_path) as file:
             write_all(file, memoryview(json.dumps(document).encode()))
@@ -71,4 +76,6 @@ class Journal:
         self.appended = 0
 
     def close(self) -> None:
+        """Leaves the folder to the next process."""
         self._events.close()
+        self._lock.release()
