@@ -1,4 +1,4 @@
-"""What can go wrong, by name. Every message names the thing and the way out."""
+"""The errors of this package. Every message names what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -9,86 +9,86 @@ import pydantic
 
 
 class KVMemError(Exception):
-    """The base of every error that this package raises on purpose."""
+    """The base class of every error that this package raises deliberately."""
 
 
 class ConfigError(KVMemError, ValueError):
-    """A configuration names something that does not exist, or gives a value that is not allowed."""
+    """A configuration names something unknown, or has a value that is not allowed."""
 
 
 class ArgumentError(KVMemError, TypeError):
-    """A call was given a thing of another kind than it takes."""
+    """An argument has the wrong type."""
 
 
 class ClosedError(KVMemError):
-    """A scheduler was asked for something after its `close`."""
+    """A scheduler was used after `close`."""
 
 
 class ModelError(KVMemError):
-    """A model can't be had, or its architecture is one that a cache can't be lent to."""
+    """A model can't be loaded, or its architecture is not supported."""
 
 
 class PromptError(KVMemError, ValueError):
-    """A text can't be rendered or tokenised into a prompt: empty, too long, or refused by the template."""
+    """A text can't become a prompt: it is empty, too long, or the template refuses it."""
 
 
 class UnknownMemoryError(KVMemError, KeyError):
-    """An id is not in the memory."""
+    """An id is not stored."""
 
-    def __str__(self) -> str:  # KeyError would print the message quoted
+    def __str__(self) -> str:  # KeyError prints its message with quotes
         return str(self.args[0])
 
 
 class DuplicateMemoryError(KVMemError, ValueError):
-    """An id is already in the memory."""
+    """An id is already stored."""
 
 
 class FingerprintError(KVMemError, ValueError):
-    """A cache was built by another model, tokenizer or template than the one in hand."""
+    """A cache was built by another model, tokenizer or template than the one in use."""
 
 
 class MergeError(KVMemError, ValueError):
-    """A merge strategy does not cover these items or this model."""
+    """A merge strategy does not support these items or this model."""
 
 
 class BudgetError(KVMemError, ValueError):
-    """An item does not fit what is left of a tier's budget."""
+    """An item does not fit into the free bytes of a tier's budget."""
 
 
 class CapacityError(KVMemError, ValueError):
-    """A memory, query and answer together are longer than the engine's buffer."""
+    """Memory, query and answer together are longer than the engine's buffer."""
 
 
 class BuildCancelled(KVMemError):
-    """A build was called off on purpose: its text changed, or the scheduler is closing."""
+    """A build was cancelled deliberately: its text changed, or the scheduler is closing."""
 
 
 class StorageError(KVMemError):
-    """A file can't be read or written; the memory in place is as it was."""
+    """A file can't be read or written. What was in memory or in the file before is unchanged."""
 
 
 class DamagedFileError(StorageError):
-    """A file is truncated, altered, or not of the format that its suffix says."""
+    """A file is truncated, altered, or not in the format that its suffix says."""
 
 
 class UnsafeFileError(StorageError):
-    """A pickle names something that the allow-list does not hold; nothing of it was run."""
+    """A pickle names something that is not on the allow-list. No code in it was run."""
 
 
 class EngineError(KVMemError):
-    """An inference engine is not installed, is of a version or kind that is not covered, or refused a request."""
+    """An inference engine is not installed, is not a supported version or kind, or refused a request."""
 
 
 class ServerError(EngineError):
-    """An inference server is down, slow, of another kind than expected, or refused a request; the message names it."""
+    """An inference server is down, too slow, not of the expected kind, or refused a request. The message names it."""
 
 
 class InjectionError(EngineError):
-    """An engine did not reuse the memory that it was given: its file was damaged or gone, or the hit did not happen."""
+    """An engine did not reuse a memory: the file is damaged or missing, or the cache hit did not happen."""
 
 
 def check_kind(what: str, given: object, *kinds: type, way_out: str = "") -> None:
-    """Raises ArgumentError unless `given` is of one of `kinds`.
+    """Raises ArgumentError unless `given` is an instance of one of `kinds`. `what` starts the message, as a subject.
 
     >>> check_kind("An id", 3, str, way_out="Give its text.")
     Traceback (most recent call last):
@@ -100,7 +100,7 @@ def check_kind(what: str, given: object, *kinds: type, way_out: str = "") -> Non
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A sentence that names the nearest choice and then all of them.
+    """A sentence with the choice nearest to `name`, then all choices.
 
     >>> did_you_mean("devise", ["device", "dtype"])
     'Did you mean device? Choices: device, dtype.'
@@ -111,7 +111,7 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def config_error(what: str, error: pydantic.ValidationError, known: Iterable[str]) -> ConfigError:
-    """pydantic's findings as one error of ours, with the nearest known name for a key that does not exist."""
+    """The findings of pydantic as one ConfigError, with the nearest of the `known` names for an unknown key."""
     lines = []
     for finding in error.errors():
         key = ".".join(str(part) for part in finding["loc"])
@@ -119,7 +119,7 @@ def config_error(what: str, error: pydantic.ValidationError, known: Iterable[str
             lines.append(f"{what}: unknown key {key!r}. {did_you_mean(str(finding['loc'][-1]), known)}")
         elif finding["type"] in ("missing", "missing_argument"):
             lines.append(f"{what}: {key!r} is missing.")
-        elif finding["type"] == "value_error":  # raised by a check of ours, whose sentence says it all
+        elif finding["type"] == "value_error":  # one of this package's validators, whose message is complete
             lines.append(f"{what}{'.' if key else ''}{key}: {finding['ctx']['error']}")
         else:
             lines.append(f"{what}.{key}: {finding['msg']} (got {finding['input']!r})")

@@ -1,7 +1,7 @@
-"""Finds an implementation by its name: in a package of this repository, or in an installed package of the user's.
+"""Finds an implementation by name, in a package of this repository or in any installed package.
 
-A new merge strategy, policy, file format or engine is one new file in its package. Nothing else is edited. A package of
-the user's own declares its class as an entry point in the group that has the package's name:
+A new merge strategy, policy, file format or engine is one new file in its package; no list is edited. Another
+distribution declares its class as an entry point, in the group named after that package:
 
     [project.entry-points."kvmem.merge"]
     mean = "my_package.merges:Mean"
@@ -21,7 +21,7 @@ from kvmem.errors import ConfigError, did_you_mean
 
 
 class Named(Protocol):
-    """A class with the name that configurations call it by."""
+    """A class with the name that configurations use for it."""
 
     name: ClassVar[str]
 
@@ -32,18 +32,19 @@ T = TypeVar("T", bound=Named)
 class Registry(Generic[T]):
     """The concrete subclasses of `base`, by name. Case, underscores and hyphens in a name do not matter.
 
-    Searched are the modules of `package`, and of a subpackage what its `__init__` exports; then the entry points of the
-    group `package`. A lookup imports the module that has the wanted name first, and others only if that is not it.
+    The registry searches the modules of `package`, the `__init__` of its subpackages, and the entry points in the group
+    `package`. A lookup first imports the module that has the wanted name, and other modules only if the class is not
+    there.
     """
 
     def __init__(self, base: type[T], package: str, what: str) -> None:
-        """`what` says in an error what was looked for, such as "merge strategy"."""
+        """`what` names the kind of class in error messages, such as "merge strategy"."""
         self.base, self.package, self.what = base, package, what
 
     def find(self, name: str) -> type[T]:
         """The class called `name`.
 
-        Raises ConfigError with the nearest name and all choices, or if two installed classes have the name.
+        Raises ConfigError if no class or more than one has the name, or if an entry point is not a class of this kind.
         """
         wanted = _normalized(name)
         here = next((cls for cls in self._of_package(wanted) if _normalized(cls.name) == wanted), None)
@@ -60,12 +61,12 @@ class Registry(Generic[T]):
         return here
 
     def classes(self) -> dict[str, type[T]]:
-        """Every class by its name in lower case; imports all modules of the package and all entry points."""
+        """Every class by its name in lower case. Imports all modules of the package and all entry points."""
         found = {cls.name.lower(): cls for cls in self._of_package()}
         return found | {point.name.lower(): self._loaded(point) for point in self._entry_points()}
 
     def installed(self) -> dict[str, type[T]]:
-        """The classes of other installed packages, by the names of their entry points."""
+        """The classes of other distributions, by the names of their entry points."""
         return {point.name: self._loaded(point) for point in self._entry_points()}
 
     def _of_package(self, first: str = "") -> Iterator[type[T]]:
@@ -79,14 +80,21 @@ class Registry(Generic[T]):
         return sorted(entry_points(group=self.package), key=lambda point: point.name)
 
     def _loaded(self, point: EntryPoint) -> type[T]:
+        where = f"The entry point {point.name} = {point.value} in the group {self.package}"
         try:
             cls = point.load()
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f"The entry point {point.name} = {point.value} can't be imported: {error}") from error
-        if not (inspect.isclass(cls) and issubclass(cls, self.base)):
             raise ConfigError(
-                f"The entry point {point.name} = {point.value} in the group {self.package} is not a "
-                f"{self.base.__name__}. Derive it from {self.base.__module__}.{self.base.__name__}."
+                f"{where} can't be imported: {error}. Correct or uninstall the distribution that declares it."
+            ) from error
+        if not (inspect.isclass(cls) and issubclass(cls, self.base)) or inspect.isabstract(cls):
+            raise ConfigError(
+                f"{where} is not a {self.base.__name__}. Name a class there that is derived from "
+                f"{self.package}.{self.base.__name__} and implements its abstract methods."
+            )
+        if _normalized(getattr(cls, "name", "")) != _normalized(point.name):
+            raise ConfigError(
+                f"{where} is a class without the name {point.name!r}. Set its attribute: name = {point.name!r}."
             )
         return cls
 
@@ -96,7 +104,7 @@ def _normalized(name: str) -> str:
 
 
 def _modules(package: ModuleType, first: str) -> Iterator[ModuleType]:
-    """The modules of a package, then its subpackages and theirs; one that is called `first` before all others."""
+    """The modules of a package, the one called `first` before the others, then the subpackages at any depth."""
     children = sorted(pkgutil.iter_modules(package.__path__), key=lambda child: _normalized(child.name) != first)
     packages = []
     for child in children:
@@ -105,13 +113,13 @@ def _modules(package: ModuleType, first: str) -> Iterator[ModuleType]:
             packages.append(module)
         yield module
     for module in packages:
-        yield from (below for below in _modules_of_faces(module, first))
+        yield from _subpackages(module)
 
 
-def _modules_of_faces(package: ModuleType, first: str) -> Iterator[ModuleType]:
-    """The subpackages of a subpackage. Its modules are its own affair: they may need what is not installed."""
+def _subpackages(package: ModuleType) -> Iterator[ModuleType]:
+    """The subpackages at any depth, without their modules, which may import what is not installed."""
     for child in pkgutil.iter_modules(package.__path__):
         if child.ispkg:
             module = importlib.import_module(f"{package.__name__}.{child.name}")
             yield module
-            yield from _modules_of_faces(module, first)
+            yield from _subpackages(module)

@@ -70,7 +70,7 @@ def test_an_item_without_tensors_is_not_view(qwen3):
     item = memory_on(qwen3).extract(OTHER)
     config = memory_on(qwen3).config
     bare = KVCacheItem(DynamicCache(), item.metadata)
-    with pytest.raises(FingerprintError, match="A cache of 0 layers is none of this model's 2"):
+    with pytest.raises(FingerprintError, match="The cache has 0 layers and this model 2"):
         qwen3.view([bare], config.merge, config.separator)
 
 

@@ -1,10 +1,15 @@
-"""Stored caches and the model that they are valid for.
+"""KV caches and the model that they are valid for.
 
-A `KVCacheItem` holds the keys and values of a text with its metadata. `dynamic_cache` is the only module that knows the
-inside of transformers' `DynamicCache`: it builds caches, and gives out copy-on-write views (`CacheView`) of stored
-ones. `ModelFingerprint` says which model computed a cache.
+A `KVCacheItem` is one memory as keys and values, with its token ids and metadata. A `ModelFingerprint` identifies the
+model that computed them. A `CacheView` is a copy-on-write view of stored items: an engine extends it with a query, and
+the stored tensors stay as they are.
+
+Two modules are used as namespaces. `dynamic_cache` builds, views, crops and joins transformers' `DynamicCache`; it and
+`layers` are the only modules that know its internals. `device_transfer` copies a cache from host memory to a GPU while
+the model already computes.
 """
 
+from kvmem.cache import device_transfer, dynamic_cache
 from kvmem.cache.dynamic_cache import CacheView
 from kvmem.cache.fingerprint import ModelFingerprint, fingerprint_of, hash_tokenizer, sha256
 from kvmem.cache.items import (
@@ -29,6 +34,8 @@ __all__ = [
     "Source",
     "TextualMemoryItem",
     "TextualSource",
+    "device_transfer",
+    "dynamic_cache",
     "fingerprint_of",
     "hash_tokenizer",
     "sha256",

@@ -1,4 +1,4 @@
-"""Host memory to GPU, layer by layer, behind the forward pass that wants it."""
+"""Copies a cache from host memory to a GPU, layer by layer, overlapped with the forward pass that reads it."""
 
 from __future__ import annotations
 
@@ -9,44 +9,47 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from kvmem.cache import dynamic_cache
-from kvmem.cache.dynamic_cache import KV
+from kvmem.cache.layers import KV
 
 
 def to_device(stored: DynamicCache, device: torch.device, config: PreTrainedConfig) -> DynamicCache:
-    """The same cache on `device`; on a GPU its layers are on their way there when this returns, the first one first.
+    """The same cache on `device`. To a GPU it returns while the layers are still being copied, first layer first.
 
-    A cache lent from it has each layer's attention wait for that layer alone, so that the forward pass hides all other
-    transfers. From pinned memory the host waits for nothing. Sliding layers are copied before this returns.
+    In a view of the result, attention in each layer waits for that layer alone, so the forward pass hides the other
+    copies. From pinned memory the host does not wait. A cache with sliding layers is copied completely before this
+    returns.
     """
     layers = dynamic_cache.layers_of(stored)
-    moves = device.type == "cuda" and layers[0][0].device.type != "cuda"
-    if not moves or dynamic_cache.has_sliding_layers(config):
+    is_upload = device.type == "cuda" and layers[0][0].device.type != "cuda"
+    if not is_upload or dynamic_cache.has_sliding_layers(config):
         return dynamic_cache.to_device(stored, device, config)
-    targets, flat = _beside(layers, device)
-    stream = _copies(device)
-    stream.wait_stream(torch.cuda.current_stream(device))  # the targets' memory may be in use there until now
-    arrives = []
+    targets, buffer = _allocate_like(layers, device)
+    stream = _copy_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # that stream may still use the memory behind `targets`
+    ready_events = []
     with torch.cuda.stream(stream):
-        for pair, target in zip(layers, targets, strict=True):
-            for source, copy in zip(pair, target, strict=True):
-                copy.copy_(source, non_blocking=True)
-            arrives.append(torch.cuda.Event())
-            arrives[-1].record(stream)
-    flat.record_stream(stream)
-    return dynamic_cache.arriving(targets, arrives, config)
+        for source_pair, target_pair in zip(layers, targets, strict=True):
+            for source, target in zip(source_pair, target_pair, strict=True):
+                target.copy_(source, non_blocking=True)
+            ready_events.append(torch.cuda.Event())
+            ready_events[-1].record(stream)
+    buffer.record_stream(stream)
+    return dynamic_cache.from_transfer(targets, ready_events, config)
 
 
-def _beside(layers: Sequence[KV], device: torch.device) -> tuple[list[KV], torch.Tensor]:
-    """Room for all layers in one allocation, which it also gives: two a layer would cost the host milliseconds."""
-    parts = [part for pair in layers for part in pair]
-    flat = torch.empty(sum(part.numel() for part in parts), dtype=parts[0].dtype, device=device)
-    views = [
-        view.view(part.shape) for view, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)
-    ]
-    return list(zip(views[::2], views[1::2], strict=True)), flat
+def _allocate_like(layers: Sequence[KV], device: torch.device) -> tuple[list[KV], torch.Tensor]:
+    """Empty tensors shaped like `layers`, and the one allocation that holds them all.
+
+    Two allocations per layer would cost the host milliseconds.
+    """
+    tensors = [tensor for pair in layers for tensor in pair]
+    buffer = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, device=device)
+    parts = buffer.split([tensor.numel() for tensor in tensors])
+    views = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return list(zip(views[::2], views[1::2], strict=True)), buffer
 
 
 @cache
-def _copies(device: torch.device) -> torch.cuda.Stream:
-    """The stream that copies to `device`, beside the one that computes."""
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that copies to `device`, separate from the stream that computes."""
     return torch.cuda.Stream(device)

@@ -1,15 +1,14 @@
-"""The file that reaches inside transformers' DynamicCache: lend, join, crop, move, count bytes. Its layers' own ways of
-growing are in `cache_layers.py`; nothing else knows of either.
+"""Builds, views, crops, joins and measures transformers' DynamicCache. Only `layers` also knows its internals.
 
 Layout (transformers 5.16 to 5.19): `cache.layers[i].keys` and `.values`, each (batch, kv_heads, tokens, head_dim), keys
-after RoPE. A layer also carries `is_initialized`, `dtype` and `device`; a layer built by hand that leaves them unset
-reports length 0 and is silently ignored, so caches are built here and nowhere else.
+after RoPE. A layer also has `is_initialized`, `dtype` and `device`. If they are unset, the layer reports length 0 and
+the model silently ignores it, so every cache is built in this module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
@@ -22,21 +21,23 @@ from kvmem.errors import FingerprintError, ModelError
 
 
 class CacheView(DynamicCache):
-    """A DynamicCache lent from stored memories: using it leaves them as they are.
-
-    `tokens` says which token ids it was lent with, so that a query can verify the prefix. `note`: why something that is
-    stored was not lent, as a sentence; "" if there is nothing to tell. `lossy`: what its keys and values have been
-    compressed to on their way ("int8"); "": they are the bits that were built. `fingerprint`: the model that it
-    was lent for; None: that was not said.
-    """
+    """A copy-on-write view of stored memories, as a DynamicCache. Using it leaves the stored tensors unchanged."""
 
     tokens: MemoryTokens
+    """The token ids of the view, against which the prefix of a query's prompt is verified."""
     note: str = ""
+    """Why a stored memory is not part of the view, as a sentence; "" if every memory is."""
     lossy: str = ""
+    """The lossy forms that the keys and values went through, such as "int8"; "" if they are the bits as built."""
     fingerprint: ModelFingerprint | None = None
+    """The model that the view is for; None if unknown."""
 
 
-def _shell(config: PreTrainedConfig, kind: type[DynamicCache]) -> DynamicCache:
+CacheT = TypeVar("CacheT", bound=DynamicCache)
+
+
+def _empty(config: PreTrainedConfig, kind: type[CacheT]) -> CacheT:
+    """A cache of `kind` with a layer for each of the model's. Raises ModelError for a layer kind without keys."""
     cache = kind(config=config)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
@@ -44,14 +45,14 @@ def _shell(config: PreTrainedConfig, kind: type[DynamicCache]) -> DynamicCache:
                 cache.layers[i] = CopyOnWriteLayer()
         elif type(layer) is not DynamicSlidingWindowLayer:
             raise ModelError(
-                f"{config.model_type} has a layer of kind {type(layer).__name__}, whose state is no list of keys and "
-                "values. Covered: full and sliding-window attention."
+                f"{config.model_type} has a layer of kind {type(layer).__name__}, whose state is not a list of keys "
+                "and values. Supported: full and sliding-window attention."
             )
     return cache
 
 
 def _attention_layers(cache: DynamicCache) -> list[DynamicLayer]:
-    """The layers of a cache that was made here: `_shell` refuses every other kind."""
+    """The layers of a cache that was built here: `_empty` refuses every other kind."""
     return cast("list[DynamicLayer]", cache.layers)
 
 
@@ -65,32 +66,37 @@ def _fill(cache: DynamicCache, layers: Iterable[KV], tokens: int) -> None:
 
 
 def from_layers(layers: Sequence[KV], config: PreTrainedConfig, tokens: int | None = None) -> DynamicCache:
-    """A DynamicCache of `config`'s model around the given tensors (shared, not copied).
+    """A DynamicCache for the model of `config` that shares the given tensors.
 
-    `tokens` is the length of the text behind it; it differs from the tensors' only on sliding layers.
+    `tokens`: how many tokens the cache stands for. It differs from the tensors' length only on sliding layers.
     """
-    cache = _shell(config, DynamicCache)
+    cache = _empty(config, DynamicCache)
     _fill(cache, layers, max(keys.shape[-2] for keys, _ in layers) if tokens is None else tokens)
     return cache
 
 
-def arriving(layers: Sequence[KV], arrives: Sequence[torch.cuda.Event], config: PreTrainedConfig) -> DynamicCache:
-    """As `from_layers`, for full attention, around tensors of which each layer's are there after its event."""
-    cache = _shell(config, DynamicCache)
-    cache.layers = [TransferLayer(event) for event in arrives]
+def from_transfer(
+    layers: Sequence[KV], ready_events: Sequence[torch.cuda.Event], config: PreTrainedConfig
+) -> DynamicCache:
+    """As `from_layers`, for full attention, while the tensors are still being copied.
+
+    `ready_events`: one event for each layer, recorded behind the copies of its keys and values.
+    """
+    cache = _empty(config, DynamicCache)
+    cache.layers = [TransferLayer(ready) for ready in ready_events]
     _fill(cache, layers, layers[0][0].shape[-2])
     return cache
 
 
 def patched(layers: Sequence[KV], at_S: torch.Tensor) -> DynamicCache:
-    """A cache of a model's first layers whose forward pass overwrites the tokens `at`, (new,) int64, of `layers`."""
+    """A cache of a model's first layers. A forward pass overwrites the tokens at the indices `at`, (new,) int64."""
     cache = DynamicCache()
     cache.layers = [PatchedLayer(keys, values, at_S) for keys, values in layers]
     return cache
 
 
 def layers_of(cache: DynamicCache) -> list[KV]:
-    """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied."""
+    """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied. Waits for transfers."""
     for layer in cache.layers:
         if isinstance(layer, TransferLayer):
             layer.wait()
@@ -98,19 +104,25 @@ def layers_of(cache: DynamicCache) -> list[KV]:
 
 
 def _tensors(cache: DynamicCache) -> list[KV]:
-    """As `layers_of`, for who does not read them yet."""
-    return [(layer.keys, layer.values) for layer in _attention_layers(cache)]  # type: ignore[misc]
+    """As `layers_of`, without waiting for pending transfers."""
+    pairs = []
+    for layer in _attention_layers(cache):
+        assert layer.keys is not None and layer.values is not None
+        pairs.append((layer.keys, layer.values))
+    return pairs
 
 
 def compact(layers: Iterable[KV]) -> list[KV]:
-    """The same tensors, copied where they are views into larger ones: a lent layer's buffer has room to spare, and a
-    sliding layer's tensors still hold the tokens that have left the window."""
-    return [(_alone(keys), _alone(values)) for keys, values in layers]
+    """The same values in tensors that fill their storage; a tensor that is a view into a larger one is copied.
+
+    A copy-on-write layer's buffer has free space, and a sliding layer's storage holds tokens that left the window.
+    """
+    return [(_compacted(keys), _compacted(values)) for keys, values in layers]
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    fills = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if fills else tensor.clone(memory_format=torch.contiguous_format)
+def _compacted(tensor: torch.Tensor) -> torch.Tensor:
+    fills_storage = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if fills_storage else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def view_of(
@@ -120,28 +132,33 @@ def view_of(
     lossy: str = "",
     fingerprint: ModelFingerprint | None = None,
 ) -> CacheView:
-    """A fresh shell that shares `cache`'s tensors; growing, cropping or reordering it leaves `cache` as it is."""
-    shell = cast("CacheView", _shell(config, CacheView))
-    held, wanted = len(cache.layers), len(shell.layers)
-    if held != wanted:
-        raise FingerprintError(f"A cache of {held} layers is none of this model's {wanted}. Extract it again with it.")
-    _fill(shell, _tensors(cache), cache.get_seq_length())
-    for cache_view, stored in zip(shell.layers, cache.layers, strict=True):
-        if isinstance(cache_view, TransferLayer) and isinstance(stored, TransferLayer):
-            cache_view.arrives = stored.arrives
-    shell.tokens, shell.lossy, shell.fingerprint = tokens, lossy, fingerprint
-    return shell
+    """A view that shares the tensors of `cache`; growing, cropping or reordering it leaves `cache` unchanged.
+
+    Raises FingerprintError if `cache` has another number of layers than the model of `config`.
+    """
+    view = _empty(config, CacheView)
+    if len(cache.layers) != len(view.layers):
+        raise FingerprintError(
+            f"The cache has {len(cache.layers)} layers and this model {len(view.layers)}. Extract the memory again "
+            "with this model."
+        )
+    _fill(view, _tensors(cache), cache.get_seq_length())
+    for layer, stored in zip(view.layers, cache.layers, strict=True):
+        if isinstance(layer, TransferLayer) and isinstance(stored, TransferLayer):
+            layer.ready = stored.ready
+    view.tokens, view.lossy, view.fingerprint = tokens, lossy, fingerprint
+    return view
 
 
 def empty_view(tokens: MemoryTokens, config: PreTrainedConfig) -> CacheView:
-    """An empty shell for a prompt whose memory is all text: it grows as a lent one does."""
-    shell = cast("CacheView", _shell(config, CacheView))
-    shell.tokens = tokens.model_copy(update={"token_ids": ()})
-    return shell
+    """A view without tokens, for a prompt whose memory is sent as text; it grows as any view does."""
+    view = _empty(config, CacheView)
+    view.tokens = tokens.model_copy(update={"token_ids": ()})
+    return view
 
 
 def can_crop(cache: DynamicCache, tokens: int) -> bool:
-    """False where a sliding layer has already dropped tokens that it would need behind the first `tokens`."""
+    """Whether `crop` to `tokens` is possible: False if a sliding layer already dropped tokens that it would need."""
     return tokens >= cache.get_seq_length() or not any(
         isinstance(layer, DynamicSlidingWindowLayer)
         and layer.keys is not None
@@ -151,7 +168,7 @@ def can_crop(cache: DynamicCache, tokens: int) -> bool:
 
 
 def crop(cache: DynamicCache, tokens: int) -> bool:
-    """Keeps the first `tokens` tokens, in place, by views. False, and nothing done, where `can_crop` is."""
+    """Keeps the first `tokens` tokens, in place, without a copy. Returns False and does nothing if not `can_crop`."""
     if tokens >= cache.get_seq_length():
         return True
     if not can_crop(cache, tokens):
@@ -165,12 +182,12 @@ def crop(cache: DynamicCache, tokens: int) -> bool:
 
 
 def cut(cache: DynamicCache, start: int, end: int) -> list[KV]:
-    """Tokens `start` to `end` of each layer, as views."""
+    """The tokens `start` to `end` (exclusive) of each layer, not copied."""
     return [(keys[..., start:end, :], values[..., start:end, :]) for keys, values in layers_of(cache)]
 
 
 def join(blocks: Sequence[Sequence[KV]]) -> list[KV]:
-    """Blocks of tokens one behind the other, layer by layer; copies."""
+    """Concatenates blocks of tokens, layer by layer, into new tensors."""
     return [
         (torch.cat([keys for keys, _ in parts], dim=-2), torch.cat([values for _, values in parts], dim=-2))
         for parts in zip(*blocks, strict=True)
@@ -178,7 +195,7 @@ def join(blocks: Sequence[Sequence[KV]]) -> list[KV]:
 
 
 def to_device(cache: DynamicCache, device: torch.device | str, config: PreTrainedConfig) -> DynamicCache:
-    """The same cache on another device; shares the tensors where they are there already."""
+    """The same cache on another device. Tensors that are already there are shared."""
     return from_layers([(k.to(device), v.to(device)) for k, v in layers_of(cache)], config, cache.get_seq_length())
 
 
@@ -188,4 +205,5 @@ def nbytes(cache: DynamicCache) -> int:
 
 
 def has_sliding_layers(config: PreTrainedConfig) -> bool:
+    """Whether any layer of the model has sliding-window attention."""
     return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)

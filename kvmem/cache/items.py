@@ -1,4 +1,4 @@
-"""The things that a memory holds: a text memory, the tokens it becomes, and the cache built from it."""
+"""A memory in its three forms: as text, as tokens, and as the cache built from them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Message = dict[str, str]
 """One chat turn: {"role": "system" | "user" | "assistant", "content": text}."""
 
 Source = str | tuple[Message, ...]
-"""What a memory was built from: a text, or earlier turns."""
+"""What a memory is built from: a text, or earlier chat turns."""
 
 REPR_CHARACTERS = 40
-"""How much of an item's text its repr shows."""
+"""How many characters of an item's text its repr shows."""
 
 
 class TextualMemoryItem(BaseModel):
-    """A memory as text, before it becomes KV. Its fields are given by name."""
+    """A memory as text. Its fields are keyword arguments."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,11 +32,11 @@ class TextualMemoryItem(BaseModel):
     memory: str
     metadata: dict[str, Any] = {}
 
-    def __init__(self, *by_place: object, **fields: Any) -> None:
-        """Raises ArgumentError for a field by place, one of another kind or name, and where the text is missing."""
-        way_out = "Give TextualMemoryItem(memory=text), and id=... where an edit is to be told from another memory."
-        if by_place:
-            raise ArgumentError(f"A text memory takes its fields by name, not by place. {way_out}")
+    def __init__(self, *positional: object, **fields: Any) -> None:
+        """Raises ArgumentError for a positional, unknown, missing or wrongly typed field."""
+        way_out = "Give TextualMemoryItem(memory=text), with id=... if an edited text shall replace the earlier one."
+        if positional:
+            raise ArgumentError(f"A text memory takes its fields by name, not by position. {way_out}")
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -45,12 +45,12 @@ class TextualMemoryItem(BaseModel):
 
 
 class MemoryTokens(BaseModel):
-    """Which tokens a cache holds, and how to render its source again behind a new query.
+    """The tokens of a cache, and what is needed to render its source again with a new query.
 
     `token_ids` = header + body + trailer. The header is what the template puts before the memory, the body is the
-    memory's own text, the trailer what the template puts behind it (up to the cut). `rest_ids` are the memory's last
-    tokens where they are not stored, because a query could change them (`plain`). `lead_ids` belong to a merge: what
-    stands between the header and the last body.
+    memory's own text, and the trailer is what the template puts after it, up to the cut. `header_tokens` and `body_end`
+    are indices into `token_ids`. `rest_ids` are the last tokens of the memory if they are not stored because a query
+    could change them (template `plain`). `lead_ids` are set in a merge: the tokens between header and last body.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,7 +73,7 @@ class MemoryTokens(BaseModel):
 
 
 class TextualSource(BaseModel):
-    """The text memory that an item came from, as it was."""
+    """Id and metadata of the text memory that an item was built from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,7 +82,7 @@ class TextualSource(BaseModel):
 
 
 class KVCacheMetadata(BaseModel):
-    """All that is known of a stored cache but its tensors; a file's manifest holds one for each item."""
+    """Everything about a stored cache except its tensors. A file's manifest holds one for each item."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -91,11 +91,13 @@ class KVCacheMetadata(BaseModel):
     build_s: float
     kv_bytes: int
     fingerprint: ModelFingerprint | None
-    """None: unverified. The file that it came from did not say which model built it (MemOS's pickles)."""
+    """None if unverified: the file did not say which model built the cache (MemOS's pickles)."""
     textual_memory: TextualSource | None = None
     lossy: str = Field(default="", exclude_if=lambda mark: not mark)
-    """What the keys and values have been compressed to on their way, or their base's ("int8"); "" is: nothing was lost.
-    A file says so only where there is something to say, and a kvmem that does not know the word refuses that file."""
+    """The lossy forms that the keys and values, or those of their base, went through ("int8"); "" if none.
+
+    It is written to a file only if it is set. An older version of kvmem refuses a file that has it.
+    """
 
     @property
     def token_count(self) -> int:
@@ -109,9 +111,9 @@ class KVCacheMetadata(BaseModel):
 
 @dataclass(eq=False, repr=False)
 class KVCacheItem:
-    """A memory as KV: `kv_cache` holds keys (after RoPE) and values of shape (1, kv_heads, tokens, head_dim) a layer.
+    """A memory as KV. `kv_cache` holds, for each layer, keys (after RoPE) and values, (1, kv_heads, tokens, head_dim).
 
-    The tensors are shared by every cache lent from this item, and are never written again.
+    Every view of this item shares the tensors. They are never written again.
     """
 
     kv_cache: DynamicCache
@@ -119,14 +121,14 @@ class KVCacheItem:
     kv_cache_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def __post_init__(self) -> None:
-        """Raises ArgumentError for a part of another kind."""
+        """Raises ArgumentError if a field has another type."""
         check_kind("An item's kv_cache", self.kv_cache, DynamicCache, way_out="KVCacheMemory.extract makes items.")
         check_kind("An item's metadata", self.metadata, KVCacheMetadata, way_out="KVCacheMemory.extract makes items.")
         check_kind("An item's kv_cache_id", self.kv_cache_id, str)
 
     def __repr__(self) -> str:
-        """In one line: a list of items is looked at, and a thousand token ids would hide what they are."""
+        """One line without token ids, so that a list of items stays readable."""
         known, text = self.metadata, self.metadata.source_text
-        begins = text if len(text) <= REPR_CHARACTERS else text[: REPR_CHARACTERS - 1] + "…"
-        held = f"{known.token_count} tokens, {known.kv_bytes / 1e6:.1f} MB"
-        return f"KVCacheItem({self.kv_cache_id!r}, {held}, {begins!r})"
+        excerpt = text if len(text) <= REPR_CHARACTERS else text[: REPR_CHARACTERS - 1] + "…"
+        size = f"{known.token_count} tokens, {known.kv_bytes / 1e6:.1f} MB"
+        return f"KVCacheItem({self.kv_cache_id!r}, {size}, {excerpt!r})"

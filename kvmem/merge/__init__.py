@@ -1,18 +1,24 @@
-"""Merging several memories into one cache: one strategy in each file.
+"""Merging several memories into one cache. Each strategy is one file.
 
-Each strategy is a `MergeStrategy` that says whether it is exact. `Reprefill`, the default, is. `strategy(name)` finds
-one by its name, here or in an installed package (entry point group `kvmem.merge`).
+A `MergeStrategy` builds the cache for the token ids that `merged_tokens` returns, and declares whether it is exact.
+`strategy(name)` finds one by name, in this package or in an installed distribution (entry point group `kvmem.merge`).
+`Reprefill`, the default, is exact. A strategy that concatenates stored blocks derives from `ConcatStrategy`.
 """
 
 from kvmem.merge.base import STRATEGIES, MergeStrategy, joined_tokens, merged_tokens, strategy
+from kvmem.merge.concat import ConcatenatedBlocks, ConcatStrategy
+from kvmem.merge.recompute import recompute
 from kvmem.merge.rope import FIXED_FREQUENCIES, HALF_ROTATION
 
 __all__ = [
     "FIXED_FREQUENCIES",
     "HALF_ROTATION",
     "STRATEGIES",
+    "ConcatStrategy",
+    "ConcatenatedBlocks",
     "MergeStrategy",
     "joined_tokens",
     "merged_tokens",
+    "recompute",
     "strategy",
 ]

@@ -1,4 +1,4 @@
-"""One merge strategy, one file. Several memories become one cache for header + body 1 + separator + body 2 + …"""
+"""The interface of a merge strategy, and the token ids of a merge: header + body 1 + separator + body 2 + …"""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from kvmem.registry import Registry
 
 
 class MergeStrategy(ABC):
-    """Builds the cache for the ids that `merged_tokens` names. `exact`: it equals a joint prefill of those ids."""
+    """Builds one cache from several items, for the token ids that `merged_tokens` returns."""
 
     name: ClassVar[str]
+    """The name in configurations, messages and rows."""
     exact: ClassVar[bool]
+    """Whether the cache equals a joint prefill of the merged ids."""
 
     @abstractmethod
     def merge(
         self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
     ) -> DynamicCache:
-        """A cache of exactly `merged_tokens(items, separator_ids).token_ids`; the items stay as they are."""
+        """A cache of exactly `merged_tokens(items, separator_ids).token_ids`. The items are not modified.
+
+        Raises MergeError if the strategy does not support these items or this model.
+        """
 
 
 def merged_tokens(items: Sequence[KVCacheItem], separator_ids: tuple[int, ...]) -> MemoryTokens:
-    """What a merge of `items` holds: the first one's header, then every body, with separators between.
+    """The tokens of a merge of `items`: the header of the first item, then every body, with separators between them.
 
-    Raises MergeError for an item of chat turns: a dialogue's body holds turns, not a text that another can follow.
+    Raises MergeError for an item of chat turns, because its body is not a text that another text can follow.
     """
     for item in items:
         if not isinstance(item.metadata.tokens.source, str):
@@ -41,7 +46,7 @@ def merged_tokens(items: Sequence[KVCacheItem], separator_ids: tuple[int, ...]) 
 
 
 def joined_tokens(parts: Sequence[MemoryTokens], separator_ids: tuple[int, ...]) -> MemoryTokens:
-    """The tokens of several text memories, one behind the other: a merge's, whether or not any of them is built."""
+    """The tokens of a merge of several text memories, which need not have been built."""
     lead: tuple[int, ...] = ()
     for part in parts[:-1]:
         lead += part.body_ids + part.rest_ids + separator_ids
@@ -62,5 +67,8 @@ STRATEGIES = Registry(MergeStrategy, "kvmem.merge", "merge strategy")
 
 
 def strategy(name: str) -> MergeStrategy:
-    """The strategy called `name` (case and underscores do not matter), with its default knobs."""
+    """The strategy called `name`, with its default parameters. Case, underscores and hyphens do not matter.
+
+    Raises ConfigError for an unknown name, with the nearest one and all choices.
+    """
     return STRATEGIES.find(name)()

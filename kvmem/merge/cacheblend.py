@@ -1,4 +1,4 @@
-"""RopeShift, and the tokens whose keys and values are furthest from a joint prefill's computed anew."""
+"""CacheBlend: RopeShift, with the tokens recomputed that deviate most from a joint prefill."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
-from kvmem.merge.concat import Concatenated
+from kvmem.merge.concat import ConcatenatedBlocks
 from kvmem.merge.recompute import recompute
 from kvmem.merge.ropeshift import RopeShift
 
-LAYERS = 2
-"""Layer 0 deviates nowhere; the next is the first that tells, and tokens that deviate there do so in later ones too."""
+SELECTION_LAYERS = 2
+"""Layer 0 never deviates. Layer 1 is the first that does, and tokens that deviate there also deviate in later layers."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class CacheBlend(RopeShift):
-    """Yao et al., "CacheBlend: fast large language model serving for RAG with cached knowledge fusion", 2024. The
-    tokens are chosen once, by their deviation in layer 1; the paper chooses anew from layer to layer. Not exact."""
+    """Recomputes the tokens whose keys and values deviate most from a joint prefill in layer 1. Not exact.
+
+    Yao et al., "CacheBlend: Fast Large Language Model Serving for RAG with Cached Knowledge Fusion", 2024. The paper
+    selects the tokens again in every layer; here they are selected once.
+    """
 
     ratio: float = Field(default=0.15, gt=0, le=1)
-    """Which share of the tokens behind the first block."""
+    """The fraction of the tokens after the first block that is recomputed."""
 
     name: ClassVar[str] = "CacheBlend"
 
     @torch.inference_mode()
-    def chosen(self, blocks: Concatenated, model: PreTrainedModel) -> Sequence[int]:
-        bodies = [at for start, end in blocks.bodies for at in range(start, end)]
-        if not bodies:
+    def positions_to_recompute(self, blocks: ConcatenatedBlocks, model: PreTrainedModel) -> Sequence[int]:
+        positions = [position for start, end in blocks.body_spans for position in range(start, end)]
+        if not positions:
             return ()
-        joint = [(keys.clone(), values.clone()) for keys, values in blocks.layers[:LAYERS]]
-        recompute(model, blocks.token_ids, joint, sorted({*blocks.glue, *bodies}))
-        deviation_T = sum(
-            (anew.float() - stored.float())[0].pow(2).sum(dim=(0, 2))
-            for anew, stored in zip(joint[-1], blocks.layers[len(joint) - 1], strict=True)
-        )
-        assert isinstance(deviation_T, torch.Tensor)
-        at = torch.tensor(bodies, device=deviation_T.device)
-        count = max(1, round(self.ratio * len(bodies)))
-        return at[deviation_T[at].topk(count).indices].tolist()
+        joint = [(keys.clone(), values.clone()) for keys, values in blocks.layers[:SELECTION_LAYERS]]
+        recompute(model, blocks.token_ids, joint, sorted({*blocks.gap_positions, *positions}))
+        deviation_T = torch.stack(
+            [
+                (recomputed.float() - stored.float())[0].pow(2).sum(dim=(0, 2))
+                for recomputed, stored in zip(joint[-1], blocks.layers[len(joint) - 1], strict=True)
+            ]
+        ).sum(dim=0)
+        positions_N = torch.tensor(positions, device=deviation_T.device)
+        count = max(1, round(self.ratio * len(positions)))
+        selected: list[int] = positions_N[deviation_T[positions_N].topk(count).indices].tolist()
+        return selected

@@ -1,4 +1,4 @@
-"""What the strategies that put stored blocks one behind the other share."""
+"""The base of the strategies that concatenate stored blocks."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from kvmem.merge.recompute import recompute
 
 
 @dataclass(frozen=True)
-class Concatenated:
-    """Blocks one behind the other: `layers` are of `token_ids`, and may be written to.
-
-    glue: where tokens stand that no block holds. bodies: first and last + 1 of each block behind the first.
-    """
+class ConcatenatedBlocks:
+    """Stored blocks, concatenated and shifted to their new positions."""
 
     token_ids: tuple[int, ...]
     layers: list[KV]
-    glue: tuple[int, ...]
-    bodies: tuple[tuple[int, int], ...]
+    """Keys and values of `token_ids`, each (1, kv_heads, tokens, head_dim). They may be overwritten."""
+    gap_positions: tuple[int, ...]
+    """Positions of the tokens that no block holds, such as separators. They are always recomputed."""
+    body_spans: tuple[tuple[int, int], ...]
+    """(start, end) of each block after the first, end exclusive."""
 
 
 class ConcatStrategy(MergeStrategy):
-    """Header and body 1 as stored, then for each further item the glue, computed in place, and its body, moved.
+    """Concatenates the first item's header and body with the bodies of the other items, and recomputes the gaps.
 
-    The glue is the separator, behind the tokens of the body before it that are not stored (`plain`'s last word). All
-    of it takes one forward pass.
+    The gap between two bodies consists of the tokens of the earlier memory that are not stored (the last word, under
+    the template `plain`) and the separator. One forward pass computes all gaps in place.
     """
 
     @abstractmethod
-    def move(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
-        """Brings the keys of the joined blocks, in place, to where they now stand: each token `offsets` positions,
-        (tokens,) int64, further on than it was built."""
+    def shift_keys(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
+        """Shifts the keys of the concatenated blocks, in place.
 
-    def chosen(self, blocks: Concatenated, model: PreTrainedModel) -> Sequence[int]:
-        """Which tokens of the bodies behind the first are computed anew, beside the glue."""
+        offsets_T: for each token how many positions after its original position it is now, (tokens,) int64.
+        """
+
+    def positions_to_recompute(self, blocks: ConcatenatedBlocks, model: PreTrainedModel) -> Sequence[int]:
+        """The positions in the bodies after the first that are recomputed with the gaps. None by default."""
         return ()
 
     def merge(
@@ -56,35 +58,38 @@ class ConcatStrategy(MergeStrategy):
         if len(items) == 1:
             body_end = items[0].metadata.tokens.body_end
             return dynamic_cache.from_layers(dynamic_cache.cut(items[0].kv_cache, 0, body_end), model.config)
-        blocks = self._concatenated(items, separator_ids, model)
-        recompute(model, blocks.token_ids, blocks.layers, sorted({*blocks.glue, *self.chosen(blocks, model)}))
+        blocks = self._concatenate(items, separator_ids, model)
+        positions = sorted({*blocks.gap_positions, *self.positions_to_recompute(blocks, model)})
+        recompute(model, blocks.token_ids, blocks.layers, positions)
         return dynamic_cache.from_layers(blocks.layers, model.config)
 
     @torch.inference_mode()
-    def _concatenated(
+    def _concatenate(
         self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
-    ) -> Concatenated:
+    ) -> ConcatenatedBlocks:
         first = items[0].metadata.tokens
         parts = [dynamic_cache.cut(items[0].kv_cache, 0, first.body_end)]
         offsets = [0] * first.body_end
-        glue: list[int] = []
-        bodies: list[tuple[int, int]] = []
+        gap_positions: list[int] = []
+        body_spans: list[tuple[int, int]] = []
         end = first.body_end
-        for before, item in pairwise(items):
+        for previous, item in pairwise(items):
             tokens = item.metadata.tokens
-            between = len(before.metadata.tokens.rest_ids) + len(separator_ids)
-            parts.append([(room := _room(parts[0][0][0], between), room)] * len(parts[0]))
-            glue += range(end, end + between)
-            start = end + between
+            gap_tokens = len(previous.metadata.tokens.rest_ids) + len(separator_ids)
+            gap_BHTD = _zeros(parts[0][0][0], gap_tokens)
+            parts.append([(gap_BHTD, gap_BHTD)] * len(parts[0]))
+            gap_positions += range(end, end + gap_tokens)
+            start = end + gap_tokens
             end = start + tokens.body_end - tokens.header_tokens
-            bodies.append((start, end))
-            offsets += [0] * between + [start - tokens.header_tokens] * (end - start)
+            body_spans.append((start, end))
+            offsets += [0] * gap_tokens + [start - tokens.header_tokens] * (end - start)
             parts.append(dynamic_cache.cut(item.kv_cache, tokens.header_tokens, tokens.body_end))
         layers = dynamic_cache.join(parts)
-        self.move(layers, torch.tensor(offsets, device=layers[0][0].device), model)
-        return Concatenated(merged_tokens(items, separator_ids).token_ids, layers, tuple(glue), tuple(bodies))
+        self.shift_keys(layers, torch.tensor(offsets, device=layers[0][0].device), model)
+        token_ids = merged_tokens(items, separator_ids).token_ids
+        return ConcatenatedBlocks(token_ids, layers, tuple(gap_positions), tuple(body_spans))
 
 
-def _room(like_BHTD: torch.Tensor, tokens: int) -> torch.Tensor:
+def _zeros(like_BHTD: torch.Tensor, tokens: int) -> torch.Tensor:
     batch, heads, _, head_dim = like_BHTD.shape
     return like_BHTD.new_zeros(batch, heads, tokens, head_dim)

@@ -1,4 +1,4 @@
-"""RopeShift, and the first tokens of each further block computed anew."""
+"""LegoLink: RopeShift, with the first tokens of every block after the first recomputed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from transformers import PreTrainedModel
 
-from kvmem.merge.concat import Concatenated
+from kvmem.merge.concat import ConcatenatedBlocks
 from kvmem.merge.ropeshift import RopeShift
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class LegoLink(RopeShift):
-    """Built alone, a block's first tokens draw the attention that a text's first tokens draw; behind other blocks they
-    should not. LegoLink of Hu et al., "EPIC: efficient position-independent caching", 2024. Not exact."""
+    """Recomputes the first tokens of every block after the first. Not exact.
+
+    The first tokens of a block that was built alone are attention sinks, which they should not be after other blocks.
+    LegoLink of Hu et al., "EPIC: Efficient Position-Independent Caching for Serving Large Language Models", 2024.
+    """
 
     tokens: int = Field(default=16, ge=1)
-    """So many of each block behind the first, fewer where it is shorter."""
+    """How many tokens of each block are recomputed; all of a shorter block."""
 
     name: ClassVar[str] = "LegoLink"
 
-    def chosen(self, blocks: Concatenated, model: PreTrainedModel) -> Sequence[int]:
-        return [at for start, end in blocks.bodies for at in range(start, min(start + self.tokens, end))]
+    def positions_to_recompute(self, blocks: ConcatenatedBlocks, model: PreTrainedModel) -> Sequence[int]:
+        return [at for start, end in blocks.body_spans for at in range(start, min(start + self.tokens, end))]

@@ -1,4 +1,4 @@
-"""Caches one behind the other, as published: every block after the first keeps the positions that it was built at."""
+"""NaiveConcat: stored caches concatenated as published; every block keeps the positions that it was built at."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kvmem.merge.concat import ConcatStrategy
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class NaiveConcat(ConcatStrategy):
-    """Concatenates the stored keys and values (MemOS, KVCacheMemory.get_cache). Not exact; a lower bound.
+    """Concatenates the stored keys and values, as MemOS's KVCacheMemory.get_cache does. Not exact; a lower bound.
 
-    Blocks after the first did not see those before them, and their keys stand at the wrong positions.
+    Blocks after the first were built without the blocks before them, and their keys have the wrong positions.
     """
 
     name: ClassVar[str] = "NaiveConcat"
     exact: ClassVar[bool] = False
 
-    def move(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
-        """They stay."""
+    def shift_keys(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
+        """Leaves the keys as they are."""

@@ -1,4 +1,4 @@
-"""Joint prefill of the merged ids: exact, and as slow as the prompt. The default."""
+"""Reprefill: a joint prefill of the merged ids. Exact, and as slow as the prompt. The default."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from kvmem.models import prefill
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Reprefill(MergeStrategy):
-    """Forgets the stored caches and prefills header + body 1 + separator + body 2 + … in one go.
+    """Ignores the stored caches and prefills header + body 1 + separator + body 2 + … in one pass.
 
-    Every body sees the bodies before it, so the answer is that of the same text as a prompt. Its cost is the prompt's.
+    Every body attends to the bodies before it, so the answer equals that of the same text as a prompt. So does the cost.
     """
 
     name: ClassVar[str] = "Reprefill"

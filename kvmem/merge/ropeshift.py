@@ -1,4 +1,4 @@
-"""Caches one behind the other, their keys rotated to where they now stand."""
+"""RopeShift: stored caches concatenated, with their keys rotated to the new positions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvmem.cache import KV, KVCacheItem
 from kvmem.merge.concat import ConcatStrategy
-from kvmem.merge.rope import Turn, check_rotatable, inverse_frequencies, rotate
+from kvmem.merge.rope import Rotation, check_rotatable, inverse_frequencies, rotate
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class RopeShift(ConcatStrategy):
-    """Concatenates the stored values, and the keys turned by R(Δ) (PromptCache, Gim et al. 2024, and others since).
+    """Concatenates the stored values, and the keys rotated by R(Δ). Not exact.
 
-    Equal to a joint prefill at layer 0, and for a single memory. Not exact beyond: a block did not see those before it.
-    Covers full attention of the Llama, Mistral, Qwen2 and Qwen3 families whose frequencies don't change with length.
+    Equals a joint prefill in layer 0 and for a single memory. In deeper layers it differs, because a block was built
+    without the blocks before it. Supports full attention in the Llama, Mistral, Qwen2 and Qwen3 families with
+    frequencies that do not change with the length. Gim et al., "Prompt Cache", 2024.
     """
 
     name: ClassVar[str] = "RopeShift"
@@ -32,7 +33,7 @@ class RopeShift(ConcatStrategy):
         check_rotatable(model.config, self.name)
         return super().merge(items, separator_ids, model)
 
-    def move(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
-        turn = Turn.by(offsets_T, inverse_frequencies(model).to(offsets_T.device))
+    def shift_keys(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
+        rotation = Rotation.by(offsets_T, inverse_frequencies(model).to(offsets_T.device))
         for keys_BHTD, _ in layers:
-            rotate(keys_BHTD, turn)
+            rotate(keys_BHTD, rotation)

@@ -1,4 +1,4 @@
-"""The two steps of every answer, as pure functions over a Hugging Face model."""
+"""The two steps of generation, prefill and decode, as functions of a Hugging Face model and a cache."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-    """Computes `token_ids` behind what `cache` holds, which grows by them. Gives the last token's logits, (vocab,)."""
+    """Appends `token_ids` to `cache` and returns the logits of the last token, (vocab,)."""
     ids_BT = torch.tensor([token_ids], device=model.device)
-    return model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    logits_BTV: torch.Tensor = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits_BTV[0, -1]
 
 
 def decode_one_token(model: PreTrainedModel, token_id: int, cache: DynamicCache) -> torch.Tensor:
-    """One step of decoding: the logits, (vocab,), that follow `token_id`."""
+    """Appends one token to `cache` and returns its logits, (vocab,)."""
     return prefill(model, (token_id,), cache)

@@ -1,4 +1,4 @@
-"""Random weights of a shape, from a seed: on one device, or on ranks, each of which keeps its share of the same."""
+"""Random weights of a shape from a seed, on one device or sharded over ranks with the same values."""
 
 from __future__ import annotations
 
@@ -8,42 +8,46 @@ import warnings
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
 from kvmem.errors import ModelError
 
 STD = 0.02
+"""Standard deviation of the weights."""
 
 
 @torch.no_grad()
 def filled(model: PreTrainedModel, device: torch.device, seed: int) -> PreTrainedModel:
-    """A model on the meta device with seeded weights, on `device`. Raises ModelError where they can't fit there."""
-    _check_room(model, device)
+    """Moves a model from the meta device to `device` and fills it with seeded random weights.
+
+    Raises ModelError if the weights are larger than the memory of the device.
+    """
+    _check_memory(model, device)
     model = model.to_empty(device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         _fill(name, parameter, generator)
     decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(device)  # its buffers are not among the parameters
+    decoder.rotary_emb = type(decoder.rotary_emb)(model.config).to(device)  # its buffers are not parameters
     model.tie_weights()
     return model
 
 
 @torch.no_grad()
 def share(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """This rank's share, under torchrun, of the weights that `filled` makes on one such device.
+    """This rank's shard, under torchrun, of the weights that `filled` makes on one device of the same type.
 
-    Each rank makes one whole tensor after the other and keeps its part, so no device has to hold the whole model.
+    Each rank generates one whole tensor at a time and keeps its shard, so no device holds the whole model.
     """
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
+        model_class: type[PreTrainedModel] = type(AutoModelForCausalLM.from_config(config))
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers lists every weight that it was not given
+    logging.set_verbosity_error()  # transformers would list every weight as missing
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "DTensor random operators")  # it fills them too, and for nothing
-            model = kind.from_pretrained(
+            warnings.filterwarnings("ignore", "DTensor random operators")  # from its own initialization
+            model: PreTrainedModel = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict={},
@@ -58,24 +62,25 @@ def share(config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrained
         if isinstance(parameter, DTensor):
             whole = torch.empty(parameter.shape, dtype=dtype, device=model.device)
             _fill(name, whole, generator)
-            mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(mine.to_local())
+            shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shard.to_local())
         else:
             _fill(name, parameter, generator)
-    return model.eval()
+    model.eval()
+    return model
 
 
-def _check_room(model: PreTrainedModel, device: torch.device) -> None:
+def _check_memory(model: PreTrainedModel, device: torch.device) -> None:
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if device.type == "cuda":
-        _, room = torch.cuda.mem_get_info(device)
+        _, available = torch.cuda.mem_get_info(device)
     else:
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > room:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
         raise ModelError(
             f"The weights take {needed / 1e9:.0f} GB in {str(model.dtype).removeprefix('torch.')}, and {device} has "
-            f"{room / 1e9:.0f} GB. Use a smaller model or dtype, or an engine that shares it among devices (hf_ranks, "
-            "vllm)."
+            f"{available / 1e9:.0f} GB. Use a smaller model or dtype, or an engine that shards it over devices "
+            "(hf_ranks, vllm)."
         )
 
 

@@ -1,7 +1,8 @@
-"""Text and chat templates to token ids, and the split of a prompt into its cached part and the rest.
+"""From text and chat templates to token ids, and the split of a prompt into its cached part and the rest.
 
-`PromptTemplate` renders and tokenises a memory with its query once, as a whole, so that the cached token ids can be
-verified against every prompt. `recover_ids` finds the token ids of memories whose file does not state them.
+`PromptTemplate` renders and tokenizes memory and query together. `TokenizedPrompt` is the verified split: the cached
+token ids are compared with those of every prompt. `with_ids_from_text` recovers the token ids of a memory whose file
+does not state them (MemOS's pickles).
 """
 
 from kvmem.prompt.recover_ids import with_ids_from_text

@@ -1,4 +1,4 @@
-"""Items whose file did not say which tokens they hold (MemOS's pickles): told from the source text, or refused."""
+"""Recovers the token ids of an item whose file does not state them (MemOS's pickles) from its source text."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from kvmem.errors import FingerprintError, PromptError
 from kvmem.prompt.template import PromptTemplate
 
 MEMOS_PREFACE = "Below is some information about the user.\n"
-"""What MemOS (2.0) puts before a text in the system turn that it prefills, alone, through the model's chat template."""
+"""MemOS (2.0) prefills a system turn of this preface and the text, rendered by the model's chat template."""
 
 
 def with_ids_from_text(item: KVCacheItem, template: PromptTemplate) -> KVCacheItem:
-    """The item itself where its ids are known; else one with its source text's ids, if they are as many as the cache's.
+    """The item itself if its ids are known; else a copy with the ids of its source text.
 
-    Tried are the text as `template` stores it, as MemOS prefills it, and bare. Raises FingerprintError where the ids
-    can't be told: a cache of unknown tokens would answer another prompt.
+    Tries the text as `template` renders it, as MemOS prefills it, and as plain text, and takes the first that has as
+    many tokens as the cache. Raises FingerprintError if none has: a cache of unknown tokens answers another prompt.
     """
     if item.metadata.tokens.token_ids:
         return item
-    held = item.kv_cache.get_seq_length()
+    cached_tokens = item.kv_cache.get_seq_length()
     source = item.metadata.tokens.source
     if isinstance(source, str) and source.strip():
-        ways: tuple[Callable[[str, PromptTemplate], MemoryTokens], ...] = (_as_stored_here, _as_memos_does, _bare)
-        for way in ways:
+        renderings: tuple[Callable[[str, PromptTemplate], MemoryTokens], ...] = (_from_template, _from_memos, _plain)
+        for render in renderings:
             try:
-                tokens = way(source, template)
-            except (PromptError, TemplateError):  # a text, or turn, that this way does not cover: no cache is of it
+                tokens = render(source, template)
+            except (PromptError, TemplateError):  # this rendering can't produce the text, so the cache is not from it
                 continue
-            if len(tokens.token_ids) == held:
+            if len(tokens.token_ids) == cached_tokens:
                 return dataclasses.replace(item, metadata=item.metadata.model_copy(update={"tokens": tokens}))
     raise FingerprintError(
-        f"Item {item.kv_cache_id} holds {held} tokens that its file does not name, and its source text does not give "
-        "that many. Extract it again from the text."
+        f"Item {item.kv_cache_id} holds {cached_tokens} tokens that its file does not state, and its source text does "
+        "not give that many. Extract it again from the text."
     )
 
 
-def _as_stored_here(source: str, template: PromptTemplate) -> MemoryTokens:
+def _from_template(source: str, template: PromptTemplate) -> MemoryTokens:
     return template.memory_tokens(source)
 
 
-def _as_memos_does(source: str, template: PromptTemplate) -> MemoryTokens:
-    """The preface is a part of the memory from here on, for a query's prompt must begin with it too."""
+def _from_memos(source: str, template: PromptTemplate) -> MemoryTokens:
+    """The preface becomes part of the memory, because the prompt of a query must begin with it too."""
     if template.kind == "plain":
-        raise PromptError("MemOS prefills through a chat template, whose tokens no plain prompt begins with.")
+        raise PromptError("MemOS renders a chat template, and no plain prompt begins with its tokens.")
     content = MEMOS_PREFACE + source
     tokens = template.memory_tokens(content)
     system = [{"role": "system", "content": content}]
@@ -57,9 +57,9 @@ def _as_memos_does(source: str, template: PromptTemplate) -> MemoryTokens:
     return tokens.model_copy(update={"token_ids": ids, "body_end": body_end, "rest_ids": ()})
 
 
-def _bare(source: str, template: PromptTemplate) -> MemoryTokens:
+def _plain(source: str, template: PromptTemplate) -> MemoryTokens:
     ids = PromptTemplate(template.tokenizer, "plain").bare(source).ids
-    begins = ids[0] == template.tokenizer.bos_token_id
+    has_bos = ids[0] == template.tokenizer.bos_token_id
     return MemoryTokens(
-        source=source, template=template.kind, token_ids=ids, header_tokens=int(begins), body_end=len(ids)
+        source=source, template=template.kind, token_ids=ids, header_tokens=int(has_bos), body_end=len(ids)
     )

@@ -1,9 +1,10 @@
-"""Text and chat template -> token ids, and the split that says which of them a memory already holds.
+"""From text and chat template to token ids, and the split of a prompt into cached tokens and the rest.
 
-A prompt is rendered and tokenised once, whole, because tokenising memory and query apart can change the tokens where
-they meet, and templates behave differently when rendered apart (default system prompt, second BOS, stripped `<think>`).
-What is stored is cut where a query is unlikely to reach; what a query really shares is verified each time, token by
-token, so a template or tokenizer that breaks the rule costs a few tokens prefilled again and never a wrong answer.
+A prompt is rendered and tokenized once, as a whole. Tokenizing memory and query separately can change the tokens where
+they meet, and templates behave differently when rendered in parts (default system prompt, second BOS, stripped
+`<think>`). The stored tokens are cut where a query is unlikely to change them, and the prefix that a query shares is
+verified token by token. A template or tokenizer that changes stored tokens costs a few tokens of prefill, and never a
+wrong answer.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from kvmem.cache import MemoryTokens, Message, Source, sha256
 from kvmem.errors import PromptError
 
 Query = str | Sequence[Message]
-"""What is asked: a text, or the turns that follow the memory."""
+"""A query: a text, or the chat turns that follow the memory."""
 
 TemplateKind = Literal["chat", "plain"]
 
-# Stand-ins that no memory holds, to see where a template puts the memory and the query.
+# Placeholders that occur in no real text. They show where a template puts the memory and the query.
 _MEMORY_PROBE = "kvmem memory probe 5b1f"
 _QUERY_PROBE = "kvmem query probe 9d3e"
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A verified split of one prompt: a cache holds `memory_ids`, `query_ids` remain to be prefilled (one at least)."""
+    """A verified split of one prompt: a cache holds `memory_ids`; `query_ids`, at least one, are to be prefilled."""
 
     memory_ids: tuple[int, ...]
     query_ids: tuple[int, ...]
@@ -42,14 +43,16 @@ class TokenizedPrompt:
 
     @property
     def digest(self) -> str:
-        """Hash of all ids: both arms of a comparison must have the same."""
+        """Hash of all ids, wherever they are split. Both arms of a comparison must have the same."""
         return sha256(",".join(map(str, self.ids)))
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A prompt as text and tokens, and the places in it, in characters. `query_start` is right for the stand-in query;
-    a real one's text may stand elsewhere in the prompt too."""
+    """A rendered prompt: token ids, each token's (start, end) in characters, and where memory and query are.
+
+    `query_start` is reliable for the placeholder query only; the text of a real query may also occur elsewhere.
+    """
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
@@ -58,21 +61,22 @@ class _Rendered:
     query_start: int
 
     def tokens_before(self, char: int) -> int:
-        """How many tokens at the head of the prompt end at or before `char`."""
+        """How many tokens from the start of the prompt end at or before `char`."""
         return next((i for i, (_, end) in enumerate(self.spans) if end > char), len(self.spans))
 
 
 class PromptTemplate:
-    """How text becomes a prompt.
+    """Turns memory and query into a prompt.
 
-    `chat`: the memory is the system turn, or earlier turns as they were, and the query the user turn, through the
-    model's own chat template; a template without a system role gets the memory at the head of the user turn.
-    `plain`: memory and query, concatenated.
+    `chat` renders the model's own chat template: the memory is the system turn, or the earlier turns, and the query is
+    the user turn. If the template has no system role, the memory is the start of the user turn. `plain` concatenates
+    memory and query.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kind: TemplateKind) -> None:
+        """Raises PromptError for a tokenizer without character offsets, or for `chat` without a chat template."""
         if not tokenizer.is_fast:
-            raise PromptError("The tokenizer has no character offsets, which the seam needs. Load its fast version.")
+            raise PromptError("The tokenizer has no character offsets, which the split needs. Load its fast version.")
         if kind == "chat" and not tokenizer.chat_template:
             raise PromptError(
                 "The tokenizer has no chat template. Use template='plain', or set tokenizer.chat_template."
@@ -81,9 +85,9 @@ class PromptTemplate:
         self.kind = kind
 
     def memory_tokens(self, source: Source) -> MemoryTokens:
-        """The tokens of a memory that are stored, cut before a query can reach them.
+        """The tokens of a memory that are stored, cut before the first one that a query could change.
 
-        Raises PromptError for an empty text, or one so short that nothing of it can be stored.
+        Raises PromptError for an empty text, or one so short that no token of it can be stored.
         """
         if not isinstance(source, str):
             check_turns("A memory", source)
@@ -102,14 +106,14 @@ class PromptTemplate:
         memory_tokens = rendered.tokens_before(rendered.memory_end)
         if barriers:
             cut, body_end = barriers[-1] + 1, memory_tokens
-        else:  # nothing parts memory and query, so the memory's last word is the query's to change
+        else:  # no special token separates memory and query, so a query can change the memory's last word
             text = self._text_of(source)
             last_word = rendered.memory_end - (len(text) - len(_before_last_word(text)))
             cut = body_end = min(rendered.tokens_before(last_word), memory_tokens)
         if cut <= header:
             raise PromptError(
-                f"A memory of {memory_tokens - header} tokens can't be stored under template={self.kind!r}: its last "
-                "word belongs to the query. Give it more text, or send it as part of the query."
+                f"A memory of {memory_tokens - header} tokens can't be stored under template={self.kind!r}: a query "
+                "can change its last word. Give it more text, or send it as part of the query."
             )
         return MemoryTokens(
             source=source,
@@ -121,7 +125,10 @@ class PromptTemplate:
         )
 
     def split(self, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
-        """The prompt of `query` behind a memory, split at the longest prefix that the memory really holds."""
+        """The prompt of a memory and `query`, split after the longest prefix that is in the memory's `token_ids`.
+
+        Raises PromptError as `check_query`.
+        """
         self.check_query(query)
         rendered = self._render(tokens.source, query)
         ids = rendered.ids
@@ -129,22 +136,22 @@ class PromptTemplate:
             header = rendered.tokens_before(rendered.memory_start)
             ids = ids[:header] + tokens.lead_ids + ids[header:]
         shared = common_prefix(tokens.token_ids, ids)
-        shared = min(shared, len(ids) - 1)  # the last token's logits are wanted, so it is always computed
+        shared = min(shared, len(ids) - 1)  # the last token is always computed, because its logits are needed
         return TokenizedPrompt(ids[:shared], ids[shared:])
 
     def bare(self, query: Query) -> TokenizedPrompt:
-        """The prompt of `query` with no memory."""
+        """The prompt of `query` without a memory. Raises PromptError as `check_query`."""
         self.check_query(query)
         if self.kind == "plain":
             return TokenizedPrompt((), tuple(self.tokenizer(query).input_ids))
         return TokenizedPrompt((), self._tokenize(self._apply(_turns(query)))[0])
 
     def separator_ids(self, text: str) -> tuple[int, ...]:
-        """The tokens that stand between two bodies of a merge."""
+        """The tokens between two bodies of a merge."""
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def check_query(self, query: Query) -> None:
-        """Raises PromptError for what can't be asked: nothing, what is neither text nor turns, turns under `plain`."""
+        """Raises PromptError for a query that is empty, neither a text nor turns, or turns under `plain`."""
         if not isinstance(query, str):
             check_turns("A query", query)
         if not (query.strip() if isinstance(query, str) else query):
@@ -160,13 +167,13 @@ class PromptTemplate:
         text = self._apply(self._messages(source, query))
         if isinstance(source, str):
             start = self._apply(self._messages(_MEMORY_PROBE, query)).index(_MEMORY_PROBE)
-            if not text.startswith(source, start):  # templates trim
+            if not text.startswith(source, start):  # some templates trim the content
                 source = source.strip()
             end = start + len(source) if text.startswith(source, start) else start
         else:
             first, last = source[0]["content"].strip(), source[-1]["content"].strip()
             start = max(text.find(first), 0)
-            if last not in text[start:]:  # a template strips thinking from the head of earlier turns
+            if last not in text[start:]:  # some templates strip the thinking at the start of earlier turns
                 last = last[len(_before_last_word(last)) :].strip()
             end = max(text.rfind(last, start), start) + len(last)
         query_start = text.rfind(_turns(query)[0]["content"].strip())
@@ -176,7 +183,7 @@ class PromptTemplate:
         return _Rendered(ids, spans, start, min(end, query_start), query_start)
 
     def _tokenize(self, text: str) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
-        # A chat template writes BOS itself; a plain text gets what the tokenizer adds.
+        # A chat template writes BOS itself; to a plain text the tokenizer adds its special tokens.
         encoded = self.tokenizer(text, add_special_tokens=self.kind == "plain", return_offsets_mapping=True)
         return tuple(encoded.input_ids), tuple((start, end) for start, end in encoded.offset_mapping)
 
@@ -190,7 +197,7 @@ class PromptTemplate:
 
     @cached_property
     def _has_system_role(self) -> bool:
-        """False where the template refuses a system turn or leaves it out."""
+        """False if the template refuses a system turn or omits it."""
         try:
             text = self._apply([{"role": "system", "content": _MEMORY_PROBE}, *_turns(_QUERY_PROBE)])
         except PromptError:
@@ -212,7 +219,10 @@ class PromptTemplate:
 
 
 def check_turns(what: str, given: object) -> None:
-    """Raises PromptError unless `given` is a list of turns, each with a role and a content that are texts."""
+    """Raises PromptError unless `given` is a list of turns, each with a text as role and as content.
+
+    `what` starts the message, as a subject.
+    """
     if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
         raise PromptError(f"{what} is a text or a list of chat turns, and got a {type(given).__name__}.")
     for turn in given:
@@ -221,7 +231,7 @@ def check_turns(what: str, given: object) -> None:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """The length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

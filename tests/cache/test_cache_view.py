@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from kvmem.cache import dynamic_cache
 from kvmem.cache.dynamic_cache import CacheView, layers_of
-from kvmem.cache.layers import FIRST_HEADROOM
+from kvmem.cache.layers import INITIAL_HEADROOM_TOKENS
 from kvmem.engines.generation import Sampling
 from kvmem.models.forward import prefill
 from tests.helpers.tiny import copy_of, greedy_by_transformers, memory_on, pairs, same_bits
@@ -92,7 +92,7 @@ def test_view_to_a_beam_search(stored_item, qwen3):
     assert beams == greedy_by_transformers(qwen3, ids, 10, num_beams=3)
     assert same_bits(item, before)
     # Each reorder gives the layer other tensors; were the room to spare doubled at each, it would be 2^10 × 64 tokens.
-    assert all(layer.headroom == FIRST_HEADROOM for layer in cache.layers)
+    assert all(layer.headroom == INITIAL_HEADROOM_TOKENS for layer in cache.layers)
 
 
 def test_view_grows_past_its_headroom(stored_item, qwen3):

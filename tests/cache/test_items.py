@@ -22,7 +22,7 @@ def test_an_item_says_what_it_is_in_one_line(qwen3: HFBackend) -> None:
 
 
 WRONG: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
-    (("some text",), {}, "takes its fields by name, not by place"),
+    (("some text",), {}, "takes its fields by name, not by position"),
     ((), {}, "TextualMemoryItem: 'memory' is missing."),
     ((), {"memory": 3}, r"TextualMemoryItem\.memory: .*\(got 3\)"),
     ((), {"memory": "a", "id": 3}, r"TextualMemoryItem\.id: .*\(got 3\)"),
