@@ -42,14 +42,14 @@ def test_a_merge_is_a_strategy_or_its_name(merge):
     [
         ({"memory_filname": "a.safetensors"}, "unknown key 'memory_filname'. Did you mean memory_filename?"),
         ({"templat": "chat"}, "Did you mean template?"),
-        ({"merge": "Repreffil"}, "Unknown merge strategy 'Repreffil'. Did you mean reprefill?"),
+        ({"merge": "Repreffil"}, "Unknown merge strategy 'Repreffil'. Did you mean Reprefill?"),
         ({"merge": None}, "merge is None. Give a strategy or its name"),
         ({"merge": 3}, "merge is 3. Give a strategy or its name"),
         ({"template": "chatt"}, "'chat' or 'plain'"),
         ({"memory_filename": "memory.safetensor"}, "unknown suffix '.safetensor'. Did you mean .safetensors?"),
         ({"memory_filename": ""}, "memory_filename '' has an unknown suffix ''"),
-        ({"memory_filename": "memory.safetensors/"}, "is no file below the folder that dump and load are given"),
-        ({"memory_filename": "a\0.safetensors"}, "is no file below the folder that dump and load are given"),
+        ({"memory_filename": "memory.safetensors/"}, "is not a file below the folder that dump and load take"),
+        ({"memory_filename": "a\0.safetensors"}, "is not a file below the folder that dump and load take"),
         (
             {"extractor_llm": {"backend": "hugingface", "config": {}}},
             "Unknown backend 'hugingface'. Did you mean huggingface?",
@@ -110,7 +110,7 @@ def test_a_filename_that_leads_out_of_its_folder_is_refused(leads, tmp_path):
     """It wrote there, over what was there."""
     there = tmp_path / "memory.safetensors"
     there.write_text("kept")
-    with pytest.raises(ConfigError, match=r"memory_filename .* is no file below the folder .*Give a name, as"):
+    with pytest.raises(ConfigError, match=r"memory_filename .* is not a file below the folder .*Give a name such as"):
         KVCacheMemoryConfig(extractor_llm=LLM, memory_filename=leads.format(tmp_path=tmp_path))
     assert list(tmp_path.iterdir()) == [there] and there.read_text() == "kept"
     assert KVCacheMemoryConfig(extractor_llm=LLM, memory_filename="a/b..safetensors")

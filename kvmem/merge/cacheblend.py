@@ -15,7 +15,7 @@ from kvmem.merge.recompute import recompute
 from kvmem.merge.ropeshift import RopeShift
 
 SELECTION_LAYERS = 2
-"""Layer 0 never deviates. Layer 1 is the first that does, and tokens that deviate there also deviate in later layers."""
+"""Layer 0 never deviates. Layer 1 is the first that can, and tokens that deviate there also do in later layers."""
 
 
 @dataclass(config=ConfigDict(extra="forbid"))

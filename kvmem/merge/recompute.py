@@ -29,8 +29,8 @@ def recompute(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence
     implementation = model.config._attn_implementation
     if implementation not in MASKS:
         raise MergeError(
-            f"This merge recomputes single tokens, for which attn_implementation={implementation} has no mask. Open the "
-            f"model with {' or '.join(MASKS)}, or use merge=Reprefill."
+            f"This merge recomputes single tokens, for which attn_implementation={implementation} has no mask. Open "
+            f"the model with {' or '.join(MASKS)}, or use merge=Reprefill."
         )
     at_S = torch.tensor(sorted(positions), device=model.device)
     future_ST = torch.arange(len(token_ids), device=model.device) > at_S[:, None]

@@ -18,7 +18,7 @@ from kvmem.models import prefill
 class Reprefill(MergeStrategy):
     """Ignores the stored caches and prefills header + body 1 + separator + body 2 + … in one pass.
 
-    Every body attends to the bodies before it, so the answer equals that of the same text as a prompt. So does the cost.
+    Every body attends to the bodies before it, so the answer, and the cost, are those of the text as a prompt.
     """
 
     name: ClassVar[str] = "Reprefill"

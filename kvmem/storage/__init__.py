@@ -1,9 +1,12 @@
-"""File formats: one in each file, chosen by the suffix of the file's name.
+"""File formats for memories. Each format is one file, chosen by the suffix of the file's name.
 
-A file is written beside its target and renamed, so a crash leaves the old file or the new one. It is verified
-before anything that it holds is used.
+A file is written beside its target and renamed, so a crash leaves either the old or the new file. It is verified before
+anything in it is used. `.safetensors` is the default; `.pickle` and `.pkl` exchange memories with MemOS.
+
+The module `manifest` is also used as a namespace: it holds what a file states about its items.
 """
 
+from kvmem.storage import manifest
 from kvmem.storage.atomic_write import replacing, write_all
 from kvmem.storage.base import FORMATS, Storage, for_filename
 from kvmem.storage.manifest import ItemManifest
@@ -15,6 +18,7 @@ __all__ = [
     "SafetensorsFile",
     "Storage",
     "for_filename",
+    "manifest",
     "read_token_ids",
     "replacing",
     "write_all",

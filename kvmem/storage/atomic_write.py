@@ -1,60 +1,77 @@
-"""A file that is the old one or the new one, whatever happens in between."""
+"""Writes a file beside its target and renames it, so that the target is always either the old or the new file."""
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from errno import ENOENT
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from filelock import FileLock, Timeout
+
 from kvmem.errors import StorageError
+
+LOCK_SUFFIX = ".lock"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[io.FileIO]:
-    """A new unbuffered file beside `path` that takes its place when the block ends well: fsynced and renamed.
+    """A new unbuffered file that replaces `path` when the block ends without an error: fsynced, then renamed.
 
-    If the block raises, the new file goes and `path` stays as it was. If the process dies, `path` stays as it was and
-    the next write removes what is left: a partial file is locked as long as its writer lives.
-    Raises StorageError for what the file system refuses (no space, no right, no folder).
+    If the block raises, the new file is removed and `path` is unchanged. If the process dies, `path` is unchanged, and
+    the next write to it removes the partial file: its writer holds a lock beside it for as long as it lives.
+    Raises StorageError if the file system refuses (no space, no permission, no folder).
     """
-    target = path.resolve()  # where `path` is a link, the file behind it is replaced and the link stays
+    target = path.resolve()  # if `path` is a link, the file that it points to is replaced and the link stays
     try:
-        _remove_leftovers(target)
+        if not target.parent.is_dir():  # FileLock would create it
+            raise FileNotFoundError(ENOENT, "No such folder", str(target.parent))
+        _remove_abandoned(target)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        lock_path = _lock_path(partial)
         try:
-            with open(partial, "x+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                yield file
-                os.fsync(file.fileno())
-                os.replace(partial, target)
+            with FileLock(lock_path):
+                try:
+                    with open(partial, "x+b", buffering=0) as file:
+                        yield file
+                        os.fsync(file.fileno())
+                        os.replace(partial, target)
+                finally:
+                    partial.unlink(missing_ok=True)
         finally:
-            partial.unlink(missing_ok=True)
+            lock_path.unlink(missing_ok=True)
         _fsync_folder(target.parent)
     except OSError as error:
-        raise StorageError(f"{path} can't be written ({error}). A file that was there before is as it was.") from error
+        raise StorageError(f"{path} can't be written ({error}). A file that was there before is unchanged.") from error
 
 
 def write_all(file: io.FileIO, data: memoryview) -> None:
-    """Writes every byte: one call of an unbuffered file may write less (Linux stops at 2 GiB)."""
+    """Writes every byte. A single call on an unbuffered file may write less (Linux stops at 2 GiB)."""
     while data:
         data = data[file.write(data) :]
 
 
-def _remove_leftovers(target: Path) -> None:
+def _lock_path(partial: Path) -> Path:
+    return partial.with_name(partial.name + LOCK_SUFFIX)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes the partial files of dead writers. A writer locks before it creates its file and unlocks after it ends,
+    so a partial file without a holder of its lock is abandoned."""
     for partial in target.parent.glob(f".{target.name}.*.partial"):
-        with open(partial, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # another process is writing it
-            partial.unlink(missing_ok=True)
+        lock_path = _lock_path(partial)
+        try:
+            with FileLock(lock_path, timeout=0):
+                partial.unlink(missing_ok=True)
+        except Timeout:
+            continue  # another process is writing it
+        lock_path.unlink(missing_ok=True)
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -65,20 +82,22 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-CHUNK_BYTES = 4 << 20  # hashed and written while it is in the CPU's cache
+CHUNK_BYTES = 4 << 20
+"""How much is hashed and then written at once, while it is in the CPU's cache."""
 FLUSH_BYTES = 16 << 20
 
 
 class Digest(Protocol):
-    """What hashlib's and xxhash's hashes have, and `regions.RegionHash`."""
+    """The interface of hashes in hashlib and xxhash, and of `checksums.RegionHash`."""
 
     def update(self, data: Any, /) -> None: ...
 
 
 class HashingWriter:
-    """`write` hashes into `digest` and writes; leave the block to have the last flush behind you.
+    """A context manager whose `write` hashes the data into `digest` and writes it to `file`.
 
-    Every `FLUSH_BYTES` a second thread tells the disk to start, so that the fsync at the end finds little to do.
+    After every `FLUSH_BYTES` a second thread starts to flush to disk, so that the final fsync has little to do. Leaving
+    the block waits for the last flush.
     """
 
     def __init__(self, file: io.FileIO, digest: Digest) -> None:
@@ -109,6 +128,6 @@ class HashingWriter:
             self._check_flush()
 
     def _check_flush(self) -> None:
-        """Raises what the disk refused: it tells so once, and would not tell the fsync at the end again."""
+        """Raises the error of the last flush. The disk reports it once, so the final fsync would not raise it again."""
         if self.flush is not None:
             self.flush.result()

@@ -1,4 +1,4 @@
-"""One file format, one file. The suffix of `memory_filename` picks it."""
+"""The interface of a file format. The suffix of `memory_filename` chooses the format."""
 
 from __future__ import annotations
 
@@ -20,32 +20,38 @@ class Storage(ABC):
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    """The suffixes of file names, with the dot."""
 
     @abstractmethod
     def dump(self, path: Path, items: Sequence[KVCacheItem]) -> None:
-        """Writes `items` beside `path`, fsyncs, and renames: after a crash `path` is the old file or the new one."""
+        """Writes `items` beside `path`, fsyncs, and renames: after a crash `path` is the old file or the new one.
+
+        Raises StorageError if the file can't be written or the format can't hold an item.
+        """
 
     @abstractmethod
     def load(
         self, path: Path, fingerprint: ModelFingerprint, config: PreTrainedConfig, device: torch.device
     ) -> list[KVCacheItem]:
-        """Reads all items, or raises a StorageError (damaged, unsafe, future version) or FingerprintError that names
-        the file and the reason. Checks format version, fingerprint and checksum before anything is returned."""
+        """All items of the file, on `device`. Verifies format version, fingerprint and checksum before it returns.
+
+        Raises StorageError (damaged, unsafe, newer version) or FingerprintError, which name the file and the reason.
+        """
 
 
 FORMATS = Registry(Storage, "kvmem.storage", "file format")
 
 
 def for_filename(filename: str) -> Storage:
-    """The format whose suffix `filename` has.
+    """The format of the suffix of `filename`.
 
-    Raises ConfigError for another suffix, and for what is no file below the folder that it will be put into.
+    Raises ConfigError for an unknown suffix, or if `filename` is not a relative path to a file.
     """
     path = PurePath(filename)
     if path.is_absolute() or ".." in path.parts or filename.endswith("/") or "\0" in filename:
         raise ConfigError(
-            f"memory_filename {filename!r} is no file below the folder that dump and load are given. "
-            "Give a name, as 'activation_memory.safetensors', and say where it is to be in dump and load."
+            f"memory_filename {filename!r} is not a file below the folder that dump and load take. "
+            "Give a name such as 'activation_memory.safetensors', and give the folder to dump and load."
         )
     formats = FORMATS.classes()
     by_suffix = {suffix: cls for cls in formats.values() for suffix in cls.suffixes}

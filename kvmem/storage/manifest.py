@@ -1,4 +1,4 @@
-"""What a file says of itself: its format version, and for each item everything but the tensors."""
+"""What a file states about itself: its format version, and for each item everything but the tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 
 
 class ItemManifest(BaseModel):
-    """One item. `cache_tokens` is the length of the text behind the cache; sliding layers hold fewer tokens."""
+    """One item. `cache_tokens`: how many tokens the cache stands for; sliding layers hold fewer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,7 +29,7 @@ class ItemManifest(BaseModel):
 
 
 class Manifest(BaseModel):
-    """All items of one file, in the order of adding."""
+    """All items of one file, in the order in which they were added."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,8 +37,8 @@ class Manifest(BaseModel):
     items: tuple[ItemManifest, ...]
 
 
-def of_items(items: Sequence[KVCacheItem]) -> str:
-    """The manifest of `items`, as JSON. Raises StorageError for metadata that JSON can't hold."""
+def to_json(items: Sequence[KVCacheItem]) -> str:
+    """The manifest of `items` as JSON. Raises StorageError for metadata that JSON can't represent."""
     entries = tuple(
         ItemManifest(
             kv_cache_id=item.kv_cache_id,
@@ -51,11 +51,11 @@ def of_items(items: Sequence[KVCacheItem]) -> str:
     try:
         return Manifest(items=entries).model_dump_json()
     except PydanticSerializationError as error:
-        raise StorageError(f"An item's metadata is no JSON ({error}). Keep plain values in it.") from error
+        raise StorageError(f"An item's metadata is not JSON ({error}). Use plain values in it.") from error
 
 
-def read(text: str, path: Path) -> Manifest:
-    """The manifest in `text`, which a checksum has vouched for. Raises StorageError for another format version."""
+def from_json(text: str, path: Path) -> Manifest:
+    """Parses a manifest that a checksum has verified. Raises StorageError for another format version."""
     version = json.loads(text).get("version")
     if version != FORMAT_VERSION:
         raise StorageError(
@@ -64,14 +64,16 @@ def read(text: str, path: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise DamagedFileError(f"{path} has a manifest unlike its version's ({error}). Dump it again.") from error
+        raise DamagedFileError(
+            f"{path} has a manifest that its version does not allow ({error}). Dump it again."
+        ) from error
 
 
 def check_model(manifest: Manifest, fingerprint: ModelFingerprint, path: Path) -> None:
-    """Raises FingerprintError if an item was built by another model; an unverified one is left to `check_shape`."""
+    """Raises FingerprintError if an item was built by another model. Skips unverified items, see `check_shape`."""
     for item in manifest.items:
-        theirs = item.metadata.fingerprint
-        difference = theirs and fingerprint.difference(theirs)
+        built_by = item.metadata.fingerprint
+        difference = built_by and fingerprint.difference(built_by)
         if difference:
             raise FingerprintError(
                 f"{path}: item {item.kv_cache_id} was built by another model: {difference}. "
@@ -80,20 +82,20 @@ def check_model(manifest: Manifest, fingerprint: ModelFingerprint, path: Path) -
 
 
 def check_shape(kv_cache_id: str, layers: Sequence[KV], fingerprint: ModelFingerprint, path: Path) -> None:
-    """Raises FingerprintError if tensors of unknown origin can't be of this model: layers, heads, head size, dtype."""
+    """Raises FingerprintError if layers, heads, head size or dtype of the tensors are not those of the model."""
     difference = fingerprint.shape_difference(layers)
     if difference:
         raise FingerprintError(
-            f"{path}: item {kv_cache_id} can't be of this model: {difference}. "
+            f"{path}: item {kv_cache_id} can't be from this model: {difference}. "
             "Load it with the model that built it, or extract it again."
         )
 
 
-def tight_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in RAM, contiguous; itself, not a copy, where it already is."""
+def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous, in host memory; not copied if it already is."""
     return tensor.detach().cpu().contiguous()
 
 
 def tensors_of(item: KVCacheItem) -> list[torch.Tensor]:
-    """Keys and values of each layer in turn, not copied."""
+    """Keys and values, layer by layer, not copied."""
     return [tensor for pair in dynamic_cache.layers_of(item.kv_cache) for tensor in pair]

@@ -1,7 +1,7 @@
-"""A file's body to a device: threads read regions into pinned memory, verify them there, and send them on.
+"""Reads the body of a file to a device. Threads read regions into pinned memory, verify them, and copy them on.
 
-What is verified is what is sent, byte for byte, and each region crosses the CPU's cache once. Three things overlap: the
-reads (several at a time, which a disk wants too), the hashing, and the copies to the device.
+The verified bytes are the copied bytes, and each region passes the CPU's cache once. Reads, hashing and copies to the
+device overlap, and several reads are in flight at a time.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any, cast
 
 import torch
 
-from kvmem.storage.checksums import Regions, damaged, in_threads, threads_for
+from kvmem.storage.checksums import Regions, checksum_error, for_each_region, thread_count
 
-BUFFERS_A_THREAD = 2
-"""One is filled while the other is sent."""
+BUFFERS_PER_THREAD = 2
+"""One buffer is filled while the other is copied to the device."""
 
 Span = tuple[int, int]
-"""Where something starts and ends, in bytes of the body."""
+"""Start and end, in bytes from the start of the body."""
 
 
 class _Buffer:
-    """Host memory of one region, pinned beside a GPU, and the copy that still reads from it."""
+    """Host memory for one region, pinned if the device is a GPU, and the event of the copy that reads it."""
 
     def __init__(self, size_bytes: int, on_gpu: bool) -> None:
         self.bytes_N = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=on_gpu)
@@ -34,11 +34,12 @@ class _Buffer:
         self.copied = torch.cuda.Event() if on_gpu else None
 
     def wait(self) -> None:
+        """Waits until the last copy from this buffer has finished."""
         if self.copied is not None:
             self.copied.synchronize()
 
-    def sent(self) -> None:
-        """Says that what was copied from here on this thread's stream is on its way."""
+    def record_copies(self) -> None:
+        """Makes `wait` cover the copies that this thread's stream has been given so far."""
         if self.copied is not None:
             self.copied.record()
 
@@ -46,52 +47,53 @@ class _Buffer:
 def read(
     file: io.FileIO, body_at: int, regions: Regions, spans: Sequence[Span], device: torch.device, path: Path
 ) -> list[torch.Tensor]:
-    """For each span of the body one allocation on `device`, uint8, filled from `file`, whose body begins at `body_at`.
+    """For each span of the body a uint8 tensor on `device` with its bytes. The body begins at byte `body_at`.
 
-    When this returns every region has been verified and has arrived, so any stream may use the tensors. The host waits
-    for the last region's copy; to order it on the caller's stream would save that, and be wrong for who has two.
-    Raises DamagedFileError if a region does not fit its checksum, or OSError.
+    When this returns, every region is verified and on the device, so the tensors may be used on any stream. The host
+    waits for the last copy; ordering it on the caller's stream instead would be wrong for a caller with two streams.
+    Raises DamagedFileError if a region does not have its checksum, or OSError.
     """
     targets = [torch.empty(end - start, dtype=torch.uint8, device=device) for start, end in spans]
     if not len(regions):
         return targets
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream(device))  # the targets' memory may be in use there until now
-    # torch keeps pinned memory that is let go, so only the first load of a process pays for getting it.
+        stream.wait_stream(torch.cuda.current_stream(device))  # that stream may still use the targets' memory
+    # torch keeps released pinned memory, so only the first load of a process pays for its allocation.
     free: SimpleQueue[_Buffer] = SimpleQueue()
-    for _ in range(min(BUFFERS_A_THREAD * threads_for(len(regions)), len(regions))):
+    for _ in range(min(BUFFERS_PER_THREAD * thread_count(len(regions)), len(regions))):
         free.put(_Buffer(regions.region_bytes, stream is not None))
 
-    @torch.inference_mode()  # a thread has a mode of its own, and the targets may be of the caller's
-    def move(i: int) -> None:
-        buffer = free.get()  # the one that was handed back first: its copy is the likeliest to be done
+    @torch.inference_mode()  # the mode is per thread, and the caller may have made the targets in inference mode
+    def load_region(i: int) -> None:
+        buffer = free.get()  # the one that was released first, whose copy has most likely finished
         start, end = regions.span(i)
         buffer.wait()
         data = buffer.view[: end - start]
         if not read_exactly(file, data, body_at + start):
-            raise damaged(path)
+            raise checksum_error(path)
         regions.check(i, data, path)
         for target, (first, last) in zip(targets, spans, strict=True):
             low, high = max(start, first), min(end, last)
             if low < high:
                 target[low - first : high - first].copy_(buffer.bytes_N[low - start : high - start], non_blocking=True)
-        buffer.sent()
-        free.put(buffer)  # not so where the region is refused: its thread ends, and there is one for each that goes on
+        buffer.record_copies()
+        free.put(buffer)  # after an error it stays away: the thread ends, and every other thread has its own buffers
 
+    start_thread = partial(torch.cuda.set_stream, stream) if stream is not None else None
     try:
-        in_threads(move, len(regions), partial(torch.cuda.set_stream, stream) if stream is not None else None)
-    finally:  # also where a region was refused: the targets are freed then, and copies may be on their way to them
+        for_each_region(load_region, len(regions), start_thread)
+    finally:  # after an error too, because copies into the targets may be pending when these are freed
         if stream is not None:
             stream.synchronize()
     return targets
 
 
 def read_exactly(file: io.FileIO, data: memoryview, at: int) -> bool:
-    """Fills `data` from byte `at` of the file on; False if the file ends before. Any number of threads may."""
+    """Fills `data` from byte `at` of the file. Returns False if the file ends before. Thread-safe."""
     while data:
-        got = os.preadv(file.fileno(), [data], at)
-        if not got:
+        count = os.preadv(file.fileno(), [data], at)
+        if not count:
             return False
-        data, at = data[got:], at + got
+        data, at = data[count:], at + count
     return True

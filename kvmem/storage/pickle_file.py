@@ -1,48 +1,60 @@
-"""The published format: MemOS's pickled dictionary, written so that MemOS can read it and read without running it."""
+"""MemOS's format: a pickled dictionary that MemOS can read, and that is read here without running code in it.
+
+The dictionary is `{"kv_cache_memories": {id: KVCacheItem}}`, as MemOS's own `dump` writes it, with the manifest under
+one more key, which MemOS ignores. Two generations of MemOS's items are read: the current one has `id` and `memory`, the
+older one `kv_cache_id` and `kv_cache`. Behind the end of the pickle, where no unpickler looks, is a seal: the XXH3-128
+of everything before it.
+"""
 
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 import xxhash
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
-from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
+from kvmem.cache import KV, KVCacheItem, KVCacheMetadata, MemoryTokens, ModelFingerprint, TextualSource, dynamic_cache
 from kvmem.errors import DamagedFileError, StorageError
-from kvmem.storage import manifest, memos_pickle, safe_unpickler
+from kvmem.storage import manifest, safe_unpickler
 from kvmem.storage.atomic_write import CHUNK_BYTES, HashingWriter, replacing, write_all
 from kvmem.storage.base import Storage
 
 SEAL = b"kvmem xxh3_128: "
 SEAL_BYTES = len(SEAL) + xxhash.xxh3_128().digest_size
+ITEMS_KEY = "kv_cache_memories"
+MANIFEST_KEY = "kvmem_manifest"
+PROTOCOL = 4
 
 
 class PickleFile(Storage):
-    """A pickle, and behind its end (where no unpickler looks) a seal: XXH3-128 of all that stands before.
+    """A pickle with a seal behind its end.
 
-    A file without seal and manifest is another program's: its items load as unverified (fingerprint None), if their
-    shape and dtype are the model's. Use `.safetensors` where MemOS need not read the file: it loads without a copy.
+    A file without seal and manifest comes from another program: its items load as unverified (fingerprint None) if
+    their shape and dtype are those of the model. Prefer `.safetensors`, which loads without a copy, unless MemOS has to
+    read the file.
     """
 
     name = "pickle"
     suffixes = (".pickle", ".pkl")
 
     def dump(self, path: Path, items: Sequence[KVCacheItem]) -> None:
-        bare = [item.kv_cache_id for item in items if not item.kv_cache.layers]
-        if bare:
+        without_tensors = [item.kv_cache_id for item in items if not item.kv_cache.layers]
+        if without_tensors:
             raise StorageError(
-                f"{path}: item {bare[0]} is a prefix on a server and has no tensors, which are all that this format "
-                "holds. Use a memory_filename that ends in .safetensors."
+                f"{path}: item {without_tensors[0]} is a prefix on a server and has no tensors, which this format "
+                "needs. Use a memory_filename that ends in .safetensors."
             )
-        manifest_json = manifest.of_items(items)
+        manifest_json = manifest.to_json(items)
         digest = xxhash.xxh3_128()
         with replacing(path) as file:
             with HashingWriter(file, digest) as writer:
-                memos_pickle.write(writer, items, manifest_json)
+                _write(writer, items, manifest_json)
             write_all(file, memoryview(SEAL + digest.digest()))
 
     def load(
@@ -56,38 +68,38 @@ class PickleFile(Storage):
             raise StorageError(
                 f"{path} can't be read ({error}). Dump a memory there, or give another folder."
             ) from error
-        entries = memos_pickle.items_of(contents, path)
-        if isinstance(contents, dict) and memos_pickle.MANIFEST_KEY in contents:
+        entries = _entries(contents, path)
+        if isinstance(contents, dict) and MANIFEST_KEY in contents:
             if not sealed:
                 raise DamagedFileError(f"{path} is damaged: its seal is gone. Take another copy of the file.")
-            told = manifest.read(contents[memos_pickle.MANIFEST_KEY], path)
-            return _verified(entries, told, path, fingerprint, config, device)
-        return _unverified(entries, path, fingerprint, config, device)
+            stated = manifest.from_json(contents[MANIFEST_KEY], path)
+            return _verified_items(entries, stated, path, fingerprint, config, device)
+        return _unverified_items(entries, path, fingerprint, config, device)
 
 
 def _check_seal(file: IO[bytes], path: Path) -> bool:
-    """True if the file ends in a seal that fits, False if it has none. Raises DamagedFileError if it does not fit."""
+    """Whether the file has a seal. Raises DamagedFileError if the seal does not match the content."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         raise DamagedFileError(f"{path} is empty. Take another copy of the file.")
-    left = max(0, size - SEAL_BYTES)
-    file.seek(left)
+    remaining = max(0, size - SEAL_BYTES)
+    file.seek(remaining)
     seal = file.read(SEAL_BYTES)
     file.seek(0)
     if not seal.startswith(SEAL):
         return False
     digest = xxhash.xxh3_128()
-    while left:
-        chunk = file.read(min(CHUNK_BYTES, left))
+    while remaining:
+        chunk = file.read(min(CHUNK_BYTES, remaining))
         digest.update(chunk)
-        left -= len(chunk)
+        remaining -= len(chunk)
     file.seek(0)
     if seal != SEAL + digest.digest():
         raise DamagedFileError(f"{path} is damaged: its checksum does not fit its content. Take another copy of it.")
     return True
 
 
-def _verified(
+def _verified_items(
     entries: list[dict[str, Any]],
     contents: manifest.Manifest,
     path: Path,
@@ -98,7 +110,7 @@ def _verified(
     manifest.check_model(contents, fingerprint, path)
     items = []
     for fields, entry in zip(entries, contents.items, strict=True):
-        layers = memos_pickle.layers_of(fields, path)
+        layers = _layers(fields, path)
         if entry.metadata.fingerprint is None:
             manifest.check_shape(entry.kv_cache_id, layers, fingerprint, path)
         cache = dynamic_cache.from_layers([(k.to(device), v.to(device)) for k, v in layers], config, entry.cache_tokens)
@@ -106,7 +118,7 @@ def _verified(
     return items
 
 
-def _unverified(
+def _unverified_items(
     entries: list[dict[str, Any]],
     path: Path,
     fingerprint: ModelFingerprint,
@@ -115,8 +127,156 @@ def _unverified(
 ) -> list[KVCacheItem]:
     items = []
     for fields in entries:
-        layers = memos_pickle.layers_of(fields, path)
+        layers = _layers(fields, path)
         manifest.check_shape(str(fields.get("id", fields.get("kv_cache_id"))), layers, fingerprint, path)
         cache = dynamic_cache.from_layers([(k.to(device), v.to(device)) for k, v in layers], config)
-        items.append(memos_pickle.unverified_item(fields, cache, path))
+        items.append(_unverified_item(fields, cache, path))
     return items
+
+
+class _MemOSObject:
+    """Is pickled as an instance of a pydantic class of MemOS, which need not be installed."""
+
+    global_name: tuple[str, str]
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {
+            "__dict__": self.fields,
+            "__pydantic_extra__": None,
+            "__pydantic_fields_set__": set(self.fields),
+            "__pydantic_private__": None,
+        }
+        return __newobj__, (type(self),), state
+
+
+def __newobj__(cls: type) -> None:
+    """A function of this name in a reduction makes pickle write "create an empty object of the class"."""
+
+
+class _Item(_MemOSObject):
+    global_name = ("memos.memories.activation.item", "KVCacheItem")
+
+
+class _Records(_MemOSObject):
+    global_name = ("memos.memories.activation.item", "KVCacheRecords")
+
+
+def _save_type(pickler: Any, cls: type) -> None:
+    """Writes the class by the name that it has in MemOS."""
+    if issubclass(cls, _MemOSObject):
+        module, name = cls.global_name
+        pickler.write(pickle.GLOBAL + f"{module}\n{name}\n".encode())
+    else:
+        pickle._Pickler.save_type(pickler, cls)  # type: ignore[attr-defined] # typeshed omits this method
+
+
+# The pickler written in Python, because the one in C imports every class that it names, to check it.
+class _Pickler(pickle._Pickler):
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, type: _save_type}
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, torch.Tensor):
+            return NotImplemented
+        tensor = manifest.contiguous_on_cpu(obj)
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch writes the whole storage, including tokens outside of the view
+        return tensor.__reduce_ex__(PROTOCOL)
+
+
+def _write(file: HashingWriter, items: Sequence[KVCacheItem], manifest_json: str) -> None:
+    contents = {
+        ITEMS_KEY: {
+            item.kv_cache_id: _Item(
+                id=item.kv_cache_id,
+                memory=item.kv_cache,
+                metadata={
+                    "source_text": item.metadata.source_text,
+                    "extracted_at": item.metadata.extracted_at.isoformat(),
+                },
+                records=_Records(
+                    text_memories=[item.metadata.source_text],
+                    composed_text_memory=item.metadata.source_text,
+                    timestamp=item.metadata.extracted_at,
+                ),
+            )
+            for item in items
+        },
+        MANIFEST_KEY: manifest_json,
+    }
+    pickler = _Pickler(file, PROTOCOL)
+    pickler.fast = True  # without a memo, which would keep the bytes of every tensor, when writing and when reading
+    pickler.dump(contents)
+
+
+def _entries(contents: Any, path: Path) -> list[dict[str, Any]]:
+    """The fields of each item. `contents` is a dictionary by id, a list, or has one of them as `kv_cache_memories`."""
+    items = contents.get(ITEMS_KEY, contents) if isinstance(contents, dict) else contents
+    entries = list(items.values()) if isinstance(items, dict) else items
+    if not isinstance(entries, list):
+        raise DamagedFileError(f"{path} holds a {type(contents).__name__} and no memories: another program's file?")
+    fields = [entry.fields if isinstance(entry, safe_unpickler.Item) else entry for entry in entries]
+    if not all(isinstance(entry, dict) for entry in fields):
+        raise DamagedFileError(f"{path} holds objects that are not KV cache items: another program's file?")
+    return fields
+
+
+def _layers(fields: dict[str, Any], path: Path) -> list[KV]:
+    """The (keys, values) of each layer of an item's cache, from any version of transformers."""
+    cache = fields.get("memory", fields.get("kv_cache"))
+    parts = cache.fields if isinstance(cache, safe_unpickler.Cache) else {}
+    if "layers" in parts:
+        layers = [layer.fields for layer in _list(parts["layers"]) if isinstance(layer, safe_unpickler.Layer)]
+        pairs: list[tuple[Any, Any]] = [(layer.get("keys"), layer.get("values")) for layer in layers]
+    else:
+        pairs = list(zip(_list(parts.get("key_cache")), _list(parts.get("value_cache")), strict=False))
+    if not pairs or not all(isinstance(tensor, torch.Tensor) for pair in pairs for tensor in pair):
+        raise DamagedFileError(f"{path}: an item holds no keys and values: an empty cache? Extract it again.")
+    return pairs
+
+
+def _unverified_item(fields: dict[str, Any], cache: DynamicCache, path: Path) -> KVCacheItem:
+    """An item without fingerprint and token ids, with the source text if the file states it."""
+    stated = fields.get("metadata")
+    metadata = stated if isinstance(stated, dict) else {}
+    records = fields.get("records")
+    composed = records.fields.get("composed_text_memory") if isinstance(records, safe_unpickler.ItemRecords) else None
+    source = metadata.get("source_text") or composed or ""
+    kv_cache_id = str(fields.get("id", fields.get("kv_cache_id")))
+    carried = {k: v for k, v in metadata.items() if k not in ("source_text", "extracted_at") and _is_plain(v)}
+    return KVCacheItem(
+        kv_cache=cache,
+        kv_cache_id=kv_cache_id,
+        metadata=KVCacheMetadata(
+            tokens=MemoryTokens(source=str(source), template="unknown", token_ids=(), header_tokens=0, body_end=0),
+            extracted_at=_time(metadata.get("extracted_at"), path),
+            build_s=0.0,  # unknown
+            kv_bytes=dynamic_cache.nbytes(cache),
+            fingerprint=None,
+            textual_memory=TextualSource(id=kv_cache_id, metadata=carried) if carried else None,
+        ),
+    )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _time(text: Any, path: Path) -> datetime:
+    """When an item was extracted: `text` if it is a time in ISO format, else the file's modification time."""
+    if isinstance(text, str):
+        try:
+            return datetime.fromisoformat(text)
+        except ValueError:
+            pass
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)

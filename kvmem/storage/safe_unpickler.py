@@ -1,4 +1,4 @@
-"""Unpickling without running anything: every name that a pickle may use becomes an inert record of our own."""
+"""Unpickles without running code: each name that a pickle may use becomes an inert record or a safe function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 
 from kvmem.errors import DamagedFileError, UnsafeFileError
 
-# What a pickle's virtual machine raises on bytes that are none: it checks little.
 MALFORMED = (
     pickle.UnpicklingError,
     EOFError,
@@ -28,17 +27,18 @@ MALFORMED = (
     RuntimeError,
     struct.error,
 )
+"""The errors of an unpickler on bytes that are not a pickle. It validates little."""
 
 
 class _Frozen(type):
-    """No attribute of such a class can be set, so a pickle can't change what the next one meets."""
+    """A class whose attributes can't be set, so that one pickle can't affect how the next one is read."""
 
     def __setattr__(cls, name: str, value: object) -> NoReturn:
         raise TypeError(f"{cls.__name__} can't be changed")
 
 
 class Record(metaclass=_Frozen):
-    """Stands in for an object: keeps what the pickle gave it, and has no behaviour."""
+    """Replaces an object: keeps its arguments and state, and has no behavior."""
 
     args: tuple[Any, ...]
     state: Any
@@ -53,14 +53,14 @@ class Record(metaclass=_Frozen):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The object's attributes: its state, or what pydantic keeps under `__dict__` there."""
+        """The object's attributes: its state, or the `__dict__` in the state of a pydantic object."""
         state = self.state if isinstance(self.state, dict) else {}
         inner = state.get("__dict__", state)
         return inner if isinstance(inner, dict) else {}
 
 
 class Item(Record):
-    """MemOS's KVCacheItem: id, memory, metadata, records; in older files kv_cache_id, kv_cache, metadata."""
+    """MemOS's KVCacheItem: id, memory, metadata, records. In older files: kv_cache_id, kv_cache, metadata."""
 
 
 class ItemRecords(Record):
@@ -68,7 +68,7 @@ class ItemRecords(Record):
 
 
 class Cache(Record):
-    """transformers' DynamicCache: a list of layers, or in older files key_cache and value_cache."""
+    """transformers' DynamicCache: a list of layers. In older files: key_cache and value_cache."""
 
 
 class Layer(Record):
@@ -76,7 +76,7 @@ class Layer(Record):
 
 
 class _Storage:
-    """Bytes that torch wrote, as a storage: `torch.storage._load_from_bytes` itself would unpickle them unchecked."""
+    """Replaces `torch.storage._load_from_bytes`, which would unpickle its argument without any check."""
 
     def __new__(cls, raw: bytes) -> Any:
         try:
@@ -92,7 +92,7 @@ class _Storage:
 
 
 class _Tensor:
-    """`torch._utils._rebuild_tensor_v2`, where it stays within its storage."""
+    """Replaces `torch._utils._rebuild_tensor_v2`, and refuses a tensor that reaches beyond its storage."""
 
     def __new__(cls, storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Any:
         if not isinstance(storage, torch.storage.TypedStorage):
@@ -127,8 +127,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class InertUnpickler(pickle.Unpickler):
-    """Reads a pickle whose every name is in `ALLOWED`; any other raises UnsafeFileError before it is looked up."""
+class SafeUnpickler(pickle.Unpickler):
+    """Reads a pickle whose names are all in `ALLOWED`. Raises UnsafeFileError for another, without importing it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
@@ -140,12 +140,15 @@ class InertUnpickler(pickle.Unpickler):
 
 
 def load(file: Any, path: Path) -> Any:
-    """The content of a pickle as plain values, tensors and Records. Raises UnsafeFileError or DamagedFileError."""
+    """The content of a pickle as plain values, tensors and Records.
+
+    Raises UnsafeFileError for a name that is not allowed, and DamagedFileError for bytes that are not a pickle.
+    """
     try:
-        return InertUnpickler(file).load()
+        return SafeUnpickler(file).load()
     except UnsafeFileError as error:
         raise UnsafeFileError(
-            f"{path} is refused: {error}, which no KV memory needs. Nothing of it was run. Extract the memory again."
+            f"{path} is refused: {error}, which no KV memory needs. No code in it was run. Extract the memory again."
         ) from None
     except MALFORMED as error:
-        raise DamagedFileError(f"{path} is no whole pickle ({error}). Take another copy of the file.") from error
+        raise DamagedFileError(f"{path} is not a complete pickle ({error}). Take another copy of the file.") from error

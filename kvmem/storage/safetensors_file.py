@@ -1,69 +1,101 @@
-"""The default format: a safetensors file with a manifest and checksums, mapped and not read.
+"""The default format: a safetensors file with a manifest and checksums, which a CPU maps instead of reading.
 
-Any safetensors reader can open it: tensors `<item>.<layer>.k` and `.v`, (1, kv_heads, tokens, head_dim), an item's one
-behind the other; what stands before them is in `safetensors_head`.
+Any safetensors reader can open it. Its tensors are `<item>.<layer>.k` and `.v`, (1, kv_heads, tokens, head_dim); those
+of an item are adjacent. Before them are, as in every safetensors file, eight bytes with the length of a JSON header and
+the header. The header's metadata holds:
+
+- `checksum_of_head`: XXH3-128 of length and header, computed with zeros in place of its own digits;
+- `region_bytes` and `checksums_of_regions`: XXH3-128 of each region of the body;
+- `manifest`: everything about the items but their tensors.
+
+The header is verified before the body is read, and then each region of the body against the header, so a flipped bit
+anywhere is refused. Checksums protect against accidents, not against a forger.
+
+Older files have one checksum over the whole file, `checksum`. They are read and verified too.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 from transformers import PreTrainedConfig
 
 from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
 from kvmem.errors import DamagedFileError, StorageError
-from kvmem.storage import manifest, parallel_read, safetensors_header
+from kvmem.storage import manifest, parallel_read
 from kvmem.storage.atomic_write import HashingWriter, replacing, write_all
 from kvmem.storage.base import Storage
-from kvmem.storage.checksums import RegionHash
-from kvmem.storage.safetensors_header import DTYPES, Head
+from kvmem.storage.checksums import DIGEST_BYTES, REGION_BYTES, RegionHash, Regions, checksum_error, region_count
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+ALIGN_BYTES = 64
+LENGTH_BYTES = 8
+NO_CHECKSUM = b"0" * (2 * DIGEST_BYTES)
+START = b'{"__metadata__":{"checksum_of_head":"'
+REGIONS_KEY = b'"checksums_of_regions":"'
+WHOLE_FILE_START = b'{"__metadata__":{"checksum":"'
+"""The start of an older file's header, with one checksum over the whole file."""
 
 
 class SafetensorsFile(Storage):
-    """Dump streams the tensors from where they are; load maps the file, so its pages are the tensors.
+    """`dump` streams the tensors from where they are. `load` on a CPU maps the file, so its pages are the tensors.
 
-    On a GPU an item's tensors are views of one allocation. On a CPU a loaded tensor stays right when the file is
-    dumped again or deleted, because a dump never writes into a file that is in use: it puts a new one in its place.
-    Writing into a loaded tensor changes neither the file nor other readers.
+    On a GPU the tensors of an item are views of one allocation. On a CPU a loaded tensor stays valid when the file is
+    dumped again or deleted, because a dump replaces the file and never writes into it. Writing into a loaded tensor
+    changes neither the file nor other readers.
     """
 
     name = "safetensors"
     suffixes = (".safetensors",)
 
     def dump(self, path: Path, items: Sequence[KVCacheItem]) -> None:
-        # Written here and not by safetensors' own writer, which wants every tensor contiguous and on the CPU before it
-        # starts, and leaves no place to hash the bytes on their way.
-        head = safetensors_header.write(path, items)
+        # The writer of the safetensors package needs every tensor contiguous and on the CPU before it starts, and does
+        # not hash the bytes while it writes them.
+        header = _header_without_checksums(path, items)
         regions = RegionHash()
         with replacing(path) as file:
-            write_all(file, memoryview(head))
+            write_all(file, memoryview(header))
             with HashingWriter(file, regions) as writer:
                 for item in items:
                     for tensor in manifest.tensors_of(item):
-                        writer.write(manifest.tight_cpu(tensor).reshape(-1).view(torch.uint8).numpy())
+                        writer.write(manifest.contiguous_on_cpu(tensor).reshape(-1).view(torch.uint8).numpy())
             file.seek(0)
-            write_all(file, memoryview(safetensors_header.sealed(head, regions.digests())))
+            write_all(file, memoryview(_with_checksums(header, regions.digests())))
 
     def load(
         self, path: Path, fingerprint: ModelFingerprint, config: PreTrainedConfig, device: torch.device
     ) -> list[KVCacheItem]:
         with _opened(path) as file:
-            head = safetensors_header.read(file, path)
-            mapping = _map(file) if head.regions is None or device.type == "cpu" else None
-            if mapping is not None and head.regions is None:
-                safetensors_header.check_whole(memoryview(mapping), path)
-            contents = manifest.read(head.manifest, path)
+            header = read_header(file, path)
+            mapping = _map(file) if header.regions is None or device.type == "cpu" else None
+            if mapping is not None and header.regions is None:
+                _check_whole_file(memoryview(mapping), path)
+            contents = manifest.from_json(header.manifest, path)
             manifest.check_model(contents, fingerprint, path)
             if mapping is not None:
-                tensors = _mapped(mapping, head, device, path)
+                tensors = _mapped_tensors(mapping, header, device, path)
             else:
-                tensors = read_staged(file, head, [entry.layers for entry in contents.items], device, path)
+                tensors = read_tensors(file, header, [entry.layers for entry in contents.items], device, path)
         items = []
         for i, entry in enumerate(contents.items):
             layers = [(tensors[f"{i}.{layer}.k"], tensors[f"{i}.{layer}.v"]) for layer in range(entry.layers)]
@@ -75,21 +107,165 @@ class SafetensorsFile(Storage):
 
 
 def read_token_ids(path: Path) -> tuple[int, ...]:
-    """The token ids of a file's first item, from its head alone: quick.
+    """The token ids of a file's first item. Reads only the header.
 
-    Raises StorageError for a file that can't be read, or whose head is damaged (which an older file's, without a
-    checksum of its own, may be unnoticed).
+    Raises StorageError for a file that can't be read, or whose header is damaged. In an older file, whose header has no
+    checksum of its own, damage may go unnoticed.
     """
     with _opened(path) as file:
-        head = safetensors_header.read(file, path)
+        header = read_header(file, path)
     try:
-        text = head.manifest
+        text = header.manifest
     except KeyError as error:
         raise DamagedFileError(f"{path} has a damaged header ({error}). Take another copy of the file.") from error
-    items = manifest.read(text, path).items
+    items = manifest.from_json(text, path).items
     if not items:
         raise DamagedFileError(f"{path} holds no item. Dump a memory there first.")
     return items[0].metadata.tokens.token_ids
+
+
+@dataclass(frozen=True)
+class Header:
+    """The JSON header, and the byte at which the body begins.
+
+    `regions` is None in an older file, whose header is not verified yet: the checksum covers the whole file.
+    """
+
+    fields: dict[str, Any]
+    body_at: int
+    regions: Regions | None
+
+    @property
+    def manifest(self) -> str:
+        text: str = self.fields["__metadata__"]["manifest"]
+        return text
+
+    @property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """By name: dtype, shape, and data_offsets (start and end, in bytes from the start of the body)."""
+        return {name: entry for name, entry in self.fields.items() if name != "__metadata__"}
+
+    def names(self, item: int, layers: int) -> list[str]:
+        """The names of an item's tensors, in the order of their bytes."""
+        return [f"{item}.{layer}.{kind}" for layer in range(layers) for kind in "kv"]
+
+    def span(self, item: int, layers: int) -> parallel_read.Span:
+        """Start and end of an item's adjacent tensors, in bytes from the start of the body."""
+        offsets = [self.fields[name]["data_offsets"] for name in self.names(item, layers)]
+        return (offsets[0][0], offsets[-1][1]) if offsets else (0, 0)
+
+
+def read_header(file: io.FileIO, path: Path) -> Header:
+    """The header of an open file, verified if it has a checksum of its own.
+
+    Raises DamagedFileError for a file that is damaged or not one of kvmem.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = bytearray(min(size, LENGTH_BYTES + len(START)))
+    parallel_read.read_exactly(file, memoryview(start), 0)
+    is_older = start[LENGTH_BYTES:].startswith(WHOLE_FILE_START)
+    if size < LENGTH_BYTES + len(WHOLE_FILE_START + NO_CHECKSUM):
+        raise DamagedFileError(f"{path} is too short for a memory: empty or cut off. Take another copy of it.")
+    if not is_older and start[LENGTH_BYTES:] != START:
+        raise DamagedFileError(
+            f"{path} does not start like a memory of kvmem: another kind of file, a later kvmem's, or damaged."
+        )
+    body_at = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
+    if body_at > size:
+        raise checksum_error(path)
+    raw = bytearray(body_at)
+    if not parallel_read.read_exactly(file, memoryview(raw), 0):
+        raise checksum_error(path)
+    if is_older:
+        try:
+            return Header(json.loads(raw[LENGTH_BYTES:]), body_at, None)
+        except ValueError as error:
+            raise DamagedFileError(f"{path} has a damaged header ({error}). Take another copy of the file.") from error
+    if not _has_checksum(memoryview(raw), START):
+        raise checksum_error(path)
+    fields = json.loads(raw[LENGTH_BYTES:])
+    digests = bytes.fromhex(fields["__metadata__"]["checksums_of_regions"])
+    by_region = tuple(digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES))
+    regions = Regions(size - body_at, int(fields["__metadata__"]["region_bytes"]), by_region)
+    if len(regions) != len(by_region):  # the file was cut off, or has bytes behind its end
+        raise checksum_error(path)
+    return Header(fields, body_at, regions)
+
+
+def read_tensors(
+    file: io.FileIO, header: Header, layers: Sequence[int], device: torch.device, path: Path
+) -> dict[str, torch.Tensor]:
+    """All tensors by name, verified: for each item, of so many `layers`, views of one allocation on `device`."""
+    assert header.regions is not None
+    spans = [header.span(i, count) for i, count in enumerate(layers)]
+    parts = parallel_read.read(file, header.body_at, header.regions, spans, device, path)
+    tensors, entries = {}, header.tensors
+    for i, (part_N, (at, _)) in enumerate(zip(parts, spans, strict=True)):
+        for name in header.names(i, layers[i]):
+            entry = entries[name]
+            start, end = entry["data_offsets"]
+            dtype, raw_N = DTYPES[entry["dtype"]], part_N[start - at : end - at]
+            if raw_N.storage_offset() % dtype.itemsize:  # unaligned, behind an odd number of narrower elements
+                raw_N = raw_N.clone()
+            tensors[name] = raw_N.view(dtype).view(entry["shape"])
+    return tensors
+
+
+def _header_without_checksums(path: Path, items: Sequence[KVCacheItem]) -> bytes:
+    """Length and header for `items`, with zeros in place of all checksums.
+
+    Raises StorageError for a dtype that safetensors has no name for, or metadata that JSON can't represent.
+    """
+    tensors: dict[str, Any] = {}
+    end = 0
+    for i, item in enumerate(items):
+        for layer, pair in enumerate(dynamic_cache.layers_of(item.kv_cache)):
+            for kind, tensor in zip("kv", pair, strict=True):
+                if tensor.dtype not in DTYPE_NAMES:
+                    raise StorageError(
+                        f"{path}: item {item.kv_cache_id} is of dtype {tensor.dtype}. Known: {', '.join(DTYPES)}."
+                    )
+                start, end = end, end + tensor.numel() * tensor.element_size()
+                tensors[f"{i}.{layer}.{kind}"] = {
+                    "dtype": DTYPE_NAMES[tensor.dtype],
+                    "shape": list(tensor.shape),
+                    "data_offsets": [start, end],
+                }
+    metadata = {
+        "checksum_of_head": NO_CHECKSUM.decode(),
+        "region_bytes": str(REGION_BYTES),
+        "checksums_of_regions": NO_CHECKSUM.decode() * region_count(end, REGION_BYTES),
+        "manifest": manifest.to_json(items),
+    }
+    header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
+    header += b" " * (-(LENGTH_BYTES + len(header)) % ALIGN_BYTES)
+    assert header.startswith(START + NO_CHECKSUM)
+    return len(header).to_bytes(LENGTH_BYTES, "little") + header
+
+
+def _with_checksums(header: bytes, digests: Sequence[bytes]) -> bytes:
+    """The header with the checksums of the regions, and then its own, in place of the zeros."""
+    zeros, digits = NO_CHECKSUM * len(digests), b"".join(digests).hex().encode()
+    filled = header.replace(REGIONS_KEY + zeros, REGIONS_KEY + digits, 1)
+    assert len(filled) == len(header)
+    at = LENGTH_BYTES + len(START)
+    return filled[:at] + xxhash.xxh3_128_hexdigest(filled).encode() + filled[at + len(NO_CHECKSUM) :]
+
+
+def _check_whole_file(file: memoryview, path: Path) -> None:
+    """Raises DamagedFileError unless an older file has its one checksum."""
+    if not _has_checksum(file, WHOLE_FILE_START):
+        raise checksum_error(path)
+
+
+def _has_checksum(data: memoryview, start: bytes) -> bool:
+    """Whether the digits after `start` are the checksum of `data`, computed with zeros in place of the digits."""
+    at = LENGTH_BYTES + len(start)
+    end = at + len(NO_CHECKSUM)
+    digest = xxhash.xxh3_128(data[:at])
+    digest.update(NO_CHECKSUM)
+    digest.update(data[end:])
+    return data[at:end] == digest.hexdigest().encode()
 
 
 @contextmanager
@@ -102,43 +278,24 @@ def _opened(path: Path) -> Iterator[io.FileIO]:
 
 
 def _map(file: io.FileIO) -> mmap.mmap:
-    """The whole file, copy-on-write. It stays open as long as a tensor is on it."""
+    """The whole file, mapped copy-on-write. The mapping lives as long as a tensor uses it."""
     mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     mapping.madvise(mmap.MADV_WILLNEED)
     return mapping
 
 
-def _mapped(mapping: mmap.mmap, head: Head, device: torch.device, path: Path) -> dict[str, torch.Tensor]:
-    """All tensors, verified: views of the mapping on the CPU, else copies on `device`."""
-    if head.regions is not None:
-        head.regions.check_all(memoryview(mapping)[head.body_at :], path)
+def _mapped_tensors(mapping: mmap.mmap, header: Header, device: torch.device, path: Path) -> dict[str, torch.Tensor]:
+    """All tensors by name, verified: views of the mapping on a CPU, else copies on `device`."""
+    if header.regions is not None:
+        header.regions.check_all(memoryview(mapping)[header.body_at :], path)
     return {
         name: torch.frombuffer(
             mapping,
             dtype=DTYPES[entry["dtype"]],
             count=math.prod(entry["shape"]),
-            offset=head.body_at + entry["data_offsets"][0],
+            offset=header.body_at + entry["data_offsets"][0],
         )
         .view(entry["shape"])
         .to(device)
-        for name, entry in head.tensors.items()
+        for name, entry in header.tensors.items()
     }
-
-
-def read_staged(
-    file: io.FileIO, head: Head, layers: Sequence[int], device: torch.device, path: Path
-) -> dict[str, torch.Tensor]:
-    """All tensors, verified: views of one allocation on `device` for each item, which has so many layers."""
-    assert head.regions is not None
-    spans = [head.span(i, count) for i, count in enumerate(layers)]
-    parts = parallel_read.read(file, head.body_at, head.regions, spans, device, path)
-    tensors, entries = {}, head.tensors
-    for i, (part_N, (at, _)) in enumerate(zip(parts, spans, strict=True)):
-        for name in head.names(i, layers[i]):
-            entry = entries[name]
-            start, end = entry["data_offsets"]
-            dtype, raw_N = DTYPES[entry["dtype"]], part_N[start - at : end - at]
-            if raw_N.storage_offset() % dtype.itemsize:  # behind an odd number of narrower elements
-                raw_N = raw_N.clone()
-            tensors[name] = raw_N.view(dtype).view(entry["shape"])
-    return tensors

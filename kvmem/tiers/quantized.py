@@ -78,7 +78,7 @@ class QuantizedFile(Storage):
             for kind, tensor in (("k", keys), ("v", values)):
                 tensors |= {f"{layer}.{kind}.{part}": kept for part, kept in self._compressed(kind, tensor).items()}
         mark = item.metadata.model_copy(update={"lossy": lossy(item.metadata, self.scheme)})
-        text = manifest.of_items([KVCacheItem(item.kv_cache, mark, item.kv_cache_id)])
+        text = manifest.to_json([KVCacheItem(item.kv_cache, mark, item.kv_cache_id)])
         known = {"manifest": text, "scheme": self.scheme, "checksum": _checksum(text, tensors)}
         with replacing(path) as file:
             write_all(file, memoryview(safetensors.torch.save(tensors, known)))
@@ -97,7 +97,7 @@ class QuantizedFile(Storage):
         text = known.get("manifest", "")
         if known.get("scheme") != self.scheme or known.get("checksum") != _checksum(text, tensors):
             raise DamagedFileError(f"{path} is damaged: its checksum does not fit its content. Build the memory again.")
-        contents = manifest.read(text, path)
+        contents = manifest.from_json(text, path)
         manifest.check_model(contents, fingerprint, path)
         (entry,) = contents.items
         dtype = getattr(torch, fingerprint.dtype)

@@ -39,7 +39,7 @@ class RemoteStore(TierStore):
             self._format.dump(local, [item])
             with self._told("written"):
                 self._store.put_file(str(local), tensors)
-                self._store.pipe_file(known, manifest.of_items([item]).encode())
+                self._store.pipe_file(known, manifest.to_json([item]).encode())
 
     def read(self, item_id: str) -> KVCacheItem:
         tensors, _ = self._names(item_id)
@@ -70,7 +70,7 @@ class RemoteStore(TierStore):
                 elif suffix == "json":
                     text = self._store.cat_file(f"{self._root}/{name}").decode(errors="replace")
                     try:
-                        known = manifest.read(text, Path(name))
+                        known = manifest.from_json(text, Path(name))
                         manifest.check_model(known, self._backend.fingerprint, Path(name))
                         items += [Found(i.kv_cache_id, i.metadata, i.metadata.kv_bytes) for i in known.items]
                     except (StorageError, FingerprintError, json.JSONDecodeError) as error:

@@ -51,7 +51,7 @@ def test_every_file_of_the_package_is_found_and_named():
     }
     assert {"reprefill", "ropeshift", "naiveconcat"} <= set(STRATEGIES)
     assert type(strategy("RopeShift")) is type(strategy("ropeshift")) is RopeShift
-    with pytest.raises(ConfigError, match="Did you mean reprefill"):
+    with pytest.raises(ConfigError, match="Did you mean Reprefill"):
         strategy("Refill")
 
 

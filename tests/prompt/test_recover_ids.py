@@ -197,7 +197,7 @@ def test_another_models_file_is_refused_when_it_is_read(
     memory = memory_on(qwen3, memory_filename="activation_memory.pickle")
     kept = memory.extract(OTHER)
     memory.add(kept)
-    with pytest.raises(FingerprintError, match=r"item m can't be of this model: (layers|kv_heads|head_dim)"):
+    with pytest.raises(FingerprintError, match=r"item m can't be from this model: (layers|kv_heads|head_dim)"):
         memory.load(tmp_path)
     assert memory.get_all() == [kept]
 

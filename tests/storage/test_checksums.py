@@ -17,11 +17,9 @@ from hypothesis import strategies as st
 from kvmem.cache.dynamic_cache import from_layers, layers_of
 from kvmem.cache.items import KVCacheItem
 from kvmem.errors import DamagedFileError
-from kvmem.storage import checksums as by_regions
-from kvmem.storage import parallel_read, safetensors_header
+from kvmem.storage import checksums, parallel_read
 from kvmem.storage.checksums import REGION_BYTES, RegionHash, Regions
-from kvmem.storage.safetensors_file import SafetensorsFile, read_staged, read_token_ids
-from kvmem.storage.safetensors_header import LENGTH_BYTES
+from kvmem.storage.safetensors_file import LENGTH_BYTES, SafetensorsFile, read_header, read_tensors, read_token_ids
 from tests.helpers import stored
 
 GOLDEN = Path(__file__).parent / "golden/whole_file_checksum.safetensors"
@@ -88,10 +86,10 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_refused(tmp_path: Path) -> N
 
 
 def test_regions_are_taken_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_regions.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(checksums.os, "cpu_count", lambda: 3)
     together = threading.Barrier(3, timeout=60)  # nobody gets past it alone
-    by_regions.in_threads(lambda i: together.wait() and None, 9)
-    assert by_regions.threads_for(1) == 1 and by_regions.threads_for(1000) == 3
+    checksums.for_each_region(lambda i: together.wait() and None, 9)
+    assert checksums.thread_count(1) == 1 and checksums.thread_count(1000) == 3
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +191,8 @@ def _staged(
 
 def _same_when_staged(path: Path, items: list[KVCacheItem]) -> None:
     with open(path, "rb", buffering=0) as file:
-        head = safetensors_header.read(file, path)
-        tensors = read_staged(file, head, [stored.LAYERS] * len(items), stored.CPU, path)
+        header = read_header(file, path)
+        tensors = read_tensors(file, header, [stored.LAYERS] * len(items), stored.CPU, path)
     caches = [
         from_layers(
             [(tensors[f"{i}.{layer}.k"], tensors[f"{i}.{layer}.v"]) for layer in range(stored.LAYERS)], stored.CONFIG

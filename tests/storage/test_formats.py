@@ -194,7 +194,7 @@ def test_no_file_handle_is_left_open(path: Path) -> None:
 DUMP_FOREVER = """
 import sys
 from pathlib import Path
-from tests import stored
+from tests.helpers import stored
 new = stored.item("new", tokens=200_000, seed=9)
 print("ready", flush=True)
 while True:
@@ -222,7 +222,9 @@ def test_kill_in_the_middle_of_a_dump_leaves_a_whole_file(path: Path) -> None:
     (kept,) = stored.load(path)
     assert stored.same(kept, old) or kept.kv_cache_id == "new"
     stored.dump(path, old)
-    assert [file.name for file in path.parent.iterdir()] == [path.name], "the next dump clears what the killed one left"
+    assert [file.name for file in path.parent.iterdir()] == [path.name], (
+        "the next dump removes what the killed one left"
+    )
 
 
 def test_a_dump_that_is_under_way_is_no_leftover(path: Path) -> None:

@@ -84,7 +84,7 @@ def test_bfloat16_is_read_by_its_own_model(memos: types.ModuleType, path: Path) 
 @pytest.mark.parametrize("field", ["layers", "kv_heads", "head_dim"])
 def test_another_shape_is_refused(memos: types.ModuleType, path: Path, field: str) -> None:
     path.write_bytes(pickle.dumps({"kv_cache_memories": {"a": KVCacheItem(id="a", memory=cache())}}))
-    with pytest.raises(FingerprintError, match=f"item a can't be of this model: {field}"):
+    with pytest.raises(FingerprintError, match=f"item a can't be from this model: {field}"):
         stored.load(path, stored.FINGERPRINT.model_copy(update={field: 3}))
 
 

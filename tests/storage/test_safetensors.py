@@ -14,7 +14,7 @@ from experiments.measurement.process_memory import peak_extra_bytes
 from kvmem.cache.dynamic_cache import layers_of, nbytes
 from kvmem.cache.items import KVCacheItem
 from kvmem.errors import DamagedFileError
-from kvmem.storage.safetensors_header import ALIGN_BYTES, LENGTH_BYTES
+from kvmem.storage.safetensors_file import ALIGN_BYTES, LENGTH_BYTES
 from tests.helpers import stored
 
 
