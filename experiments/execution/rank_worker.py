@@ -1,4 +1,4 @@
-"""One process of a run by several (see `ranks`): torchrun starts `python -m experiments.execution.rank_worker ORDER`."""
+"""One rank of a run on several: torchrun starts `python -m experiments.execution.rank_worker ORDER` (see `ranks`)."""
 
 from __future__ import annotations
 
