@@ -18,6 +18,7 @@ from kvmem.engines.base import FileHandle
 from kvmem.engines.generation import Sampling
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.vllm.backend import VLLMBackend
+from kvmem.engines.vllm.connector.protocol import file_path
 from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
 from kvmem.errors import BuildCancelled, ConfigError, EngineError, InjectionError, KVMemError, PromptError, StorageError
 from kvmem.prompt.template import TokenizedPrompt
@@ -267,8 +268,6 @@ def test_a_request_that_does_not_fit_names_both_lengths(engine: VLLMBackend, mem
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(engine: VLLMBackend) -> None:
-    from kvmem.engines.vllm.connector.scheduler_side import file_path  # imports vLLM
-
     for name in ("../elsewhere.safetensors", "/etc/passwd", "", ".."):
         with pytest.raises(StorageError, match="plain file name"):
             file_path(engine.store.folder, name)

@@ -60,7 +60,7 @@ def test_a_server_that_is_too_slow(
 def test_counts_that_a_server_hides_or_leaves_out_at_zero(connect: Connect, url: str) -> None:
     with without_counts(url, zeros_only=False) as hiding, pytest.raises(ServerError) as refused:
         connect(base_url=hiding)
-    assert re.search(rf"{hiding} does not tell .*--enable-prompt-tokens-details", str(refused.value))
+    assert re.search(rf"{hiding} does not report .*--enable-prompt-tokens-details", str(refused.value))
     with without_counts(url, zeros_only=True) as sparing:
         backend = connect(base_url=sparing).backend
         turns = [{"role": "system", "content": "A rule. " * 50}, {"role": "user", "content": "Which?"}]

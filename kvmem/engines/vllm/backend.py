@@ -108,7 +108,7 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
                 yield from without_end(completion.token_ids, completion.finish_reason)
                 if output.finished:
                     return answer_of(output, token_ids)
-        raise EngineError("The engine gave up the request; its log says why.")
+        raise EngineError("The engine aborted the request; its log says why.")
 
     def hold_prefix(self, token_ids: tuple[int, ...]) -> float:
         started = time.perf_counter()

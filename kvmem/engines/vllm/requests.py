@@ -102,7 +102,7 @@ def verified(
     engine's count differs from the connector's, or is less than what memory and prompt share.
     """
     if answer.finish_reason == "error":
-        raise EngineError("The engine gave up the request; its log says why.")
+        raise EngineError("The engine aborted the request; its log says why.")
     report = answer.report or Report(local_tokens=answer.cached_tokens)
     expected, cached = len(prompt.memory_ids), report.local_tokens + report.injected_tokens
     if report.load_error:
@@ -112,7 +112,7 @@ def verified(
             )
     elif cached != answer.cached_tokens:
         raise InjectionError(
-            f"The engine counts {answer.cached_tokens} cached tokens, and the connector {cached}. Don't trust this hit."
+            f"The engine counts {answer.cached_tokens} cached tokens, and the connector {cached}. This hit can't be trusted."
         )
     elif cache_view is not None and cache_view.file is not None and cached < expected:
         raise InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")

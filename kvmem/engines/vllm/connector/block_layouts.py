@@ -1,4 +1,4 @@
-"""An engine's blocks of keys and values, turned into ours and back: (tokens, kv_heads, head_dim), after RoPE."""
+"""Converts an engine's blocks to keys and values of shape (tokens, kv_heads, head_dim), after RoPE, and back."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ if TYPE_CHECKING:
 
 KV = tuple[torch.Tensor, torch.Tensor]
 COVERED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+"""vLLM's names of the attention backends whose layouts are known here."""
+MOST_ENTRIES = 256
+"""A float of any KV dtype holds whole numbers up to this exactly."""
 
 
 class Layout(ABC):
-    """The blocks of one engine. `cache`: one layer's tensor; `slots`: places of tokens, block × block_size + offset."""
+    """The layout of one engine's blocks.
+
+    `cache` is one layer's tensor. `slots` are positions of tokens in it: block id × block_size + offset.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
 
     def write(self, cache: torch.Tensor, layer: Any, kv: KV, slots: torch.Tensor) -> None:
-        """Puts tokens at `slots`: `kv` is keys and values, each (tokens, kv_heads, head_dim), each token contiguous, on
-        the cache's device and of its dtype. By the engine's own kernel: the call that stores what it computes."""
+        """Writes tokens to `slots`, with the kernel by which the engine stores what it computes.
+
+        kv: keys and values, each (tokens, kv_heads, head_dim), with contiguous tokens, on the cache's device, of its
+        dtype.
+        """
         layer.impl.do_kv_cache_update(layer, *kv, cache, slots)
 
     @abstractmethod
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
-        """The first `tokens` tokens of these blocks, each (tokens, kv_heads, head_dim), contiguous copies."""
+        """Contiguous copies of the first `tokens` tokens of these blocks, each (tokens, kv_heads, head_dim)."""
 
     def slots(self, block_ids: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """The slots of tokens `start` to `end` of a request with these blocks."""
@@ -39,11 +48,11 @@ class Layout(ABC):
 
 
 class CPUPacked(Layout):
-    """vLLM's CPU attention: a block is (kv_heads, block_size, 2 × head_dim), its first half the keys, packed for the
-    chip's matrix instructions, its second half the values, plain.
+    """vLLM's CPU attention. A block is (kv_heads, block_size, 2 × head_dim): its first half holds the keys, packed for
+    the chip's matrix instructions, and its second half holds the values in plain order.
 
-    How keys are packed differs from chip to chip, so it is not written down here but learned: the engine's own kernel
-    packs a block whose entries say where they came from.
+    The packing differs between chips. It is found at run time: the engine's own kernel packs a block whose entries are
+    their own positions.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -71,15 +80,15 @@ class CPUPacked(Layout):
         ops.cpu_attn_reshape_and_cache(*kv, *halves, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto")
 
     def _unpacking(self, isa: str, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-        """Where a plain block's entries lie in a packed one: packed.flatten()[unpacking] is (block_size, head_dim)."""
+        """Where a packed block holds a plain one's entries: packed.flatten()[unpacking] is (block_size, head_dim)."""
         key = (isa, head_dim, dtype)
         if key not in self.unpacking:
-            if max(self.block_size, head_dim) > 256:
+            if max(self.block_size, head_dim) > MOST_ENTRIES:
                 raise EngineError(
-                    f"Entries of blocks of {self.block_size} tokens with heads of {head_dim} can't be told apart: 256 "
-                    "is the most. Use block_size=128."
+                    f"Entries of blocks of {self.block_size} tokens with heads of {head_dim} can't be told apart: "
+                    f"{MOST_ENTRIES} is the most. Use block_size=128."
                 )
-            came_from = torch.zeros(self.block_size * head_dim, dtype=torch.long)
+            packed_from = torch.zeros(self.block_size * head_dim, dtype=torch.long)
             ones = torch.ones(self.block_size, 1, head_dim, dtype=dtype)
             for entries, weight in (
                 (torch.arange(self.block_size, dtype=dtype).view(-1, 1, 1) * ones, head_dim),
@@ -87,14 +96,17 @@ class CPUPacked(Layout):
             ):
                 keys, values = self._halves(torch.zeros(1, 1, self.block_size, 2 * head_dim, dtype=dtype))
                 self._pack((entries, entries), (keys, values), torch.arange(self.block_size), isa)
-                came_from += keys.flatten().float().long() * weight
-            self.unpacking[key] = torch.argsort(came_from)
+                packed_from += keys.flatten().float().long() * weight
+            self.unpacking[key] = torch.argsort(packed_from)
         return self.unpacking[key]
 
 
 class Paged(Layout):
-    """FlashAttention and Triton's kernel on a GPU. vLLM 0.24: a block is (2, block_size, kv_heads, head_dim); 0.32:
-    (kv_heads, block_size, 2 × head_dim), keys before values. Views, so whatever strides the engine chose hold."""
+    """FlashAttention and the Triton kernel on a GPU.
+
+    In vLLM 0.24 a block is (2, block_size, kv_heads, head_dim); in 0.32 it is (kv_heads, block_size, 2 × head_dim),
+    keys before values. Views keep the strides that the engine chose.
+    """
 
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
         keys, values = (view[block_ids].flatten(0, 1)[:tokens].contiguous() for view in self._views(cache))
@@ -111,7 +123,10 @@ class Paged(Layout):
 
 
 def layout_for(layers: dict[str, torch.Tensor], config: VllmConfig) -> Layout:
-    """The layout of an engine's caches. Raises EngineError for a kernel or cache dtype that is not covered."""
+    """The layout of an engine's caches, given by layer name.
+
+    Raises EngineError for a kernel, a cache dtype or a block size that is not covered.
+    """
     modules = config.compilation_config.static_forward_context
     kernels = {modules[name].get_attn_backend().get_name() for name in layers}
     if len(kernels) != 1 or not kernels <= set(COVERED):
@@ -122,11 +137,11 @@ def layout_for(layers: dict[str, torch.Tensor], config: VllmConfig) -> Layout:
     if config.cache_config.cache_dtype != "auto":
         raise EngineError(f"A KV cache of {config.cache_config.cache_dtype} is not covered. Use kv_cache_dtype='auto'.")
     block_size = config.cache_config.block_size
-    other = [name for name, cache in layers.items() if cache.shape[2] != block_size]
-    if other:
+    different = [name for name, cache in layers.items() if cache.shape[2] != block_size]
+    if different:
         raise EngineError(
-            f"The engine's blocks are of {block_size} tokens, but {layers[other[0]].shape[2]} for the attention kernel "
-            f"of {other[0]}. Use a block_size that the kernel takes whole."
+            f"The engine's blocks are of {block_size} tokens, but {layers[different[0]].shape[2]} for the attention "
+            f"kernel of {different[0]}. Use a block_size that the kernel takes whole."
         )
     kind = CPUPacked if kernels == {"CPU_ATTN"} else Paged
     return kind(block_size)

@@ -1,4 +1,4 @@
-"""Opened files, one rank's heads of them, kept in host memory: an injection then only copies from there."""
+"""Opened files in host memory, one rank's heads of each. An injection then only copies to the device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvmem.cache import ModelFingerprint, dynamic_cache
-from kvmem.engines.vllm.connector.scheduler_side import file_path
+from kvmem.cache import KV, ModelFingerprint, dynamic_cache
+from kvmem.engines.vllm.connector.protocol import file_path
 from kvmem.errors import StorageError
 from kvmem.storage import SafetensorsFile
 
@@ -18,17 +18,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CPU = torch.device("cpu")
-PINNED_BYTES, PAGED_BYTES = 8 << 30, 1 << 30
-"""How much is kept: beside a GPU in pinned memory, and beside a CPU engine, whose disk cache holds the files too."""
+PINNED_BYTES, PAGEABLE_BYTES = 8 << 30, 1 << 30
+"""Default size: in pinned memory for a GPU engine; less for a CPU engine, as the page cache holds its files too."""
 
-Opened = tuple[str, int, int]
-"""A state of a file: its name, inode and time of change."""
+FileState = tuple[str, int, int]
+"""A file's name, inode and time of change."""
 
 
 @dataclass
-class HostFiles:
-    """Each layer of a file as one tensor (tokens, 2, kv_heads of this rank, head_dim), keys before values, so that any
-    run of tokens is one copy. What was opened longest ago goes first when `most_bytes` are full."""
+class HostCache:
+    """Caches opened files. When `most_bytes` are full, the least recently used file is evicted.
+
+    Each layer of a file is one tensor of shape (tokens, 2, kv_heads of this rank, head_dim), keys before values, so any
+    range of tokens is one copy.
+    """
 
     folder: Path
     fingerprint: ModelFingerprint
@@ -38,12 +41,12 @@ class HostFiles:
     dtype: torch.dtype
     pinned: bool
     most_bytes: int | None = None
-    opened: OrderedDict[Opened, list[torch.Tensor]] = field(default_factory=OrderedDict)
+    opened: OrderedDict[FileState, list[torch.Tensor]] = field(default_factory=OrderedDict)
 
     def layers(self, name: str) -> list[torch.Tensor]:
-        """The layers of the file `name`, checked whole when its content is new to this worker.
+        """The layers of the file `name`. A file is read and its checksums verified when it is new to this worker.
 
-        Raises StorageError for a file that is gone or damaged, FingerprintError for one of another model.
+        Raises StorageError for a missing or damaged file, and FingerprintError for a file of another model.
         """
         path = file_path(self.folder, name)
         try:
@@ -55,15 +58,15 @@ class HostFiles:
             for old in [old for old in self.opened if old[0] == name or not (self.folder / old[0]).exists()]:
                 del self.opened[old]
             item = SafetensorsFile().load(path, self.fingerprint, self.config, CPU)[0]
-            self.opened[key] = [self._own(kv) for kv in dynamic_cache.layers_of(item.kv_cache)]
-            most = self.most_bytes or (PINNED_BYTES if self.pinned else PAGED_BYTES)
+            self.opened[key] = [self._own_heads(kv) for kv in dynamic_cache.layers_of(item.kv_cache)]
+            most = self.most_bytes or (PINNED_BYTES if self.pinned else PAGEABLE_BYTES)
             while len(self.opened) > 1 and sum(map(_nbytes, self.opened.values())) > most:
                 self.opened.popitem(last=False)
         self.opened.move_to_end(key)
         return self.opened[key]
 
-    def _own(self, kv: dynamic_cache.KV) -> torch.Tensor:
-        """This rank's heads of one stored layer. With more ranks than heads, neighbours share one."""
+    def _own_heads(self, kv: KV) -> torch.Tensor:
+        """This rank's heads of one stored layer. With more ranks than heads, adjacent ranks have the same head."""
         _, heads, tokens, head_dim = kv[0].shape
         count = max(heads // self.ranks, 1)
         first = self.rank * heads // self.ranks

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from kvmem.errors import EngineError
+from kvmem.errors import EngineError, StorageError
 
 CONNECTOR_MODULE = "kvmem.engines.vllm.connector.connector"
 CONNECTOR_CLASS = "KVMemConnector"
@@ -70,6 +71,13 @@ class Report:
         from_file = min(lost, self.injected_tokens)
         self.injected_tokens -= from_file
         self.local_tokens -= lost - from_file
+
+
+def file_path(folder: Path, name: str) -> Path:
+    """The path of the file `name`. Raises StorageError for a name that leads out of the folder: clients choose it."""
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise StorageError(f"{name!r} is not a plain file name. Name a file of the connector's folder, without a path.")
+    return folder / name
 
 
 def report_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The worker's half: moves keys and values between files and the engine's blocks, on one tensor-parallel rank."""
+"""The worker's half: transfers keys and values between files and the engine's blocks, on one tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
 from kvmem.engines.vllm.connector.block_layouts import Layout, layout_for
-from kvmem.engines.vllm.connector.host_cache import HostFiles
-from kvmem.engines.vllm.connector.protocol import part_name
-from kvmem.engines.vllm.connector.scheduler_side import Failures, Transfer, Transfers, file_path
+from kvmem.engines.vllm.connector.host_cache import HostCache
+from kvmem.engines.vllm.connector.protocol import file_path, part_name
+from kvmem.engines.vllm.connector.scheduler_side import Failures, Transfer, Transfers
 from kvmem.errors import FingerprintError, StorageError
 from kvmem.storage import ItemManifest, SafetensorsFile
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
-class Moving:
-    """One for each worker process."""
+class WorkerSide:
+    """Loads and saves the files of each step. One for each worker process."""
 
     def __init__(
         self, folder: Path, fingerprint: ModelFingerprint, config: VllmConfig, rank: int, host_bytes: int | None
@@ -39,21 +39,24 @@ class Moving:
         self.host_bytes = host_bytes
         self.failures = Failures()
         self.failed_blocks: set[int] = set()
-        self.arrived: dict[str, torch.cuda.Event] = {}
+        self.loaded: dict[str, torch.cuda.Event] = {}
+        """By layer, the end of its loads that the forward pass has not waited for yet."""
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
-        """The engine's caches by layer name, in the order of the layers."""
+        """Takes the engine's caches, by layer name."""
         self.caches = dict(sorted(caches.items(), key=lambda entry: extract_layer_index(entry[0])))
         self.layout: Layout = layout_for(caches, self.vllm_config)
         cache = next(iter(caches.values()))
         self.device = cache.device
         on_gpu = self.device.type == "cuda"
         self.modules: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
-        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
-        # Layers call back for their own KV where they run one by one: not from inside one graph of the whole forward.
+        self.stream: torch.cuda.Stream | None = None
+        if on_gpu:
+            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch has no types for it
+        # Layers wait for their own KV only if they run one by one, which they do not in one graph of the whole forward.
         mixed = self.vllm_config.compilation_config.cudagraph_mode.mixed_mode()
         self.layer_by_layer = mixed.name != "FULL" and self.vllm_config.speculative_config is None
-        self.files = HostFiles(
+        self.files = HostCache(
             self.folder,
             self.fingerprint,
             self.model_config,
@@ -65,8 +68,11 @@ class Moving:
         )
 
     def load(self, transfers: Transfers) -> None:
-        """Injects this step's files. On a GPU the copies run beside the forward, layer by layer, and `wait_for_layer`
-        holds a layer back until its own have arrived; a step that may replay one graph for all layers waits for all."""
+        """Injects this step's files.
+
+        On a GPU the copies overlap with the forward pass: `wait_for_layer` makes each layer wait for its own copies. A
+        step that may replay one graph for all layers waits for all copies first.
+        """
         ready = []
         for transfer in transfers.loads:
             try:
@@ -86,51 +92,56 @@ class Moving:
                     kv_T2HD = layers[layer][transfer.start : transfer.end].to(self.device, non_blocking=True)
                     self.layout.write(cache, self.modules[name], (kv_T2HD[:, 0], kv_T2HD[:, 1]), at)
                 if self.stream is not None:
-                    self.arrived[name] = self.stream.record_event()
+                    self.loaded[name] = self.stream.record_event()
         if not (transfers.prefills and self.layer_by_layer):
             self.wait_for_all()
 
     def wait_for_layer(self, name: str) -> None:
-        event = self.arrived.pop(name, None)
+        """Makes the forward pass wait for the loads of one layer."""
+        event = self.loaded.pop(name, None)
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def wait_for_all(self) -> None:
-        for name in list(self.arrived):
+        """Makes the forward pass wait for the loads of all layers."""
+        for name in list(self.loaded):
             self.wait_for_layer(name)
 
     def save(self, transfers: Transfers) -> None:
-        """Writes this step's files: each rank its own heads."""
+        """Writes this step's files. Each rank writes its own heads."""
         self.wait_for_all()
         for transfer in transfers.saves:
             if transfer.request_id in self.failures.loads:
-                continue  # its first tokens did not arrive; they are computed again, and then it is saved
+                continue  # its first tokens are computed again, and then it is saved
             try:
                 path = file_path(self.folder, part_name(transfer.name, self.rank, self.ranks))
                 SafetensorsFile().dump(path, [self._item(transfer)])
-            except (StorageError, pydantic.ValidationError) as error:  # the latter: no manifest, from whoever asked
+            except (StorageError, pydantic.ValidationError) as error:  # the latter: a client sent no manifest
                 self.failures.saves[transfer.request_id] = str(error)
 
     def take_failed_blocks(self) -> set[int]:
+        """Ids of the blocks whose loads have failed since the last call."""
         failed, self.failed_blocks = self.failed_blocks, set()
         return failed
 
     def take_failures(self) -> Failures | None:
+        """The failures since the last call, with their reasons; None if there were none."""
         failures, self.failures = self.failures, Failures()
         return failures if failures.loads or failures.saves else None
 
     def _slots(self, transfer: Transfer) -> torch.Tensor:
-        """Where the transfer's tokens go: told the device once for all layers, without waiting for it."""
+        """The slots of the transfer's tokens, copied to the device once for all layers, without waiting for it."""
         slots = self.layout.slots(torch.tensor(transfer.block_ids), transfer.start, transfer.end)
         return slots if self.stream is None else slots.pin_memory().to(self.device, non_blocking=True)
 
     def _item(self, transfer: Transfer) -> KVCacheItem:
+        """The item to save: this rank's heads of the transfer's tokens."""
         size = self.layout.block_size
         blocks = torch.tensor(transfer.block_ids[: -(-transfer.end // size)], device=self.device)
         layers = []
         for name, cache in self.caches.items():
             keys_THD, values_THD = self.layout.read(cache, self.modules[name], blocks, transfer.end)
-            # To the host layer by layer: a GPU has no room for a second copy of all of them.
+            # Copied to the host layer by layer: a GPU may lack memory for a second copy of all layers.
             keys_BHTD, values_BHTD = (tensor.to(CPU).transpose(0, 1)[None] for tensor in (keys_THD, values_THD))
             layers.append((keys_BHTD.contiguous(), values_BHTD.contiguous()))
         entry = ItemManifest.model_validate_json(transfer.item)

@@ -72,7 +72,7 @@ class ServerClient:
             )
         window = _extra(served[self.config.model], "max_model_len")
         if not isinstance(window, int):
-            raise ServerError(f"{self.name} does not tell its window: it is no vLLM server. Start one: {START}.")
+            raise ServerError(f"{self.name} does not report its window: it is not a vLLM server. Start one: {START}.")
         return window
 
     def prompt_ids(self, text: str) -> tuple[int, ...]:
@@ -91,7 +91,7 @@ class ServerClient:
         self._create(request)
         if self._cached_tokens(self._create(request).usage) is None:
             raise ServerError(
-                f"{self.name} does not tell how many tokens it took from its cache. Start it with "
+                f"{self.name} does not report how many tokens it took from its cache. Start it with "
                 f"--enable-prompt-tokens-details and with prefix caching, as {START} does."
             )
 
@@ -133,7 +133,7 @@ class ServerClient:
         """The chunks of a stream as one answer, with the connector's report, whose file `report_path` it deletes."""
         counted = next((chunk.cached_tokens for chunk in chunks if chunk.cached_tokens is not None), None)
         if counted is None:
-            raise ServerError(f"{self.name} broke the stream off before it told its counts. Its log says why.")
+            raise ServerError(f"{self.name} ended the stream before it reported its counts. Its log says why.")
         report = None
         if report_path is not None:
             try:
@@ -150,7 +150,7 @@ class ServerClient:
         """How many prompt tokens the server took from a cache. Raises ServerError if it does not report that."""
         count = self._cached_tokens(usage)
         if count is None and not self.leaves_out_zero:
-            raise ServerError(f"{self.name} did not tell how many tokens it took from its cache.")
+            raise ServerError(f"{self.name} did not report how many tokens it took from its cache.")
         return count or 0
 
     def _create(self, request: EngineRequest, text: str | None = None) -> Completion:
@@ -198,7 +198,7 @@ class ServerClient:
         """A field that vLLM adds to OpenAI's. Raises ServerError if it is missing."""
         value = _extra(choice, name)
         if value is None:
-            raise ServerError(f"{self.name} does not tell {name}: it is no vLLM server of 0.24 or later. {START}")
+            raise ServerError(f"{self.name} does not report {name}: it is not a vLLM server of 0.24 or later. {START}")
         return value
 
     @staticmethod
