@@ -112,7 +112,8 @@ def verified(
             )
     elif cached != answer.cached_tokens:
         raise InjectionError(
-            f"The engine counts {answer.cached_tokens} cached tokens, and the connector {cached}. This hit can't be trusted."
+            f"The engine counts {answer.cached_tokens} cached tokens, and the connector {cached}. "
+            "This hit can't be trusted."
         )
     elif cache_view is not None and cache_view.file is not None and cached < expected:
         raise InjectionError(f"Of the {expected} tokens that memory and prompt share, the engine reused {cached}.")
