@@ -1,4 +1,4 @@
-"""vLLM's own `LLM.generate` on token ids, to stand beside our way through the same engine in one run."""
+"""vLLM's own `LLM.generate` on token ids, which is compared with kvmem's requests to the same engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvmem.prompt import TokenizedPrompt
 
 
 def first_token(llm: LLM, prompt: TokenizedPrompt) -> FirstToken:
-    """The first greedy token of `prompt`, behind whatever the engine's prefix cache holds."""
+    """The first greedy token of `prompt`, with whatever the engine's prefix cache holds of it."""
     params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True)
     (output,) = llm.generate([{"prompt_token_ids": list(prompt.ids)}], params, use_tqdm=False)
     cached = output.num_cached_tokens or 0

@@ -1,7 +1,7 @@
-"""vLLM as others run it, in a process of its own: cold and prefix-hit TTFT, and decoding, by its public API alone.
+"""vLLM without kvmem, in a process of its own: cold TTFT, prefix-hit TTFT and decoding, by its public API alone.
 
-Reads a `Request` as JSON from the file of its first argument, writes a `Reply` to the file of its second. Times run
-from token ids in hand to the token id on the host, around `LLM.generate`; prompts are random ids.
+The process reads a `Request` as JSON from the file of its first argument and writes a `Reply` to the file of its
+second. Times are those of `LLM.generate`: from token ids to the generated token id on the host. Prompts are random ids.
 """
 
 from __future__ import annotations
@@ -24,67 +24,77 @@ from kvmem.engines.vllm import CPU_KV_CACHE_GIB, ENVIRONMENT
 from kvmem.errors import EngineError
 
 LEFT_FREE_BYTES = 2 << 30
-"""Of a GPU's free memory, for what an engine takes beside its share."""
-LEAST_ID = 1000  # below lie special tokens
+"""Free GPU memory that the engine may use beyond its configured share."""
+LEAST_ID = 1000
+"""Lower token ids may be special tokens."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: `cells` are (context, query) token counts, `rounds` repeats after one that warms up."""
+    """What to measure."""
 
     model: str
     """A folder or hub name."""
     dummy_weights: bool
-    """The folder holds a config alone."""
+    """True: the folder holds a config only, and vLLM makes dummy weights."""
     dtype: str
     vocab: int
+    """Size of the vocabulary."""
     cells: list[tuple[int, int]]
+    """Token counts of context and query."""
     rounds: int
+    """Repetitions after a warm-up round."""
     decode_tokens: int
-    """Greedy tokens behind the longest context, for the rate of decoding."""
+    """Greedy tokens after the longest context, which give the decoding rate."""
 
 
 @dataclass(frozen=True)
 class PeerCell:
-    """One cell's times, and how many tokens of a hit came from the engine's prefix cache."""
+    """One cell's times."""
 
     context_tokens: int
     query_tokens: int
     cold_all_s: list[float]
     hit_all_s: list[float]
     cached_tokens: int
+    """Tokens of a hit that came from the engine's prefix cache."""
 
 
 @dataclass(frozen=True)
 class Reply:
+    """What the process measured."""
+
     version: str
+    """vLLM's version."""
     cells: list[PeerCell]
     decode_context_tokens: int
     decode_tokens_per_s_all: list[float]
 
     def cell(self, context_tokens: int, query_tokens: int) -> PeerCell | None:
-        wanted = (context_tokens, query_tokens)
-        return next((cell for cell in self.cells if (cell.context_tokens, cell.query_tokens) == wanted), None)
+        """The cell of these token counts, or None."""
+        counts = (context_tokens, query_tokens)
+        return next((cell for cell in self.cells if (cell.context_tokens, cell.query_tokens) == counts), None)
 
 
-def ask(request: Request, timeout_s: float) -> Reply:
-    """Starts the process and waits for it. Raises EngineError with its last words if it fails or takes too long."""
+def measure_in_process(request: Request, timeout_s: float) -> Reply:
+    """Runs `measure` in a new process. Raises EngineError if it fails, with its last lines, or if it takes too long."""
     with tempfile.TemporaryDirectory() as folder:
-        asked, replied = Path(folder) / "request.json", Path(folder) / "reply.json"
-        asked.write_text(json.dumps(dataclasses.asdict(request)))
-        command = [sys.executable, "-m", "experiments.baselines.vllm_process", str(asked), str(replied)]
+        request_path, reply_path = Path(folder) / "request.json", Path(folder) / "reply.json"
+        request_path.write_text(json.dumps(dataclasses.asdict(request)))
+        command = [sys.executable, "-m", "experiments.baselines.vllm_process", str(request_path), str(reply_path)]
         env = ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired as error:
-            raise EngineError(f"vLLM took more than {timeout_s:.0f} s. Ask for fewer pairs or cells.") from error
+            raise EngineError(f"vLLM took more than {timeout_s:.0f} s. Measure fewer pairs or cells.") from error
         if done.returncode != 0:
             raise EngineError(f"vLLM's process failed: {' '.join(done.stderr.strip().splitlines()[-3:])}")
-        fields = json.loads(replied.read_text())
+        fields = json.loads(reply_path.read_text())
         return Reply(**fields | {"cells": [PeerCell(**cell) for cell in fields["cells"]]})
 
 
 def measure(request: Request) -> Reply:
+    """Measures in this process."""
     import vllm
     from vllm import LLM, SamplingParams
 
@@ -104,10 +114,10 @@ def measure(request: Request) -> Reply:
         disable_log_stats=True,
         **options,
     )
-    chance = random.Random(0)
+    rng = random.Random(0)
 
-    def fresh(tokens: int) -> list[int]:
-        return [chance.randrange(LEAST_ID, request.vocab) for _ in range(tokens)]
+    def random_ids(tokens: int) -> list[int]:
+        return [rng.randrange(LEAST_ID, request.vocab) for _ in range(tokens)]
 
     def timed(ids: list[int], tokens: int) -> tuple[float, int]:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, detokenize=False, ignore_eos=True)
@@ -120,16 +130,16 @@ def measure(request: Request) -> Reply:
     for context, query in request.cells:
         cold_s, hit_s, cached = [], [], 0
         for round_ in range(1 + request.rounds):
-            memory = fresh(context)
+            memory = random_ids(context)
             llm.reset_prefix_cache()
-            cold, _ = timed(memory + fresh(query), 1)
-            hit, cached = timed(memory + fresh(query), 1)
+            cold, _ = timed(memory + random_ids(query), 1)
+            hit, cached = timed(memory + random_ids(query), 1)
             if round_:
                 cold_s.append(cold)
                 hit_s.append(hit)
         cells.append(PeerCell(context, query, cold_s, hit_s, cached))
     context, query = max(request.cells, key=lambda cell: (cell[0], -cell[1]))
-    ids = fresh(context + query)
+    ids = random_ids(context + query)
     rates = []
     for round_ in range(1 + max(3, request.rounds // 3)):
         one_s, _ = timed(ids, 1)
@@ -140,5 +150,5 @@ def measure(request: Request) -> Reply:
 
 
 if __name__ == "__main__":
-    asked = Request(**json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(dataclasses.asdict(measure(asked))))
+    request_read = Request(**json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(json.dumps(dataclasses.asdict(measure(request_read))))

@@ -92,7 +92,7 @@ class InjectionCost(ModelScenario[CostCell]):
         if any(len(cell.memories) > 1 for cell in cells):
             raise ConfigError("scenario=injection_cost is about one memory a cell. Use scenario=kv_vs_direct.")
         asks = self.beside_vllm and bench.backend.device.type == "cuda" and importlib.util.find_spec("vllm") is not None
-        peer = vllm_process.ask(_request(bench, self, cells), self.vllm_timeout_s) if asks else None
+        peer = vllm_process.measure_in_process(_request(bench, self, cells), self.vllm_timeout_s) if asks else None
         longest = max(cells, key=lambda cell: (cell.context_tokens, -cell.query_tokens))
         return [CostCell(cell, peer, cell is longest) for cell in cells]
 

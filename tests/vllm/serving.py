@@ -1,4 +1,4 @@
-"""A real vLLM server for the tests, and one that leaves a field out of its answers."""
+"""A real vLLM server for the tests, and a proxy that omits a field of its answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WINDOW = 1536
 START_S = 280
 CACHE_BYTES = 80 << 20
 CACHE_TOKENS = CACHE_BYTES // 46_080
-"""Little, so that traffic soon evicts; a token of this model takes 46,080 bytes in fp32."""
+"""Small, so that requests soon evict; a token of this model takes 46,080 bytes in fp32."""
 FLAGS = (
     "--host",
     "127.0.0.1",
@@ -43,7 +43,7 @@ FLAGS = (
     "uni",
 )
 ENVIRONMENT = {"VLLM_API_KEY": KEY, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""The latter, with the executor `uni`, spares the server a process for its only worker, and a start of 15 s."""
+"""The latter, with the executor `uni`, saves the server a process for its only worker, and 15 s at its start."""
 
 NEW_TOKENS = 12
 BLOCK_TOKENS = 128
@@ -73,9 +73,9 @@ def free_port() -> int:
 
 @contextmanager
 def running(store: Path, log: Path) -> Iterator[str]:
-    """The base URL of a server that the launcher has started; its whole process group ends with the block.
+    """Starts a server by the launcher. Gives its base URL, and ends its process group with the block.
 
-    Raises AssertionError with the server's log if it does not come up.
+    Raises AssertionError with the server's log if it does not start.
     """
     port = free_port()
     command = [sys.executable, "-m", "kvmem.engines.vllm.server.serve", "--model", MODEL, "--store", str(store), "--"]
@@ -113,11 +113,11 @@ def _healthy(port: int) -> bool:
 
 @contextmanager
 def without_counts(base_url: str, zeros_only: bool) -> Iterator[str]:
-    """The server at `base_url` behind an address that leaves `prompt_tokens_details` out of whole answers: all, as a
-    server without the flag does, or those of zero, as vLLM 0.24 does."""
+    """A proxy of the server at `base_url` that omits `prompt_tokens_details` from whole answers: always, as a server
+    without the flag does, or where the count is zero, as vLLM 0.24 does."""
     host = base_url.removeprefix("http://").removesuffix("/v1")
 
-    class Between(BaseHTTPRequestHandler):
+    class Proxy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.do_POST()
 
@@ -127,12 +127,12 @@ def without_counts(base_url: str, zeros_only: bool) -> Iterator[str]:
             headers = {name: self.headers[name] for name in ("Authorization", "Content-Type") if self.headers[name]}
             server.request(self.command, self.path, body, headers)
             answer = server.getresponse()
-            told = json.loads(answer.read())
-            usage = told.get("usage", {})
+            completion = json.loads(answer.read())
+            usage = completion.get("usage", {})
             details = usage.get("prompt_tokens_details")
             if details and not (zeros_only and details["cached_tokens"]):
                 usage["prompt_tokens_details"] = None
-            sent = json.dumps(told).encode()
+            sent = json.dumps(completion).encode()
             self.send_response(answer.status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(sent)))
@@ -142,7 +142,7 @@ def without_counts(base_url: str, zeros_only: bool) -> Iterator[str]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Between) as between:
-        threading.Thread(target=between.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{between.server_port}/v1"
-        between.shutdown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}/v1"
+        proxy.shutdown()

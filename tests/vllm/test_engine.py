@@ -1,4 +1,4 @@
-"""The verbs on vLLM, merges injected as KV, tenants kept apart; what goes wrong, by name, for one request only."""
+"""The verbs on vLLM, merges injected as KV, and tenants; a failure is the named error of one request only."""
 
 from __future__ import annotations
 
@@ -54,29 +54,29 @@ DAMAGES = (cut_off, flip_a_bit, spoil_the_header, put_another_kind_there, Path.u
 
 @dataclass
 class Batch:
-    """Three memories that are asked together."""
+    """Three memories that are queried together."""
 
     items: list[KVCacheItem]
-    cache_view: list[FileHandle]
+    views: list[FileHandle]
     answers: list[VLLMGeneration]
 
     def again(self, engine: VLLMBackend) -> list[VLLMGeneration | KVMemError]:
         engine.reset()
-        return engine.generate_batch([GenerationRequest(QUERY, handle, 8) for handle in self.cache_view])
+        return engine.generate_batch([GenerationRequest(QUERY, handle, 8) for handle in self.views])
 
 
 @pytest.fixture(scope="module")
 def three(engine: VLLMBackend) -> Batch:
     items = on_engine(engine).extract(TEXTS[:3])
-    cache_view = [engine.store.view(item) for item in items]
+    views = [engine.store.view(item) for item in items]
     engine.reset()
-    return Batch(items, cache_view, [engine.generate(QUERY, handle, 8) for handle in cache_view])
+    return Batch(items, views, [engine.generate(QUERY, handle, 8) for handle in views])
 
 
 @pytest.fixture
 def batch(engine: VLLMBackend, three: Batch) -> Iterator[Batch]:
-    """The three, whole again behind each test."""
-    path = three.cache_view[1].file.path
+    """The three memories, whose files are restored after each test."""
+    path = three.views[1].file.path
     whole = path.read_bytes()
     yield three
     path.unlink(missing_ok=True)
@@ -88,15 +88,15 @@ def batch(engine: VLLMBackend, three: Batch) -> Iterator[Batch]:
 def test_a_damaged_file_is_one_requests_error(
     engine: VLLMBackend, batch: Batch, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
-    damage(batch.cache_view[1].file.path)
+    damage(batch.views[1].file.path)
     first, second, third = batch.again(engine)
     assert (first, third) == (batch.answers[0], batch.answers[2])
     assert isinstance(second, InjectionError)
-    assert batch.cache_view[1].file.name in str(second)
+    assert batch.views[1].file.name in str(second)
 
     monkeypatch.setattr(engine.config, "on_load_failure", "recompute")
     engine.reset()
-    computed = engine.generate(QUERY, batch.cache_view[1], 8)
+    computed = engine.generate(QUERY, batch.views[1], 8)
     assert computed.token_ids == batch.answers[1].token_ids
     assert computed.cached_tokens == 0
     assert computed.recomputed_tokens == batch.items[1].metadata.token_count
@@ -106,8 +106,8 @@ def test_the_file_of_another_model_is_one_requests_error(engine: VLLMBackend, ba
     item = batch.items[1]
     foreign = item.metadata.fingerprint.model_copy(update={"weights": "0" * 32})
     other = KVCacheItem(item.kv_cache, item.metadata.model_copy(update={"fingerprint": foreign}))
-    written = engine.store.write(other)  # held: a file goes with the last one who holds it
-    written.path.replace(batch.cache_view[1].file.path)
+    written = engine.store.write(other)  # kept: the file is deleted with the last reference to this
+    written.path.replace(batch.views[1].file.path)
     first, second, third = batch.again(engine)
     assert (first, third) == (batch.answers[0], batch.answers[2])
     assert isinstance(second, InjectionError)
@@ -115,15 +115,15 @@ def test_the_file_of_another_model_is_one_requests_error(engine: VLLMBackend, ba
 
 
 def test_a_failed_save_leaves_nothing_behind(engine: VLLMBackend, memory: KVCacheMemory) -> None:
-    there = sorted(engine.store.folder.iterdir())
+    before = sorted(engine.store.folder.iterdir())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # as a disk that is full after 1 MiB
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # like a disk that is full after 1 MiB
     try:
         with pytest.raises(EngineError, match=r"not saved: .*can't be written"):
             memory.extract(TEXTS[0])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(engine.store.folder.iterdir()) == there
+    assert sorted(engine.store.folder.iterdir()) == before
     assert memory.extract(TEXTS[0]).metadata.kv_bytes > 1 << 20
 
 
@@ -153,9 +153,9 @@ def test_a_merge_is_injected_as_kv_and_kept_apart(engine: VLLMBackend, smollm2: 
     answer = engine.generate(QUERY, cache_view, 16)
     assert answer.injected_tokens == len(cache_view.tokens.token_ids)
 
-    theirs = memory_on(smollm2, merge=merge)
-    theirs.add(items)
-    assert smollm2.generate(QUERY, theirs.get_cache(ids), 16).token_ids == answer.token_ids
+    reference_memory = memory_on(smollm2, merge=merge)
+    reference_memory.add(items)
+    assert smollm2.generate(QUERY, reference_memory.get_cache(ids), 16).token_ids == answer.token_ids
 
     whole = engine.split(QUERY, cache_view)  # the same ids as a plain prompt must not find the merge's blocks
     assert engine.answer_prompt(TokenizedPrompt((), whole.ids)).cached_tokens == 0
@@ -164,13 +164,13 @@ def test_a_merge_is_injected_as_kv_and_kept_apart(engine: VLLMBackend, smollm2: 
 def test_an_exact_merge_is_a_joined_prefix(engine: VLLMBackend, memory: KVCacheMemory, smollm2: HFBackend) -> None:
     items = memory.extract([text[:500] for text in TEXTS[:3]])
     memory.add(items)
-    cache_view = memory.get_cache([item.kv_cache_id for item in items])  # which prefills it
+    cache_view = memory.get_cache([item.kv_cache_id for item in items])  # this prefills it
     first = engine.generate(QUERY, cache_view, 16)
     engine.reset()
     second = engine.generate(QUERY, cache_view, 16)
-    theirs = memory_on(smollm2)
-    theirs.add(items)
-    reference = smollm2.generate(QUERY, theirs.get_cache([item.kv_cache_id for item in items]), 16)
+    reference_memory = memory_on(smollm2)
+    reference_memory.add(items)
+    reference = smollm2.generate(QUERY, reference_memory.get_cache([item.kv_cache_id for item in items]), 16)
     assert first.token_ids == second.token_ids == reference.token_ids
     assert first.local_tokens > 0
     assert (first.injected_tokens, second.cached_tokens) == (0, 0)
@@ -197,10 +197,10 @@ def test_a_base_whose_file_is_gone_is_an_error_or_computed_again(
     base = memory.extract(turns)
     whole = memory.extract(more, base=base)
     engine.store.file_of(base).path.unlink()
-    there = sorted(engine.store.folder.iterdir())
+    before = sorted(engine.store.folder.iterdir())
     with pytest.raises(EngineError, match=r"not saved: .*can't be read"):
         memory.extract(more, base=base)
-    assert sorted(engine.store.folder.iterdir()) == there
+    assert sorted(engine.store.folder.iterdir()) == before
 
     monkeypatch.setattr(engine.config, "on_load_failure", "recompute")
     again = memory.extract(more, base=base)
@@ -224,7 +224,7 @@ def test_the_other_verbs(engine: VLLMBackend, memory: KVCacheMemory, tmp_path: P
     assert memory.delete_all() == 1
     del item
     gc.collect()
-    assert not path.exists()  # a deleted memory leaves no file behind
+    assert not path.exists()  # a deleted memory leaves no file
     assert memory.load(tmp_path) == 1
     engine.reset()
     (loaded,) = memory.get_all()
@@ -243,7 +243,7 @@ def test_streaming_gives_what_generate_gives(engine: VLLMBackend, memory: KVCach
     assert "".join(token.text for token in tokens) == whole.text
     stream = engine.stream(QUERY, cache_view, 24)
     next(stream)
-    stream.close()  # a stream that is given up frees the engine
+    stream.close()  # closing a stream frees the engine
     engine.reset()
 
 
@@ -269,7 +269,7 @@ def test_a_request_that_does_not_fit_names_both_lengths(engine: VLLMBackend, mem
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(engine: VLLMBackend) -> None:
     for name in ("../elsewhere.safetensors", "/etc/passwd", "", ".."):
-        with pytest.raises(StorageError, match="plain file name"):
+        with pytest.raises(StorageError, match="not a plain file name"):
             file_path(engine.store.folder, name)
 
 
@@ -281,10 +281,10 @@ def test_a_build_asks_once_before_it_is_sent_and_can_be_cancelled(engine: VLLMBa
     def cancel() -> None:
         raise BuildCancelled("The text changed.")
 
-    there = sorted(engine.store.folder.iterdir())
+    before = sorted(engine.store.folder.iterdir())
     with pytest.raises(BuildCancelled):
         engine.build(TEXTS[0][:400], between_layers=cancel)
-    assert sorted(engine.store.folder.iterdir()) == there
+    assert sorted(engine.store.folder.iterdir()) == before
 
 
 def test_a_measured_prefill_is_cold(engine: VLLMBackend) -> None:

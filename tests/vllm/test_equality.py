@@ -1,4 +1,4 @@
-"""One memory, two engines, four ways to the same tokens; and each way is proven by the engine's own count."""
+"""One memory on two engines: four routes give the same tokens, and the engine's own count proves each route."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def answers(engine: VLLMBackend, asks: list[GenerationRequest]) -> list[VLLMGene
 def injecting(
     memory: KVCacheMemory, queries: list[str], salt: str, tokens: int = NEW_TOKENS
 ) -> list[GenerationRequest]:
-    """Each memory with its query, past any end token."""
+    """A request for each memory with its query, past end tokens."""
     return [
         GenerationRequest(query, memory.get_cache(item.kv_cache_id), tokens, cache_salt=salt, past_end=True)
         for item, query in zip(memory.get_all(), queries, strict=True)
@@ -59,27 +59,27 @@ def all_injected(memory: KVCacheMemory, results: list[VLLMGeneration]) -> bool:
     ]
 
 
-def test_direct_native_injected_and_from_the_other_engine(
+def test_direct_prefix_hit_injected_and_from_the_other_engine(
     engine: VLLMBackend, memory: KVCacheMemory, smollm2: HFBackend, tmp_path: Path
 ) -> None:
-    asked = pairs(20, 600)
-    texts, queries = [text for text, _ in asked], [query for _, query in asked]
+    questions = pairs(20, 600)
+    texts, queries = [text for text, _ in questions], [query for _, query in questions]
     wholes = [
-        GenerationRequest(as_turns(*pair), None, NEW_TOKENS, cache_salt="direct", past_end=True) for pair in asked
+        GenerationRequest(as_turns(*pair), None, NEW_TOKENS, cache_salt="direct", past_end=True) for pair in questions
     ]
 
     direct = answers(engine, wholes)
     assert all(answer.cached_tokens == 0 for answer in direct)
     memory.add(memory.extract(texts))
-    theirs = memory_on(smollm2)
-    theirs.add(theirs.extract(texts))
-    theirs.dump(tmp_path / "hf")
+    reference = memory_on(smollm2)
+    reference.add(reference.extract(texts))
+    reference.dump(tmp_path / "hf")
     other = on_engine(engine)
     other.load(tmp_path / "hf")
 
     reused = wholes + injecting(memory, queries, "ours") + injecting(other, queries, "from Hugging Face")
     results = answers(engine, reused)
-    native, ours, from_theirs = (results[i : i + len(asked)] for i in range(0, len(results), len(asked)))
+    native, ours, from_transformers = (results[i : i + len(questions)] for i in range(0, len(results), len(questions)))
     for answer in native:
         assert answer.local_tokens == (answer.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         assert answer.injected_tokens == 0
@@ -87,15 +87,15 @@ def test_direct_native_injected_and_from_the_other_engine(
     assert all(len(answer.token_ids) == NEW_TOKENS for answer in direct)
 
     assert all_injected(memory, ours)
-    assert all_injected(other, from_theirs)
-    for i in range(len(asked)):
-        assert direct[i].prompt_tokens == ours[i].prompt_tokens == from_theirs[i].prompt_tokens
-        assert native[i].token_ids == ours[i].token_ids == from_theirs[i].token_ids == direct[i].token_ids
+    assert all_injected(other, from_transformers)
+    for i in range(len(questions)):
+        assert direct[i].prompt_tokens == ours[i].prompt_tokens == from_transformers[i].prompt_tokens
+        assert native[i].token_ids == ours[i].token_ids == from_transformers[i].token_ids == direct[i].token_ids
 
     memory.dump(tmp_path / "vllm")
-    theirs.load(tmp_path / "vllm")
-    for i, item in list(enumerate(theirs.get_all()))[::10]:
-        cache_view = theirs.get_cache(item.kv_cache_id)
+    reference.load(tmp_path / "vllm")
+    for i, item in list(enumerate(reference.get_all()))[::10]:
+        cache_view = reference.get_cache(item.kv_cache_id)
         prompt = smollm2.split(queries[i], cache_view)
         assert len(prompt.memory_ids) == item.metadata.token_count
         for cache in (cache_view, None):  # the engine's memory in transformers, and transformers alone
@@ -104,19 +104,19 @@ def test_direct_native_injected_and_from_the_other_engine(
 
 def test_what_vllm_saves_is_what_transformers_computes(memory: KVCacheMemory, smollm2: HFBackend) -> None:
     text = pairs(1, 1200, seed=5)[0][0]
-    mine, theirs = memory.extract(text), memory_on(smollm2).extract(text)
-    assert mine.metadata.fingerprint == theirs.metadata.fingerprint
-    assert mine.metadata.tokens == theirs.metadata.tokens
-    assert mine.metadata.kv_bytes == theirs.metadata.kv_bytes
-    for ours, reference in zip(layers_of(mine.kv_cache), layers_of(theirs.kv_cache), strict=True):
-        for a, b in zip(ours, reference, strict=True):
+    built, expected = memory.extract(text), memory_on(smollm2).extract(text)
+    assert built.metadata.fingerprint == expected.metadata.fingerprint
+    assert built.metadata.tokens == expected.metadata.tokens
+    assert built.metadata.kv_bytes == expected.metadata.kv_bytes
+    for built_layer, expected_layer in zip(layers_of(built.kv_cache), layers_of(expected.kv_cache), strict=True):
+        for a, b in zip(built_layer, expected_layer, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_a_batch_of_sixteen_answers_as_one_by_one(engine: VLLMBackend, memory: KVCacheMemory) -> None:
-    asked = pairs(16, 500, seed=3)
-    memory.add(memory.extract([text for text, _ in asked]))
-    queries = [query for _, query in asked]
+    questions = pairs(16, 500, seed=3)
+    memory.add(memory.extract([text for text, _ in questions]))
+    queries = [query for _, query in questions]
     together = answers(engine, injecting(memory, queries, "together", 16))
     assert all_injected(memory, together)
     for item, query, answer in list(zip(memory.get_all(), queries, together, strict=True))[::8]:

@@ -1,4 +1,4 @@
-"""Pinned memories outlast the traffic that evicts others, by the engine's own count; budgets, by name and number."""
+"""Pinned memories stay while requests evict others, by the engine's own count; pins leave room for requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def memory(engine: VLLMBackend) -> Iterator[KVCacheMemory]:
 
 @pytest.fixture(scope="module")
 def filler(engine: VLLMBackend) -> KVCacheItem:
-    """A memory that fills nearly the whole window: under each salt it takes eleven blocks."""
+    """A memory that nearly fills the window: under each salt it takes eleven blocks."""
     ids = engine.tokenizer.encode(max(topics.values(), key=len))[:1350]
     item = on_engine(engine).extract(engine.tokenizer.decode(ids))
     assert 10 * BLOCK_TOKENS < item.metadata.token_count < 11 * BLOCK_TOKENS
@@ -39,7 +39,7 @@ def filler(engine: VLLMBackend) -> KVCacheItem:
 
 
 def evict(engine: VLLMBackend, filler: KVCacheItem) -> None:
-    """Traffic that takes every block that is not held: each request leaves ten full ones behind."""
+    """Sends requests that take every block that is not pinned: each leaves ten full blocks."""
     for i in range(19):
         engine.generate(QUERY, engine.store.view(filler), 1, cache_salt=f"traffic {i}")
 
@@ -48,25 +48,25 @@ def whole_blocks(tokens: int) -> int:
     return tokens // BLOCK_TOKENS * BLOCK_TOKENS
 
 
-def test_what_is_pinned_outlasts_the_traffic_that_evicts_the_rest(
+def test_a_pinned_memory_stays_while_others_are_evicted(
     engine: VLLMBackend, memory: KVCacheMemory, filler: KVCacheItem
 ) -> None:
     pinned, control = memory.extract(TEXTS[:2])
     memory.add([pinned, control])
-    cache_view = [memory.get_cache(item.kv_cache_id) for item in (pinned, control)]
+    views = [memory.get_cache(item.kv_cache_id) for item in (pinned, control)]
     held = whole_blocks(pinned.metadata.token_count)
-    before = [engine.generate(QUERY, handle, 8) for handle in cache_view]
+    before = [engine.generate(QUERY, handle, 8) for handle in views]
     assert engine.pins.pin(pinned) == held > 0
     evict(engine, filler)
 
-    hit, miss = (engine.generate(QUERY, handle, 8) for handle in cache_view)
+    hit, miss = (engine.generate(QUERY, handle, 8) for handle in views)
     assert (hit.local_tokens, hit.injected_tokens) == (held, pinned.metadata.token_count - held)
     assert (miss.local_tokens, miss.injected_tokens) == (0, control.metadata.token_count)
     assert (hit.token_ids, miss.token_ids) == (before[0].token_ids, before[1].token_ids)
 
     engine.pins.unpin(pinned.kv_cache_id)
     evict(engine, filler)
-    assert engine.generate(QUERY, cache_view[0], 8).local_tokens == 0
+    assert engine.generate(QUERY, views[0], 8).local_tokens == 0
 
 
 def test_reset_names_what_is_pinned(engine: VLLMBackend, memory: KVCacheMemory) -> None:
@@ -106,7 +106,7 @@ def test_a_pin_is_of_one_salt(engine: VLLMBackend, memory: KVCacheMemory, filler
     assert engine.generate(QUERY, cache_view, 1, cache_salt="tenant a").local_tokens == held
 
 
-def test_what_can_not_be_pinned_says_why(engine: VLLMBackend, memory: KVCacheMemory) -> None:
+def test_an_item_that_can_not_be_pinned_is_a_named_error(engine: VLLMBackend, memory: KVCacheMemory) -> None:
     short = memory.extract("The sky is green.")
     with pytest.raises(EngineError, match="shorter than one block"):
         engine.pins.pin(short)
@@ -117,7 +117,7 @@ def test_what_can_not_be_pinned_says_why(engine: VLLMBackend, memory: KVCacheMem
     engine.reset()  # nothing is left pinned
 
 
-def test_pins_leave_room_and_short_of_blocks_answers_stay_equal(
+def test_pins_leave_room_for_requests_and_preempted_answers_are_equal(
     engine: VLLMBackend, memory: KVCacheMemory, filler: KVCacheItem
 ) -> None:
     total = engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1
@@ -128,7 +128,7 @@ def test_pins_leave_room_and_short_of_blocks_answers_stay_equal(
     with pytest.raises(EngineError, match=numbers):
         engine.pins.pin(filler, cache_salt="one too many")
 
-    # What is left holds each of these while its answer is short, and not all of them when they grow past a block.
+    # The blocks that are left hold all requests while their answers are short, but not when each needs a second block.
     left = total - 10 * most
     small = memory.extract(TEXTS[0][:280])
     memory.add(small)
@@ -138,9 +138,9 @@ def test_pins_leave_room_and_short_of_blocks_answers_stay_equal(
     asks = [GenerationRequest(f"{i}{words}", cache_view, 16, cache_salt=str(i), past_end=True) for i in range(left)]
     together = engine.generate_batch(asks)
     assert all(isinstance(answer, VLLMGeneration) for answer in together), together
-    put_aside = [i for i, answer in enumerate(together) if answer.preemptions]
-    assert put_aside
-    for i in {0, put_aside[0]}:
+    preempted = [i for i, answer in enumerate(together) if answer.preemptions]
+    assert preempted
+    for i in {0, preempted[0]}:
         (alone,) = engine.generate_batch([asks[i]])
         assert (alone.token_ids, alone.preemptions) == (together[i].token_ids, 0)
 

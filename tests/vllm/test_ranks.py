@@ -1,4 +1,4 @@
-"""Memories move between engines of different tensor-parallel sizes: to the bit, and so do the answers behind them."""
+"""Memories move between engines of different tensor-parallel sizes: bits and answers stay equal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from tests.vllm.conftest import skip_without_vllm
 from tests.vllm.ranks import BUILT, INJECTED
 
 ROOT = Path(__file__).parents[2]
-ASKED = pairs(2, 1200, seed=11)
-TURNS = [[{"role": "user", "content": text}, {"role": "assistant", "content": "I have read it."}] for text, _ in ASKED]
+QUESTIONS = pairs(2, 1200, seed=11)
+TURNS = [
+    [{"role": "user", "content": text}, {"role": "assistant", "content": "I have read it."}] for text, _ in QUESTIONS
+]
 Step = tuple[str, Path]
 
 
@@ -28,37 +30,37 @@ def engine(config: dict[str, Any], ranks: int, steps: list[Step], log: Path) -> 
         "config": {**config, "tensor_parallel_size": ranks},
         "steps": [(step, str(folder)) for step, folder in steps],
         "turns": TURNS,
-        "queries": [query for _, query in ASKED],
+        "queries": [query for _, query in QUESTIONS],
     }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.vllm.ranks", json.dumps(order)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path},
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
 
 
 def finish(processes: dict[Path, subprocess.Popen[bytes]]) -> None:
-    """Waits for all. Each waits for what the others build, so the first that fails ends them all."""
+    """Waits for all processes. Each waits for what the others build, so the first that fails ends all."""
     try:
         while any(process.poll() is None for process in processes.values()):
-            assert not any(process.returncode for process in processes.values()), last_words(processes)
+            assert not any(process.returncode for process in processes.values()), last_lines(processes)
             time.sleep(0.2)
-        assert not any(process.returncode for process in processes.values()), last_words(processes)
+        assert not any(process.returncode for process in processes.values()), last_lines(processes)
     finally:
         for process in processes.values():
             process.kill()
 
 
-def last_words(processes: dict[Path, subprocess.Popen[bytes]]) -> str:
+def last_lines(processes: dict[Path, subprocess.Popen[bytes]]) -> str:
     ended = {log.name: process.returncode for log, process in processes.items()}
     return "\n".join([str(ended), *(f"{log.name}: {log.read_text()[-3000:]}" for log in processes)])
 
 
-def told(path: Path) -> list[dict[str, Any]]:
+def results_of(path: Path) -> list[dict[str, Any]]:
     answers = json.loads(path.read_text())
     for answer in answers:
         assert answer["injected"] == [0, answer["memory_tokens"]]
@@ -67,7 +69,7 @@ def told(path: Path) -> list[dict[str, Any]]:
 
 
 def moved(tmp_path: Path, config: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """What one rank said of its own memories, two of theirs, and each of the other's."""
+    """Results of one rank and of two ranks with their own memories, and of each with the memories of the other."""
     of_one, of_two = tmp_path / "of one", tmp_path / "of two"
     logs = {ranks: tmp_path / f"{ranks} ranks.log" for ranks in (1, 2)}
     finish(
@@ -76,11 +78,11 @@ def moved(tmp_path: Path, config: dict[str, Any]) -> list[list[dict[str, Any]]]:
             logs[2]: engine(config, 2, [("build", of_two), ("inject", of_one)], logs[2]),
         }
     )
-    return [told(folder / name) for name in (BUILT, INJECTED) for folder in (of_one, of_two)]
+    return [results_of(folder / name) for name in (BUILT, INJECTED) for folder in (of_one, of_two)]
 
 
 def wide_model(tmp_path: Path) -> dict[str, Any]:
-    """A tiny model whose heads can be dealt out to two ranks, in fp32."""
+    """A tiny model in fp32 whose heads can be divided among two ranks."""
     model = loaded("tiny_wide")
     model.model.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
@@ -92,11 +94,11 @@ def wide_model(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def assert_same_tokens(said: list[list[dict[str, Any]]]) -> None:
-    for answers in zip(*said, strict=True):
+def assert_same_tokens(results: list[list[dict[str, Any]]]) -> None:
+    for answers in zip(*results, strict=True):
         assert {answer["grade"] for answer in answers} == {"tokens"}
         assert len({tuple(answer["tokens"]) for answer in answers}) == 1
-    assert len({tuple(answer["tokens"]) for answer in said[0]}) == len(ASKED)
+    assert len({tuple(answer["tokens"]) for answer in results[0]}) == len(QUESTIONS)
 
 
 def test_tensor_parallel_memories_move_between_one_rank_and_two(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_tensor_parallel_memories_move_between_one_rank_and_two(tmp_path: Path) 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 def test_tensor_parallel_on_gpus_moves_between_one_rank_and_two(tmp_path: Path) -> None:
-    """fp32, by vLLM's Triton kernel."""
+    """fp32, with vLLM's Triton kernel."""
     skip_without_two_gpus()
     on_gpus = {"gpu_memory_utilization": 0.3, "kv_cache_gib": 1.0, "enforce_eager": True}
     assert_same_tokens(moved(tmp_path, wide_model(tmp_path) | on_gpus))
@@ -116,7 +118,7 @@ def test_tensor_parallel_on_gpus_moves_between_one_rank_and_two(tmp_path: Path) 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 def test_tensor_parallel_on_gpus_keeps_every_bit_in_bf16(tmp_path: Path) -> None:
-    """FlashAttention, heads of 128. Tokens are not compared: random weights in bf16 tie, and two sizes round apart."""
+    """FlashAttention, heads of 128. Tokens are not compared: random weights tie in bf16."""
     skip_without_two_gpus()
     config = {
         "model_name_or_path": "random:qwen3-0.6b",
@@ -133,4 +135,4 @@ def test_tensor_parallel_on_gpus_keeps_every_bit_in_bf16(tmp_path: Path) -> None
 def skip_without_two_gpus() -> None:
     skip_without_vllm()
     if torch.cuda.device_count() < 2:
-        pytest.skip(f"{torch.cuda.device_count()} GPUs are here, and tensor parallel needs 2 of one host")
+        pytest.skip(f"{torch.cuda.device_count()} GPUs found; tensor parallel needs 2 of one host")

@@ -1,4 +1,4 @@
-"""Scenarios on the shared engine: what they count, and what they refuse."""
+"""Scenarios on the shared engine: their counts, and the settings that they refuse."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
         assert [row.verdict for row in arm] == ["ok", "ok"], arm[0].verdict_reason
         slow, fast = (row.extra for row in arm)
         assert fast["requests_a_second"] == pytest.approx(3 * slow["requests_a_second"])
-        for told in (slow, fast):
-            assert 0 < told["ttft_p50_s"] <= told["ttft_p90_s"] <= told["ttft_p99_s"] == max(told["ttft_all_s"])
+        for extra in (slow, fast):
+            assert 0 < extra["ttft_p50_s"] <= extra["ttft_p90_s"] <= extra["ttft_p99_s"] == max(extra["ttft_all_s"])
     assert all(row.cached_tokens == 0 for row in rows["direct"])
     for native, injected in zip(rows["native hit"], rows["injected"], strict=True):
         assert native.extra["local_pct"] > 0 and native.extra["injected_pct"] == 0

@@ -1,4 +1,4 @@
-"""Memories on a vLLM server: files that its connector injects, and prefixes in its cache; every hit by its count."""
+"""Memories on a vLLM server: files that its connector injects, and prefixes in its cache, by its own counts."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ from tests.vllm.serving import MODEL, NEW_TOKENS, QUERY, TEXTS, as_turns, on_ser
 pytestmark = pytest.mark.timeout(420)
 
 
-def test_four_ways_to_the_same_tokens(files: VLLMServerBackend, smollm2: HFBackend, tmp_path: Path) -> None:
-    asked = pairs(2, 900, seed=12)
-    theirs, ours, other = memory_on(smollm2), on_server(files), on_server(files)
-    theirs.add(theirs.extract([text for text, _ in asked]))
-    theirs.dump(tmp_path)
+def test_four_routes_to_the_same_tokens(files: VLLMServerBackend, smollm2: HFBackend, tmp_path: Path) -> None:
+    questions = pairs(2, 900, seed=12)
+    transformers, ours, other = memory_on(smollm2), on_server(files), on_server(files)
+    transformers.add(transformers.extract([text for text, _ in questions]))
+    transformers.dump(tmp_path)
     other.load(tmp_path)
-    ours.add(ours.extract([text for text, _ in asked]))
-    theirs.delete_all()
-    theirs.add(ours.get_all())  # and back: what the server saved is a memory for transformers
+    ours.add(ours.extract([text for text, _ in questions]))
+    transformers.delete_all()
+    transformers.add(ours.get_all())  # and back: transformers loads what the server saved
     total_native = 0
-    for (text, query), item, foreign in zip(asked, ours.get_all(), other.get_all(), strict=True):
+    for (text, query), item, foreign in zip(questions, ours.get_all(), other.get_all(), strict=True):
         reference = smollm2.generate(as_turns(text, query), max_new_tokens=NEW_TOKENS)
         direct, native = (files.generate(as_turns(text, query), None, NEW_TOKENS, cache_salt="direct") for _ in "12")
         injected = files.generate(query, ours.get_cache(item.kv_cache_id), NEW_TOKENS, cache_salt="injected")
-        from_theirs = files.generate(query, other.get_cache(foreign.kv_cache_id), NEW_TOKENS, cache_salt="theirs")
-        back = smollm2.generate(query, theirs.get_cache(item.kv_cache_id), NEW_TOKENS)
+        from_transformers = files.generate(
+            query, other.get_cache(foreign.kv_cache_id), NEW_TOKENS, cache_salt="transformers"
+        )
+        back = smollm2.generate(query, transformers.get_cache(item.kv_cache_id), NEW_TOKENS)
         assert back.cached_tokens == item.metadata.token_count
-        for answer in (direct, native, injected, from_theirs, back):
+        for answer in (direct, native, injected, from_transformers, back):
             assert (answer.token_ids, answer.text) == (reference.token_ids, reference.text)
             assert answer.prompt_tokens == reference.prompt_tokens
         assert direct.cached_tokens == 0
         assert (native.cached_tokens, native.injected_tokens) == (whole_blocks(native.prompt_tokens - 1), 0)
-        for answer in (injected, from_theirs):
+        for answer in (injected, from_transformers):
             assert (answer.local_tokens, answer.injected_tokens) == (0, item.metadata.token_count)
         total_native += native.local_tokens
     assert total_native > 0
 
 
-def test_streams_give_what_generate_gives_and_tell_two_times(files: VLLMServerBackend) -> None:
+def test_streams_give_what_generate_gives_and_have_two_times(files: VLLMServerBackend) -> None:
     memory = on_server(files)
     memory.add(memory.extract(TEXTS[1]))
     cache_view = memory.get_cache(memory.get_all()[0].kv_cache_id)
@@ -61,7 +63,7 @@ def test_streams_give_what_generate_gives_and_tell_two_times(files: VLLMServerBa
     timed = files.ttft(prompt, cache_view, 4, cache_salt="timed")
     assert 0 < timed.first_chunk_s <= timed.first_text_s <= timed.whole_s
     assert timed.generation.injected_tokens == len(prompt.memory_ids)
-    assert timed.generation == files.answer_prompt(prompt, cache_view, 4, cache_salt="asked whole")
+    assert timed.generation == files.answer_prompt(prompt, cache_view, 4, cache_salt="not streamed")
     cold = files.ttft(prompt, None, 4, cache_salt="cold")
     assert cold.generation.cached_tokens == 0
 
@@ -84,12 +86,12 @@ def test_merges_answer_as_they_do_on_transformers(
     texts = [text[:300] for text in TEXTS[:2]]
     items = on_server(files).extract(texts)
     for backend, merge in ((prefixes, "Reprefill"), (files, "Reprefill"), (files, "RopeShift")):
-        memory, theirs = on_server(backend, merge=merge), memory_on(smollm2, merge=merge)
+        memory, transformers = on_server(backend, merge=merge), memory_on(smollm2, merge=merge)
         memory.add(items if backend is files else memory.extract(texts))
-        theirs.add(items)
+        transformers.add(items)
         cache_view = memory.get_cache([item.kv_cache_id for item in memory.get_all()])
         answer = backend.generate(QUERY, cache_view, 8)
-        reference = smollm2.generate(QUERY, theirs.get_cache([item.kv_cache_id for item in items]), 8)
+        reference = smollm2.generate(QUERY, transformers.get_cache([item.kv_cache_id for item in items]), 8)
         assert answer.token_ids == reference.token_ids
         held = len(cache_view.tokens.token_ids)
         assert answer.injected_tokens == (held if merge == "RopeShift" else 0)
@@ -161,7 +163,7 @@ def test_a_text_longer_than_the_window_names_both_lengths(files: VLLMServerBacke
         files.generate(QUERY, None, 0)
 
 
-def test_what_a_stranger_asks_of_the_connector_does_not_hurt_the_server(files: VLLMServerBackend, store: Path) -> None:
+def test_malformed_orders_to_the_connector_do_not_harm_the_server(files: VLLMServerBackend, store: Path) -> None:
     before = {path.name for path in store.parent.iterdir()}
     ids = files.template.bare(QUERY).ids
     for transfer in (

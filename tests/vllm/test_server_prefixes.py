@@ -1,4 +1,4 @@
-"""Memories without tensors, as prefixes in a vLLM server's own cache, and the tenants that they are kept apart for."""
+"""Memories without tensors: prefixes in a vLLM server's own cache, separate for each tenant."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_prefix_on_the_server_answers_as_the_prompt_does(
     assert answer.token_ids == reference.token_ids
     assert answer.local_tokens == whole_blocks(item.metadata.token_count) > 0
 
-    memory.dump(tmp_path)  # which tokens, and no tensors
+    memory.dump(tmp_path)  # token ids, and no tensors
     assert memory.load(tmp_path) == 1
     assert memory.get_all()[0].metadata.tokens == item.metadata.tokens
     with pytest.raises(FingerprintError, match="another model"):
@@ -53,7 +53,7 @@ def test_tenants_never_hit_each_others_blocks(prefixes: VLLMServerBackend, conne
     assert again.cached_tokens == whole_blocks(again.prompt_tokens - 1) > 0
 
     memory = on_server(prefixes)
-    memory.add(memory.extract(TEXTS[4]))  # for the tenant of the configuration
+    memory.add(memory.extract(TEXTS[4]))  # for the configuration's tenant
     (item,) = memory.get_all()
     cache_view = memory.get_cache(item.kv_cache_id)
     with pytest.raises(InjectionError, match=r"not warmed up .*'tenant c'.*warm_up"):

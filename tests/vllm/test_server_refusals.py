@@ -1,4 +1,4 @@
-"""What goes wrong between a client and a vLLM server: each an error that names the server and the way out."""
+"""Failures between a client and a vLLM server: each error names the server and the way out."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_a_wrong_key_and_none(connect: Connect, url: str, monkeypatch: pytest.Mo
 def test_a_server_that_is_too_slow(
     prefixes: VLLMServerBackend, url: str, monkeypatch: pytest.MonkeyPatch, knob: str
 ) -> None:
-    prompt = prefixes.template.bare("word " * 1400)  # some seconds here
-    ask = prefixes.ttft if knob == "first_token_timeout_s" else prefixes.answer_prompt
+    prompt = prefixes.template.bare("word " * 1400)  # takes some seconds
+    send = prefixes.ttft if knob == "first_token_timeout_s" else prefixes.answer_prompt
     monkeypatch.setattr(prefixes.config, knob, 0.1)
     with pytest.raises(ServerError, match=rf"{MODEL} at {url} took longer than {knob}=0\.1"):
-        ask(prompt, cache_salt=knob)
+        send(prompt, cache_salt=knob)
 
 
-def test_counts_that_a_server_hides_or_leaves_out_at_zero(connect: Connect, url: str) -> None:
+def test_counts_that_a_server_omits_always_or_at_zero(connect: Connect, url: str) -> None:
     with without_counts(url, zeros_only=False) as hiding, pytest.raises(ServerError) as refused:
         connect(base_url=hiding)
     assert re.search(rf"{hiding} does not report .*--enable-prompt-tokens-details", str(refused.value))

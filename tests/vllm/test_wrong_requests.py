@@ -1,4 +1,4 @@
-"""vLLM asked with things of another kind: errors of ours, before the engine is given anything."""
+"""Arguments of a wrong type are named errors, before the engine is sent anything."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ QUERY = "What does it say?"
 def test_wrong_kinds_are_refused_and_the_next_request_runs(engine: VLLMBackend, memory: KVCacheMemory) -> None:
     item = memory.extract("The dial says seven, and it has said so for a week.")
     wrong: list[tuple[Any, ...]] = [(QUERY, item), (QUERY, None, "3"), (QUERY, None, 3, 0.7)]
-    for asked in wrong:
-        for answer in (engine.generate, engine.stream):
+    for arguments in wrong:
+        for method in (engine.generate, engine.stream):
             with pytest.raises(ArgumentError, match="has to be"):
-                answer(*asked)
+                method(*arguments)
     with pytest.raises(PromptError, match="A query is a text"):
         engine.generate(3)  # type: ignore[arg-type]
     memory.add(item)

@@ -1,6 +1,8 @@
-"""vLLM in a process of its own, as scenario=injection_cost asks it."""
+"""vLLM in a process of its own, as scenario=injection_cost runs it."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +13,12 @@ from tests.vllm.conftest import skip_without_vllm
 
 
 @pytest.fixture(autouse=True)
-def _needs_vllm():
+def _needs_vllm() -> None:
     skip_without_vllm()
 
 
 def request(folder: str, **fields: object) -> vllm_process.Request:
-    given = {
+    values = {
         "model": folder,
         "dummy_weights": True,
         "dtype": "float32",
@@ -25,16 +27,16 @@ def request(folder: str, **fields: object) -> vllm_process.Request:
         "rounds": 3,
         "decode_tokens": 8,
     }
-    return vllm_process.Request(**given | fields)
+    return vllm_process.Request(**values | fields)
 
 
 @pytest.mark.slow
-def test_cold_hit_and_decoding(tmp_path):
+def test_cold_hit_and_decoding(tmp_path: Path) -> None:
     config = loading.shape_config("qwen3-0.6b")
     config.num_hidden_layers, config.vocab_size, config.architectures = 1, 49152, ["Qwen3ForCausalLM"]
     config.layer_types = config.layer_types[:1]
     config.save_pretrained(tmp_path)
-    reply = vllm_process.ask(request(str(tmp_path)), timeout_s=200)
+    reply = vllm_process.measure_in_process(request(str(tmp_path)), timeout_s=200)
     assert [(cell.context_tokens, cell.query_tokens) for cell in reply.cells] == [(256, 32), (512, 32)]
     for cell in reply.cells:
         assert len(cell.cold_all_s) == len(cell.hit_all_s) == 3
@@ -44,6 +46,6 @@ def test_cold_hit_and_decoding(tmp_path):
     assert reply.cell(512, 32) is reply.cells[1] and reply.cell(512, 33) is None
 
 
-def test_a_failure_is_told_with_its_last_words(tmp_path):
+def test_a_failure_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"vLLM's process failed: .*"):
-        vllm_process.ask(request(str(tmp_path / "nothing")), timeout_s=100)
+        vllm_process.measure_in_process(request(str(tmp_path / "nothing")), timeout_s=100)

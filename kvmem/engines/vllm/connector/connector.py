@@ -73,9 +73,8 @@ class KVMemConnector(KVConnectorBase_V1):
         self.scheduler_side.on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        return self.scheduler_side.matched_tokens(
-            request, num_computed_tokens
-        ), False  # False: it is loaded within the step
+        loaded_later = False  # files are loaded within the step
+        return self.scheduler_side.matched_tokens(request, num_computed_tokens), loaded_later
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self.scheduler_side.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
