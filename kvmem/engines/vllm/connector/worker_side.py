@@ -50,9 +50,7 @@ class WorkerSide:
         self.device = cache.device
         on_gpu = self.device.type == "cuda"
         self.modules: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
-        self.stream: torch.cuda.Stream | None = None
-        if on_gpu:
-            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch has no types for it
+        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
         # Layers wait for their own KV only if they run one by one, which they do not in one graph of the whole forward.
         mixed = self.vllm_config.compilation_config.cudagraph_mode.mixed_mode()
         self.layer_by_layer = mixed.name != "FULL" and self.vllm_config.speculative_config is None
