@@ -1,4 +1,4 @@
-"""What prefilling and loading cost on this machine: measured, so that a benefit is in seconds."""
+"""Seconds of prefills and loads on this machine, measured, so that benefits are in seconds."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Number = Any
 
 CALIBRATION_TOKENS = (32, 128, 384, 1024)
 FIT_ROUNDS = 20
-LEAST_SHARE = 0.05
-"""A sample is fitted with no less than this share of its seconds while weights are sought."""
+MIN_SHARE = 0.05
+"""While weights are iterated, a sample's fitted seconds are at least this share of its measured seconds."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a prefill: `base_s` + `token_s` a new token + `pair_s` a pair of a new token and one that it sees.
+    """Seconds of a prefill: `base_s` + `token_s` per new token + `pair_s` per pair of a new and an attended token.
 
-    `load_s_a_byte`: by tier, what a use pays to bring a byte from there in front of the model.
+    load_s_a_byte: by tier, the seconds that loading one byte from it to the model's device takes.
     """
 
     base_s: float
@@ -35,16 +35,18 @@ class Costs:
     load_s_a_byte: Mapping[str, float] = field(default_factory=dict)
 
     def prefill_s(self, new: Number, behind: Number = 0) -> Number:
-        """`new` tokens computed behind `behind` tokens that are there already; numbers, or arrays of them."""
+        """Seconds to compute `new` tokens behind `behind` cached ones; numbers, or arrays of them."""
         return self.base_s + self.token_s * new + self.pair_s * new * (behind + new / 2)
 
     def load_s(self, nbytes: Number, tier: str) -> Number:
+        """Seconds to load `nbytes` from the tier; 0 for a tier that is not in `load_s_a_byte`."""
         return self.load_s_a_byte.get(tier, 0.0) * nbytes
 
     def saved_s(self, tokens: Number, query_tokens: float, tier: str = "") -> Number:
-        """What a use of a memory of `tokens` saves: the whole prefill less the query's and the load; at least 0."""
-        with_it_s = self.prefill_s(query_tokens, tokens) + self.load_s(tokens * self.kv_bytes_a_token, tier)
-        return np.maximum(0.0, self.prefill_s(tokens + query_tokens) - with_it_s)
+        """Seconds that a use of a memory of `tokens` saves: the prefill of the whole prompt, minus the query's prefill
+        behind the memory and the load. At least 0."""
+        injected_s = self.prefill_s(query_tokens, tokens) + self.load_s(tokens * self.kv_bytes_a_token, tier)
+        return np.maximum(0.0, self.prefill_s(tokens + query_tokens) - injected_s)
 
     @classmethod
     def fitted(
@@ -53,29 +55,27 @@ class Costs:
         kv_bytes_a_token: int,
         load_s_a_byte: Mapping[str, float] | None = None,
     ) -> Costs:
-        """Least squares over (new tokens, tokens behind, seconds), where variance grows with seconds; no term below 0.
+        """Fits (new tokens, cached tokens, seconds) by least squares, with variance proportional to the mean.
 
-        All samples' fitted seconds add up to the measured ones, for costs are used in sums (quasi-likelihood,
-        Wedderburn 1974).
-
-        Raises ConfigError for fewer than 3 samples.
+        No term is negative. The fitted seconds of all samples add up to the measured ones, because costs are used in
+        sums (quasi-likelihood: Wedderburn 1974). Raises ConfigError for fewer than 3 samples.
         """
         if len(samples) < 3:
             raise ConfigError(f"Costs need 3 measured prefills or more, and got {len(samples)}. Measure more lengths.")
         new, behind, seconds = np.array(samples, dtype=float).T
         terms = np.stack([np.ones_like(new), new, new * (behind + new / 2)], axis=1)
         kept = [0, 1, 2]
-        while True:  # a term that noise made negative is left out, and the others are fitted again
-            found = _fit(terms[:, kept], seconds)
-            if (found >= 0).all():
+        while True:  # drops a term that noise made negative and fits the others again
+            factors = _fit(terms[:, kept], seconds)
+            if (factors >= 0).all():
                 break
-            kept.remove(kept[int(found.argmin())])
-        base_s, token_s, pair_s = (float(found[kept.index(term)]) if term in kept else 0.0 for term in range(3))
+            kept.remove(kept[int(factors.argmin())])
+        base_s, token_s, pair_s = (float(factors[kept.index(term)]) if term in kept else 0.0 for term in range(3))
         return cls(base_s, token_s, pair_s, kv_bytes_a_token, load_s_a_byte or {})
 
     @classmethod
     def measured(cls, backend: Backend, load_s_a_byte: Mapping[str, float] | None = None) -> Costs:
-        """Costs of the engine's own prefills, at a few lengths: some seconds for a small model on a CPU."""
+        """Measures the engine's own prefills at a few lengths. Takes some seconds for a small model on a CPU."""
         lengths = [tokens for tokens in CALIBRATION_TOKENS if tokens < backend.max_tokens]
         seconds = backend.measure_prefill(lengths)
         samples = [(tokens, 0, took_s) for tokens, took_s in zip(lengths, seconds, strict=True)]
@@ -103,21 +103,23 @@ class LoadEstimator:
         return self.load_times.expected_s(tier, nbytes) or 0.0
 
     def estimate(self, tier: str, nbytes: int, tokens: int) -> LoadEstimate:
-        """The load of `nbytes` beside the prefill of the `tokens` that it spares."""
+        """The load of `nbytes`, compared with the prefill of the `tokens` that it replaces."""
         return LoadEstimate(tier, nbytes, self.load_s(tier, nbytes), tokens, float(self.costs.saved_s(tokens, 0.0)))
 
 
 def _fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """The factor of each term, by least squares weighed by the fitted seconds, again until they stand."""
+    """The factor of each term, (terms,), by iteratively reweighted least squares."""
     fitted = seconds
     for _ in range(FIT_ROUNDS):
         weights = 1 / np.sqrt(fitted)
-        scale = np.abs(terms).max(axis=0)  # pairs are millions, ones are ones
-        found = np.linalg.lstsq(terms / scale * weights[:, None], seconds * weights, rcond=None)[0] / scale
-        fitted = np.maximum(terms @ found, LEAST_SHARE * seconds)
-    return found
+        scale = np.abs(terms).max(axis=0)  # pairs are in the millions, the constant term is 1
+        factors: np.ndarray = (
+            np.linalg.lstsq(terms / scale * weights[:, None], seconds * weights, rcond=None)[0] / scale
+        )
+        fitted = np.maximum(terms @ factors, MIN_SHARE * seconds)
+    return factors
 
 
 def kv_bytes_a_token(backend: Backend) -> int:
-    """Bytes of the keys and values of one token, all layers."""
+    """Bytes of the keys and values of one token on all layers."""
     return backend.fingerprint.kv_bytes(1)

@@ -1,4 +1,4 @@
-"""Texts and the KV built from them: which KV may be served for which text, and nothing else ever is."""
+"""Maps texts to the KV built from them, and never serves KV of another text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from kvmem.scheduler.groups import Groups
 from kvmem.tiers import TieredCache
 
 Texts = tuple[TextualMemoryItem, ...]
-"""What KV is built from: one text memory, or a group's in their order."""
+"""What KV is built from: one text memory, or those of a group in order."""
 
 
 class KVIndex:
-    """Text is the truth: KV is kept only for the very texts that it was built from. Thread-safe.
+    """The texts are authoritative: KV is kept only for exactly the texts that it was built from. Thread-safe.
 
-    An id is a memory's, or a group's: the joined KV of several memories, which goes when one of their texts changes.
+    An id names a memory or a group. A group's KV is the joint KV of several memories. It becomes invalid when one of
+    their texts changes.
     """
 
     def __init__(self, backend: HFBackend, items: TieredCache, separator: str) -> None:
@@ -30,14 +31,17 @@ class KVIndex:
         self.groups = Groups()
         self._separator_ids = backend.template.separator_ids(separator)
         self._tokens: dict[str, MemoryTokens] = {}
-        self._stored: dict[str, str] = {}  # id -> kv_cache_id
-        self._outdated: deque[str] = deque()  # items of texts that have changed, to be removed
+        self._stored: dict[str, str] = {}
+        """Id -> kv_cache_id."""
+        self._outdated: deque[str] = deque()
+        """Items of texts that have changed, to be dropped."""
         self._lock = threading.Lock()
 
-    def hold(self, memory: TextualMemoryItem) -> bool:
-        """Takes the text in; True if it is new or has changed, and then KV of the old text is served no more.
+    def set_text(self, memory: TextualMemoryItem) -> bool:
+        """Sets a memory's text. True if it is new or has changed; KV of the old text is then no longer served.
 
-        Its bytes go with `free`, which may take as long as the store does: note the new text first.
+        Call `drop_outdated` afterwards to free the old KV, which may be slow. A caller that keeps a journal writes the
+        new text to it in between.
         """
         with self._lock:
             known = self.texts.get(memory.id)
@@ -51,21 +55,21 @@ class KVIndex:
                     self._outdated.append(outdated)
             return True
 
-    def free(self) -> None:
-        """Removes the KV of texts that have changed."""
+    def drop_outdated(self) -> None:
+        """Drops the KV of texts that have changed."""
         while self._outdated:
             self.items.drop(self._outdated.popleft())
 
     def members(self, id_: str) -> tuple[str, ...]:
-        """The memories of a group, in order; a memory is its own."""
+        """The memories of a group, in order; for a memory, only itself."""
         return self.groups.members.get(id_, (id_,))
 
     def texts_of(self, id_: str) -> Texts:
-        """What its KV is built from, as it now is."""
+        """The current texts of a memory or group."""
         return tuple(self.texts[memory_id] for memory_id in self.members(id_))
 
     def tokens(self, memory: TextualMemoryItem) -> MemoryTokens:
-        """What the memory's KV holds, or would hold. Raises PromptError for a text that can't be stored."""
+        """The tokens of the memory's KV. Raises PromptError for a text that can't be stored."""
         with self._lock:
             tokens = self._tokens.get(memory.id)
         if tokens is None or tokens.source != memory.memory:
@@ -76,12 +80,12 @@ class KVIndex:
         return tokens
 
     def joint_tokens(self, memories: Sequence[TextualMemoryItem]) -> MemoryTokens:
-        """What KV of these memories, in this order, holds. Raises PromptError, as `tokens`."""
+        """The tokens of the joint KV of these memories in this order. Raises PromptError, as `tokens`."""
         tokens = [self.tokens(memory) for memory in memories]
         return tokens[0] if len(tokens) == 1 else joined_tokens(tokens, self._separator_ids)
 
     def build(self, id_: str, texts: Texts, between_layers: BetweenLayers | None = None) -> KVCacheItem:
-        """Builds the KV of `texts` without storing it; a group's by a joint prefill, as `Reprefill` does.
+        """Builds the KV of `texts` without storing it; that of a group by a joint prefill, as `Reprefill` does.
 
         between_layers: as in `Backend.build`.
         """
@@ -91,7 +95,7 @@ class KVIndex:
         return self.backend.build_tokens(self.joint_tokens(texts), source, between_layers=between_layers)
 
     def store(self, id_: str, texts: Texts, item: KVCacheItem, tier: str) -> bool:
-        """Puts the KV of `texts` into `tier`. False, and nothing kept, if a text has changed since it was built.
+        """Stores the KV of `texts` in `tier`. False, and nothing is stored, if a text has changed since the build.
 
         Raises BudgetError if it does not fit.
         """
@@ -100,39 +104,40 @@ class KVIndex:
             if [text.memory for text in self.texts_of(id_)] != [text.memory for text in texts]:
                 self.items.drop(item.kv_cache_id)
                 return False
-            self._forget(id_)
+            self._drop(id_)
             self._stored[id_] = item.kv_cache_id
             return True
 
     def beginning_as(self, memories: Sequence[TextualMemoryItem]) -> list[tuple[str, str]]:
-        """(id, kv_cache_id) of what begins with the first of `memories`, and holds no other text of any of them."""
+        """(id, kv_cache_id) of stored KV that begins with the first of `memories` and contains no outdated text."""
         first = memories[0].id
         with self._lock:
             ids = [id_ for id_ in (first, *self.groups.of(first)) if self.members(id_)[0] == first]
             stored = [(id_, self._stored[id_]) for id_ in ids if id_ in self._stored]
-        return [(id_, item_id) for id_, item_id in stored if self._is_of(id_, item_id, memories)]
+        return [(id_, item_id) for id_, item_id in stored if self._is_built_from(id_, item_id, memories)]
 
-    def _is_of(self, id_: str, item_id: str, memories: Sequence[TextualMemoryItem]) -> bool:
+    def _is_built_from(self, id_: str, item_id: str, memories: Sequence[TextualMemoryItem]) -> bool:
+        """Whether the item's texts are those of `memories`, as far as both name the same memories."""
         try:
-            built_from = self._sources(id_, self.items.metadata(item_id))
+            texts = self._source_texts(id_, self.items.metadata(item_id))
         except UnknownMemoryError:  # evicted since
             return False
-        for member, text, memory in zip(self.members(id_), built_from, memories, strict=False):
+        for member, text, memory in zip(self.members(id_), texts, memories, strict=False):
             if member != memory.id:
                 break
             if text != memory.memory:
                 return False
         return True
 
-    def _sources(self, id_: str, metadata: KVCacheMetadata) -> list[object]:
+    def _source_texts(self, id_: str, metadata: KVCacheMetadata) -> list[object]:
         """The texts that an item was built from."""
         if id_ in self.groups.members:
-            assert metadata.textual_memory is not None  # given in `build`
+            assert metadata.textual_memory is not None  # set in `build`
             return list(metadata.textual_memory.metadata["texts"])
         return [metadata.tokens.source]
 
     def move(self, id_: str, tier: str) -> bool:
-        """Moves the KV to another tier; False where it is in use, or gone. Raises BudgetError or StorageError."""
+        """Moves the KV to another tier. False if it is in use or gone. Raises BudgetError or StorageError."""
         with self._lock:
             item_id = self._stored.get(id_)
         try:
@@ -141,30 +146,30 @@ class KVIndex:
             return False
 
     def evict(self, id_: str, item_id: str | None = None) -> bool:
-        """Forgets the KV; the text stays. False if there was none, or another item than `item_id` (None: any)."""
+        """Drops the KV and keeps the text. False if there is none, or another item than `item_id` (None: any item)."""
         with self._lock:
-            return item_id in (None, self._stored.get(id_)) and self._forget(id_)
+            return item_id in (None, self._stored.get(id_)) and self._drop(id_)
 
     def stored(self) -> dict[str, tuple[str, str]]:
-        """Id -> (kv_cache_id, tier), for what has KV."""
+        """Id -> (kv_cache_id, tier) of all stored KV."""
         with self._lock:
             return {id_: (item_id, self.items.tier_of(item_id)) for id_, item_id in self._stored.items()}
 
     def tiers(self) -> dict[str, str]:
-        """Id -> tier, for what has KV."""
+        """Id -> tier of all stored KV."""
         return {id_: tier for id_, (_, tier) in self.stored().items()}
 
     def adopt(self) -> None:
-        """Takes up the items that an earlier process left in the tiers, and drops those whose text is another now."""
+        """Takes over what an earlier process left in the tiers, and drops the items of texts that have changed."""
         for item_id in self.items.ids():
             metadata = self.items.metadata(item_id)
             id_ = metadata.textual_memory.id if metadata.textual_memory else ""
             known = id_ not in self._stored and all(member in self.texts for member in self.members(id_))
-            if known and self._sources(id_, metadata) == [text.memory for text in self.texts_of(id_)]:
+            if known and self._source_texts(id_, metadata) == [text.memory for text in self.texts_of(id_)]:
                 self._stored[id_] = item_id
             else:
                 self.items.drop(item_id)
 
-    def _forget(self, id_: str) -> bool:
+    def _drop(self, id_: str) -> bool:
         item_id = self._stored.pop(id_, None)
         return item_id is not None and self.items.drop(item_id)

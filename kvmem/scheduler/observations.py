@@ -1,4 +1,4 @@
-"""What was observed, on its way into the counts: noted at once, taken in by the next tick, kept through a restart."""
+"""Queues observations: recorded at once in any thread, counted by the next tick, and kept through a restart."""
 
 from __future__ import annotations
 
@@ -22,56 +22,60 @@ SNAPSHOT_EVERY = 1000
 
 
 class ObservationQueue:
-    """Uses and new texts. `use` and `text` are for any thread and return at once; `take_in` is for one at a time."""
+    """Uses and new texts.
+
+    `use` and `set_text` may be called in any thread and return at once. Only one thread may call `count` at a time.
+    """
 
     def __init__(self, planner: Planner, index: KVIndex, failures: RetryBackoff, journal: Journal | None) -> None:
-        """Takes back what `journal` holds."""
+        """Restores the state that `journal` holds."""
         self._planner, self._index, self._failures, self._journal = planner, index, failures, journal
-        self._seen: deque[tuple[str, tuple[str, ...], int]] = deque()
+        self._pending: deque[tuple[str, tuple[str, ...], int]] = deque()
+        """(kind, memory ids, query tokens)."""
         self._lock = threading.Lock()
         if journal is not None:
             self._restore(journal)
 
     def use(self, memories: Sequence[TextualMemoryItem], query_tokens: int) -> list[str]:
-        """A query used these memories, in this order; the ids of those whose text is new or has changed."""
+        """A query used these memories in this order. Returns the ids whose text is new or has changed."""
         with self._lock:
-            changed = [memory.id for memory in memories if self._hold(memory)]
-            self._note("use", tuple(memory.id for memory in memories), query_tokens)
+            changed = [memory.id for memory in memories if self._set_text(memory)]
+            self._record("use", tuple(memory.id for memory in memories), query_tokens)
         return changed
 
-    def text(self, memory: TextualMemoryItem) -> bool:
-        """The text as it now is; True if it is new or has changed."""
+    def set_text(self, memory: TextualMemoryItem) -> bool:
+        """Sets a memory's text. True if it is new or has changed."""
         with self._lock:
-            return self._hold(memory)
+            return self._set_text(memory)
 
-    def take_in(self) -> None:
-        """Counts what was observed since the last time.
+    def count(self) -> None:
+        """Counts what was observed since the last call.
 
-        A use of several memories counts for the first one's KV and for that of each group that they begin with: no
-        other can serve it, for KV is exact only where it stands at the head of the prompt.
+        A use of several memories counts for the KV of the first one and of each group that the prompt begins with. No
+        other KV can serve it, because KV is exact only at the start of the prompt.
         """
-        while self._seen:
-            kind, ids, query_tokens = self._seen.popleft()
+        while self._pending:
+            kind, ids, query_tokens = self._pending.popleft()
             if kind == "use":
                 self._planner.used(ids[0], query_tokens)
                 for group in self._index.groups.used(ids):
                     if group not in self._planner.table.row_of:
                         self._planner.joined(group, self._index.groups.heads(group))
-                        self._size(group)
+                        self._update_length(group)
                     self._planner.used(group, query_tokens)
                 continue
             for changed in (ids[0], *self._index.groups.of(ids[0])):
-                if changed in self._planner.table.row_of:  # a text that was there before: an edit
+                if changed in self._planner.table.row_of:  # known before, so this is an edit
                     self._planner.edited(changed)
                 self._failures.pop(changed, None)
-                self._size(changed)
+                self._update_length(changed)
 
     def snapshot(self, every: int = SNAPSHOT_EVERY) -> None:
-        """Writes the state, if there are `every` events since the last time."""
+        """Writes the state if there were at least `every` events since the last snapshot."""
         if self._journal is None or self._journal.appended < every:
             return
-        with self._lock:  # nothing is noted between the counts and the new journal
-            self.take_in()
+        with self._lock:  # so that no event falls between the counts and the emptied journal
+            self.count()
             texts = [memory.model_dump(mode="json") for memory in self._index.texts.values()]
             self._journal.snapshot(
                 {
@@ -82,49 +86,52 @@ class ObservationQueue:
                 }
             )
 
-    def _hold(self, memory: TextualMemoryItem) -> bool:
-        changed = self._index.hold(memory)
+    def _set_text(self, memory: TextualMemoryItem) -> bool:
+        changed = self._index.set_text(memory)
         if changed:
-            self._note("text", (memory.id,), 0, memory.model_dump(mode="json"))
-            self._index.free()
+            self._record("text", (memory.id,), 0, memory.model_dump(mode="json"))
+            self._index.drop_outdated()
         return changed
 
-    def _note(self, kind: str, ids: tuple[str, ...], query_tokens: int, memory: dict[str, Any] | None = None) -> None:
-        self._seen.append((kind, ids, query_tokens))
+    def _record(self, kind: str, ids: tuple[str, ...], query_tokens: int, memory: dict[str, Any] | None = None) -> None:
+        self._pending.append((kind, ids, query_tokens))
         if self._journal is not None:
             event = {"kind": kind, "id": ids[0], "query_tokens": query_tokens, "memory": memory}
             self._journal.append(event | ({"behind": ids[1:]} if ids[1:] else {}))
 
-    def _size(self, memory_id: str) -> None:
+    def _update_length(self, id_: str) -> None:
         try:
-            tokens = len(self._index.joint_tokens(self._index.texts_of(memory_id)).token_ids)
+            tokens = len(self._index.joint_tokens(self._index.texts_of(id_)).token_ids)
         except PromptError as error:
             tokens = 0
-            self._failures.add(memory_id, error, self._planner.table.now)
-        self._planner.sized(memory_id, tokens)
+            self._failures.add(id_, error, self._planner.table.now)
+        self._planner.sized(id_, tokens)
 
     def _restore(self, journal: Journal) -> None:
         state, events = journal.read()
         if state is not None:
             self._planner.restore(state["planner"])
             for memory in state["texts"]:
-                self._index.hold(TextualMemoryItem(**memory))
+                self._index.set_text(TextualMemoryItem(**memory))
             self._failures.update(RetryBackoff.of_state(state["failures"]))
             self._index.groups.restore(state.get("groups", {"members": [], "seen": []}))
             for group in self._index.groups.members:
                 self._planner.joined(group, self._index.groups.heads(group))
         for event in events:
             if event["memory"] is not None:
-                self._index.hold(TextualMemoryItem(**event["memory"]))
-            self._seen.append((event["kind"], (event["id"], *event.get("behind", ())), event["query_tokens"]))
-        self.take_in()
+                self._index.set_text(TextualMemoryItem(**event["memory"]))
+            self._pending.append((event["kind"], (event["id"], *event.get("behind", ())), event["query_tokens"]))
+        self.count()
         self.snapshot(every=0)
 
 
 def text_memories_of(given: TextMemories) -> list[TextualMemoryItem]:
-    """One or several, as a list. Raises UnknownMemoryError for none, and ArgumentError for what is no text memory."""
+    """One memory or several, as a list.
+
+    Raises UnknownMemoryError if there is none, and ArgumentError for anything but text memories.
+    """
     way_out = "Give TextualMemoryItem(id=..., memory=text): by its id the scheduler learns that a text was edited."
-    # a pydantic model can be gone through too, field by field
+    # A pydantic model is iterable too, over its fields.
     memories = list(given) if isinstance(given, Iterable) and not isinstance(given, TextualMemoryItem) else [given]
     if not memories:
         raise UnknownMemoryError("No text memory is given. Give one, or several in their order.")

@@ -1,4 +1,4 @@
-"""From a policy's ranking to moves: what to build, promote, demote and evict, in an order that keeps the budgets."""
+"""Turns a policy's ranking into builds, promotions, demotions and evictions that respect the budgets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvmem.scheduler.usage import UsageTable
 
 @dataclass(frozen=True)
 class Move:
-    """One step. `source` is None for a build, `target` None for an eviction; tiers by name."""
+    """One step of a plan. `source` and `target` are tiers; `source` is None for a build, `target` for an eviction."""
 
     kind: Literal["build", "promote", "demote", "evict"]
     memory_id: str
@@ -31,10 +31,10 @@ def check_budgets(budgets: Mapping[str, int]) -> None:
 
 
 class Planner:
-    """Counts uses and edits, prices every memory, and fills the tiers in the policy's order, fastest first.
+    """Counts uses and edits, estimates the value of every memory, and fills the tiers in the policy's order.
 
-    It holds no KV and reads no clock: the scheduler carries its moves out, and the simulator books what they cost.
-    Nothing leaves before its place is needed, so a plan cut short after any move has lost nothing for nothing.
+    It holds no KV and reads no clock: the scheduler executes its moves, and the simulator accounts for their costs.
+    It evicts only when space is needed, so a plan can be stopped after any move.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Planner:
         size: Callable[[str, int], int] | None = None,
         loads: LoadEstimator | None = None,
     ) -> None:
-        """budgets: bytes by tier, fastest first. size(tier, tokens): bytes of so many tokens in a tier; None: the same
-        in each tier. loads: what loads take; None: what `costs` says.
+        """budgets: bytes by tier, fastest first. size(tier, tokens): bytes of `tokens` in a tier; None: the same in
+        each. loads: predicts load times; None: as given in `costs`. Raises ConfigError for budgets that are not bytes.
         """
         check_budgets(budgets)
         self.policy, self.budgets, self.costs = policy, dict(budgets), costs
@@ -55,34 +55,35 @@ class Planner:
         self._size = size or (lambda tier, tokens: tokens * costs.kv_bytes_a_token)
         self.loads = loads or LoadEstimator(costs)
         self.heads: dict[str, list[str]] = {}
-        """Groups of memories, and what each begins with, shortest first: KV of those is in the group's KV too."""
+        """Group -> what it begins with, shortest first: the group's KV contains the KV of each."""
         self.query_tokens = 0.0
-        """Mean length of the queries seen."""
+        """Mean length of the observed queries, in tokens."""
 
     def used(self, memory_id: str, query_tokens: int) -> None:
-        """One use of a memory by a query of `query_tokens`."""
+        """Counts one use of a memory by a query of `query_tokens` tokens."""
         row = self.table.track(memory_id)
         self.policy.observed(self.table, row)
         self.table.used(memory_id)
         self.query_tokens += (query_tokens - self.query_tokens) / self.table.now
 
     def edited(self, memory_id: str) -> None:
+        """Counts one edit of a memory."""
         self.table.edited(memory_id)
 
     def sized(self, memory_id: str, tokens: int) -> None:
-        """The length of a memory as it now is; 0: it can't be stored."""
+        """Sets the current length of a memory; 0 if it can't be stored."""
         row = self.table.track(memory_id)
         self.table.tokens[row], self.table.nbytes[row] = tokens, tokens * self.costs.kv_bytes_a_token
 
     def joined(self, group: str, heads: Sequence[str]) -> None:
-        """Plans a group of memories as one memory from here on. heads: what it begins with, shortest first."""
+        """Plans a group of memories as one memory from now on. heads: what it begins with, shortest first."""
         self.heads[group] = list(heads)
 
     def price(self, tier_of: Mapping[str, str]) -> None:
-        """Sets what each memory costs to build and what a use of it saves, for the queries seen so far.
+        """Sets each memory's build time and the time that a use of it saves, for the mean query so far.
 
-        A group's KV saves what it saves beyond the longest of its heads that has KV; and a head nothing, where the
-        group's KV is as near and its load, which is the whole group's, pays for the head's tokens alone.
+        A group that is not built saves only what it saves beyond its longest head that has KV. A head saves nothing if
+        a group with it is in an equally fast tier and loading the whole group pays for the head's tokens alone.
         """
         n = len(self.table)
         tokens = self.table.tokens[:n]
@@ -109,9 +110,10 @@ class Planner:
         barred: Collection[str] = (),
         lost: Mapping[str, int] | None = None,
     ) -> list[Move]:
-        """The moves from where things are (`tier_of`: memory -> tier) towards where the policy wants them.
+        """The moves from the current tiers (`tier_of`: memory -> tier) towards those that the policy wants.
 
-        barred: memories that are not to be built now. lost: bytes by tier that are in nobody's use and not to be had.
+        barred: memories that must not be built now. lost: bytes by tier that are unavailable although nothing uses
+        them, such as files that could not be deleted.
         """
         self.price(tier_of)
         table = self.table
@@ -121,26 +123,26 @@ class Planner:
             order = order[[held[row] or table.ids[row] not in barred for row in order.tolist()]]
         free = {tier: most - (lost or {}).get(tier, 0) for tier, most in self.budgets.items()}
         wanted = self._fill(table, order, free)
-        place = dict(tier_of)
-        for memory_id, tier in place.items():
+        place_of = dict(tier_of)
+        for memory_id, tier in place_of.items():
             free[tier] -= self._nbytes(memory_id, tier)
         rank = {table.ids[row]: at for at, row in enumerate(order)}
         moves: list[Move] = []
         builds = 0
         for memory_id, tier in wanted.items():
-            source = place.get(memory_id)
+            source = place_of.get(memory_id)
             if source == tier or (source is None and builds == max_builds):
                 continue
             nbytes = self._nbytes(memory_id, tier)
-            moves += self._make_room(tier, nbytes, wanted, place, free, rank)
+            moves += self._free_up(tier, nbytes, wanted, place_of, free, rank)
             if free[tier] < nbytes:
                 continue
             builds += source is None
-            moves.append(self._move(memory_id, tier, place, free))
+            moves.append(self._move(memory_id, tier, place_of, free))
         return moves
 
     def explain(self, memory_id: str, tier_of: Mapping[str, str]) -> str:
-        """The numbers behind a memory's place, and its rank among all."""
+        """A memory's rank among all, with the numbers behind it."""
         self.price(tier_of)
         held = self._held(tier_of)
         row = self.table.row_of[memory_id]
@@ -149,7 +151,7 @@ class Planner:
         return f"{rank}: {self.policy.explain(self.table, row, bool(held[row]))}"
 
     def state(self) -> dict[str, Any]:
-        """Counts and what the policy has learned, as plain values."""
+        """Counts and what the policy has learned, as plain values for a file."""
         return {
             "policy": self.policy.name,
             "learned": self.policy.state(),
@@ -158,7 +160,7 @@ class Planner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` gave; what another policy had learned is left out, its counts are not."""
+        """The inverse of `state`. Ignores what another policy has learned, and keeps its counts."""
         self.table, self.query_tokens = UsageTable.of_state(state["table"]), state["query_tokens"]
         if state["policy"] == self.policy.name:
             self.policy.restore(state["learned"])
@@ -170,39 +172,39 @@ class Planner:
 
     def _fill(self, table: UsageTable, order: np.ndarray, budgets: Mapping[str, int]) -> dict[str, str]:
         """Memory -> the tier where it should be, best first."""
-        room = dict(budgets)
+        free = dict(budgets)
         wanted: dict[str, str] = {}
         tokens_of = table.tokens[order].astype(int).tolist()
         shortest = min(tokens_of, default=0)
-        least = {name: self._size(name, shortest) for name in room}
+        smallest = {name: self._size(name, shortest) for name in free}
         for row, tokens in zip(order.tolist(), tokens_of, strict=True):
-            if all(left < least[name] for name, left in room.items()):
+            if all(left < smallest[name] for name, left in free.items()):
                 break
-            tier = next((name for name, left in room.items() if self._size(name, tokens) <= left), None)
+            tier = next((name for name, left in free.items() if self._size(name, tokens) <= left), None)
             if tier is not None:
-                room[tier] -= self._size(tier, tokens)
+                free[tier] -= self._size(tier, tokens)
                 wanted[table.ids[row]] = tier
         return wanted
 
-    def _make_room(
+    def _free_up(
         self,
         tier: str,
         nbytes: int,
         wanted: Mapping[str, str],
-        place: dict[str, str],
+        place_of: dict[str, str],
         free: dict[str, int],
         rank: Mapping[str, int],
     ) -> list[Move]:
-        """Moves that free `nbytes` of `tier`: out of it goes what is not wanted there, worst first, down or away."""
+        """Moves that free `nbytes` of `tier`: demotes or evicts what is not wanted there, the worst first."""
         moves: list[Move] = []
         if free[tier] >= nbytes:
             return moves
-        strangers = [memory_id for memory_id, at in place.items() if at == tier and wanted.get(memory_id) != tier]
-        for victim in sorted(strangers, key=lambda memory_id: rank.get(memory_id, len(rank)), reverse=True):
+        unwanted = [memory_id for memory_id, at in place_of.items() if at == tier and wanted.get(memory_id) != tier]
+        for victim in sorted(unwanted, key=lambda memory_id: rank.get(memory_id, len(rank)), reverse=True):
             below = wanted.get(victim)
             lower = below is not None and self.level[below] > self.level[tier]
             fits = below is not None and lower and free[below] >= self._nbytes(victim, below)
-            moves.append(self._move(victim, below if fits else None, place, free))
+            moves.append(self._move(victim, below if fits else None, place_of, free))
             if free[tier] >= nbytes:
                 break
         return moves
@@ -210,14 +212,14 @@ class Planner:
     def _nbytes(self, memory_id: str, tier: str) -> int:
         return self._size(tier, int(self.table.tokens[self.table.row_of[memory_id]]))
 
-    def _move(self, memory_id: str, target: str | None, place: dict[str, str], free: dict[str, int]) -> Move:
-        """Books the move, and says what kind it is."""
-        source = place.pop(memory_id, None)
+    def _move(self, memory_id: str, target: str | None, place_of: dict[str, str], free: dict[str, int]) -> Move:
+        """Updates `place_of` and `free` for a move, and returns it."""
+        source = place_of.pop(memory_id, None)
         if source is not None:
             free[source] += self._nbytes(memory_id, source)
         if target is None:
             return Move("evict", memory_id, source, None)
-        place[memory_id] = target
+        place_of[memory_id] = target
         free[target] -= self._nbytes(memory_id, target)
         if source is None:
             return Move("build", memory_id, None, target)

@@ -1,4 +1,4 @@
-"""MemScheduler: which text memories are kept as KV, and where, ahead of the queries that will want them."""
+"""MemScheduler: keeps text memories as KV ahead of the queries that will use them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ from kvmem.tiers import TieredCache
 
 
 class MemScheduler:
-    """observe -> tick (take in, plan, carry out) -> answer. What can't be built stays text, named in `failures`."""
+    """observe -> tick (count, plan, execute) -> answer.
+
+    A memory that can't be built is answered as text, and `failures` says why.
+    """
 
     def __init__(
         self,
@@ -50,10 +53,13 @@ class MemScheduler:
         max_builds: int = 1,
         cold: str | None = None,
     ) -> None:
-        """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). folder: for the state and the disk tier;
-        None: the state ends with the process. costs: what prefilling takes here; None: measured. max_builds: in one
-        tick. cold: the URL of the cold tier. `disk_int8` and `disk_int4` in a budget lose, and answers say so.
-        Raises ArgumentError or ConfigError for what is of another kind, or a value that is not allowed.
+        """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). The tiers `disk_int8` and `disk_int4`
+        are lossy, and answers say so. folder: for the state and the disk tiers; None: the state ends with the process.
+        costs: prefill and load times; None: measured now. max_builds: at most so many builds in a tick. cold: the URL
+        of the cold tier.
+
+        Raises ArgumentError for an argument of the wrong type, ConfigError for a bad value, and StorageError if the
+        folder can't be used.
         """
         for name, given, kinds in (
             ("memory", memory, (KVCacheMemory,)),
@@ -68,7 +74,7 @@ class MemScheduler:
             check_kind(f"MemScheduler's {name}", given, *kinds, way_out=way_out)
         if max_builds < 0:
             raise ConfigError(f"max_builds is {max_builds}. Give 0 or more.")
-        if not isinstance(memory.backend, HFBackend) or memory.backend.ranks > 1:  # each rank would plan for itself
+        if not isinstance(memory.backend, HFBackend) or memory.backend.ranks > 1:  # each rank would plan on its own
             raise ConfigError(
                 f"MemScheduler needs the backend huggingface or hf_graph, and has {type(memory.backend).name}."
             )
@@ -85,7 +91,7 @@ class MemScheduler:
         self.failures = RetryBackoff()
         self.builds = self.cancelled_builds = 0
         self.failed_ticks, self.last_failed_tick = 0, ""
-        """Ticks of the thread that ended in an error, and the last one's: the thread goes on."""
+        """Ticks of the thread that ended in an error, and the last error. The thread continues."""
         self.gate = BuildGate()
         self._max_builds = max_builds
         self._building: str | None = None
@@ -96,9 +102,9 @@ class MemScheduler:
         self.index.adopt()
 
     def observe(self, memories: TextMemories, query: Query) -> None:
-        """A query used this text memory, or these in this order. Returns at once; what follows is done in `tick`.
+        """Records that a query used this text memory, or these in this order. Returns at once; `tick` does the rest.
 
-        Memories that are often used together are planned as one: their joined KV, where it pays, in that order.
+        Memories that are often used together in one order are planned as a group with joint KV.
         """
         used = text_memories_of(memories)
         self._check_open()
@@ -106,18 +112,18 @@ class MemScheduler:
         text = query if isinstance(query, str) else "\n".join(turn["content"] for turn in query)
         query_tokens = len(self.backend.tokenizer(text, add_special_tokens=False).input_ids)
         for changed in self.observations.use(used, query_tokens):
-            self._call_off(changed)
+            self._cancel_build_of(changed)
         self._wake.set()
 
     def update(self, text_memory: TextualMemoryItem) -> None:
-        """A text changed: its KV is served no more from here on, and a running build of it is called off."""
+        """Sets a memory's text. KV of the old text is no longer served, and a running build of it is cancelled."""
         (changed,) = text_memories_of([text_memory])
         self._check_open()
-        if self.observations.text(changed):
-            self._call_off(text_memory.id)
+        if self.observations.set_text(changed):
+            self._cancel_build_of(text_memory.id)
         self._wake.set()
 
-    def _call_off(self, changed: str) -> None:
+    def _cancel_build_of(self, changed: str) -> None:
         building = self._building
         if building is not None and changed in self.index.members(building):
             self.gate.cancel()
@@ -129,56 +135,59 @@ class MemScheduler:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
-        """Answers behind the longest stored prefix, prefills the rest as text, and observes the use.
+        """Answers with the stored prefix that saves most, prefills the rest as text, and observes the use.
 
-        The answer's `note` says so where a memory's KV was there and was not loaded, since prefilling is sooner done;
-        its `lossy`, where the KV had been in a compressed tier.
+        If stored KV was not loaded, for example because prefilling is faster, the answer's `note` says so. If the KV
+        comes from a quantized tier, `lossy` names its form.
         """
         used = text_memories_of(text_memories)
         with self.view(used) as cache:
             generation = self.backend.generate(query, cache, max_new_tokens, sampling)
-        if not self._closing.is_set():  # closed meanwhile: the answer is no less one
+        if not self._closing.is_set():  # closed meanwhile: the answer is still valid
             self.observe(used, query)
         return generation
 
     @contextmanager
     def view(self, text_memories: TextMemories) -> Iterator[CacheView]:
-        """The cache that `answer` uses, for a block in which builds stand aside. Observes nothing."""
+        """The cache that `answer` uses, valid inside the block. Builds wait meanwhile. Observes nothing."""
         with self.gate.request(), self.prefix_selector.view(text_memories_of(text_memories)) as cache:
             yield cache
 
     def tick(self) -> list[Move]:
-        """Takes in what was observed, plans, and carries the plan out; the moves that were made. One tick at a time."""
+        """Counts what was observed, plans, and executes the plan. Returns the moves that were made.
+
+        One tick runs at a time.
+        """
         with self._ticking:
-            self.observations.take_in()
-            if not self._closing.is_set():  # what is left in the tiers may be another process's by then
+            self.observations.count()
+            if not self._closing.is_set():  # after closing, the tiers may belong to another process
                 self.items.pending_deletes.retry()
             barred = self.failures.barred(self.planner.table.now)
             made, lost = [], self.items.pending_deletes.by_tier()
             for move in self.planner.plan(self.index.tiers(), self._max_builds, barred, lost):
-                if not self._closing.is_set() and self._carry_out(move):
+                if not self._closing.is_set() and self._execute(move):
                     made.append(move)
             self.prefix_selector.probe()
             self.observations.snapshot()
             return made
 
     def explain(self, memory_id: str) -> str:
-        """Why a memory is where it is, in one line with its numbers. Raises UnknownMemoryError."""
+        """Why a memory is in its tier, in one line with the numbers. Raises UnknownMemoryError."""
         check_kind("A memory's id", memory_id, str, way_out="Give the id of a text memory.")
         with self._ticking:
-            self.observations.take_in()
+            self.observations.count()
             if memory_id not in self.index.texts and memory_id not in self.index.groups.members:
                 raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.index.texts)} memories.")
             tiers = self.index.tiers()
-            place = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
+            where = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
             why = self.planner.explain(memory_id, tiers) + self.prefix_selector.explain(memory_id)
             why += self.failures.explain(memory_id) + self.items.pending_deletes.explain(memory_id)
-            return f"{memory_id} is {place}. {why}"
+            return f"{memory_id} is {where}. {why}"
 
     def start(self, interval_s: float = 0.5) -> None:
-        """Ticks in a thread of its own: after an observation, and every `interval_s` seconds at least.
+        """Starts a thread that ticks after each observation, and at least every `interval_s` seconds.
 
-        Raises ConfigError for an interval that is not positive, or where that thread runs already.
+        Raises ConfigError if the interval is not positive or the thread already runs.
         """
         check_kind("interval_s", interval_s, int, float, way_out="Give seconds.")
         self._check_open()
@@ -194,7 +203,7 @@ class MemScheduler:
                     return
                 try:
                     self.tick()
-                except (KVMemError, OSError) as error:  # a full disk, say; what it left undone the next tick plans
+                except (KVMemError, OSError) as error:  # such as a full disk; the next tick plans again
                     self.failed_ticks += 1
                     self.last_failed_tick = f"{type(error).__name__}: {error}"
 
@@ -202,7 +211,7 @@ class MemScheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Calls off a running build, ends the thread and writes the state, as leaving a `with` block does; once."""
+        """Cancels a running build, ends the thread and writes the state. Later calls do nothing."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -211,7 +220,7 @@ class MemScheduler:
         if self._thread is not None:
             self._thread.join()
         with self._ticking, closing(self.items), closing(self.journal) if self.journal is not None else nullcontext():
-            self.observations.take_in()
+            self.observations.count()
             self.observations.snapshot(every=0)
 
     def __enter__(self) -> Self:
@@ -225,14 +234,14 @@ class MemScheduler:
         if self._closing.is_set():
             raise ClosedError("This scheduler is closed. Make another: with the same folder it goes on as this did.")
 
-    def _carry_out(self, move: Move) -> bool:
+    def _execute(self, move: Move) -> bool:
         if move.target is None:
             return self.index.evict(move.memory_id)
         if move.source is None:
             return self._build(move.memory_id, move.target)
         try:
             return self.index.move(move.memory_id, move.target)
-        except BudgetError:  # what should have left is in use; the next tick plans anew
+        except BudgetError:  # an item that should have left is in use; the next tick plans again
             return False
         except StorageError as error:
             self.failures.add(move.memory_id, error, self.planner.table.now)
@@ -241,7 +250,7 @@ class MemScheduler:
     def _build(self, memory_id: str, tier: str) -> bool:
         tokens = int(self.planner.table.tokens[self.planner.table.row_of[memory_id]])
         if self.items.size(tier, tokens) > self.items.budgets[tier] - self.items.used_bytes()[tier]:
-            return False  # what should have left is in use; the next tick plans anew
+            return False  # an item that should have left is in use; the next tick plans again
         try:
             with self.gate.build() as between_layers:
                 self._building = memory_id
@@ -253,7 +262,7 @@ class MemScheduler:
         except BuildCancelled:
             self.cancelled_builds += 1
             return False
-        except (KVMemError, RuntimeError, OSError) as error:  # RuntimeError: torch's own, out of memory among them
+        except (KVMemError, RuntimeError, OSError) as error:  # RuntimeError: torch's, such as out of memory
             self.failures.add(memory_id, error, self.planner.table.now)
             return False
         finally:

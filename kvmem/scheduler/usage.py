@@ -1,6 +1,6 @@
-"""What has been seen of each text memory: uses and edits, decayed at several half-lives; its costs and its worth.
+"""What was observed of each text memory: uses and edits, decayed at several half-lives, and its costs.
 
-Time is counted in observed uses, not in seconds: a decision then needs no knowledge of how busy the service is, is the
+Time is counted in observed uses, not in seconds. A decision then does not depend on how busy the service is, is the
 same after a restart, and can be replayed.
 """
 
@@ -12,29 +12,30 @@ from typing import Any
 import numpy as np
 
 HALF_LIVES = np.array([32.0, 128.0, 512.0, 2048.0])
-"""In observed uses, of all memories together."""
+"""In observed uses of all memories together."""
 
+_MIN_ROWS = 16
 _GROWTH = 2
 
 
 @dataclass
 class UsageTable:
-    """One row a text memory; a column is a numpy array whose first `len(table)` entries count.
+    """One row for each text memory. A column is a numpy array whose first `len(table)` entries are valid.
 
-    `use_weights` and `edit_weights` are (rows, half-lives): each event counts 1 and halves every half-life. They are as
-    of the row's `weighed_at`; `weights()` brings them to now.
+    `use_weights` and `edit_weights` have the shape (rows, half-lives): each event counts 1 and halves every half-life.
+    A row's weights are as of its `weighed_at`; `weights()` brings all of them to now.
     """
 
     ids: list[str] = field(default_factory=list)
     now: int = 0
     totals: np.ndarray = field(default_factory=lambda: np.zeros(len(HALF_LIVES)))
-    """Sum of all rows' use weights, as of now."""
+    """Sum of all rows' use weights as of now, (half-lives,)."""
 
     def __post_init__(self) -> None:
         self.row_of = {memory_id: row for row, memory_id in enumerate(self.ids)}
-        self._room(max(16, len(self.ids)))
+        self._allocate(max(_MIN_ROWS, len(self.ids)))
 
-    def _room(self, rows: int) -> None:
+    def _allocate(self, rows: int) -> None:
         def zeros(*more: int) -> np.ndarray:
             return np.zeros((rows, *more))
 
@@ -60,12 +61,12 @@ class UsageTable:
         return len(self.ids)
 
     def track(self, memory_id: str) -> int:
-        """The row of `memory_id`, made if it is new."""
+        """The row of `memory_id`, added if it is new."""
         if memory_id not in self.row_of:
             row = len(self.ids)
             if row == len(self.uses):
                 old = {name: getattr(self, name) for name in self._COLUMNS}
-                self._room(row * _GROWTH)
+                self._allocate(row * _GROWTH)
                 for name, column in old.items():
                     getattr(self, name)[:row] = column
             self.ids.append(memory_id)
@@ -75,20 +76,20 @@ class UsageTable:
         return self.row_of[memory_id]
 
     def used(self, memory_id: str) -> int:
-        """One use; time goes on by one. Returns the row."""
+        """Counts one use and advances the time by one. Returns the row."""
         row = self.track(memory_id)
         self.now += 1
         self.totals = self.totals * np.exp2(-1 / HALF_LIVES) + 1
-        self._weigh(row)
+        self._decay(row)
         self.use_weights[row] += 1
         self.uses[row] += 1
         self.last_use[row] = self.now
         return row
 
     def edited(self, memory_id: str) -> int:
-        """One edit. Returns the row."""
+        """Counts one edit. Returns the row."""
         row = self.track(memory_id)
-        self._weigh(row)
+        self._decay(row)
         self.edit_weights[row] += 1
         self.edits[row] += 1
         return row
@@ -99,14 +100,14 @@ class UsageTable:
         decay = np.exp2(-(self.now - self.weighed_at[:n, None]) / HALF_LIVES)
         return self.use_weights[:n] * decay, self.edit_weights[:n] * decay
 
-    def _weigh(self, row: int) -> None:
+    def _decay(self, row: int) -> None:
         decay = np.exp2(-(self.now - self.weighed_at[row]) / HALF_LIVES)
         self.use_weights[row] *= decay
         self.edit_weights[row] *= decay
         self.weighed_at[row] = self.now
 
     def state(self) -> dict[str, Any]:
-        """All of it as plain values, for a file."""
+        """Plain values for a file."""
         n = len(self)
         columns = {name: getattr(self, name)[:n].tolist() for name in self._COLUMNS}
         columns["last_use"] = [None if np.isinf(last) else last for last in columns["last_use"]]  # JSON has no infinity
@@ -114,6 +115,7 @@ class UsageTable:
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> UsageTable:
+        """The inverse of `state`."""
         table = cls(list(state["ids"]), state["now"], np.array(state["totals"]))
         n = len(table)
         for name, values in state["columns"].items():

@@ -16,7 +16,7 @@ from kvmem.errors import UnknownMemoryError
 from kvmem.merge.reprefill import Reprefill
 from kvmem.prompt.template import TokenizedPrompt
 from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
-from kvmem.scheduler.groups import COUNTED, LEAST_TOGETHER, LONGEST, Groups, group_id
+from kvmem.scheduler.groups import MAX_COUNTED, MAX_MEMBERS, MIN_USES_TOGETHER, Groups, group_id
 from kvmem.scheduler.planner import Planner
 from kvmem.scheduler.policies.base import policy
 from kvmem.scheduler.scheduler import MemScheduler
@@ -191,19 +191,19 @@ def test_a_head_is_built_again_where_loading_its_group_does_not_pay_for_it(qwen3
 
 def test_orders_are_counted_apart_and_no_more_than_so_many() -> None:
     groups = Groups()
-    for _ in range(LEAST_TOGETHER - 1):
+    for _ in range(MIN_USES_TOGETHER - 1):
         assert groups.used(["a", "b", "c"]) == []
     assert groups.used(["b", "a"]) == []
     assert groups.used(["a", "b", "d"]) == [group_id("ab")], "a head is seen in every order that begins with it"
     assert groups.used(["a", "b", "c"]) == [group_id("ab"), group_id("abc")]
     assert groups.heads(group_id("abc")) == ["a", group_id("ab")] and groups.of("b") == list(groups.members)
-    for number in range(2 * COUNTED):
+    for number in range(2 * MAX_COUNTED):
         groups.used(["x", str(number)])
-    assert len(groups.state()["seen"]) == COUNTED
-    many = [str(number) for number in range(2 * LONGEST)]
-    for _ in range(LEAST_TOGETHER):
+    assert len(groups.state()["seen"]) == MAX_COUNTED
+    many = [str(number) for number in range(2 * MAX_MEMBERS)]
+    for _ in range(MIN_USES_TOGETHER):
         groups.used(many)
-    assert max(len(members) for members in groups.members.values()) == LONGEST
+    assert max(len(members) for members in groups.members.values()) == MAX_MEMBERS
     again = Groups()
     again.restore(groups.state())
     assert again.state() == groups.state() and again.members == groups.members

@@ -1,4 +1,4 @@
-"""One policy, one file: which text memories are worth their bytes as KV."""
+"""The interface of a policy: which text memories are worth their bytes as KV. One policy in each file."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from kvmem.scheduler.usage import UsageTable
 
 
 class Policy(ABC):
-    """Ranks the memories; the planner keeps them in that order as far as the budgets go."""
+    """Ranks the memories. The planner keeps them in that order as far as the budgets allow."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
-        """(rows,): the higher, the sooner it is kept; 0 or less: not kept. `held`: (rows,), True where KV is stored."""
+        """A score for each memory, (rows,): the highest is kept first, and 0 or less is not kept.
+
+        held: (rows,), True if KV of the memory is stored.
+        """
 
     def rank(self, table: UsageTable, held: np.ndarray, budget_bytes: float) -> np.ndarray:
-        """Rows in the order in which they are kept, best first; a row left out is not kept."""
+        """The rows to keep, best first. A row that is left out is not kept."""
         scores = self.scores(table, held)
         order = np.argsort(-scores, kind="stable")
         return order[scores[order] > 0]
 
     def observed(self, table: UsageTable, row: int) -> None:  # noqa: B027 - most policies learn nothing of their own
-        """A use of `row`, called before the table counts it."""
+        """Called for each use of `row`, before the table counts it."""
 
     def state(self) -> dict[str, Any]:
-        """What the policy has learned of its own, as plain values."""
+        """What the policy has learned beyond the table, as plain values."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 - see above
-        """Takes back what `state` gave."""
+        """The inverse of `state`."""
 
     def explain(self, table: UsageTable, row: int, held: bool) -> str:
         """The numbers behind the score of `row`, as a clause."""
@@ -47,10 +50,10 @@ POLICIES = Registry(Policy, "kvmem.scheduler.policies", "policy")
 
 
 def policy_classes() -> dict[str, type[Policy]]:
-    """Every policy by its name."""
+    """All policies by name."""
     return POLICIES.classes()
 
 
 def policy(name: str) -> Policy:
-    """The policy called `name` (case does not matter), with its default knobs."""
+    """The policy called `name` (case is ignored) with its default settings. Raises ConfigError for an unknown name."""
     return POLICIES.find(name)()

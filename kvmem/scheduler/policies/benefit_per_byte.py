@@ -1,4 +1,4 @@
-"""Expected seconds saved, less the build, per byte: the default."""
+"""Expected seconds saved, minus the build, per byte. The default policy."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from kvmem.scheduler.usage import HALF_LIVES, UsageTable
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class BenefitPerByte(Policy):
-    """(expected uses × seconds saved a use − build seconds where it is not built) ÷ bytes.
+    """(expected uses × seconds saved per use − build seconds if it is not built) ÷ bytes.
 
-    Expected uses: over the next `horizon` uses of all memories, at the rate of the decayed past. How fast the past
-    should fade depends on the traffic, so several half-lives are kept and mixed by how well each has lately foretold,
-    `lag` uses ahead, which memory is used (weighted forecasters: Vovk 1990; Littlestone & Warmuth 1994). Ahead,
-    because the next use is mostly the same session's, while a build pays off over those that follow. Each memory's
-    count is less `discount`, for what was seen little was mostly seen by luck (absolute discounting: Ney et al. 1994).
-    An edit ends the worth of what is built, so the uses are shared out over as many texts as are to be expected: a
-    memory edited within its reuse time never earns its build.
+    Expected uses are those among the next `horizon` uses of all memories, at the rate of the decayed past. How fast the
+    past should decay depends on the traffic. So several half-lives are kept, and each is weighted by how well it has
+    recently predicted, `lag` uses ahead, which memory is used (weighted forecasters: Vovk 1990; Littlestone & Warmuth
+    1994). The prediction is for `lag` uses ahead because the next use mostly belongs to the same session, while a build
+    pays off over the uses after it. `discount` is subtracted from each memory's count, because a small count is mostly
+    luck (absolute discounting: Ney et al. 1994). An edit makes stored KV worthless, so the expected uses are divided by
+    the expected number of texts: a memory that is edited within its reuse time never earns its build.
     """
 
     horizon: float = Field(256, gt=0)
     lag: int = Field(32, ge=0)
     discount: float = Field(0.5, ge=0)
     memory: float = Field(0.998, gt=0, lt=1)
-    """How much of a half-life's past success counts after one more use: 0.998 looks back some 500 uses."""
+    """Decay per use of a half-life's past success: 0.998 looks back about 500 uses."""
     prior: float = Field(1.0, gt=0)
-    """Uses that every memory is credited with when half-lives are compared, so that a new one sinks none of them."""
+    """Uses added to every memory when half-lives are compared, so that a new memory rules out none of them."""
 
     name: ClassVar[str] = "benefit_per_byte"
 
@@ -40,34 +40,38 @@ class BenefitPerByte(Policy):
         self._success = np.zeros(len(HALF_LIVES))
         self._recent: deque[str] = deque(maxlen=self.lag)
         ages = np.arange(self.lag, 0, -1)[:, None] - 1.0
-        self._fading = np.exp2(-ages / HALF_LIVES)  # (lag, half-lives): what each of the last uses still weighs
+        self._fading = np.exp2(-ages / HALF_LIVES)  # (lag, half-lives): the current weight of each recent use
 
     def observed(self, table: UsageTable, row: int) -> None:
         if len(self._recent) == self.lag:
             decay = np.exp2(-(table.now - table.weighed_at[row]) / HALF_LIVES)
             own = [memory_id == table.ids[row] for memory_id in self._recent]
-            grown = np.exp2(self.lag / HALF_LIVES)  # back to what it weighed then
-            then = (table.use_weights[row] * decay - self._fading[own].sum(axis=0)) * grown
-            total = (table.totals - self._fading.sum(axis=0)) * grown
-            chance = (np.maximum(then, 0) + self.prior) / (np.maximum(total, 0) + self.prior * len(table))
-            self._success = self.memory * self._success + np.log(chance)
+            undecayed = np.exp2(self.lag / HALF_LIVES)  # back to the weights of `lag` uses ago
+            weight = (table.use_weights[row] * decay - self._fading[own].sum(axis=0)) * undecayed
+            total = (table.totals - self._fading.sum(axis=0)) * undecayed
+            predicted = (np.maximum(weight, 0) + self.prior) / (np.maximum(total, 0) + self.prior * len(table))
+            self._success = self.memory * self._success + np.log(predicted)
         self._recent.append(table.ids[row])
 
     def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
         n = len(table)
         net_s = self._expected_uses(table) * table.saved_s[:n] - np.where(held, 0.0, table.build_s[:n])
-        return np.divide(net_s, table.nbytes[:n], out=np.zeros(n), where=table.nbytes[:n] > 0)
+        out = np.zeros(n)
+        np.divide(net_s, table.nbytes[:n], out=out, where=table.nbytes[:n] > 0)
+        return out
 
     def _shares(self) -> np.ndarray:
-        """(half-lives,): how much each one's forecast counts; sums to 1."""
-        odds = np.exp(self._success - self._success.max())
-        return odds / odds.sum()
+        """The weight of each half-life's forecast, (half-lives,); they sum to 1."""
+        odds: np.ndarray = np.exp(self._success - self._success.max())
+        shares: np.ndarray = odds / odds.sum()
+        return shares
 
     def _expected_uses(self, table: UsageTable) -> np.ndarray:
         uses, edits = table.weights()
-        seen = HALF_LIVES / np.log(2) * (1 - np.exp2(-(table.now + 1) / HALF_LIVES))  # uses that the weights stand for
-        ahead = np.minimum(1.0, self.horizon / seen)
-        return (np.maximum(uses - self.discount, 0) * ahead / (1 + edits * ahead)) @ self._shares()
+        spanned = HALF_LIVES / np.log(2) * (1 - np.exp2(-(table.now + 1) / HALF_LIVES))  # uses that the weights cover
+        ahead = np.minimum(1.0, self.horizon / spanned)
+        expected: np.ndarray = (np.maximum(uses - self.discount, 0) * ahead / (1 + edits * ahead)) @ self._shares()
+        return expected
 
     def state(self) -> dict[str, Any]:
         return {"success": self._success.tolist(), "recent": list(self._recent)}

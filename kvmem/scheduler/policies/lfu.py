@@ -1,4 +1,4 @@
-"""Least frequently used goes first."""
+"""Evicts the least frequently used memory first."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kvmem.scheduler.usage import UsageTable
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class LFU(Policy):
-    """Keeps what was used most often since the beginning; among equals, what was used last."""
+    """Keeps the memories used most often since the start; among equals, the most recently used."""
 
     name: ClassVar[str] = "lfu"
 
     def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
         n = len(table)
-        recency = np.maximum(table.last_use[:n], 0.0) / (table.now + 1)  # below 1: only breaks ties
+        recency = np.maximum(table.last_use[:n], 0.0) / (table.now + 1)  # below 1, so it only breaks ties
         return np.where((table.uses[:n] > 0) & (table.nbytes[:n] > 0), table.uses[:n] + recency, 0.0)

@@ -1,4 +1,4 @@
-"""Least recently used goes first."""
+"""Evicts the least recently used memory first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvmem.scheduler.usage import UsageTable
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class LRU(Policy):
-    """Keeps what was used last, whatever its size, cost or edits; any use of a text that is not built has it built."""
+    """Keeps the most recently used memories, regardless of size, cost and edits. Every use leads to a build."""
 
     name: ClassVar[str] = "lru"
 

@@ -1,4 +1,4 @@
-"""Recency decides who leaves, frequency who may come in."""
+"""Evicts by recency and admits by frequency."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from kvmem.scheduler.usage import UsageTable
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class TinyLFU(Policy):
-    """A newcomer takes the place of the least recently used only if it was used more often (Einziger et al. 2017).
+    """A new memory replaces the least recently used ones only if it was used more often (Einziger et al. 2017).
 
-    Frequencies are halved every `sample` uses, so old fame fades. The paper counts in a sketch; here counts are exact,
-    because a text memory is large enough to carry a number.
+    Counts are halved every `sample` uses, so that old uses count less. The paper counts in a sketch. Here counts are
+    exact, because a text memory is large enough to afford one number.
     """
 
     sample: int = Field(1000, ge=1)
@@ -26,13 +26,13 @@ class TinyLFU(Policy):
 
     def __post_init__(self) -> None:
         self._counts: dict[str, float] = {}
-        self._seen = 0
+        self._uses = 0
 
     def observed(self, table: UsageTable, row: int) -> None:
         memory_id = table.ids[row]
         self._counts[memory_id] = self._counts.get(memory_id, 0.0) + 1
-        self._seen += 1
-        if self._seen % self.sample == 0:
+        self._uses += 1
+        if self._uses % self.sample == 0:
             self._counts = {memory_id: count / 2 for memory_id, count in self._counts.items()}
 
     def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
@@ -43,21 +43,21 @@ class TinyLFU(Policy):
         counts = self.scores(table, held)
         by_recency = np.argsort(-table.last_use[: len(table)], kind="stable")
         kept = [row for row in by_recency if held[row] and table.nbytes[row] > 0]
-        room = budget_bytes - sum(table.nbytes[row] for row in kept)
-        for newcomer in (row for row in by_recency if not held[row] and counts[row] > 0):
+        free = budget_bytes - sum(table.nbytes[row] for row in kept)
+        for candidate in (row for row in by_recency if not held[row] and counts[row] > 0):
             victims: list[int] = []
-            freed = room
-            while freed < table.nbytes[newcomer] and len(victims) < len(kept):
+            freed = free
+            while freed < table.nbytes[candidate] and len(victims) < len(kept):
                 victims.append(kept[-1 - len(victims)])
                 freed += table.nbytes[victims[-1]]
-            if freed < table.nbytes[newcomer] or any(counts[victim] >= counts[newcomer] for victim in victims):
+            if freed < table.nbytes[candidate] or any(counts[victim] >= counts[candidate] for victim in victims):
                 continue
-            kept = [newcomer, *kept[: len(kept) - len(victims)]]
-            room = freed - table.nbytes[newcomer]
+            kept = [candidate, *kept[: len(kept) - len(victims)]]
+            free = freed - table.nbytes[candidate]
         return np.array(kept, dtype=int)
 
     def state(self) -> dict[str, Any]:
-        return {"counts": self._counts, "seen": self._seen}
+        return {"counts": self._counts, "seen": self._uses}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._counts, self._seen = dict(state["counts"]), state["seen"]
+        self._counts, self._uses = dict(state["counts"]), state["seen"]
