@@ -1,7 +1,7 @@
 """What scenarios measure on: the configured model, its memory, and comparisons of two arms."""
 
 from experiments.bench.bench import Bench, build_s, built_once
-from experiments.bench.comparison import Arm, compare, every_sample, ratio
+from experiments.bench.comparison import Arm, compare, p90
 from experiments.bench.quality import Quality
 from experiments.bench.setup import Setup
 from experiments.bench.tier_probe import COLD, RECOMPUTE, WARM, InEveryTier
@@ -19,7 +19,6 @@ __all__ = [
     "build_s",
     "built_once",
     "compare",
-    "every_sample",
-    "ratio",
+    "p90",
     "replay",
 ]

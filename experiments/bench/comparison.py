@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.bench.bench import Bench
 from experiments.measurement import Sample, Trace, grade, ttft, validate_cell
-from experiments.results import Row
+from experiments.results import Row, TTFTPayload
 from experiments.workloads import Cell
 from kvmem.engines import MeasuredBackend
 
@@ -46,12 +46,14 @@ def compare(
     kv_bytes: int,
     memories: int = 1,
     conditions: dict[str, Any],
-    extra: dict[str, Any],
+    measured_times: int | None = None,
+    payload: Callable[..., TTFTPayload] = TTFTPayload,
     engine: MeasuredBackend | None = None,
 ) -> Row:
-    """The row of `arm`, which reuses a memory, beside the direct one; both were sampled in the same rounds.
+    """The row of `arm`, which reuses a memory, against the direct arm; both were sampled in the same rounds.
 
-    engine: what ran both arms, where that is not the bench's own.
+    measured_times: how often all rounds were run. payload: makes the scenario's payload from the fields of
+    `TTFTPayload`. engine: what ran both arms, if it is not the bench's own.
     """
     hit, plain = ttft.missed(reused.samples), ttft.missed(direct.samples)
     kv_s, direct_s = median(reused.engine_s), median(direct.engine_s)
@@ -88,14 +90,12 @@ def compare(
         exact=memories == 1 or merge.exact,
     )
     saved_s = direct.user_s - reused.user_s
-    return bench.row(
-        scenario,
-        arm=arm,
-        context_tokens=cell.context_tokens,
-        query_tokens=cell.query_tokens,
-        memories=memories,
-        merge=merge.name if memories > 1 else "single",
-        pairs=len(reused.samples),
+    decode = bench.backend.tokenizer.decode
+    answers = {name: decode(list(of.trace.token_ids)) for name, of in (("injected", reused), ("direct", direct))}
+    figures = payload(
+        question=cell.question,
+        truth=cell.truth,
+        answers=answers,
         build_s=build_s,
         kv_bytes=kv_bytes,
         fetch_s=cache_s if memories == 1 else None,
@@ -109,45 +109,36 @@ def compare(
         break_even_queries=build_s / saved_s if saved_s > 0 else None,
         cached_tokens=cached,
         limit_s=limit_s,
+        direct_limit_s=direct_limit_s,
         mfu=bench.roofline.mfu(whole - cached, cached, kv_s),
+        measured_times=measured_times,
+        spread={"injected": ttft.spread(reused.engine_s), "direct": ttft.spread(direct.engine_s)},
+        kv_ttft_all_s=reused.engine_s,
+        direct_ttft_all_s=direct.engine_s,
+        kv_ttft_p90_s=p90(reused.engine_s),
+        direct_ttft_p90_s=p90(direct.engine_s),
+    )
+    return bench.row(
+        scenario,
+        arm=arm,
+        context_tokens=cell.context_tokens,
+        query_tokens=cell.query_tokens,
+        context_label=cell.context,
+        query_label=cell.query,
+        memories=memories,
+        merge=merge.name if memories > 1 else "single",
+        pairs=len(reused.samples),
         equality=equality.grade,
         first_difference=equality.first_difference,
         logit_max_abs_diff=equality.logit_max_abs_diff,
         near_tie_margin=equality.near_tie_margin,
         verdict=verdict.verdict,
         verdict_reason=verdict.reason,
-        conditions=conditions | bench.conditions,  # the rates may have been calibrated anew
-        extra=_told(bench, cell, reused, direct) | {"direct_limit_s": direct_limit_s} | extra,
+        conditions=conditions | bench.conditions,  # the limit may have been calibrated again
+        payload=figures,
     )
 
 
-def _told(bench: Bench, cell: Cell, reused: Arm, direct: Arm) -> dict[str, Any]:
-    decode = bench.backend.tokenizer.decode
-    told: dict[str, Any] = {
-        "context": cell.context,
-        "query": cell.query,
-        "question": cell.question,
-        "truth": cell.truth,
-        "answers": {
-            "injected": decode(list(reused.trace.token_ids)),
-            "direct": decode(list(direct.trace.token_ids)),
-        },
-        "spread": {"injected": ttft.spread(reused.engine_s), "direct": ttft.spread(direct.engine_s)},
-    }
-    for label, arm in (("kv", reused), ("direct", direct)):
-        told |= every_sample(f"{label}_ttft", arm.engine_s)
-    return told
-
-
-def every_sample(name: str, seconds: Sequence[float]) -> dict[str, Any]:
-    """All samples of an arm, and their 90th percentile where there are enough of them."""
-    samples: dict[str, Any] = {f"{name}_all_s": list(seconds)}
-    if len(seconds) >= ENOUGH_FOR_P90:
-        samples[f"{name}_p90_s"] = float(np.percentile(seconds, 90))
-    return samples
-
-
-def ratio(name: str, a_s: Sequence[float], b_s: Sequence[float]) -> dict[str, Any]:
-    """The paired ratio of two arms and its 95% interval (None: of too few pairs), under `name`."""
-    middle, interval = ttft.paired_ratio(a_s, b_s)
-    return {name: middle, f"{name}_interval": interval and list(interval)}
+def p90(seconds: Sequence[float]) -> float | None:
+    """The 90th percentile; None for fewer than 10 samples."""
+    return float(np.percentile(seconds, 90)) if len(seconds) >= ENOUGH_FOR_P90 else None

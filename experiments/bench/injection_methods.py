@@ -1,4 +1,4 @@
-"""Every way to bring a stored memory and a query together on one model's weights, each from token ids to the token."""
+"""Every method of injecting a stored memory in front of a query, on one model's weights."""
 
 from __future__ import annotations
 
@@ -22,56 +22,58 @@ from kvmem.prompt import Query, TokenizedPrompt
 
 @dataclass(frozen=True)
 class InjectionMethod:
-    """`first_token` takes one sample, whose engine_s holds the passing of the cache too. `trace` gives a longer answer
-    of so many tokens; None: it is not the whole prompt's. `engine` ran it, and its own direct way, `beside`, is what
-    the answer must be equal to: another engine's kernels round otherwise."""
+    """One method, ready to be timed from token ids to the first token."""
 
     first_token: Callable[[], Sample]
+    """Takes one sample, whose engine_s includes passing the cache to the model."""
     trace: Callable[[int], Trace] | None
+    """A greedy answer of so many tokens; None if it would not be the answer to the whole prompt."""
     engine: MeasuredBackend
-    beside: str
+    baseline: str
+    """The name of the same engine's direct arm, which the answer is graded against: another engine's kernels round
+    differently."""
 
 
-def ways(backend: HFGraphBackend, item: KVCacheItem, question: Query) -> dict[str, InjectionMethod]:
-    """By name, on the backend's weights: the fast engine's, Hugging Face's, and every recipe."""
+def injection_methods(backend: HFGraphBackend, item: KVCacheItem, question: Query) -> dict[str, InjectionMethod]:
+    """By name, on the backend's weights: those of the graph engine, of the eager forward, and every baseline recipe."""
     prompt = backend.template.split(item.metadata.tokens, question)
     whole, alone = TokenizedPrompt((), prompt.ids), TokenizedPrompt((), prompt.query_ids)
     fast, cache = backend.engine, item.kv_cache
-    found = {
-        DIRECT: _on(backend, fast, None, whole),
-        DIRECT_EAGER: _eager(backend.eager, whole),
-        ALONE: dataclasses.replace(_on(backend, fast, None, alone), trace=None),
+    methods = {
+        DIRECT: _graph_method(backend, fast, None, whole),
+        DIRECT_EAGER: _eager_direct(backend.eager, whole),
+        ALONE: dataclasses.replace(_graph_method(backend, fast, None, alone), trace=None),
     }
     if fast.graph_up_to:
         knobs = dataclasses.replace(fast.knobs, graph_up_to=0, buffers=1, warm_tokens=())
-        found[IN_PLACE] = _on(backend, Engine(backend.model, knobs), cache, prompt)
-        found[GRAPH] = _on(backend, fast, cache, prompt)
+        methods[IN_PLACE] = _graph_method(backend, Engine(backend.model, knobs), cache, prompt)
+        methods[GRAPH] = _graph_method(backend, fast, cache, prompt)
     else:
-        found[IN_PLACE] = _on(backend, fast, cache, prompt)
+        methods[IN_PLACE] = _graph_method(backend, fast, cache, prompt)
     for name, recipe in baselines.recipes().items():
-        found[name] = _by(recipe(item, backend.model_config), backend.eager, prompt)
-    return found
+        methods[name] = _recipe_method(recipe(item, backend.model_config), backend.eager, prompt)
+    return methods
 
 
-def _on(
+def _graph_method(
     backend: HFGraphBackend, engine: Engine, cache: DynamicCache | None, prompt: TokenizedPrompt
 ) -> InjectionMethod:
-    held, ids = len(prompt.memory_ids), prompt.query_ids
+    memory_tokens, ids = len(prompt.memory_ids), prompt.query_ids
 
     def trace(steps: int) -> Trace:
-        logits_V, answer = engine.begin(cache, held, ids)
+        logits_V, answer = engine.begin(cache, memory_tokens, ids)
         logits = [logits_V]
         for _ in range(steps - 1):
             logits.append(engine.extend(answer, (int(logits[-1].argmax()),)))
         return Trace(tuple(int(row_V.argmax()) for row_V in logits), torch.stack(logits).float().cpu())
 
     def token() -> int:
-        return engine.first_token(cache, held, ids)
+        return engine.first_token(cache, memory_tokens, ids)
 
     return InjectionMethod(lambda: _sample(engine.device, prompt, token), trace, backend, DIRECT)
 
 
-def _by(recipe: baselines.Recipe, backend: HFBackend, prompt: TokenizedPrompt) -> InjectionMethod:
+def _recipe_method(recipe: baselines.Recipe, backend: HFBackend, prompt: TokenizedPrompt) -> InjectionMethod:
     def first_token() -> Sample:
         sample = recipe.first_token(backend, prompt)
         return dataclasses.replace(sample, engine_s=sample.user_s)
@@ -79,7 +81,7 @@ def _by(recipe: baselines.Recipe, backend: HFBackend, prompt: TokenizedPrompt) -
     return InjectionMethod(first_token, lambda steps: recipe.trace(backend, prompt, steps), backend, DIRECT_EAGER)
 
 
-def _eager(backend: HFBackend, whole: TokenizedPrompt) -> InjectionMethod:
+def _eager_direct(backend: HFBackend, whole: TokenizedPrompt) -> InjectionMethod:
     def trace(steps: int) -> Trace:
         return ttft.trace(backend, whole, None, steps)
 
@@ -89,9 +91,9 @@ def _eager(backend: HFBackend, whole: TokenizedPrompt) -> InjectionMethod:
 
 
 def _sample(device: torch.device, prompt: TokenizedPrompt, run: Callable[[], int]) -> Sample:
-    held = len(prompt.memory_ids)
+    memory_tokens = len(prompt.memory_ids)
     synchronize(device)
     started = time.perf_counter()
     token = run()
     seconds = time.perf_counter() - started
-    return Sample(seconds, seconds, 0.0, FirstToken(token, held), prompt, held)
+    return Sample(seconds, seconds, 0.0, FirstToken(token, memory_tokens), prompt, memory_tokens)

@@ -23,7 +23,7 @@ from experiments.execution import checkpoint, progress
 from experiments.hardware import layout
 from experiments.measurement import agreed
 from experiments.reporting import findings, tables, write_report
-from experiments.results import Row, formatting
+from experiments.results import Row, formatting, ttft_of
 from experiments.sinks import JSONL, Sink
 
 log = logging.getLogger("experiments")
@@ -110,7 +110,11 @@ def problems(rows: Iterable[Row], exact: bool) -> list[str]:
             found.append(f"{cell}: failed: {row.error.strip().splitlines()[-1]}")
         elif row.verdict == "invalid":
             found.append(f"{cell}: invalid: {row.verdict_reason}")
-        elif row.equality == "diverged" and (exact or row.memories == 1) and not row.extra.get("lossy"):
+        elif (
+            row.equality == "diverged"
+            and (exact or row.memories == 1)
+            and not (row.payload and row.payload.may_diverge)
+        ):
             found.append(f"{cell}: the injected arm's answer diverged from the prompt's")
     return found
 
@@ -136,9 +140,10 @@ def measured(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
 
 
 def _figures(row: Row) -> str:
-    if row.kv_ttft_s is None or row.direct_ttft_s is None:
+    figures = ttft_of(row)
+    if figures is None:
         return row.verdict or row.status
-    ttft = f"TTFT {row.kv_ttft_s * 1e3:.1f} ms injected, {row.direct_ttft_s * 1e3:.1f} ms direct"
+    ttft = f"TTFT {figures.kv_ttft_s * 1e3:.1f} ms injected, {figures.direct_ttft_s * 1e3:.1f} ms direct"
     return ", ".join(part for part in (ttft, row.equality, row.verdict) if part)
 
 

@@ -1,7 +1,7 @@
 """What the hardware allows: calibrated rates, the roofline, and a predictor of TTFT."""
 
 from experiments.performance_model.calibration import calibrate, datasheet
-from experiments.performance_model.fit import Fit, Point, described, fit_engine, points_of
+from experiments.performance_model.fit import Fit, Point, fit_engine, points_of
 from experiments.performance_model.fleet import Tier, break_even_tokens, size_fleet
 from experiments.performance_model.predictor import Engine, Layout, Prefill
 from experiments.performance_model.roofline import DenseShape, Rates, Roofline
@@ -19,7 +19,6 @@ __all__ = [
     "break_even_tokens",
     "calibrate",
     "datasheet",
-    "described",
     "fit_engine",
     "points_of",
     "size_fleet",

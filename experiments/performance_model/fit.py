@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from experiments.performance_model.predictor import Engine, Layout, Prefill
-from experiments.results import DIRECT, GRAPH, INJECTION_COST, Row
+from experiments.results import Row
 from kvmem.errors import ConfigError
 
 SHARES = ("products", "attention", "bandwidth", "interconnect", "host_link")
@@ -45,21 +45,12 @@ class Fit:
 
 
 def points_of(row: Row, layout: Layout) -> list[Point]:
-    """Both arms of a row, as far as they were measured; the direct arm computes everything. Of scenario=injection_cost
-    the fast engine's ways, of which each has a row."""
+    """The prefill times of a row, on the layout that it was measured on."""
     cell = (row.context_tokens, row.query_tokens)
-    cached = row.context_tokens if row.cached_tokens is None else row.cached_tokens
-    total = sum(cell)
-    fast = {DIRECT: Prefill(total, 0), GRAPH: Prefill(row.query_tokens, row.context_tokens)}
-    if row.scenario == INJECTION_COST:
-        return [Point(cell, row.arm, layout, fast[row.arm], row.extra["ttft_s"])] if row.arm in fast else []
-    found = []
-    if row.kv_ttft_s is not None:
-        fetched = float(row.kv_bytes or 0) if row.arm == "injected" and row.tier == "cpu" else 0.0
-        found.append(Point(cell, row.arm, layout, Prefill(total - cached, cached, fetched), row.kv_ttft_s))
-    if row.direct_ttft_s is not None:
-        found.append(Point(cell, "direct", layout, Prefill(total, 0), row.direct_ttft_s))
-    return found
+    return [
+        Point(cell, timed.arm, layout, Prefill(timed.new_tokens, timed.cached_tokens, timed.moved_bytes), timed.seconds)
+        for timed in (row.payload.prefills(row) if row.payload else [])
+    ]
 
 
 def halves(points: Sequence[Point], seed: int) -> tuple[list[Point], list[Point]]:
@@ -90,10 +81,6 @@ def fit_engine(points: Sequence[Point], seed: int = 0) -> Fit:
         for launches_s in (2e-5, median(p.seconds for p in fitted) / 2)
     ]
     return Fit(_engine(min(tried, key=lambda found: found.cost).x), tuple(fitted), tuple(held_out))
-
-
-def described(engine: Engine) -> dict[str, float]:
-    return dict(zip((knob.name for knob in fields(engine)), astuple(engine), strict=True))
 
 
 def _engine(knobs: np.ndarray) -> Engine:

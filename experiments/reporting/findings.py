@@ -18,7 +18,4 @@ def answer(rows: Sequence[Row]) -> str:
     """The answer that the first row's scenario reads from its valid rows; "" if it reads none."""
     scenario = SCENARIOS.classes().get(rows[0].scenario) if rows else None
     valid = [row for row in rows if row.scenario == rows[0].scenario and row.verdict == "ok"]
-    try:
-        return scenario.answer(valid) if scenario and valid else ""
-    except KeyError:  # rows of an earlier version may lack a figure
-        return ""
+    return scenario.answer(valid) if scenario and valid else ""

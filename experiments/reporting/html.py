@@ -13,29 +13,11 @@ import jinja2
 
 from experiments.reporting import findings, plots, tables
 from experiments.reporting.theme import DARK, LIGHT
-from experiments.results import Row, Run, formatting, labels
+from experiments.results import AnswerPayload, Row, Run, formatting, labels, ttft_of
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 IN_SHORT = ("machine", "cuda", "torch", "transformers", "vllm", "graphs", "commit")
-_FIGURES = (
-    "pairs",
-    "memories",
-    "build_s",
-    "kv_bytes",
-    "fetch_s",
-    "merge_s",
-    "kv_ttft_s",
-    "direct_ttft_s",
-    "kv_user_ttft_s",
-    "direct_user_ttft_s",
-    "break_even_queries",
-    "cached_tokens",
-    "limit_s",
-    "mfu",
-    "first_difference",
-    "logit_max_abs_diff",
-    "near_tie_margin",
-)
+_OF_THE_ROW = ("pairs", "memories", "first_difference", "logit_max_abs_diff", "near_tie_margin")
 _CALLED = {
     "kv_ttft_s": "engine TTFT, injected",
     "direct_ttft_s": "engine TTFT, direct",
@@ -73,7 +55,10 @@ class CellView:
     speedup_pct: float | None
     figures: list[tuple[str, str]]
     bars: list[tuple[str, str, float, float | None]]
+    question: str | None
+    truth: str | None
     answers: Mapping[str, str]
+    speedup_interval: tuple[float, float] | None
 
 
 def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
@@ -87,13 +72,14 @@ def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     environment.filters["zip"] = zip
     environment.filters["times"] = lambda percent: formatting.times(100 / (100 - percent))
     shown = sorted((row for row in rows if labels.shown_speedup(row) is not None), key=_speedup)
-    breaks_even = [row.break_even_queries for row in shown if row.break_even_queries is not None]
+    of_shown = [figures for row in shown if (figures := ttft_of(row))]
+    breaks_even = [figures.break_even_queries for figures in of_shown if figures.break_even_queries is not None]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" · ".join(dict.fromkeys(row.model for row in rows)) or "an empty run",
         models=list(dict.fromkeys(row.model for row in rows)),
         runs=runs,
         rows=rows,
-        shown=shown,
+        speedups=[labels.shown_speedup(row) for row in shown],
         best=cell(shown[-1]) if shown else None,
         worst_queries=formatting.digits(max(breaks_even)) if breaks_even else None,
         kinds=Counter(labels.kind(row) for row in rows),
@@ -112,7 +98,7 @@ def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
 
 
 def _speedup(row: Row) -> float:
-    return row.speedup_pct or 0.0
+    return labels.shown_speedup(row) or 0.0
 
 
 def _plots(rows: Sequence[Row]) -> list[Plot]:
@@ -130,19 +116,25 @@ def _uri(svg: bytes) -> str:
 
 def cell(row: Row) -> CellView:
     """A row as a block of the page: every figure that it has, in words and units."""
-    extra = {key: value for key, value in row.extra.items() if not isinstance(value, (dict, list, str))}
-    values: dict[str, Any] = {name: getattr(row, name) for name in _FIGURES} | extra
-    named = {key: value for key, value in values.items() if value is not None}
+    own = row.payload.figures() if row.payload else {}
+    values = {name: getattr(row, name) for name in _OF_THE_ROW} | own
+    named = {key: value for key, value in values.items() if value is not None and not isinstance(value, str)}
     figures = [
         (_CALLED.get(key, formatting.heading(key)), formatting.by_name(key, value)) for key, value in named.items()
     ]
-    longest = max((time for time in (row.kv_ttft_s, row.direct_ttft_s) if time is not None), default=0.0)
-    arms = (("direct", row.direct_ttft_s, row.extra.get("direct_limit_s")), ("injected", row.kv_ttft_s, row.limit_s))
+    ttft = ttft_of(row)
+    arms = [("direct", ttft.direct_arm), ("injected", ttft.kv_arm)] if ttft else []
+    longest = max((times.ttft_s for _, times in arms), default=0.0)
     bars = [
-        (arm, formatting.seconds(time), 100 * time / longest, 100 * limit / longest if limit is not None else None)
-        for arm, time, limit in arms
-        if time is not None and longest > 0
+        (
+            arm,
+            formatting.seconds(times.ttft_s),
+            100 * times.ttft_s / longest,
+            100 * times.limit_s / longest if times.limit_s is not None else None,
+        )
+        for arm, times in arms
     ]
+    asked = row.payload if isinstance(row.payload, AnswerPayload) else None
     parts = [labels.label(row, "context"), labels.label(row, "query")]
     sizes = f"{formatting.count(row.context_tokens)} tokens of memory, {formatting.count(row.query_tokens)} of query"
     sizes_told = "" if all(part.replace(",", "").isdigit() for part in parts) else f"{' / '.join(parts)}: "
@@ -156,7 +148,10 @@ def cell(row: Row) -> CellView:
         labels.shown_speedup(row),
         figures,
         bars,
-        row.extra.get("answers") or {},
+        asked.question if asked else None,
+        asked.truth if asked else None,
+        asked.answers if asked else {},
+        ttft.speedup_interval if ttft else None,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import rich.box
 import rich.console
@@ -29,12 +29,13 @@ from experiments.results import (
     published,
     shown_speedup,
     summary,
+    ttft_of,
     varying,
     verdict,
 )
 from experiments.results.published import PublishedRow
 
-_NOT_FIGURES = {"context", "query", "question", "answers", "truth"}
+_ROW_FIELDS = {field.name for field in dataclasses.fields(Row)}
 _HEADINGS = {"arm": "Arm", "attention": "Attention", "run": "Run"}
 _USER_COLUMNS = ("Merge time", "KV user TTFT", "Dir user TTFT")
 """Shown where several memories are merged, for a merge's seconds are in the user's TTFT and not in the engine's."""
@@ -65,14 +66,20 @@ class Table:
 
 
 def is_ttft(rows: Sequence[Row]) -> bool:
-    """Whether a scenario's rows are of the published kind: a TTFT of either arm, or nothing but failures."""
+    """Whether a scenario compares an arm with the direct one, or has nothing but failures."""
     done = [row for row in rows if row.status != "failed"]
-    return not done or any(row.kv_ttft_s is not None or row.direct_ttft_s is not None for row in done)
+    return not done or any(ttft_of(row) for row in done)
 
 
 def _ttft_line(row: Row, extra_columns: Sequence[str], merged: bool) -> Line:
-    speedup = shown_speedup(row)
-    queries = row.break_even_queries
+    figures, speedup = ttft_of(row), shown_speedup(row)
+    times_s: list[float | None] = [None] * 3
+    user_times_s: list[float | None] = [None] * 3
+    queries = interval = None
+    if figures:
+        times_s = [figures.build_s, figures.kv_ttft_s, figures.direct_ttft_s]
+        user_times_s = [figures.merge_s, figures.kv_user_ttft_s, figures.direct_user_ttft_s]
+        queries, interval = figures.break_even_queries, figures.speedup_interval
     pays = formatting.NONE if queries is None or speedup is None else formatting.digits(queries)
     return Line(
         kind(row),
@@ -83,12 +90,10 @@ def _ttft_line(row: Row, extra_columns: Sequence[str], merged: bool) -> Line:
             label(row, "query"),
             formatting.count(row.query_tokens),
             *(str(condition(row, name)) for name in extra_columns),
-            formatting.seconds(row.build_s),
-            formatting.seconds(row.kv_ttft_s),
-            formatting.seconds(row.direct_ttft_s),
-            *(map(formatting.seconds, (row.merge_s, row.kv_user_ttft_s, row.direct_user_ttft_s)) if merged else ()),
+            *map(formatting.seconds, times_s),
+            *(map(formatting.seconds, user_times_s) if merged else ()),
             formatting.percent(speedup),
-            formatting.percent_range(row.speedup_interval if speedup is not None else None),
+            formatting.percent_range(interval if speedup is not None else None),
             str(equality(row)),
             str(verdict(row)),
             pays,
@@ -143,29 +148,39 @@ def _ttft_table(title: str, rows: Sequence[Row]) -> Table:
     return Table(title, caption(rows), columns, frozenset(_TEXT_COLUMNS | set(names)), tuple(lines))
 
 
-def _generic_table(title: str, rows: Sequence[Row]) -> Table:
-    """Of a scenario with figures of its own: the keys of `extra` are the columns."""
-    extra = varying(rows)
-    values = [{key: value for key, value in row.extra.items() if not isinstance(value, (dict, list))} for row in rows]
-    known = dict.fromkeys(key for figures in values for key in figures)
-    keys = [key for key in known if key not in _NOT_FIGURES and not key.endswith("_interval")]  # two ends, or none
-    text = {formatting.heading(key) for key in keys if any(isinstance(figures.get(key), str) for figures in values)}
-    names = [_HEADINGS.get(name, name.capitalize()) for name in extra]
+def _columns(row: Row) -> dict[str, Any]:
+    """The columns that a row's payload declares, by name."""
+    payload = row.payload
+    if payload is None:
+        return {}
+    if not payload.columns:
+        return payload.figures()
+    return {name: getattr(row if name in _ROW_FIELDS else payload, name) for name in payload.columns}
+
+
+def _payload_table(title: str, rows: Sequence[Row]) -> Table:
+    """The table of a scenario with figures of its own. A column in which no row has a figure is left out."""
+    varied = varying(rows)
+    values = [_columns(row) for row in rows]
+    names = dict.fromkeys(name for figures in values for name in figures)
+    shown = [name for name in names if any(figures.get(name) is not None for figures in values)]
+    text = {formatting.heading(name) for name in shown if any(isinstance(figures.get(name), str) for figures in values)}
+    headings = [_HEADINGS.get(name, name.capitalize()) for name in varied]
     lines = tuple(
         Line(
             kind(row),
             (
                 row.model,
-                *(str(condition(row, name)) for name in extra),
-                *(formatting.by_name(key, figures.get(key)) for key in keys),
+                *(str(condition(row, name)) for name in varied),
+                *(formatting.by_name(name, figures.get(name)) for name in shown),
                 str(verdict(row)),
             ),
             verdict(row),
         )
         for row, figures in zip(rows, values, strict=True)
     )
-    columns = ("Model", *names, *(formatting.heading(key) for key in keys), "Verdict")
-    return Table(title, caption(rows), columns, frozenset({"Model", "Verdict", *names} | text), lines)
+    columns = ("Model", *headings, *map(formatting.heading, shown), "Verdict")
+    return Table(title, caption(rows), columns, frozenset({"Model", "Verdict", *headings} | text), lines)
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -174,7 +189,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for row in rows:
         scenarios.setdefault(row.scenario, []).append(row)
     return [
-        _ttft_table(name, group) if is_ttft(group) else _generic_table(name, group) for name, group in scenarios.items()
+        _ttft_table(name, group) if is_ttft(group) else _payload_table(name, group) for name, group in scenarios.items()
     ]
 
 

@@ -1,6 +1,6 @@
 """Rows, the folder of a run, their wording, and the published figures."""
 
-from experiments.results.arms import ALONE, DIRECT, DIRECT_EAGER, GRAPH, IN_PLACE, INJECTION_COST
+from experiments.results.arms import ALONE, DIRECT, DIRECT_EAGER, GRAPH, IN_PLACE
 from experiments.results.formatting import between
 from experiments.results.labels import (
     GRADES,
@@ -16,8 +16,9 @@ from experiments.results.labels import (
     varying,
     verdict,
 )
-from experiments.results.row import Row
+from experiments.results.row import PAYLOADS, Payload, Row, TimedPrefill
 from experiments.results.run_dir import ROWS_FILE, SWEEPS, Run, displayed_path, in_order, read_rows, read_run, runs_in
+from experiments.results.ttft import AnswerPayload, ArmTimes, TTFTPayload, ttft_of
 
 __all__ = [
     "ALONE",
@@ -25,14 +26,19 @@ __all__ = [
     "DIRECT_EAGER",
     "GRADES",
     "GRAPH",
-    "INJECTION_COST",
     "IN_PLACE",
+    "PAYLOADS",
     "ROWS_FILE",
     "SWEEPS",
+    "AnswerPayload",
+    "ArmTimes",
     "Kind",
     "Label",
+    "Payload",
     "Row",
     "Run",
+    "TTFTPayload",
+    "TimedPrefill",
     "between",
     "caption",
     "condition",
@@ -46,6 +52,7 @@ __all__ = [
     "runs_in",
     "shown_speedup",
     "summary",
+    "ttft_of",
     "varying",
     "verdict",
 ]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from experiments.results import formatting
 from experiments.results.row import Row
+from experiments.results.ttft import ttft_of
 
 Kind = Literal["ok", "invalid", "failed", "unjudged", "published"]
 GRADES = {"bitwise": "bitwise", "tokens": "tokens", "near_tie": "near-tie", "diverged": "diverged"}
@@ -33,8 +34,9 @@ CONDITIONS = ("weights", "dtype", "backend", "attention", "hardware", "merge", "
 
 def label(row: Row, side: Literal["context", "query"]) -> str:
     """The published name of a cell's side ("long"), or its token count."""
-    tokens = row.context_tokens if side == "context" else row.query_tokens
-    return str(row.extra.get(side) or formatting.count(tokens))
+    if side == "context":
+        return row.context_label or formatting.count(row.context_tokens)
+    return row.query_label or formatting.count(row.query_tokens)
 
 
 def kind(row: Row) -> Kind:
@@ -49,8 +51,9 @@ def kind(row: Row) -> Kind:
 
 
 def shown_speedup(row: Row) -> float | None:
-    """The speed-up where it may be shown: measured, and the verdict is ok."""
-    return row.speedup_pct if kind(row) == "ok" else None
+    """The speed-up in %, if it was measured and the verdict is ok."""
+    figures = ttft_of(row)
+    return figures.speedup_pct if figures and kind(row) == "ok" else None
 
 
 def last_line(error: str) -> str:
@@ -102,7 +105,7 @@ def caption(rows: Sequence[Row]) -> str:
         parts.append(
             f"{formatting.count(pairs[0])}{f' to {formatting.count(pairs[-1])}' if len(pairs) > 1 else ''} pairs a cell"
         )
-    if any(row.break_even_queries is not None and row.kv_ttft_s is not None for row in rows):
+    if any((figures := ttft_of(row)) and figures.break_even_queries is not None for row in rows):
         parts.append("break even in queries")
     if rows[0].memories > 1 and "memories" not in varying(rows):
         parts.append(f"{rows[0].memories} memories a cell")

@@ -33,10 +33,10 @@ def read_run(run_dir: Path) -> Run:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             rows.append(Row.from_json(line.decode()))
-        except ValueError:
-            unread_lines += 1
-        except TypeError as error:  # whole JSON, and other fields than a row's
+        except ConfigError as error:
             raise ConfigError(f"{path}, line {number}, was written by another version of kvmem: {error}") from error
+        except ValueError:  # not JSON, or not UTF-8
+            unread_lines += 1
     texts = [run_dir / name for name in ("config.yaml", "environment.json")]
     config, environment = (text.read_text(encoding="utf-8") if text.is_file() else "" for text in texts)
     return Run("/".join(run_dir.resolve().parts[-2:]), tuple(rows), unread_lines, config, environment)

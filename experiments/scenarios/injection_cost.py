@@ -18,9 +18,20 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments.baselines import vllm_process
-from experiments.bench import Arm, Bench, built_once, compare, every_sample, injection_methods, ratio
+from experiments.bench import Arm, Bench, built_once, compare, injection_methods, p90
 from experiments.measurement import ttft
-from experiments.results import ALONE, DIRECT, GRAPH, IN_PLACE, Row, between
+from experiments.results import (
+    ALONE,
+    DIRECT,
+    GRAPH,
+    IN_PLACE,
+    AnswerPayload,
+    Payload,
+    Row,
+    TimedPrefill,
+    between,
+    ttft_of,
+)
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
@@ -29,8 +40,7 @@ from kvmem.errors import ConfigError
 from kvmem.models import loading
 from kvmem.prompt import TokenizedPrompt
 
-DECODING = "decoding behind a memory"
-"""The rate of decoding is a table of its own."""
+BEATS_LIMIT = "it beats the hardware's limit"
 REPEATS = 5
 """Of placing a memory, and of decoding: each takes what one round of all ways does."""
 
@@ -54,6 +64,89 @@ class CostCell:
     @property
     def query_tokens(self) -> int:
         return self.cell.query_tokens
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class InjectionCostPayload(AnswerPayload):
+    """One injection method, or an arm without a memory, in one cell. TTFT includes passing the cache to the model."""
+
+    name: ClassVar[str] = "injection_cost"
+    columns: ClassVar[tuple[str, ...]] = (
+        "context_tokens",
+        "query_tokens",
+        "ttft_s",
+        "ttft_low_s",
+        "ttft_high_s",
+        "limit_s",
+        "over_limit",
+        "over_fastest",
+        "vllm_s",
+        "vllm_quartile_s",
+        "over_vllm_quartile",
+        "ttft_p90_s",
+        "equality",
+        "over_query_alone_s",
+        "place_s",
+    )
+
+    build_s: float | None = None
+    kv_bytes: int | None = None
+    cached_tokens: int | None = None
+    ttft_s: float
+    ttft_low_s: float | None = None
+    """95% bootstrap interval of the median; None for fewer than 3 rounds."""
+    ttft_high_s: float | None = None
+    limit_s: float
+    """The roofline's least time for the same work."""
+    over_limit: float
+    mfu: float | None = None
+    over_fastest: float
+    """Median of the paired ratios to the fastest injection method."""
+    over_fastest_interval: tuple[float, float] | None = None
+    vllm_s: float | None = None
+    """vLLM on the same cell: a prefix hit beside the fastest method, a cold prompt beside the direct arm."""
+    vllm_quartile_s: float | None = None
+    """The lower quartile of the same: vLLM's times depend on how busy the host is."""
+    over_vllm_quartile: float | None = None
+    over_query_alone_s: float | None = None
+    """ttft_s above that of the query without a memory; of the fastest method."""
+    place_s: float | None = None
+    """Copying the whole memory into the engine's buffer; of the fastest method."""
+    ttft_all_s: list[float]
+    ttft_p90_s: float | None = None
+
+    def prefills(self, row: Row) -> list[TimedPrefill]:
+        """Of the arms that use the captured graph: the others have launch costs that a fleet would not have."""
+        total = row.context_tokens + row.query_tokens
+        work = {DIRECT: (total, 0), GRAPH: (row.query_tokens, row.context_tokens)}.get(row.arm)
+        return [TimedPrefill(row.arm, *work, 0.0, self.ttft_s)] if work else []
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class DecodingPayload(Payload):
+    """Greedy decoding behind the longest memory, without the prefill of the first token."""
+
+    name: ClassVar[str] = "decoding behind a memory"
+    columns: ClassVar[tuple[str, ...]] = (
+        "context_tokens",
+        "query_tokens",
+        "tokens_a_second",
+        "low",
+        "high",
+        "of_the_limit",
+        "vllm_tokens_a_second",
+    )
+
+    tokens_a_second: float
+    low: float | None = None
+    """95% bootstrap interval of the median."""
+    high: float | None = None
+    of_the_limit: float
+    """The rate as a share of the highest that the hardware allows."""
+    limit_s: float
+    """The roofline's least time for one token."""
+    tokens_a_second_all: list[float]
+    vllm_tokens_a_second: float | None = None
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -99,52 +192,48 @@ class InjectionCost(ModelScenario[CostCell]):
     def measure(self, bench: Bench, cell: CostCell) -> list[Row]:
         assert isinstance(bench.backend, HFGraphBackend)
         item = built_once(bench, cell.cell.memories[0])
-        found = injection_methods.ways(bench.backend, item, cell.cell.question)
-        arms: dict[str, ttft.Arm] = {name: way.first_token for name, way in found.items()}
-        samples, runs = ttft.interleaved_calm(arms, self.pairs, random.Random(bench.setup.seed))
+        methods = injection_methods.injection_methods(bench.backend, item, cell.cell.question)
+        timed: dict[str, ttft.Arm] = {name: method.first_token for name, method in methods.items()}
+        samples, runs = ttft.interleaved_calm(timed, self.pairs, random.Random(bench.setup.seed))
         seconds = {name: [sample.engine_s for sample in taken] for name, taken in samples.items()}
         conditions = bench.conditions_now() | {"measured_times": runs}
         best = best_arm(bench.backend)
-        traced = {name: way.trace(self.answer_tokens) for name, way in found.items() if way.trace is not None}
+        traced = {name: method.trace(self.answer_tokens) for name, method in methods.items() if method.trace}
         rows = []
         for name, taken in samples.items():
             prompt = taken[0].prompt
-            figures: dict[str, Any] = {
-                "context": cell.cell.context,
-                "query": cell.cell.query,
-                "context_tokens": cell.context_tokens,
-                "query_tokens": cell.query_tokens,
-                "ttft_s": median(seconds[name]),
-            }
             if name in traced and prompt.memory_ids:
-                beside = found[name].beside
-                direct = Arm(samples[beside], traced[beside])
+                baseline = methods[name].baseline
                 row = compare(
                     bench,
                     self.name,
                     cell.cell,
                     name,
                     Arm(taken, traced[name]),
-                    direct,
+                    Arm(samples[baseline], traced[baseline]),
                     build_s=item.metadata.build_s,
                     kv_bytes=item.metadata.kv_bytes,
                     conditions=conditions,
-                    extra={},
-                    engine=found[name].engine,
+                    engine=methods[name].engine,
                 )
-                figures["equal"] = row.equality
             else:
                 row = _row_without_memory(bench, cell, name, prompt, seconds[name], conditions)
-            assert row.limit_s is not None
-            low_s, high_s = ttft.median_interval(seconds[name]) or (None, None)
-            figures |= {"ttft_low_s": low_s, "ttft_high_s": high_s, "limit_s": row.limit_s}
-            figures |= {"over_limit": figures["ttft_s"] / row.limit_s}
-            figures |= ratio("over_fastest", seconds[name], seconds[best])
+            payload = _payload(bench, row, prompt, seconds[name], seconds[best])
             if name == best:
-                figures["over_query_alone_s"] = figures["ttft_s"] - median(seconds[ALONE])
-                figures["place_s"] = _place_s(bench.backend, item)
-            figures |= _beside(cell, name, best, figures["ttft_s"]) | every_sample("ttft", seconds[name])
-            rows.append(_as_way(row, figures))
+                payload = dataclasses.replace(
+                    payload,
+                    over_query_alone_s=payload.ttft_s - median(seconds[ALONE]),
+                    place_s=_place_s(bench.backend, item),
+                )
+            if (vllm_s := _vllm_s(cell, name, best)) is not None:
+                quartile_s = float(np.percentile(vllm_s, 25))
+                payload = dataclasses.replace(
+                    payload,
+                    vllm_s=median(vllm_s),
+                    vllm_quartile_s=quartile_s,
+                    over_vllm_quartile=payload.ttft_s / quartile_s,
+                )
+            rows.append(dataclasses.replace(row, payload=payload))
         return [*rows, *([self._decode_row(bench, cell, item, conditions)] if cell.decodes else [])]
 
     def _decode_row(self, bench: Bench, cell: CostCell, item: KVCacheItem, conditions: dict[str, Any]) -> Row:
@@ -162,42 +251,42 @@ class InjectionCost(ModelScenario[CostCell]):
                 rates.append(len(made) / (time.perf_counter() - started))
         held = len(prompt.ids) + self.decode_tokens // 2
         low, high = ttft.median_interval(rates) or (None, None)
-        figures: dict[str, Any] = {
-            "context": cell.cell.context,
-            "query": cell.cell.query,
-            "context_tokens": cell.context_tokens,
-            "query_tokens": cell.query_tokens,
-            "tokens_a_second": median(rates),
-            "low": low,
-            "high": high,
-            "of_the_limit": median(rates) * bench.limit_s(1, held),
-            "tokens_a_second_all": rates,
-        }
-        if cell.peer is not None:
-            figures["vllm_tokens_a_second"] = median(cell.peer.decode_tokens_per_s_all)
-        row = bench.row(
-            DECODING,
+        limit_s = bench.limit_s(1, held)
+        payload = DecodingPayload(
+            tokens_a_second=median(rates),
+            low=low,
+            high=high,
+            of_the_limit=median(rates) * limit_s,
+            limit_s=limit_s,
+            tokens_a_second_all=rates,
+            vllm_tokens_a_second=median(cell.peer.decode_tokens_per_s_all) if cell.peer is not None else None,
+        )
+        is_ok = payload.of_the_limit <= 1
+        return bench.row(
+            DecodingPayload.name,
             arm=best_arm(backend),
             context_tokens=cell.context_tokens,
             query_tokens=cell.query_tokens,
+            context_label=cell.cell.context,
+            query_label=cell.cell.query,
             pairs=len(rates),
-            limit_s=bench.limit_s(1, held),
             conditions=conditions,
-            extra=figures,
-            verdict="ok" if figures["of_the_limit"] <= 1 else "invalid",
+            payload=payload,
+            verdict="ok" if is_ok else "invalid",
+            verdict_reason="" if is_ok else BEATS_LIMIT,
         )
-        return dataclasses.replace(row, verdict_reason="" if row.verdict == "ok" else "it beats the hardware's limit")
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
-        best = [row for row in rows if row.extra.get("place_s") is not None]
-        if not best:
+        payloads = [(row.arm, row.payload) for row in rows if isinstance(row.payload, InjectionCostPayload)]
+        fastest = [payload for _, payload in payloads if payload.place_s is not None]
+        if not fastest:
             return ""
-        over = between([row.extra["over_limit"] for row in best], " ×")
+        over = between([payload.over_limit for payload in fastest], " ×")
         parts = [f"The fastest injected way takes {over} the least that this machine needs"]
-        if beside := [row.extra["over_vllm_quartile"] for row in best if row.extra.get("over_vllm_quartile")]:
-            parts.append(f"{between(beside, ' ×')} vLLM's prefix hit (its lower quartile)")
-        direct = [row.extra["over_fastest"] for row in rows if row.arm == DIRECT]
+        if over_vllm := [p.over_vllm_quartile for p in fastest if p.over_vllm_quartile is not None]:
+            parts.append(f"{between(over_vllm, ' ×')} vLLM's prefix hit (its lower quartile)")
+        direct = [payload.over_fastest for arm, payload in payloads if arm == DIRECT]
         as_text = f"; the same memory as prompt text takes {between(direct, ' ×')} as long" if direct else ""
         return f"{', '.join(parts)}{as_text}."
 
@@ -215,35 +304,49 @@ def _row_without_memory(
     seconds: Sequence[float],
     conditions: dict[str, Any],
 ) -> Row:
-    limit_s = bench.limit_s(len(prompt.ids), 0)
-    beats = median(seconds) < limit_s
+    """The row of an arm that computes all of its prompt, so that no answer has to be compared."""
+    beats_limit = median(seconds) < bench.limit_s(len(prompt.ids), 0)
     return bench.row(
         InjectionCost.name,
         arm=name,
         context_tokens=cell.context_tokens,
         query_tokens=cell.query_tokens,
+        context_label=cell.cell.context,
+        query_label=cell.cell.query,
         pairs=len(seconds),
-        limit_s=limit_s,
-        mfu=bench.roofline.mfu(len(prompt.ids), 0, median(seconds)),
-        verdict="invalid" if beats else "ok",
-        verdict_reason="it beats the hardware's limit" if beats else "",
+        verdict="invalid" if beats_limit else "ok",
+        verdict_reason=BEATS_LIMIT if beats_limit else "",
         conditions=conditions,
     )
 
 
-def _as_way(row: Row, figures: dict[str, Any]) -> Row:
-    """The figures stand in `extra`, for a table of ways; of the user's TTFT nothing was taken."""
-    return dataclasses.replace(
-        row,
-        kv_ttft_s=None,
-        direct_ttft_s=None,
-        kv_user_ttft_s=None,
-        direct_user_ttft_s=None,
-        fetch_s=None,
-        break_even_queries=None,
-        speedup_pct=None,
-        speedup_interval=None,
-        extra=figures | {key: row.extra[key] for key in ("answers",) if key in row.extra},
+def _payload(
+    bench: Bench, row: Row, prompt: TokenizedPrompt, seconds: Sequence[float], fastest_s: Sequence[float]
+) -> InjectionCostPayload:
+    """The figures that every arm has; those of the comparison with the direct arm where there was one."""
+    compared = ttft_of(row)
+    cached_tokens = compared.cached_tokens if compared else 0
+    new_tokens = len(prompt.ids) - cached_tokens
+    ttft_s, limit_s = median(seconds), bench.limit_s(new_tokens, cached_tokens)
+    low_s, high_s = ttft.median_interval(seconds) or (None, None)
+    over_fastest, interval = ttft.paired_ratio(seconds, fastest_s)
+    return InjectionCostPayload(
+        question=compared.question if compared else None,
+        truth=compared.truth if compared else None,
+        answers=compared.answers if compared else {},
+        build_s=compared.build_s if compared else None,
+        kv_bytes=compared.kv_bytes if compared else None,
+        cached_tokens=compared.cached_tokens if compared else None,
+        ttft_s=ttft_s,
+        ttft_low_s=low_s,
+        ttft_high_s=high_s,
+        limit_s=limit_s,
+        over_limit=ttft_s / limit_s,
+        mfu=bench.roofline.mfu(new_tokens, cached_tokens, ttft_s),
+        over_fastest=over_fastest,
+        over_fastest_interval=interval,
+        ttft_all_s=list(seconds),
+        ttft_p90_s=p90(seconds),
     )
 
 
@@ -261,14 +364,13 @@ def _place_s(backend: HFGraphBackend, item: KVCacheItem) -> float:
     return median(times)
 
 
-def _beside(cell: CostCell, name: str, best: str, ttft_s: float) -> dict[str, float]:
-    """vLLM's figures of this cell beside ours: the hit's beside the fastest way, the cold one's beside the direct."""
+def _vllm_s(cell: CostCell, name: str, best: str) -> list[float] | None:
+    """vLLM's TTFTs of this cell to stand beside an arm: a prefix hit beside the fastest arm, a cold prompt beside the
+    direct one; None for other arms."""
     peer = cell.peer and cell.peer.cell(cell.context_tokens, cell.query_tokens)
     if not peer or name not in (best, DIRECT):
-        return {}
-    theirs = peer.hit_all_s if name == best else peer.cold_all_s
-    quartile = float(np.percentile(theirs, 25))
-    return {"vllm_s": median(theirs), "vllm_quartile_s": quartile, "over_vllm_quartile": ttft_s / quartile}
+        return None
+    return peer.hit_all_s if name == best else peer.cold_all_s
 
 
 def _request(bench: Bench, scenario: InjectionCost, cells: Sequence[Cell]) -> vllm_process.Request:

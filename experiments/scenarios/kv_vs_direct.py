@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from functools import partial
 from statistics import median
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments import baselines
 from experiments.baselines import SharedTensors
-from experiments.bench import Arm, Bench, build_s, built_once, compare, ratio
+from experiments.bench import Arm, Bench, build_s, built_once, compare
 from experiments.measurement import ttft
-from experiments.results import GRADES, Row, between, formatting
+from experiments.results import GRADES, Row, TTFTPayload, between, formatting, ttft_of
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class KVvsDirectPayload(TTFTPayload):
+    """The comparison, and the shared-tensors recipe if it was timed in the same rounds."""
+
+    name: ClassVar[str] = "kv_vs_direct"
+
+    shared_tensors_ttft_s: float | None = None
+    shared_tensors_ttft_all_s: list[float] = field(default_factory=list)
+    injected_over_shared_tensors: float | None = None
+    """Median of the paired ratios of the two TTFTs."""
+    injected_over_shared_tensors_interval: tuple[float, float] | None = None
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -68,11 +84,17 @@ class KVvsDirect(ModelScenario[Cell]):
             samples["injected"],
             ttft.trace(backend, kv, lambda: memory.get_cache(ids), self.answer_tokens),
         )
-        extra: dict[str, Any] = {"measured_times": runs}
+        payload: Callable[..., KVvsDirectPayload] = KVvsDirectPayload
         if recipe := samples.get("shared_tensors"):
             seconds = [sample.engine_s for sample in recipe]
-            extra |= {"shared_tensors_ttft_s": median(seconds), "shared_tensors_ttft_all_s": seconds}
-            extra |= ratio("injected_over_shared_tensors", injected.engine_s, seconds)
+            over, interval = ttft.paired_ratio(injected.engine_s, seconds)
+            payload = partial(
+                KVvsDirectPayload,
+                shared_tensors_ttft_s=median(seconds),
+                shared_tensors_ttft_all_s=seconds,
+                injected_over_shared_tensors=over,
+                injected_over_shared_tensors_interval=interval,
+            )
         return compare(
             bench,
             self.name,
@@ -84,12 +106,13 @@ class KVvsDirect(ModelScenario[Cell]):
             kv_bytes=sum(item.metadata.kv_bytes for item in items),
             memories=len(items),
             conditions=conditions,
-            extra=extra,
+            measured_times=runs,
+            payload=payload,
         )
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
-        times = [100 / (100 - row.speedup_pct) for row in rows if row.speedup_pct is not None]
+        times = [100 / (100 - figures.speedup_pct) for row in rows if (figures := ttft_of(row))]
         if not times:
             return ""
         grades = Counter(row.equality for row in rows)

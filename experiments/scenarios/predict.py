@@ -25,12 +25,11 @@ from experiments.performance_model import (
     Prefill,
     Tier,
     break_even_tokens,
-    described,
     fit_engine,
     points_of,
     size_fleet,
 )
-from experiments.results import Row, published, read_run
+from experiments.results import Payload, Row, published, read_run
 from experiments.results.published import PublishedRow
 from experiments.scenarios.base import Scenario
 from kvmem.errors import ConfigError
@@ -54,6 +53,109 @@ class Paper:
     setup: Setup
     engine: Engine
     fit: Fit | None
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class PublishedCellPayload(Payload):
+    """One published cell, predicted beside its published times."""
+
+    name: ClassVar[str] = "predict"
+
+    table: str
+    memory_tokens: int
+    prompt_tokens: int
+    direct_ttft_s: float
+    published_direct_s: float
+    direct_error_pct: float
+    """100 × (predicted / published − 1)."""
+    injected_ttft_s: float
+    published_injected_s: float
+    injected_error_pct: float
+    speedup_pct: float
+    published_speedup_pct: float
+    published_beyond_its_hardware: str
+    """The arms that are faster than the makers' peak rates allow, or "no"."""
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class _Errors:
+    """A distribution of prediction errors: of their sizes, and the median with its sign."""
+
+    figures_compared: int
+    median_error_pct: float
+    median_size_pct: float
+    p90_size_pct: float
+    largest_size_pct: float
+    within_15_pct: float
+    """Share of the errors whose size is at most 15%."""
+    within_30_pct: float
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class PublishedErrorPayload(_Errors, Payload):
+    """Errors over the published cells of one table and hardware."""
+
+    name: ClassVar[str] = "predict: error of the published cells"
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class FitErrorPayload(_Errors, Payload):
+    """Errors of the fit, over cells that it used or that were held out."""
+
+    name: ClassVar[str] = "predict: error of the fit"
+    columns: ClassVar[tuple[str, ...]] = ("points_of", *_Errors.__dataclass_fields__)
+
+    points_of: str
+    """The arm, or "all"."""
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class EfficienciesPayload(Payload):
+    """The fields of `performance_model.Engine`."""
+
+    name: ClassVar[str] = "predict: efficiencies"
+
+    products: float
+    attention: float
+    bandwidth: float
+    interconnect: float
+    host_link: float
+    fixed_s: float
+    launches_s: float
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class BreakEvenPayload(Payload):
+    """The memory length from which loading from one tier beats recomputing."""
+
+    name: ClassVar[str] = "predict: where loading beats recomputing"
+
+    memory_in: str
+    gb_per_second: float | None
+    """None: the memory is on the GPU already."""
+    query_tokens: int
+    loading_wins_from_tokens: int | None
+    """None: at no length."""
+    memory_tokens: int
+    fetch_s: float
+    """Loading a memory of `memory_tokens`."""
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class FleetPayload(Payload):
+    """A load, and the replicas, storage and network that it needs."""
+
+    name: ClassVar[str] = "predict: a fleet"
+
+    requests_per_second: float
+    memories: int
+    memory_tokens: int
+    query_tokens: int
+    local_share: float
+    replicas_direct: int
+    replicas_injected: int
+    storage_tb: float
+    network_gb_per_second: float
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -97,7 +199,7 @@ class Predict(Scenario[Paper, Table]):
         return list(cell.rows())
 
     def failed(self, bench: Paper, cell: Table, error: str) -> Row:
-        return _row(cell.label, "", GIVEN, {}, status="failed", error=error)
+        return _row(None, "", GIVEN, scenario=cell.label, status="failed", error=error)
 
     def _points(self) -> Iterator[Point]:
         for folder in self.fit_from:
@@ -121,54 +223,49 @@ class Predict(Scenario[Paper, Table]):
             off = {"direct": _error_pct(direct, cell.direct_ttft_s), "injected": _error_pct(injected, cell.kv_ttft_s)}
             errors.setdefault(f"{cell.table}, {cell.hardware}", []).extend(off.values())
             impossible = [arm for arm in off if (cell, arm) in beyond]
-            yield _row(
-                "predict",
-                cell.model,
-                layout.hardware.name,
-                {
-                    "table": cell.table,
-                    "memory_tokens": context,
-                    "prompt_tokens": query,
-                    "direct_ttft_s": direct,
-                    "published_direct_s": cell.direct_ttft_s,
-                    "direct_error_pct": off["direct"],
-                    "injected_ttft_s": injected,
-                    "published_injected_s": cell.kv_ttft_s,
-                    "injected_error_pct": off["injected"],
-                    "speedup_pct": 100 * (1 - injected / direct),
-                    "published_speedup_pct": cell.speedup_pct,
-                    "published_beyond_its_hardware": " and ".join(impossible) or "no",
-                },
-                context_tokens=context,
-                query_tokens=query,
+            payload = PublishedCellPayload(
+                table=cell.table,
+                memory_tokens=context,
+                prompt_tokens=query,
+                direct_ttft_s=direct,
+                published_direct_s=cell.direct_ttft_s,
+                direct_error_pct=off["direct"],
+                injected_ttft_s=injected,
+                published_injected_s=cell.kv_ttft_s,
+                injected_error_pct=off["injected"],
+                speedup_pct=100 * (1 - injected / direct),
+                published_speedup_pct=cell.speedup_pct,
+                published_beyond_its_hardware=" and ".join(impossible) or "no",
             )
+            yield _row(payload, cell.model, layout.hardware.name, context_tokens=context, query_tokens=query)
         for name, off_pct in errors.items():
-            yield _row("predict: error of the published cells", "all", name, _distribution(off_pct))
+            yield _row(PublishedErrorPayload(**_distribution(off_pct)), "all", name)
 
     def _fitted(self, paper: Paper) -> Iterator[Row]:
         found = paper.fit
         assert found is not None
-        shown = ", ".join(self.fit_from)
+        folders = ", ".join(self.fit_from)
         for name, points in (("fitted", found.fitted), ("held out", found.held_out)):
             arms = {"all": points} | {arm: [p for p in points if p.arm == arm] for arm in {p.arm for p in points}}
             for arm, some in arms.items():
                 errors = [100 * error for error in found.errors(some)]
-                yield _row("predict: error of the fit", shown, name, {"points_of": arm} | _distribution(errors))
-        yield _row("predict: efficiencies", shown, "fitted", described(found.engine))
-        yield _row("predict: efficiencies", "default", "", described(Engine()))
+                yield _row(FitErrorPayload(points_of=arm, **_distribution(errors)), folders, name)
+        yield _row(EfficienciesPayload(**asdict(found.engine)), folders, "fitted")
+        yield _row(EfficienciesPayload(**asdict(Engine())), "default", "")
 
     def _break_even(self, paper: Paper) -> Iterator[Row]:
         layout = self._plan_layout(paper)
         for tier in self._tiers():
             tokens = break_even_tokens(layout, paper.engine, tier, self.query_tokens)
-            figures = {
-                "memory_in": tier.name,
-                "gb_per_second": tier.gb_s,
-                "query_tokens": self.query_tokens,
-                "loading_wins_from_tokens": tokens,
-                f"fetch_of_{self.memory_tokens}_tokens_s": tier.fetch_s(layout, self.memory_tokens),
-            }
-            yield _row("predict: where loading beats recomputing", self.plan_model, layout.hardware.name, figures)
+            payload = BreakEvenPayload(
+                memory_in=tier.name,
+                gb_per_second=tier.gb_s,
+                query_tokens=self.query_tokens,
+                loading_wins_from_tokens=tokens,
+                memory_tokens=self.memory_tokens,
+                fetch_s=tier.fetch_s(layout, self.memory_tokens),
+            )
+            yield _row(payload, self.plan_model, layout.hardware.name)
 
     def _fleet(self, paper: Paper) -> Iterator[Row]:
         layout = self._plan_layout(paper)
@@ -182,14 +279,15 @@ class Predict(Scenario[Paper, Table]):
             query_tokens=self.query_tokens,
             local_share=self.local_share,
         )
-        given = {
-            "requests_per_second": self.requests_per_s,
-            "memories": self.memories,
-            "memory_tokens": self.memory_tokens,
-            "query_tokens": self.query_tokens,
-            "local_share": self.local_share,
-        }
-        yield _row("predict: a fleet", self.plan_model, layout.hardware.name, given | asdict(needed))
+        payload = FleetPayload(
+            requests_per_second=self.requests_per_s,
+            memories=self.memories,
+            memory_tokens=self.memory_tokens,
+            query_tokens=self.query_tokens,
+            local_share=self.local_share,
+            **asdict(needed),
+        )
+        yield _row(payload, self.plan_model, layout.hardware.name)
 
     def _tiers(self) -> list[Tier]:
         return [
@@ -248,7 +346,7 @@ def _distribution(errors_pct: Sequence[float]) -> dict[str, Any]:
     """Of the errors' sizes, and the median with its sign."""
     sizes = sorted(abs(error) for error in errors_pct)
     return {
-        "figures": len(sizes),
+        "figures_compared": len(sizes),
         "median_error_pct": median(errors_pct),
         "median_size_pct": median(sizes),
         "p90_size_pct": quantiles(sizes, n=10)[-1] if len(sizes) > 1 else sizes[0],
@@ -258,8 +356,10 @@ def _distribution(errors_pct: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _row(table: str, model: str, layout: str, figures: dict[str, Any], **fields: Any) -> Row:
-    same: dict[str, Any] = {
+def _row(payload: Payload | None, model: str, layout: str, **fields: Any) -> Row:
+    """A row with no engine behind it; `scenario` is the payload's unless `fields` has another."""
+    shared: dict[str, Any] = {
+        "scenario": payload.name if payload else "",
         "weights": "none",
         "dtype": verdict.PUBLISHED_DTYPE,
         "backend": "predicted",
@@ -270,4 +370,4 @@ def _row(table: str, model: str, layout: str, figures: dict[str, Any], **fields:
         "context_tokens": 0,
         "query_tokens": 0,
     }
-    return Row(scenario=table, model=model, hardware=layout, extra=figures, **(same | fields))
+    return Row(model=model, hardware=layout, payload=payload, **(shared | fields))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
 from functools import partial
 from statistics import median
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments.bench import Arm, Bench, built_once, compare, every_sample, ratio
+from experiments.bench import Arm, Bench, built_once, compare, p90
 from experiments.measurement import Trace, transfer_s, ttft
-from experiments.results import Row
+from experiments.results import Row, TTFTPayload
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
@@ -23,6 +25,26 @@ from kvmem.prompt import TokenizedPrompt
 
 NATIVE = "native hit"
 GENERATE = "LLM.generate hit"
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class PrefixReusePayload(TTFTPayload):
+    """The comparison with the direct arm, and with the engine's own prefix hit. Ratios are medians over the pairs."""
+
+    name: ClassVar[str] = "prefix_reuse"
+
+    injected_over_native_hit: float | None = None
+    injected_over_native_hit_interval: tuple[float, float] | None = None
+    transfer_s: float | None = None
+    """One copy of the memory's bytes from pinned host memory to the GPU, on each rank its share."""
+    over_transfer_or_native_hit: float | None = None
+    """Injected TTFT over the slower of the transfer and the prefix hit."""
+    generate_ttft_s: float | None = None
+    """A prefix hit through vLLM's own LLM.generate."""
+    generate_ttft_all_s: list[float] = field(default_factory=list)
+    generate_ttft_p90_s: float | None = None
+    native_hit_over_generate: float | None = None
+    native_hit_over_generate_interval: tuple[float, float] | None = None
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -91,21 +113,26 @@ class PrefixReuse(ModelScenario[Cell]):
         conditions = bench.conditions_now()
         direct = Arm(samples["direct"], direct_trace)
         injected, native = Arm(samples["injected"], injected_trace), Arm(samples[NATIVE], native_trace)
-        shared = {"measured_times": runs}
         rows = []
         for name, arm in (("injected", injected), (NATIVE, native)):
-            extra: dict[str, Any] = dict(shared)
+            payload: Callable[..., PrefixReusePayload] = PrefixReusePayload
             if name == "injected":
-                extra |= ratio("injected_over_native_hit", injected.engine_s, native.engine_s)
+                over, interval = ttft.paired_ratio(injected.engine_s, native.engine_s)
+                payload = partial(payload, injected_over_native_hit=over, injected_over_native_hit_interval=interval)
                 if moved_s := transfer_s(item.metadata.kv_bytes // backend.ranks, backend.compute_device):
-                    extra["transfer_s"] = moved_s
-                    extra["over_transfer_or_native_hit"] = median(injected.engine_s) / max(
-                        moved_s, median(native.engine_s)
-                    )
+                    over_slower = median(injected.engine_s) / max(moved_s, median(native.engine_s))
+                    payload = partial(payload, transfer_s=moved_s, over_transfer_or_native_hit=over_slower)
             elif GENERATE in samples:
                 generate_s = [sample.engine_s for sample in samples[GENERATE]]
-                extra |= {"generate_ttft_s": median(generate_s)} | every_sample("generate_ttft", generate_s)
-                extra |= ratio("native_hit_over_generate", native.engine_s, generate_s)
+                over, interval = ttft.paired_ratio(native.engine_s, generate_s)
+                payload = partial(
+                    payload,
+                    generate_ttft_s=median(generate_s),
+                    generate_ttft_all_s=generate_s,
+                    generate_ttft_p90_s=p90(generate_s),
+                    native_hit_over_generate=over,
+                    native_hit_over_generate_interval=interval,
+                )
             rows.append(
                 compare(
                     bench,
@@ -117,7 +144,8 @@ class PrefixReuse(ModelScenario[Cell]):
                     build_s=item.metadata.build_s,
                     kv_bytes=item.metadata.kv_bytes,
                     conditions=conditions,
-                    extra=extra,
+                    measured_times=runs,
+                    payload=payload,
                 )
             )
         return rows

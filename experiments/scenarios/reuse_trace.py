@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from scipy import stats
 
 from experiments.bench import Bench, replay
-from experiments.results import Row, between, formatting
+from experiments.results import Payload, Row, between, formatting
 from experiments.scenarios.base import ModelScenario
 from experiments.traces import FAMILIES, Outcome, Trace, TraceFamily, best_oracle, bound_s, jsonl, simulate
 from kvmem.engines.huggingface import HFBackend
@@ -44,6 +45,62 @@ class TrafficCell:
     budget_share: float
 
 
+@plain_dataclass(frozen=True, kw_only=True)
+class ReuseTracePayload(Payload):
+    """One policy under one budget: on the replayed trace, or on all simulated traces of one kind of traffic."""
+
+    name: ClassVar[str] = "reuse_trace"
+    columns: ClassVar[tuple[str, ...]] = (
+        "traffic",
+        "budget_pct",
+        "run",
+        "hit_pct",
+        "ttft_p50_s",
+        "ttft_p90_s",
+        "ttft_p99_s",
+        "builds",
+        "moved_bytes",
+        "net_saved_s",
+        "of_oracle_pct",
+        "interval",
+        "of_bound_pct",
+    )
+
+    traffic: str
+    budget_pct: float
+    """Of the KV of all memories."""
+    run: str
+    """replayed on the model, or simulated."""
+    hit_pct: float
+    """Of the tokens of the requested memories."""
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    builds: float
+    moved_bytes: float
+    """Written by builds, promotions and demotions."""
+    net_saved_s: float
+    """TTFT saved against sending every memory as text, less the seconds of the builds."""
+    of_oracle_pct: float | None = None
+    """net_saved_s over that of the oracle, which knows the trace."""
+    of_oracle_interval: tuple[float, float] | None = None
+    """95% interval of of_oracle_pct over the traces."""
+    of_bound_pct: float | None = None
+    """net_saved_s over a bound that no policy can exceed."""
+    net_saved_all_s: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    samples: list[tuple[int, int, float]] = field(default_factory=list)
+    """Of the replay: (new tokens, cached tokens, seconds) of each prefill."""
+    differs: dict[str, float] = field(default_factory=dict)
+    """By which share each figure of the simulation differs from the replay's."""
+    costs: dict[str, float | dict[str, float]] = field(default_factory=dict)
+    """The cost model that was fitted to the replay."""
+
+    @property
+    def interval(self) -> str | None:
+        return self.of_oracle_pct if self.of_oracle_pct is None else formatting.percent_range(self.of_oracle_interval)
+
+
 @dataclass(config=ConfigDict(extra="forbid"))
 class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
     """A replay gives the costs, and is simulated on them to see that the simulator tells the truth; then every policy
@@ -69,9 +126,7 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
     """A trace of your own (JSON lines, see experiments/traces/jsonl.py) instead of the families."""
 
     name: ClassVar[str] = "reuse_trace"
-    question: ClassVar[str] = (
-        "Which policy keeps the right memories as KV? A short trace played for real, then every policy in simulation."
-    )
+    question: ClassVar[str] = "Which policy keeps the right memories as KV?"
 
     def __post_init__(self) -> None:
         self._costs: Costs | None = None
@@ -122,16 +177,15 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         worst = max(differs, key=lambda name: differs[name])
         apart = f"{worst} differs by {formatting.percent(100 * differs[worst])}"
         same = hits == real.same_first_tokens
-        shared = {
-            "traffic": f"{cell.trace.family}, {cell.trace.uses} uses",
-            "budget_pct": 100 * self.replay_budget_share,
-        }
+        payload = partial(
+            _payload, traffic=f"{cell.trace.family}, {cell.trace.uses} uses", budget_pct=100 * self.replay_budget_share
+        )
         conditions = bench.conditions_now()
         return [
             self._row(
                 bench,
                 OURS,
-                {**shared, "run": "replayed", **_figures([real.outcome]), "samples": real.samples},
+                payload([real.outcome], run="replayed", samples=real.samples),
                 "ok" if same else "invalid",
                 "" if same else wrong,
                 conditions,
@@ -140,7 +194,7 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
             self._row(
                 bench,
                 OURS,
-                {**shared, "run": "simulated", **_figures([told]), "differs": differs, "costs": vars(costs)},
+                payload([told], run="simulated", differs=differs, costs=vars(costs)),
                 "ok" if differs[worst] <= AGREEMENT else "invalid",
                 f"{apart} from the replay",
                 conditions,
@@ -161,27 +215,26 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         rows = []
         for name, of_policy in outcomes.items():
             share_pct, share_interval = ratio_of_sums(net[name], net[Oracle.name])
-            extra = {
-                "traffic": cell.traces[0].family,
-                "budget_pct": 100 * cell.budget_share,
-                "run": "simulated",
-                **_figures(of_policy),
-                "of_oracle_pct": share_pct,
-                "interval": formatting.percent_range(share_interval),
-                "of_bound_pct": 100 * float(net[name].sum() / bounds.sum()),
-                "of_oracle_interval": share_interval and list(share_interval),
-                "net_saved_all_s": net[name].tolist(),
-                "seeds": [trace.seed for trace in cell.traces],
-            }
+            payload = _payload(
+                of_policy,
+                traffic=cell.traces[0].family,
+                budget_pct=100 * cell.budget_share,
+                run="simulated",
+                of_oracle_pct=share_pct,
+                of_oracle_interval=share_interval,
+                of_bound_pct=100 * float(net[name].sum() / bounds.sum()),
+                net_saved_all_s=net[name].tolist(),
+                seeds=[trace.seed for trace in cell.traces],
+            )
             remark = behind(net[OURS], {other: net[other] for other in net if other != Oracle.name})
-            rows.append(self._row(bench, name, extra, "ok", remark if name == OURS else "", {}))
+            rows.append(self._row(bench, name, payload, "ok", remark if name == OURS else "", {}))
         return rows
 
     def _row(
         self,
         bench: Bench,
         policy: str,
-        extra: dict[str, Any],
+        payload: ReuseTracePayload,
         verdict: str,
         reason: str,
         conditions: dict[str, Any],
@@ -196,16 +249,17 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
             verdict=verdict,
             verdict_reason=reason,
             conditions=conditions,
-            extra=extra,
+            payload=payload,
         )
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
-        of = {
-            arm: [row.extra["of_oracle_pct"] for row in rows if row.arm == arm and "of_oracle_pct" in row.extra]
-            for arm in dict.fromkeys(row.arm for row in rows)
-        }
-        others = [max(values) for arm, values in of.items() if arm not in (OURS, Oracle.name) and values]
+        payloads = [(row.arm, row.payload) for row in rows if isinstance(row.payload, ReuseTracePayload)]
+        of: dict[str, list[float]] = {}
+        for arm, payload in payloads:
+            if payload.of_oracle_pct is not None:
+                of.setdefault(arm, []).append(payload.of_oracle_pct)
+        others = [max(values) for arm, values in of.items() if arm not in (OURS, Oracle.name)]
         if not of.get(OURS) or not others:
             return ""
         return (
@@ -214,20 +268,21 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         )
 
 
-def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Over all traces together; counts and seconds as means of a trace."""
+def _payload(outcomes: Sequence[Outcome], **figures: Any) -> ReuseTracePayload:
+    """Percentages and percentiles over all traces together; counts and seconds as means over the traces."""
     ttft_s = np.concatenate([outcome.ttft_s for outcome in outcomes])
     p50, p90, p99 = (float(np.percentile(ttft_s, percent)) for percent in (50, 90, 99))
     hit_tokens = sum(outcome.hit_tokens for outcome in outcomes)
-    return {
-        "hit_pct": 100 * hit_tokens / sum(outcome.memory_tokens for outcome in outcomes),
-        "ttft_p50_s": p50,
-        "ttft_p90_s": p90,
-        "ttft_p99_s": p99,
-        "builds": float(np.mean([outcome.builds for outcome in outcomes])),
-        "moved_bytes": float(np.mean([outcome.moved_bytes for outcome in outcomes])),
-        "net_saved_s": float(np.mean([outcome.net_saved_s for outcome in outcomes])),
-    }
+    return ReuseTracePayload(
+        hit_pct=100 * hit_tokens / sum(outcome.memory_tokens for outcome in outcomes),
+        ttft_p50_s=p50,
+        ttft_p90_s=p90,
+        ttft_p99_s=p99,
+        builds=float(np.mean([outcome.builds for outcome in outcomes])),
+        moved_bytes=float(np.mean([outcome.moved_bytes for outcome in outcomes])),
+        net_saved_s=float(np.mean([outcome.net_saved_s for outcome in outcomes])),
+        **figures,
+    )
 
 
 def disagreement(real: Outcome, told: Outcome) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments.bench import Bench
 from experiments.measurement import process_memory
-from experiments.results import Row, between
+from experiments.results import Payload, Row, between
 from experiments.scenarios.base import ModelScenario
 from kvmem import KVCacheItem
 from kvmem import storage as formats
@@ -37,6 +37,33 @@ class StorageCell:
 
     label: str
     memory_filename: str
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class StoragePayload(Payload):
+    """Median seconds of writing and reading the same tensors by this package and by torch."""
+
+    name: ClassVar[str] = "storage"
+
+    format: str
+    kv_bytes: int
+    dump_s: float
+    torch_save_s: float
+    dump_ratio: float
+    """dump_s over torch_save_s."""
+    load_s: float
+    torch_load_s: float
+    load_ratio: float
+    dump_peak_extra_pct: float | None = None
+    """Peak of anonymous memory above the level before the step, in % of kv_bytes; None if the system does not report
+    it."""
+    torch_save_peak_extra_pct: float | None = None
+    load_peak_extra_pct: float | None = None
+    torch_load_peak_extra_pct: float | None = None
+    dump_all_s: list[float]
+    torch_save_all_s: list[float]
+    load_all_s: list[float]
+    torch_load_all_s: list[float]
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -74,13 +101,27 @@ class StorageScenario(ModelScenario[StorageCell]):
             equal = pair.loads_the_same_bits()
         seconds = {name: median(taken[name] for taken in rounds) for name in rounds[0]}
         kv_bytes = sum(dynamic_cache.nbytes(item.kv_cache) for item in items)
-        extra: dict[str, Any] = {"format": cell.label, "kv_bytes": kv_bytes}
-        for ours, theirs in (("dump", "torch_save"), ("load", "torch_load")):
-            extra |= {f"{name}_s": seconds[name] for name in (ours, theirs)}
-            extra[f"{ours}_ratio"] = seconds[ours] / seconds[theirs]
-        extra |= {f"{name}_peak_extra_pct": 100 * peak / kv_bytes for name, peak in peaks.items()}
-        extra |= {f"{name}_all_s": [taken[name] for taken in rounds] for name in seconds}
-        slower = [f"{ours} is slower than torch's" for ours in ("dump", "load") if extra[f"{ours}_ratio"] > 1]
+        peak_pct = {name: 100 * peak / kv_bytes for name, peak in peaks.items()}
+        payload = StoragePayload(
+            format=cell.label,
+            kv_bytes=kv_bytes,
+            dump_s=seconds["dump"],
+            torch_save_s=seconds["torch_save"],
+            dump_ratio=seconds["dump"] / seconds["torch_save"],
+            load_s=seconds["load"],
+            torch_load_s=seconds["torch_load"],
+            load_ratio=seconds["load"] / seconds["torch_load"],
+            dump_peak_extra_pct=peak_pct.get("dump"),
+            torch_save_peak_extra_pct=peak_pct.get("torch_save"),
+            load_peak_extra_pct=peak_pct.get("load"),
+            torch_load_peak_extra_pct=peak_pct.get("torch_load"),
+            dump_all_s=[taken["dump"] for taken in rounds],
+            torch_save_all_s=[taken["torch_save"] for taken in rounds],
+            load_all_s=[taken["load"] for taken in rounds],
+            torch_load_all_s=[taken["torch_load"] for taken in rounds],
+        )
+        ratios = {"dump": payload.dump_ratio, "load": payload.load_ratio}
+        slower = [f"{step} is slower than torch's" for step, over in ratios.items() if over > 1]
         return [
             bench.row(
                 self.name,
@@ -90,18 +131,19 @@ class StorageScenario(ModelScenario[StorageCell]):
                 query_tokens=0,
                 memories=ITEMS,
                 pairs=self.repeats,
-                kv_bytes=kv_bytes,
                 equality="bitwise" if equal else "diverged",
                 verdict="ok" if equal else "invalid",
                 verdict_reason="; ".join(slower) if equal else "the loaded tensors are not those that were dumped",
                 conditions=bench.conditions_now(),
-                extra=extra,
+                payload=payload,
             )
         ]
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
-        dump, load = (between([row.extra[f"{step}_ratio"] for row in rows], " ×") for step in ("dump", "load"))
+        payloads = [row.payload for row in rows if isinstance(row.payload, StoragePayload)]
+        dump = between([payload.dump_ratio for payload in payloads], " ×")
+        load = between([payload.load_ratio for payload in payloads], " ×")
         return f"dump takes {dump} torch.save's time, load {load} torch.load's."
 
 

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments.bench import COLD, RECOMPUTE, WARM, Bench, InEveryTier, Quality
 from experiments.measurement import transfer_s
-from experiments.results import Row, between
+from experiments.results import Payload, Row, between
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import asked, cut_memories, docs_texts
 from kvmem.engines.huggingface import HFBackend
@@ -31,6 +31,61 @@ class TiersCell:
     """All lengths together, for a break-even is found across them."""
 
     label: str
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class TiersPayload(Payload):
+    """One memory length, answered from one tier. Seconds are medians over the rounds."""
+
+    name: ClassVar[str] = "tiers"
+    columns: ClassVar[tuple[str, ...]] = (
+        "memory_tokens",
+        "kv_bytes",
+        "ttft_s",
+        "over_resident",
+        "saved_pct",
+        "fetch_s",
+        "read_s",
+        "of_read_pct",
+        "cached_pct",
+        "transfer_s",
+        "break_even_tokens",
+        "equality",
+        "nll",
+        "nll_above_built",
+        "lossy",
+    )
+
+    memory_tokens: int
+    kv_bytes: int
+    """In this tier: a quantized one is smaller."""
+    ttft_s: float
+    over_resident: float
+    """ttft_s over that of a memory in the fastest tier."""
+    saved_pct: float
+    """100 × (1 − ttft_s / TTFT of recomputing the memory)."""
+    fetch_s: float | None = None
+    """From the disk tiers: opening the file until its tensors can be used."""
+    read_s: float | None = None
+    """Reading the same file alone, in the same state of the page cache."""
+    of_read_pct: float | None = None
+    cached_pct: float | None = None
+    """How much of a cold file was still in the page cache."""
+    transfer_s: float | None = None
+    """One copy of the memory's bytes from pinned host memory to the GPU."""
+    break_even_tokens: int | None = None
+    """The memory length from which loading beats recomputing; None: no measured length."""
+    ttft_all_s: list[float]
+    nll: float | None = None
+    """Mean negative log-likelihood of the memory's last tokens behind its KV, in nats a token."""
+    nll_above_built: float | None = None
+    """nll above that of the memory as it was built."""
+    lossy: str | None = None
+    """The quantization of the tier, such as int8; None: the tier is exact."""
+
+    @property
+    def may_diverge(self) -> bool:
+        return self.lossy is not None
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -126,24 +181,23 @@ class Tiers(ModelScenario[TiersCell]):
         equality = quality.equality.grade if quality else "diverged" if length.wrong else "bitwise"
         of_resident = length.nll if place == length.resident else None
         nll = quality.nll if quality else of_resident
-        extra: dict[str, Any] = {
-            "memory_tokens": length.tokens,
-            "kv_bytes": kv_bytes,
-            "ttft_s": ttft_s,
-            "over_resident": ttft_s / length.ttft_s(length.resident),
-            "saved_pct": 100 * (1 - ttft_s / length.ttft_s(RECOMPUTE)),
-            "fetch_s": length.fetch_s.get(place),
-            "read_s": length.read_s.get(place),
-            "of_read_pct": 100 * length.read_s[place] / length.fetch_s[place] if on_disk else None,
-            "cached_pct": length.cached_pct if place == COLD else None,
-            "transfer_s": length.transfer_s,
-            "break_even_tokens": even,
-            "ttft_all_s": length.seconds[place],
-            "equality": equality,
-            "nll": nll,
-            "nll_above_built": nll - length.nll if quality and nll is not None and length.nll is not None else None,
-            "lossy": place.removeprefix("disk_") if quality else None,
-        }
+        payload = TiersPayload(
+            memory_tokens=length.tokens,
+            kv_bytes=kv_bytes,
+            ttft_s=ttft_s,
+            over_resident=ttft_s / length.ttft_s(length.resident),
+            saved_pct=100 * (1 - ttft_s / length.ttft_s(RECOMPUTE)),
+            fetch_s=length.fetch_s.get(place),
+            read_s=length.read_s.get(place),
+            of_read_pct=100 * length.read_s[place] / length.fetch_s[place] if on_disk else None,
+            cached_pct=length.cached_pct if place == COLD else None,
+            transfer_s=length.transfer_s,
+            break_even_tokens=even,
+            ttft_all_s=length.seconds[place],
+            nll=nll,
+            nll_above_built=nll - length.nll if quality and nll is not None and length.nll is not None else None,
+            lossy=place.removeprefix("disk_") if quality else None,
+        )
         return bench.row(
             self.name,
             arm=place,
@@ -151,21 +205,21 @@ class Tiers(ModelScenario[TiersCell]):
             context_tokens=length.tokens,
             query_tokens=length.query_tokens,
             pairs=self.repeats,
-            kv_bytes=kv_bytes,
             equality=equality,
             first_difference=quality.equality.first_difference if quality else None,
             logit_max_abs_diff=quality.equality.logit_max_abs_diff if quality else None,
             verdict="invalid" if length.wrong else "ok",
             verdict_reason=length.wrong,
             conditions=conditions,
-            extra=extra,
+            payload=payload,
         )
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
         over: dict[str, list[float]] = {}
         for row in rows:
-            over.setdefault(row.arm, []).append(row.extra["over_resident"])
+            if isinstance(row.payload, TiersPayload):
+                over.setdefault(row.arm, []).append(row.payload.over_resident)
         told = ", ".join(
             f"{place} ({between(values)})"
             for place, values in over.items()

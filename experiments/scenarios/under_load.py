@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments.bench import Bench, built_once
 from experiments.measurement import ttft
-from experiments.results import Row, formatting
+from experiments.results import Payload, Row, formatting
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import asked, cut_memories, docs_texts
 from kvmem.cache import KVCacheItem
@@ -46,6 +46,46 @@ class Asked:
     at_s: float
     memory: int
     question: str
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class UnderLoadPayload(Payload):
+    """One arm at one request rate. TTFT runs from a request's arrival to its first token."""
+
+    name: ClassVar[str] = "under_load"
+    columns: ClassVar[tuple[str, ...]] = (
+        "load",
+        "requests_a_second",
+        "ttft_p50_s",
+        "ttft_p90_s",
+        "ttft_p99_s",
+        "served_a_second",
+        "local_pct",
+        "injected_pct",
+        "goal_ttft_s",
+        "sustained_a_second",
+        "requests",
+    )
+
+    load: float
+    """The rate, as a multiple of what the direct arm serves one request at a time."""
+    requests_a_second: float
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    """Of fewer than 100 requests their maximum."""
+    served_a_second: float
+    local_pct: float | None
+    """Share of the prompt tokens that the engine's own prefix cache held; None if no request was answered."""
+    injected_pct: float | None
+    """Share of the prompt tokens that came from a memory's file."""
+    goal_ttft_s: float
+    sustained_a_second: float
+    """The highest measured rate of this arm whose p99 is within the goal; 0: none."""
+    requests: int
+    cached_tokens: int | None = None
+    """Tokens of all prompts that were not computed."""
+    ttft_all_s: list[float]
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -121,30 +161,30 @@ class UnderLoad(ModelScenario[ArmCell]):
             wrong.append(f"{local + injected} tokens of the direct arm came from a cache")
         if cell.label == "injected" and not injected:
             wrong.append("no token was injected")
-        extra: dict[str, Any] = {
-            "load": load,
-            "requests_a_second": rate,
-            "ttft_p50_s": percentile(served, 50),
-            "ttft_p90_s": percentile(served, 90),
-            "ttft_p99_s": percentile(served, 99),
-            "served_a_second": len(answers) / seconds,
-            "local_pct": 100 * local / prompt if prompt else None,
-            "injected_pct": 100 * injected / prompt if prompt else None,
-            "goal_ttft_s": goal_s,
-            "sustained_a_second": highest,
-            "requests": len(served),
-            "ttft_all_s": [one.first_token_s for one in served],
-        }
+        payload = UnderLoadPayload(
+            load=load,
+            requests_a_second=rate,
+            ttft_p50_s=percentile(served, 50),
+            ttft_p90_s=percentile(served, 90),
+            ttft_p99_s=percentile(served, 99),
+            served_a_second=len(answers) / seconds,
+            local_pct=100 * local / prompt if prompt else None,
+            injected_pct=100 * injected / prompt if prompt else None,
+            goal_ttft_s=goal_s,
+            sustained_a_second=highest,
+            requests=len(served),
+            cached_tokens=local + injected,
+            ttft_all_s=[one.first_token_s for one in served],
+        )
         return bench.row(
             self.name,
             arm=cell.label,
             context_tokens=cell.context_tokens,
             query_tokens=cell.query_tokens,
-            cached_tokens=local + injected,
             verdict="invalid" if wrong else "ok",
             verdict_reason="; ".join(wrong),
             conditions=bench.conditions_now(),
-            extra=extra,
+            payload=payload,
         )
 
     def _items(self, bench: Bench) -> list[KVCacheItem]:
@@ -204,11 +244,12 @@ class UnderLoad(ModelScenario[ArmCell]):
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
-        highest = max(row.extra["load"] for row in rows)
-        at_most = [row for row in rows if row.extra["load"] == highest]
-        told = ", ".join(f"{row.arm} {formatting.seconds(row.extra['ttft_p99_s'])}" for row in at_most)
-        rate = formatting.digits(at_most[0].extra["requests_a_second"])
-        return f"At {rate} requests a second 99 of 100 have their first token within: {told}."
+        by_arm = [(row.arm, row.payload) for row in rows if isinstance(row.payload, UnderLoadPayload)]
+        highest = max(payload.load for _, payload in by_arm)
+        at_highest = [(arm, payload) for arm, payload in by_arm if payload.load == highest]
+        p99 = ", ".join(f"{arm} {formatting.seconds(payload.ttft_p99_s)}" for arm, payload in at_highest)
+        rate = formatting.digits(at_highest[0][1].requests_a_second)
+        return f"At {rate} requests a second 99 of 100 have their first token within: {p99}."
 
 
 def percentile(served: Sequence[Served], percent: float) -> float:

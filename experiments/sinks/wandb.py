@@ -32,14 +32,20 @@ INIT_TIMEOUT_S = 30
 
 
 def metrics(row: Row) -> dict[str, int | float]:
-    """The numbers of a row, by field; an interval as its two ends."""
+    """The numbers of a row and its payload, by field; an interval as its two ends."""
     numbers: dict[str, int | float] = {}
-    for name, value in dataclasses.asdict(row).items():
+    for name, value in columns(row).items():
         if isinstance(value, (int, float)):
             numbers[name] = value
-        elif name == "speedup_interval" and value is not None:
-            numbers["speedup_low_pct"], numbers["speedup_high_pct"] = value
+        elif name.endswith("_interval") and value is not None:
+            numbers[f"{name}_low"], numbers[f"{name}_high"] = value
     return numbers
+
+
+def columns(row: Row) -> dict[str, Any]:
+    """The fields of a row, its payload's among them."""
+    fields = dataclasses.asdict(row)
+    return fields | (fields.pop("payload") or {})
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -108,9 +114,10 @@ class WandB(Sink):
     def close(self, run_dir: Path) -> str | None:
         import wandb
 
-        columns: list[str | int] = [field.name for field in dataclasses.fields(Row)]
-        data: list[Iterable[Any]] = [[_plain(getattr(row, str(name))) for name in columns] for row in self._rows]
-        self._run.log({"rows": wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+        lines = [columns(row) for row in self._rows]
+        names: list[str | int] = list(dict.fromkeys(name for line in lines for name in line))
+        data: list[Iterable[Any]] = [[_plain(line.get(str(name))) for name in names] for line in lines]
+        self._run.log({"rows": wandb.Table(columns=names, data=data, allow_mixed_types=True)})
         for plot in sorted((run_dir / "plots").glob("*.png")):
             self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
         folder = displayed_path(Path(self._run.dir).parent)  # …/wandb/offline-run-<time>-<id>/files

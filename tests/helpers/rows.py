@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from experiments.results.row import Row
+from experiments.scenarios.kv_vs_direct import KVvsDirectPayload
+from experiments.scenarios.storage import StoragePayload
 
 CONDITIONS = {
     "commit": "0123abc",
@@ -16,20 +19,35 @@ CONDITIONS = {
 }
 
 
+ROW_FIELDS = {field.name for field in dataclasses.fields(Row)}
+
+
 def ttft_row(context_tokens: int = 512, query_tokens: int = 32, **fields: Any) -> Row:
-    """A valid row of kv_vs_direct with times that a CPU could have taken."""
+    """A valid row of kv_vs_direct with times that a CPU could have taken; `fields` are those of the row or payload."""
     kv_s = 2e-3 * query_tokens + 4e-6 * context_tokens
     direct_s = 1.4e-3 * (context_tokens + query_tokens)
     speedup = 100 * (1 - kv_s / direct_s)
-    extra = {
-        "question": "What does `with` do?",
-        "answers": {"injected": "It runs a block in a context.", "direct": "It runs a block in a context."},
-        "direct_limit_s": direct_s / 1.6,
-        "kv_ttft_all_s": [kv_s * f for f in (0.97, 0.99, 1.0, 1.02, 1.1)],
-        "direct_ttft_all_s": [direct_s * f for f in (0.98, 0.99, 1.0, 1.01, 1.05)],
-    }
-    extra |= fields.pop("extra", {})
-    sample: dict[str, Any] = dict(
+    figures: dict[str, Any] = dict(
+        question="What does `with` do?",
+        answers={"injected": "It runs a block in a context.", "direct": "It runs a block in a context."},
+        build_s=direct_s * 0.95,
+        kv_bytes=context_tokens * 46080,
+        kv_ttft_s=kv_s,
+        direct_ttft_s=direct_s,
+        kv_user_ttft_s=kv_s + 2e-3,
+        direct_user_ttft_s=direct_s + 3e-3,
+        speedup_pct=speedup,
+        speedup_interval=(speedup - 0.8, speedup + 0.4),
+        break_even_queries=1.1,
+        cached_tokens=context_tokens - 1,
+        limit_s=kv_s / 1.8,
+        direct_limit_s=direct_s / 1.6,
+        mfu=0.55,
+        kv_ttft_all_s=[kv_s * f for f in (0.97, 0.99, 1.0, 1.02, 1.1)],
+        direct_ttft_all_s=[direct_s * f for f in (0.98, 0.99, 1.0, 1.01, 1.05)],
+    )
+    figures |= {name: value for name, value in fields.items() if name not in ROW_FIELDS}
+    identity: dict[str, Any] = dict(
         model="SmolLM2-135M-Instruct",
         weights="packaged Q4_1",
         dtype="float32",
@@ -43,25 +61,13 @@ def ttft_row(context_tokens: int = 512, query_tokens: int = 32, **fields: Any) -
         context_tokens=context_tokens,
         query_tokens=query_tokens,
         pairs=5,
-        build_s=direct_s * 0.95,
-        kv_bytes=context_tokens * 46080,
-        kv_ttft_s=kv_s,
-        direct_ttft_s=direct_s,
-        kv_user_ttft_s=kv_s + 2e-3,
-        direct_user_ttft_s=direct_s + 3e-3,
-        speedup_pct=speedup,
-        speedup_interval=(speedup - 0.8, speedup + 0.4),
-        break_even_queries=1.1,
-        cached_tokens=context_tokens - 1,
-        limit_s=kv_s / 1.8,
-        mfu=0.55,
         equality="tokens",
         logit_max_abs_diff=2e-5,
         verdict="ok",
         conditions=dict(CONDITIONS),
-        extra=extra,
+        payload=KVvsDirectPayload(**figures),
     )
-    return Row(**(sample | fields))
+    return Row(**(identity | {name: value for name, value in fields.items() if name in ROW_FIELDS}))
 
 
 def grid() -> list[Row]:
@@ -75,28 +81,8 @@ def invalid_row(**fields: Any) -> Row:
 
 def failed_row(**fields: Any) -> Row:
     error = 'Traceback (most recent call last):\n  File "a.py", line 1\nkvmem.errors.PromptError: 9000 tokens > 8192'
-    empty = dict.fromkeys(
-        (
-            "build_s",
-            "kv_bytes",
-            "kv_ttft_s",
-            "direct_ttft_s",
-            "kv_user_ttft_s",
-            "direct_user_ttft_s",
-            "speedup_pct",
-            "speedup_interval",
-            "break_even_queries",
-            "cached_tokens",
-            "limit_s",
-            "mfu",
-            "equality",
-            "logit_max_abs_diff",
-            "verdict",
-        )
-    )
-    row = ttft_row(**{**empty, "status": "failed", "error": error, "pairs": 0, **fields})
-    row.extra.clear()
-    return row
+    nothing = dict(equality=None, logit_max_abs_diff=None, verdict=None, payload=None)
+    return ttft_row(**{**nothing, "status": "failed", "error": error, "pairs": 0, **fields})
 
 
 def published_row(context: str = "long", query: str = "short", **fields: Any) -> Row:
@@ -116,17 +102,28 @@ def published_row(context: str = "long", query: str = "short", **fields: Any) ->
         equality="near_tie",
         first_difference=7,
         near_tie_margin=0.031,
-        extra={"context": context, "query": query},
+        context_label=context,
+        query_label=query,
     )
     return ttft_row(*tokens, **(sample | fields))
 
 
 def storage_row(**fields: Any) -> Row:
     """A row of a scenario that has figures of its own and no TTFT."""
-    sample: dict[str, Any] = dict(
-        kv_ttft_s=None, direct_ttft_s=None, equality=None, speedup_pct=None, scenario="storage", query_tokens=0, pairs=0
+    payload = StoragePayload(
+        format="safetensors",
+        kv_bytes=1_000_000_000,
+        dump_s=0.84,
+        torch_save_s=1.2,
+        dump_ratio=0.7,
+        load_s=0.31,
+        torch_load_s=1.55,
+        load_ratio=0.2,
+        dump_all_s=[0.84],
+        torch_save_all_s=[1.2],
+        load_all_s=[0.31],
+        torch_load_all_s=[1.55],
     )
-    row = ttft_row(**(sample | fields))
-    row.extra.clear()
-    row.extra.update(format="safetensors", dump_s=0.84, load_s=0.31, peak_memory_bytes=52_000_000, checksum=True)
-    return row
+    return ttft_row(
+        **{"scenario": "storage", "query_tokens": 0, "equality": None, "pairs": 0, "payload": payload, **fields}
+    )

@@ -27,11 +27,15 @@ def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.
     bench = bench_on(engine, *knobs, "workload.context_tokens=[200]", "workload.query_tokens=[32]")
     (cell,) = bench.setup.scenario.cells(bench)
     injected, native = bench.setup.scenario.measure(bench, cell)
-    assert (injected.arm, injected.cached_tokens, injected.equality) == ("injected", 200, "tokens")
-    assert (native.arm, native.cached_tokens, native.equality) == ("native hit", 128, "tokens")  # one block of 128
+    assert (injected.arm, injected.payload.cached_tokens, injected.equality) == ("injected", 200, "tokens")
+    assert (native.arm, native.payload.cached_tokens, native.equality) == (
+        "native hit",
+        128,
+        "tokens",
+    )  # one block of 128
     assert (injected.verdict, native.verdict) == ("ok", "ok"), injected.verdict_reason + native.verdict_reason
-    assert injected.extra["injected_over_native_hit"] > 0
-    assert injected.extra["injected_over_native_hit_interval"] is injected.speedup_interval is None
+    assert injected.payload.injected_over_native_hit > 0
+    assert injected.payload.injected_over_native_hit_interval is injected.payload.speedup_interval is None
 
     monkeypatch.setattr(ttft, "hold", lambda backend, token_ids, view=None: backend.reset())
     _, missed = bench.setup.scenario.measure(bench, cell)
@@ -57,7 +61,7 @@ def test_kv_vs_direct_takes_vllm_too(engine: VLLMBackend) -> None:
     )
     (cell,) = bench.setup.scenario.cells(bench)
     (row,) = bench.setup.scenario.measure(bench, cell)
-    assert (row.backend, row.memories, row.cached_tokens, row.equality) == ("vllm", 2, 128, "tokens")
+    assert (row.backend, row.memories, row.payload.cached_tokens, row.equality) == ("vllm", 2, 128, "tokens")
     assert row.verdict == "ok", row.verdict_reason
 
 
@@ -75,14 +79,15 @@ def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
     rows = {cell.label: scenario.measure(bench, cell) for cell in scenario.cells(bench)}
     for arm in rows.values():
         assert [row.verdict for row in arm] == ["ok", "ok"], arm[0].verdict_reason
-        slow, fast = (row.extra for row in arm)
-        assert fast["requests_a_second"] == pytest.approx(3 * slow["requests_a_second"])
-        for extra in (slow, fast):
-            assert 0 < extra["ttft_p50_s"] <= extra["ttft_p90_s"] <= extra["ttft_p99_s"] == max(extra["ttft_all_s"])
-    assert all(row.cached_tokens == 0 for row in rows["direct"])
+        slow, fast = (row.payload for row in arm)
+        assert fast.requests_a_second == pytest.approx(3 * slow.requests_a_second)
+        for figures in (slow, fast):
+            assert 0 < figures.ttft_p50_s <= figures.ttft_p90_s <= figures.ttft_p99_s == max(figures.ttft_all_s)
+    assert all(row.payload.cached_tokens == 0 for row in rows["direct"])
     for native, injected in zip(rows["native hit"], rows["injected"], strict=True):
-        assert native.extra["local_pct"] > 0 and native.extra["injected_pct"] == 0
-        assert injected.extra["injected_pct"] > 0 and injected.cached_tokens > native.cached_tokens
+        assert native.payload.local_pct > 0 and native.payload.injected_pct == 0
+        assert injected.payload.injected_pct > 0
+        assert injected.payload.cached_tokens > native.payload.cached_tokens
 
 
 @pytest.mark.parametrize("scenario", ["prefix_reuse", "under_load"])

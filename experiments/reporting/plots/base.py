@@ -11,7 +11,7 @@ from typing import ClassVar
 from matplotlib.figure import Figure
 
 from experiments.reporting.theme import LIGHT, Theme, style
-from experiments.results import Row, labels
+from experiments.results import Row, labels, ttft_of
 from kvmem.registry import Registry
 
 
@@ -74,7 +74,8 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.kv_ttft_s is not None or row.direct_ttft_s is not None]
+    """The rows that compare an arm with the direct one."""
+    return [row for row in rows if ttft_of(row)]
 
 
 def tick(time_s: float) -> str:

@@ -11,7 +11,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from experiments.reporting.plots.base import Plot
 from experiments.reporting.theme import Theme, style
-from experiments.results import Row, formatting
+from experiments.results import DIRECT, Row, formatting
+from experiments.scenarios import injection_cost
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b2a100", "#000000")
 """Okabe and Ito's, and greys; markers tell the ways apart where colours don't."""
@@ -30,7 +31,7 @@ class OverLimit(Plot):
     place = 3
 
     def draw(self, rows: Sequence[Row], theme: Theme) -> Figure | None:
-        shown = [row for row in rows if "over_limit" in row.extra]
+        shown = [row for row in rows if isinstance(row.payload, injection_cost.InjectionCostPayload)]
         if not shown:
             return None
         queries = sorted({row.query_tokens for row in shown})
@@ -49,9 +50,12 @@ class OverLimit(Plot):
 def _panel(axes: Axes, rows: Sequence[Row], theme: Theme) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in sorted(rows, key=lambda row: row.context_tokens):
-        lines.setdefault(row.arm, []).append((row.context_tokens, row.extra["over_limit"]))
-        if "vllm_quartile_s" in row.extra and row.arm != "direct":
-            over = row.extra["vllm_quartile_s"] / row.extra["limit_s"]
+        figures = row.payload
+        if not isinstance(figures, injection_cost.InjectionCostPayload):
+            continue
+        lines.setdefault(row.arm, []).append((row.context_tokens, figures.over_limit))
+        if figures.vllm_quartile_s is not None and row.arm != DIRECT:
+            over = figures.vllm_quartile_s / figures.limit_s
             lines.setdefault("vLLM, prefix hit", []).append((row.context_tokens, over))
     for (name, points), color, marker in zip(sorted(lines.items()), cycle(COLORS), cycle(MARKERS), strict=False):
         at, over_limit = zip(*points, strict=True)

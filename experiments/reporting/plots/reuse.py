@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -11,8 +12,19 @@ from matplotlib.ticker import NullLocator
 from experiments.reporting.plots.base import Plot
 from experiments.reporting.theme import Theme, style
 from experiments.results import Row, formatting
+from experiments.scenarios import reuse_trace
 
 ORACLE = "oracle"
+
+
+class _Point(NamedTuple):
+    """One policy under one budget; the share of the oracle's seconds and its 95% interval in %."""
+
+    policy: str
+    traffic: str
+    budget_pct: float
+    of_oracle_pct: float
+    interval: tuple[float, float] | None
 
 
 class Reuse(Plot):
@@ -27,11 +39,22 @@ class Reuse(Plot):
     place = 4
 
     def draw(self, rows: Sequence[Row], theme: Theme) -> Figure | None:
-        told = [row for row in rows if row.extra.get("of_oracle_pct") is not None and row.arm != ORACLE]
-        if not told:
+        points = [
+            _Point(
+                row.arm,
+                row.payload.traffic,
+                row.payload.budget_pct,
+                row.payload.of_oracle_pct,
+                row.payload.of_oracle_interval,
+            )
+            for row in rows
+            if isinstance(row.payload, reuse_trace.ReuseTracePayload)
+            if row.payload.of_oracle_pct is not None and row.arm != ORACLE
+        ]
+        if not points:
             return None
-        families = list(dict.fromkeys(row.extra["traffic"] for row in told))
-        policies = list(dict.fromkeys(row.arm for row in told))
+        families = list(dict.fromkeys(point.traffic for point in points))
+        policies = list(dict.fromkeys(point.policy for point in points))
         others = iter(
             [(theme.direct, "s"), (theme.ink, "^"), (theme.ramp[1], "D"), (theme.ramp[2], "v")] * len(policies)
         )
@@ -41,22 +64,21 @@ class Reuse(Plot):
             panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
             for axes, family in zip(panels, families, strict=True):
                 for name, (color, marker) in looks.items():
-                    of_both = [row for row in told if row.arm == name and row.extra["traffic"] == family]
-                    line = sorted(of_both, key=lambda row: row.extra["budget_pct"])
-                    budgets = [row.extra["budget_pct"] for row in line]
+                    of_both = [point for point in points if (point.policy, point.traffic) == (name, family)]
+                    line = sorted(of_both, key=lambda point: point.budget_pct)
                     axes.plot(
-                        budgets,
-                        [row.extra["of_oracle_pct"] for row in line],
+                        [point.budget_pct for point in line],
+                        [point.of_oracle_pct for point in line],
                         color=color,
                         marker=marker,
                         markersize=4.5,
                         linewidth=2.0 if name == "benefit_per_byte" else 1.2,
                     )
-                    for row in line:
-                        if row.extra["of_oracle_interval"]:
-                            axes.plot([row.extra["budget_pct"]] * 2, row.extra["of_oracle_interval"], color=color)
+                    for point in line:
+                        if point.interval:
+                            axes.plot([point.budget_pct] * 2, point.interval, color=color)
                 axes.set_xscale("log")
-                ticks = sorted({row.extra["budget_pct"] for row in told if row.extra["traffic"] == family})
+                ticks = sorted({point.budget_pct for point in points if point.traffic == family})
                 axes.set_xticks(ticks, [formatting.percent(tick) for tick in ticks])
                 axes.xaxis.set_minor_locator(NullLocator())
                 axes.set_title(family)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from experiments.reporting.plots.base import Plot, groups, measured, tick
 from experiments.reporting.theme import Theme, style
-from experiments.results import Row, formatting, labels
+from experiments.results import ArmTimes, Row, formatting, labels, ttft_of
 
 MOST_PANELS = 6
 """Query lengths with a panel of their own; beyond that (a dialogue, say) all share one."""
@@ -48,8 +48,8 @@ class TTFT(Plot):
                 subfigure.suptitle(name, x=0.01, ha="left", fontsize=9.5, color=theme.ink)
                 panels = subfigure.subplots(1, wide, squeeze=False, sharey=True)[0]
                 for axes, (query, group) in zip(panels, queries.items(), strict=False):
-                    _arm(axes, group, "direct_ttft_s", theme.direct, "s")
-                    _arm(axes, group, "kv_ttft_s", theme.injected, "o")
+                    _arm(axes, group, "direct", theme.direct, "s")
+                    _arm(axes, group, "injected", theme.injected, "o")
                     axes.set_title(query)
                     axes.tick_params(labelleft=True)
                     if number == len(lines_of) - 1:
@@ -76,26 +76,32 @@ def _queries(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {f"queries of {least} to {most} tokens": list(rows)}
 
 
-def _arm(axes: Axes, rows: Sequence[Row], field: str, color: str, marker: str) -> None:
+def _arm(axes: Axes, rows: Sequence[Row], arm: Literal["direct", "injected"], color: str, marker: str) -> None:
     """One arm: its median over the contexts with every sample faint behind it, and its limit dashed."""
-    timed = sorted((row for row in rows if getattr(row, field) is not None), key=lambda row: row.context_tokens)
-    contexts = [row.context_tokens for row in timed]
-    axes.plot(contexts, [getattr(row, field) for row in timed], color=color, linewidth=1.8, zorder=3)
-    for row in timed:
-        samples = row.extra.get(field.replace("_s", "_all_s")) or []
-        axes.scatter([row.context_tokens] * len(samples), samples, s=9, color=color, alpha=0.28, linewidths=0, zorder=2)
-        face = "none" if labels.kind(row) == "invalid" else color
-        axes.plot(
-            row.context_tokens, getattr(row, field), marker, color=color, markerfacecolor=face, markersize=6, zorder=4
+    by_context = sorted(rows, key=lambda row: row.context_tokens)
+    timed: list[tuple[Row, ArmTimes]] = [
+        (row, figures.direct_arm if arm == "direct" else figures.kv_arm)
+        for row in by_context
+        if (figures := ttft_of(row))
+    ]
+    contexts = [row.context_tokens for row, _ in timed]
+    axes.plot(contexts, [times.ttft_s for _, times in timed], color=color, linewidth=1.8, zorder=3)
+    for row, times in timed:
+        axes.scatter(
+            [row.context_tokens] * len(times.samples_s),
+            times.samples_s,
+            s=9,
+            color=color,
+            alpha=0.28,
+            linewidths=0,
+            zorder=2,
         )
-    limits = [(row.context_tokens, limit) for row in timed if (limit := _limit_s(row, field)) is not None]
+        face = "none" if labels.kind(row) == "invalid" else color
+        axes.plot(row.context_tokens, times.ttft_s, marker, color=color, markerfacecolor=face, markersize=6, zorder=4)
+    limits = [(row.context_tokens, times.limit_s) for row, times in timed if times.limit_s is not None]
     if limits:
         at, least_s = zip(*limits, strict=True)
         axes.plot(at, least_s, color=color, linewidth=1.2, linestyle=(0, (4, 3)), marker="_", markersize=7, zorder=2)
-
-
-def _limit_s(row: Row, field: str) -> float | None:
-    return row.limit_s if field == "kv_ttft_s" else row.extra.get("direct_limit_s")
 
 
 def _scale(axes: Axes, rows: Sequence[Row]) -> None:
@@ -113,10 +119,11 @@ def _scale(axes: Axes, rows: Sequence[Row]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: formatting.count(round(tokens))))
     axes.margins(x=0.08)
-    times = [time for row in rows for time in (row.kv_ttft_s, row.direct_ttft_s) if time]
+    arms = [arm for row in rows if (figures := ttft_of(row)) for arm in (figures.kv_arm, figures.direct_arm)]
+    times = [arm.ttft_s for arm in arms]
     if min(times) > 0 and max(times) > 5 * min(times):
         axes.set_yscale("log")
-        limits = [limit for row in rows for limit in (row.limit_s, row.extra.get("direct_limit_s")) if limit]
+        limits = [arm.limit_s for arm in arms if arm.limit_s]
         wide = max(times) > 300 * min(times + limits)
         axes.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -131,7 +138,7 @@ def _legend(rows: Sequence[Row], theme: Theme) -> list[Line2D]:
         Line2D([], [], color=theme.direct, marker="s", label="sent as prompt text"),
         Line2D([], [], color=theme.injected, marker="o", label="memory injected"),
     ]
-    if any(row.limit_s is not None for row in rows):
+    if any((figures := ttft_of(row)) and figures.limit_s is not None for row in rows):
         handles.append(Line2D([], [], color=theme.ink, linestyle=(0, (4, 3)), linewidth=1.2, label="hardware's limit"))
     if any(labels.kind(row) == "invalid" for row in rows):
         hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "linestyle": "none"}

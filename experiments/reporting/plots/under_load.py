@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter
 from experiments.reporting.plots.base import Plot, tick
 from experiments.reporting.theme import Theme, style
 from experiments.results import Row
+from experiments.scenarios import under_load
 
 
 class UnderLoad(Plot):
@@ -25,7 +26,7 @@ class UnderLoad(Plot):
     place = 3
 
     def draw(self, rows: Sequence[Row], theme: Theme) -> Figure | None:
-        loaded = [row for row in rows if row.extra.get("ttft_p99_s") and row.extra.get("requests_a_second")]
+        loaded = [(row.arm, row.payload) for row in rows if isinstance(row.payload, under_load.UnderLoadPayload)]
         if not loaded:
             return None
         looks = {"direct": (theme.direct, "s"), "injected": (theme.injected, "o")}
@@ -33,15 +34,17 @@ class UnderLoad(Plot):
             figure = Figure(figsize=(6.4, 3.6), layout="constrained")
             axes = figure.subplots()
             handles = []
-            for arm in dict.fromkeys(row.arm for row in loaded):
+            for arm in dict.fromkeys(arm for arm, _ in loaded):
                 color, marker = looks.get(arm, (theme.ink, "^"))
-                points = [(row.extra["requests_a_second"], row) for row in loaded if row.arm == arm]
-                rates, of_arm = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-                for field, line in (("ttft_p50_s", "-"), ("ttft_p99_s", "--")):
-                    times = [row.extra[field] for row in of_arm]
+                of_arm = sorted((load for name, load in loaded if name == arm), key=lambda load: load.requests_a_second)
+                rates = [load.requests_a_second for load in of_arm]
+                for line, times in (
+                    ("-", [load.ttft_p50_s for load in of_arm]),
+                    ("--", [load.ttft_p99_s for load in of_arm]),
+                ):
                     axes.plot(rates, times, line, color=color, marker=marker, markersize=5, linewidth=1.6)
                 handles.append(Line2D([], [], color=color, marker=marker, label=arm))
-            axes.axhline(loaded[0].extra["goal_ttft_s"], color=theme.ink, linestyle=":", linewidth=1.2)
+            axes.axhline(loaded[0][1].goal_ttft_s, color=theme.ink, linestyle=":", linewidth=1.2)
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: tick(time)))
             axes.set_xlabel("requests a second")

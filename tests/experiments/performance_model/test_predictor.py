@@ -80,9 +80,7 @@ def test_a_fit_finds_the_engine_that_made_the_rows() -> None:
 
 def test_a_memory_that_no_block_held_is_predicted_as_computed() -> None:
     """A valid row of an engine that reuses whole blocks may have reused none: a memory shorter than one."""
-    cold, hit = (
-        points_of(ttft_row(12, 200, cached_tokens=cached, direct_ttft_s=None), layout())[0] for cached in (0, 12)
-    )
+    cold, hit = (points_of(ttft_row(12, 200, cached_tokens=cached), layout())[0] for cached in (0, 12))
     assert (cold.prefill, hit.prefill) == (Prefill(212, 0), Prefill(200, 12))
 
 
@@ -144,7 +142,10 @@ def test_a_figure_that_is_no_number_costs_its_cell_and_not_the_run(tmp_path: Pat
     class OneNaN(Predict):
         def measure(self, bench: Any, cell: Any) -> list[Row]:
             rows = super().measure(bench, cell)
-            return [dataclasses.replace(rows[0], mfu=float("nan"))] if cell.label == "fleet" else rows
+            if cell.label != "fleet":
+                return rows
+            assert rows[0].payload is not None
+            return [dataclasses.replace(rows[0], payload=dataclasses.replace(rows[0].payload, storage_tb=float("nan")))]
 
     overrides = ["scenario=predict", "sink=none", "hardware=h100"]
     config = dataclasses.replace(validate(compose(overrides)), scenario=OneNaN())
@@ -158,7 +159,7 @@ def test_the_scenario_names_all_published_cells_and_needs_no_model(tmp_path: Pat
     rows = run(validate(compose(overrides)), tmp_path, {"backend": {}}, overrides)
     cells = [row for row in rows if row.scenario == "predict"]
     assert len(cells) == len(published.tables()) == 27 + 48
-    impossible = [row for row in cells if row.extra["published_beyond_its_hardware"] != "no"]
+    impossible = [row for row in cells if row.payload.published_beyond_its_hardware != "no"]
     assert len(impossible) == 9 and {row.hardware for row in impossible} == {"h800x4"}
     assert all(row.status == "done" for row in rows)
     text = (tmp_path / "table.md").read_text()

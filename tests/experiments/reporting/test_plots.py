@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,9 +17,8 @@ def _has_color(path, color: str) -> bool:
     return bool((np.abs(rgb - wanted).max(axis=1) < 3).sum() > 50)
 
 
-DIALOGUE = [ttft_row(100 + 40 * turn, 17 + 3 * turn, extra={"context": f"turn {turn}"}) for turn in range(8)]
-NO_LIMIT = ttft_row(limit_s=None, extra={"direct_limit_s": None, "kv_ttft_all_s": None})
-WITH_GAPS = [NO_LIMIT, ttft_row(direct_ttft_s=None)]
+DIALOGUE = [ttft_row(100 + 40 * turn, 17 + 3 * turn, context_label=f"turn {turn}") for turn in range(8)]
+WITH_GAPS = [ttft_row(limit_s=None, direct_limit_s=None, kv_ttft_all_s=[]), ttft_row(1024, kv_ttft_p90_s=None)]
 NOT_OK = [invalid_row(), failed_row(query_tokens=64)]
 
 
@@ -53,13 +50,13 @@ def test_heat_map_says_why_a_cell_has_no_speedup():
     texts = [text.get_text() for text in plots.draw(rows)["speedup"].axes[0].texts]
     assert texts[:2] == ["invalid", "failed"]
     assert texts[-1] == "83.9%\n6.20×"
-    slower = dataclasses.replace(ttft_row(), speedup_pct=-5.0)
+    slower = ttft_row(speedup_pct=-5.0)
     assert plots.draw([slower])["speedup"].axes[0].texts[0].get_text() == "−5.0%"
 
 
 @pytest.mark.parametrize("text", ["costs $x^{ and $y", "$\\frac$"])
 def test_labels_are_text_and_no_formulas(text, tmp_path):
-    rows = [ttft_row(model=text, extra={"context": text, "query": text}), ttft_row(128, model=text)]
+    rows = [ttft_row(model=text, context_label=text, query_label=text), ttft_row(128, model=text)]
     assert len(plots.write_plots(rows, tmp_path)) == 2
     assert text.encode() in plots.svg(plots.draw(rows)["speedup"], LIGHT)
 

@@ -12,8 +12,7 @@ from markupsafe import escape
 
 from experiments import report
 from experiments.reporting import findings
-from experiments.results import formatting
-from experiments.results.row import Row
+from experiments.results import Row, formatting, ttft_of
 from kvmem.errors import ConfigError
 from tests.helpers.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
 
@@ -66,8 +65,8 @@ def test_killed_before_its_first_row(tmp_path):
 def test_rows_without_a_speed_up_are_headed_by_their_question(tmp_path):
     page = report.write_report(_run(tmp_path / "a", [storage_row()])).read_text()
     assert re.search(r"<h1[^>]*>What do dump and load cost", page)
-    odd = replace(storage_row(), scenario="os.path: no scenario")
-    assert re.search(r"<h1[^>]*>No speed-up to show", report.write_report(_run(tmp_path / "b", [odd])).read_text())
+    unjudged = replace(storage_row(), verdict=None)
+    assert re.search(r"<h1[^>]*>No speed-up to show", report.write_report(_run(tmp_path / "b", [unjudged])).read_text())
 
 
 def test_a_folder_that_is_no_run_is_a_friendly_error(tmp_path, capsys):
@@ -76,8 +75,18 @@ def test_a_folder_that_is_no_run_is_a_friendly_error(tmp_path, capsys):
 
 
 def test_rows_of_another_version_are_refused(tmp_path):
-    run = _run(tmp_path / "a", [], tail=ttft_row().to_json().replace('"merge"', '"blend"') + "\n")
-    with pytest.raises(ConfigError, match="line 1, was written by another version"):
+    for number, change in enumerate(
+        [('"merge"', '"blend"'), ('"build_s"', '"built_s"'), ('"version": 2', '"version": 3')]
+    ):
+        run = _run(tmp_path / str(number), [], tail=ttft_row().to_json().replace(*change) + "\n")
+        with pytest.raises(ConfigError, match="line 1, was written by another version"):
+            report.read_run(run)
+
+
+def test_rows_of_a_scenario_that_there_is_not_are_refused(tmp_path):
+    """The name in a row is looked up among the scenarios, never imported as a module."""
+    run = _run(tmp_path / "a", [replace(storage_row(), scenario="os.path")])
+    with pytest.raises(ConfigError, match=r"Unknown scenario 'os\.path'"):
         report.read_run(run)
 
 
@@ -93,8 +102,8 @@ def test_log_sends_rows_to_wandb_offline(tmp_path, monkeypatch, capsys):
 
 def test_page_escapes_what_models_and_files_say(tmp_path):
     evil = "</p><script>alert(1)</script>"
-    extra = {"question": evil, "answers": {"injected": evil, "direct": evil}}
-    row = ttft_row(model=evil, verdict_reason=evil, extra=extra)
+    answers = {"injected": evil, "direct": evil}
+    row = ttft_row(model=evil, verdict_reason=evil, question=evil, answers=answers)
     page = report.write_report(_run(tmp_path / "a", [row, failed_row(error=evil)])).read_text()
     assert "<script" not in page and str(escape(evil)) in page
 
@@ -134,13 +143,14 @@ def test_page_in_a_browser(tmp_path, browser):
 
     text = browser.execute_script("return document.body.textContent")
     for row in rows[:11]:
-        figures = [
-            formatting.seconds(time) for time in (row.build_s, row.kv_ttft_s, row.direct_ttft_s, row.kv_user_ttft_s)
-        ]
-        figures += [formatting.percent_range(row.speedup_interval)] * (row.verdict == "ok")
+        of = ttft_of(row)
+        assert of is not None
+        figures = [formatting.seconds(time) for time in (of.build_s, of.kv_ttft_s, of.direct_ttft_s, of.kv_user_ttft_s)]
+        figures += [formatting.percent_range(of.speedup_interval)] * (row.verdict == "ok")
         assert [figure for figure in figures if figure not in text] == []
     assert "310 ms" in text and "9000 tokens > 8192" in text and "direct is 1.9 ×" in text
-    assert formatting.percent(invalid_row(query_tokens=96).speedup_pct) not in text
+    hidden = ttft_of(invalid_row(query_tokens=96))
+    assert hidden is not None and formatting.percent(hidden.speedup_pct) not in text
 
     for width in (1280, 390):  # only the tables and plots scroll sideways, inside of their own boxes
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from experiments.reporting import tables
-from experiments.results import formatting, labels, published
+from experiments.results import formatting, labels, published, ttft_of
 from kvmem.errors import ConfigError
 from tests.helpers.rows import failed_row, grid, invalid_row, published_row, storage_row, ttft_row
 
@@ -68,7 +68,7 @@ def test_published_columns_come_first_and_in_order():
     )
 
 
-@pytest.mark.parametrize("row", [invalid_row(), ttft_row(verdict=None), failed_row(speedup_pct=77.7)])
+@pytest.mark.parametrize("row", [invalid_row(), ttft_row(verdict=None), failed_row(payload=ttft_row().payload)])
 def test_no_speedup_without_an_ok_verdict(row):
     line = tables.tables([row])[0].lines[0]
     shown = dict(zip(tables.tables([row])[0].columns, line.cells, strict=True))
@@ -130,7 +130,9 @@ def test_console_shows_every_figure_in_80_columns():
     console.print(tables.console_table(rows))
     text = console.export_text()
     for row in grid():
-        for figure in (formatting.seconds(row.kv_ttft_s), formatting.percent_range(row.speedup_interval)):
+        figures = ttft_of(row)
+        assert figures is not None
+        for figure in (formatting.seconds(figures.kv_ttft_s), formatting.percent_range(figures.speedup_interval)):
             assert figure in text
     assert "direct is 1.9 ×" in text and "9000 tokens > 8192" in text
     assert labels.summary(rows) == (

@@ -1,4 +1,4 @@
-"""Every way of injecting a memory, in one run: what its rows say, and what they are drawn as."""
+"""Every injection method, in one run: what its rows say, and what they are drawn as."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.config import compose
 from experiments.measurement.equality import grade
 from experiments.reporting import plots, tables
 from experiments.results import arms
-from experiments.scenarios.injection_cost import DECODING
+from experiments.scenarios.injection_cost import DecodingPayload, InjectionCostPayload
 from kvmem.errors import ConfigError
 from tests.helpers.tiny import copy_of, same_bits
 
@@ -38,37 +38,39 @@ def bench():
 def test_rows_of_a_cell(bench):
     cells = bench.setup.scenario.cells(bench)
     rows = [row for cell in cells for row in bench.setup.scenario.measure(bench, cell)]
-    of_ways = [row for row in rows if row.scenario == "injection_cost"]
-    assert [row.context_tokens for row in rows if row.scenario == DECODING] == [128]
-    assert len(of_ways) == 2 * (4 + len(recipes()))
-    for row in of_ways:
-        assert row.extra["over_limit"] == pytest.approx(row.extra["ttft_s"] / row.limit_s)
-        assert row.extra["ttft_low_s"] <= row.extra["ttft_s"] <= row.extra["ttft_high_s"]
+    of_methods = [row for row in rows if row.scenario == "injection_cost"]
+    assert [row.context_tokens for row in rows if row.scenario == DecodingPayload.name] == [128]
+    assert len(of_methods) == 2 * (4 + len(recipes()))
+    for row in of_methods:
+        figures = row.payload
+        assert isinstance(figures, InjectionCostPayload)
+        assert figures.over_limit == pytest.approx(figures.ttft_s / figures.limit_s)
+        assert figures.ttft_low_s <= figures.ttft_s <= figures.ttft_high_s
         injects = row.arm not in (arms.DIRECT, arms.DIRECT_EAGER, arms.ALONE)
-        assert (row.extra.get("equal") in ("bitwise", "tokens", "near_tie")) == injects
-        assert (row.cached_tokens == row.context_tokens) == injects
-        assert row.arm != arms.IN_PLACE or row.extra["over_fastest"] == 1.0
-    (fastest,) = [row for row in of_ways if row.arm == arms.IN_PLACE and row.context_tokens == 128]
-    assert fastest.extra["place_s"] > 0 and "over_query_alone_s" in fastest.extra
+        assert (row.equality in ("bitwise", "tokens", "near_tie")) == injects
+        assert (figures.cached_tokens == row.context_tokens) == injects
+        assert row.arm != arms.IN_PLACE or figures.over_fastest == 1.0
+    (fastest,) = [row for row in of_methods if row.arm == arms.IN_PLACE and row.context_tokens == 128]
+    assert fastest.payload.place_s > 0 and fastest.payload.over_query_alone_s is not None
     assert fastest.conditions["left_out"] == "CUDA graphs, compiled layers, fused kernels"
     titles = [table.title for table in tables.tables(rows)]
-    assert titles == ["injection_cost", DECODING]
+    assert titles == ["injection_cost", DecodingPayload.name]
     assert "over_limit" in plots.draw(rows)
 
 
-def test_every_way_answers_alike_and_leaves_the_memory_as_it_is(bench):
+def test_every_method_answers_alike_and_leaves_the_memory_as_it_is(bench):
     (cell, *_) = bench.setup.scenario.cells(bench)
     item = bench.memory.extract(cell.cell.memories[0])
     before = copy_of(item)
-    found = injection_methods.ways(bench.backend, item, cell.cell.question)
-    assert {"memos", "deepcopy", "shared tensors", arms.DIRECT, arms.IN_PLACE} <= found.keys()
-    direct = found[arms.DIRECT].trace(6)
-    for name, way in found.items():
+    methods = injection_methods.injection_methods(bench.backend, item, cell.cell.question)
+    assert {"memos", "deepcopy", "shared tensors", arms.DIRECT, arms.IN_PLACE} <= methods.keys()
+    direct = methods[arms.DIRECT].trace(6)
+    for name, method in methods.items():
         for _ in range(2):  # the second finds the memory as the first did
-            token = way.first_token().token
+            token = method.first_token().token
             assert name == arms.ALONE or token.id == direct.token_ids[0]
-        if way.trace is not None:
-            assert grade(direct, way.trace(6), lambda step: 0.0).grade in ("bitwise", "tokens"), name
+        if method.trace is not None:
+            assert grade(direct, method.trace(6), lambda step: 0.0).grade in ("bitwise", "tokens"), name
     assert same_bits(item, before)
 
 

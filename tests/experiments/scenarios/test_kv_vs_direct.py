@@ -11,20 +11,22 @@ from experiments.bench.bench import Bench
 from experiments.config import compose
 from experiments.measurement import ttft
 from experiments.performance_model.roofline import Roofline
+from experiments.results import ttft_of
 
 KNOBS = ["experiment=smoke", "sink=none", "hardware.check=false", "scenario.pairs=3"]
 FAR_TOO_LOW = 1e3
 """FLOP and bytes a second: any arm beats the limit that follows."""
 
 
-def test_a_limit_that_was_read_too_low_is_calibrated_anew() -> None:
+def test_a_limit_that_was_read_too_low_is_calibrated_again() -> None:
     config = compose.validate(compose.compose(KNOBS))
     bench = Bench.open(config)
     rates = dataclasses.replace(bench.roofline.rates, flop_per_s=FAR_TOO_LOW, bytes_per_s=FAR_TOO_LOW)
     bench.roofline = Roofline(rates, bench.backend.model_config)
     (cell,) = config.scenario.cells(bench)
     (row,) = config.scenario.measure(bench, cell)
-    assert row.limit_s is not None and row.kv_ttft_s is not None and row.limit_s < row.kv_ttft_s
+    figures = ttft_of(row)
+    assert figures is not None and figures.limit_s is not None and figures.limit_s < figures.kv_ttft_s
     assert "limit" not in row.verdict_reason
     assert row.conditions["rates"]["flop_per_s"] > FAR_TOO_LOW
 
@@ -63,7 +65,8 @@ def test_the_merge_counts_as_work_of_the_direct_arm(memories: int) -> None:
         kv_bytes=1,
         memories=memories,
         conditions={},
-        extra={},
     )
     assert ("direct baseline is too slow" in row.verdict_reason) == (memories == 1)
-    assert (row.merge_s, row.fetch_s) == ((None, 0.5) if memories == 1 else (0.5, None))
+    figures = ttft_of(row)
+    assert figures is not None
+    assert (figures.merge_s, figures.fetch_s) == ((None, 0.5) if memories == 1 else (0.5, None))

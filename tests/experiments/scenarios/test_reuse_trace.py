@@ -44,16 +44,16 @@ def test_the_replay_does_what_the_simulator_says_and_every_policy_has_its_row(on
     assert len(cells) == 1 + 3 * 2
     replayed, simulated = scenario.measure(on, cells[0])
     assert replayed.verdict == "ok" and replayed.equality == "tokens"
-    assert replayed.extra["builds"] > 0 and replayed.extra["hit_pct"] > 20
+    assert replayed.payload.builds > 0 and replayed.payload.hit_pct > 20
     for name in ("hit_pct", "builds", "moved_bytes"):  # seconds of a tiny model are mostly noise, decisions are not
-        assert replayed.extra[name] == simulated.extra[name]
-    assert len(replayed.extra["samples"]) > 40
+        assert getattr(replayed.payload, name) == getattr(simulated.payload, name)
+    assert len(replayed.payload.samples) > 40
 
     rows = [row for cell in cells[1:3] for row in scenario.measure(on, cell)]
     assert [row.arm for row in rows[: len(rows) // 2]] == [*sorted(set(policy_classes()) - {"oracle"}), "oracle"]
     for row in rows:
-        assert row.extra["of_bound_pct"] <= 100 and len(row.extra["net_saved_all_s"]) == 3
-        assert (row.extra["of_oracle_pct"] == 100) or row.arm != "oracle"
+        assert row.payload.of_bound_pct <= 100 and len(row.payload.net_saved_all_s) == 3
+        assert (row.payload.of_oracle_pct == 100) or row.arm != "oracle"
     assert "benefit_per_byte" in tables.markdown([replayed, simulated, *rows])
     assert "reuse" in plots.draw(rows)
 

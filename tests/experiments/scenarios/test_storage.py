@@ -11,6 +11,7 @@ from experiments.bench.bench import Bench
 from experiments.config import compose
 from experiments.measurement.process_memory import peak_extra_bytes
 from experiments.reporting import tables
+from experiments.scenarios.storage import StoragePayload
 from kvmem.cache.dynamic_cache import layers_of
 from kvmem.errors import StorageError
 from kvmem.storage.safetensors_file import SafetensorsFile
@@ -30,10 +31,12 @@ def test_a_row_says_what_each_side_took(tmp_path: Path, name: str) -> None:
     (cell,) = on.setup.scenario.cells(on)
     (row,) = on.setup.scenario.measure(on, cell)
     assert (row.arm, row.verdict, row.equality, row.pairs) == (name, "ok", "bitwise", 2)
-    assert row.kv_bytes is not None and 0.0018e9 < row.kv_bytes <= 0.002e9
-    for ours, theirs in (("dump", "torch_save"), ("load", "torch_load")):
-        assert row.extra[f"{ours}_ratio"] == pytest.approx(row.extra[f"{ours}_s"] / row.extra[f"{theirs}_s"])
-        assert len(row.extra[f"{ours}_all_s"]) == len(row.extra[f"{theirs}_all_s"]) == 2
+    figures = row.payload
+    assert isinstance(figures, StoragePayload) and 0.0018e9 < figures.kv_bytes <= 0.002e9
+    assert figures.dump_ratio == pytest.approx(figures.dump_s / figures.torch_save_s)
+    assert figures.load_ratio == pytest.approx(figures.load_s / figures.torch_load_s)
+    samples = (figures.dump_all_s, figures.torch_save_all_s, figures.load_all_s, figures.torch_load_all_s)
+    assert [len(seconds) for seconds in samples] == [2, 2, 2, 2]
     assert tables.tables([row])
     assert list(tmp_path.iterdir()) == [], "its files are gone"
 

@@ -24,18 +24,18 @@ def test_a_row_for_each_place(tmp_path: Path) -> None:
     (cell,) = on.setup.scenario.cells(on)
     rows = on.setup.scenario.measure(on, cell)
     assert [row.arm for row in rows] == ["ram", "disk, warm", "disk, cold", "disk_int8", "disk_int4", "recompute"] * 2
-    exact = [row for row in rows if not row.extra["lossy"]]
+    exact = [row for row in rows if not row.payload.lossy]
     assert {row.verdict for row in rows} == {"ok"} and {row.equality for row in exact} == {"bitwise"}
     assert [row.context_tokens for row in rows] == [64] * 6 + [256] * 6
     for row in rows:
-        assert row.extra["ttft_s"] > 0 and len(row.extra["ttft_all_s"]) == 2
-        assert (row.extra["of_read_pct"] is not None) == row.arm.startswith("disk,")
-        assert (row.extra["over_resident"] == 1) or row.arm != "ram"
+        assert row.payload.ttft_s > 0 and len(row.payload.ttft_all_s) == 2
+        assert (row.payload.of_read_pct is not None) == row.arm.startswith("disk,")
+        assert (row.payload.over_resident == 1) or row.arm != "ram"
     for resident, int8, int4 in ((rows[i], rows[i + 3], rows[i + 4]) for i in (0, 6)):
-        assert resident.kv_bytes > 3 * int8.kv_bytes > 3 * int4.kv_bytes
-        assert (int8.extra["lossy"], int4.extra["lossy"]) == ("int8", "int4")
+        assert resident.payload.kv_bytes > 3 * int8.payload.kv_bytes > 3 * int4.payload.kv_bytes
+        assert (int8.payload.lossy, int4.payload.lossy) == ("int8", "int4")
         assert {int8.equality, int4.equality}.isdisjoint({"bitwise", None})
-        off = [abs(row.extra["nll"] - resident.extra["nll"]) for row in (int8, int4)]
+        off = [abs(row.payload.nll - resident.payload.nll) for row in (int8, int4)]
         assert all(0 < moved < 2 for moved in off)  # which moves more is chance: errors of either sign, random weights
     assert not problems(rows, exact=True), "a loss that is told is no failure"
     assert tables.tables(rows) and list(tmp_path.iterdir()) == [], "its files are gone"
@@ -46,7 +46,7 @@ def test_short_memories_in_bf16_are_larger_compressed(tmp_path: Path) -> None:
     overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[72,80]", "backend.dtype=bfloat16"]
     on = Bench.open(compose.validate(compose.compose(overrides)))
     (cell,) = on.setup.scenario.cells(on)
-    rows = {row.arm: row for row in on.setup.scenario.measure(on, cell) if row.context_tokens == 72}
+    rows = {row.arm: row.payload for row in on.setup.scenario.measure(on, cell) if row.context_tokens == 72}
     assert rows["disk_int8"].kv_bytes > rows["ram"].kv_bytes > rows["disk_int4"].kv_bytes
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from experiments.reporting import plots
+from experiments.results import Row, ttft_of
 from experiments.results.run_dir import read_rows
 from experiments.sinks import wandb
 from experiments.sinks.jsonl import JSONL
@@ -55,6 +56,10 @@ def read_back(run_dir: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+
+def kv_ttft_s(rows: list[Row]) -> list[float | None]:
+    return [figures.kv_ttft_s if (figures := ttft_of(row)) else None for row in rows]
 
 
 def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -100,13 +105,13 @@ def test_wandb_offline_run_holds_what_rows_jsonl_holds(tmp_path: Path, no_accoun
     for row, item in zip(rows, scalars, strict=True):
         logged = {name: value for name, value in item.items() if not name.startswith("_")}
         assert logged == {"cell": item["cell"], **metrics(row)}
-        assert (row.kv_ttft_s is None) == ("kv_ttft_s" not in item)
+        assert (row.payload is None) == ("kv_ttft_s" not in item)
 
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     (table_file,) = (folder / "files" / "media" / "table").iterdir()
     table = json.loads(table_file.read_text())
     assert [line[table["columns"].index("error")] for line in table["data"]] == [row.error for row in rows]
-    assert [line[table["columns"].index("kv_ttft_s")] for line in table["data"]] == [row.kv_ttft_s for row in rows]
+    assert [line[table["columns"].index("kv_ttft_s")] for line in table["data"]] == kv_ttft_s(rows)
 
     shown = {name.split(".")[0] for item in history(records) for name in item if name.startswith("plots/")}
     assert shown == {f"plots/{path.stem}" for path in written if path.suffix == ".png"} != set()
@@ -124,9 +129,8 @@ def test_a_killed_runs_rows_are_sent_afterwards(tmp_path: Path) -> None:
     log_run(run_dir)
     records = read_back(run_dir)
     assert [record["run"]["project"] for record in records if record["type"] == "run"] == ["mine"]
-    assert [item["kv_ttft_s"] for item in history(records) if "kv_ttft_s" in item] == [
-        row.kv_ttft_s for row in ROWS if row.kv_ttft_s is not None
-    ]
+    logged = [item["kv_ttft_s"] for item in history(records) if "kv_ttft_s" in item]
+    assert logged == [time for time in kv_ttft_s(ROWS) if time is not None]
 
 
 @pytest.mark.parametrize(

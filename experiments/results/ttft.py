@@ -1,0 +1,90 @@
+"""Figures that several scenarios share: the two answers of a cell, and the TTFT of a memory against its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from experiments.results.row import Payload, Row, TimedPrefill
+
+Interval = tuple[float, float]
+
+
+class ArmTimes(NamedTuple):
+    """Engine TTFT of one arm in seconds: its median, every sample, and the hardware's limit."""
+
+    ttft_s: float
+    samples_s: Sequence[float]
+    limit_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPayload(Payload):
+    """What was asked, and what each arm answered."""
+
+    question: str | None = None
+    truth: str | None = None
+    """The fact that a correct answer states, if the workload knows one."""
+    answers: dict[str, str] = field(default_factory=dict)
+    """The greedy answers by arm: "injected" and "direct"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTFTPayload(AnswerPayload):
+    """An arm that reuses a memory (`kv_…`), against the whole prompt computed from its text (`direct_…`).
+
+    Engine TTFT (`kv_ttft_s`, `direct_ttft_s`) runs from token ids ready to the first token id on the host; user TTFT
+    runs from text to the same point. Both are medians over the row's interleaved pairs.
+    """
+
+    build_s: float
+    kv_bytes: int
+    fetch_s: float | None = None
+    """Getting one memory's cache; None if several are merged."""
+    merge_s: float | None = None
+    kv_ttft_s: float
+    direct_ttft_s: float
+    kv_user_ttft_s: float
+    direct_user_ttft_s: float
+    speedup_pct: float
+    """100 × (1 − injected / direct), engine TTFT."""
+    speedup_interval: Interval | None = None
+    """95% bootstrap interval of `speedup_pct` over the pairs."""
+    break_even_queries: float | None = None
+    """Queries after which the build has paid for itself: build_s over the user TTFT saved; None: never."""
+    cached_tokens: int
+    limit_s: float | None = None
+    """The roofline's least time for the injected arm."""
+    direct_limit_s: float | None = None
+    mfu: float | None = None
+    """Model FLOPs utilisation of the injected arm: FLOP / (kv_ttft_s × the calibrated rate)."""
+    measured_times: int | None = None
+    """How often all rounds were run: twice if an arm was disturbed the first time."""
+    spread: dict[str, float] = field(default_factory=dict)
+    """Interquartile range over median, by arm."""
+    kv_ttft_all_s: list[float] = field(default_factory=list)
+    direct_ttft_all_s: list[float] = field(default_factory=list)
+    kv_ttft_p90_s: float | None = None
+    direct_ttft_p90_s: float | None = None
+
+    @property
+    def kv_arm(self) -> ArmTimes:
+        return ArmTimes(self.kv_ttft_s, self.kv_ttft_all_s, self.limit_s)
+
+    @property
+    def direct_arm(self) -> ArmTimes:
+        return ArmTimes(self.direct_ttft_s, self.direct_ttft_all_s, self.direct_limit_s)
+
+    def prefills(self, row: Row) -> list[TimedPrefill]:
+        total = row.context_tokens + row.query_tokens
+        moved_bytes = float(self.kv_bytes) if row.arm == "injected" and row.tier == "cpu" else 0.0
+        return [
+            TimedPrefill(row.arm, total - self.cached_tokens, self.cached_tokens, moved_bytes, self.kv_ttft_s),
+            TimedPrefill("direct", total, 0, 0.0, self.direct_ttft_s),
+        ]
+
+
+def ttft_of(row: Row) -> TTFTPayload | None:
+    """The TTFT figures of a row; None if it failed, or its scenario measures something else."""
+    return row.payload if isinstance(row.payload, TTFTPayload) else None
