@@ -47,6 +47,10 @@ class FingerprintError(KVMemError, ValueError):
     """A cache was built by another model, tokenizer or template than the one in use."""
 
 
+class ModelChangedError(FingerprintError):
+    """An open model was changed: its weights or adapters are not those that stored memories were built with."""
+
+
 class MergeError(KVMemError, ValueError):
     """A merge strategy does not support these items or this model."""
 

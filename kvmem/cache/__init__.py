@@ -22,6 +22,7 @@ from kvmem.cache.items import (
     TextualSource,
 )
 from kvmem.cache.layers import KV
+from kvmem.cache.model_state import ModelWatch
 
 __all__ = [
     "KV",
@@ -31,6 +32,7 @@ __all__ = [
     "MemoryTokens",
     "Message",
     "ModelFingerprint",
+    "ModelWatch",
     "Source",
     "TextualMemoryItem",
     "TextualSource",

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvmem.cache.model_state import adapters_of, computed_tensors, tensors_within, underlying
 
 SAMPLES_PER_TENSOR = 8
 """How many values of each weight tensor are hashed."""
@@ -89,20 +92,21 @@ def sha256(*parts: str | bytes) -> str:
     return digest.hexdigest()[:32]
 
 
-def hash_weights(model: PreTrainedModel) -> str:
-    """Hash of every parameter's name, shape, dtype and `SAMPLES_PER_TENSOR` evenly spaced values.
+def hash_weights(model: nn.Module) -> str:
+    """Hash of what the next forward pass computes with: name, shape, dtype and `SAMPLES_PER_TENSOR` evenly spread
+    values of every parameter, persistent buffer and packed weight, those of adapters only where they have an effect.
 
     A tensor-parallel model has the hash of the whole model; every rank must call this.
     """
-    names, samples = _parameter_signatures(model), []
-    for _, tensor in sorted(model.named_parameters(remove_duplicate=False)):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        flat = whole.detach().reshape(-1)
-        at = torch.linspace(0, flat.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
-        samples.append(flat[at.to(flat.device)].float())
-    same_device = [sample.cpu() for sample in samples] if len({s.device for s in samples}) > 1 else samples
-    values = torch.cat(same_device).cpu()  # one transfer instead of one for each tensor
-    return sha256(*names, values.numpy().tobytes())
+    parameters, others = computed_tensors(model)
+    samples = [_sample(_whole(tensor)).float() for _, tensor in sorted(parameters.items())]
+    by_device = [sample.cpu() for sample in samples] if len({s.device for s in samples}) > 1 else samples
+    values = torch.cat(by_device).cpu()  # one transfer, not one for each tensor
+    parts: list[str | bytes] = [*_parameter_signatures(parameters), values.numpy().tobytes()]
+    for name, value in sorted(others.items()):
+        for part in tensors_within(value):
+            parts += [f"{name}:{tuple(part.shape)}:{part.dtype}", _bytes(_sample(_whole(part)))]
+    return sha256(*parts)
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -113,9 +117,24 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {"tokenizer": sha256(tokens), "template": sha256(tokenizer.chat_template or "")}
 
 
-def _parameter_signatures(model: PreTrainedModel) -> list[str]:
-    parameters = sorted(model.named_parameters(remove_duplicate=False))
-    return [f"{name}:{tuple(tensor.shape)}:{tensor.dtype}" for name, tensor in parameters]
+def _parameter_signatures(parameters: Mapping[str, torch.Tensor]) -> list[str]:
+    return [f"{name}:{tuple(tensor.shape)}:{tensor.dtype}" for name, tensor in sorted(parameters.items())]
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.reshape(-1)
+    if not flat.numel():
+        return flat
+    at = torch.linspace(0, flat.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
+    return flat[at.to(flat.device)]
+
+
+def _bytes(sample: torch.Tensor) -> bytes:
+    return sample.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 # Config fields that have no effect on the computed keys and values.
@@ -136,7 +155,7 @@ def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, o
     fields = {k: v for k, v in config.to_dict().items() if k not in _IRRELEVANT_FIELDS}
     heads = config.num_attention_heads
     return ModelFingerprint(
-        architecture=type(model).__name__,
+        architecture=type(underlying(model)).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -144,8 +163,12 @@ def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, o
         rope=json.loads(json.dumps(getattr(config, "rope_parameters", None) or {}, default=str)),
         config=sha256(json.dumps(fields, sort_keys=True, default=str)),
         # On the meta device there are no weights: an engine creates them itself, and `origin` says how.
-        weights=sha256(*_parameter_signatures(model), origin) if model.device.type == "meta" else hash_weights(model),
-        adapters=tuple(model.active_adapters()) if model._hf_peft_config_loaded else (),
+        weights=(
+            sha256(*_parameter_signatures(dict(model.named_parameters(remove_duplicate=False))), origin)
+            if model.device.type == "meta"
+            else hash_weights(model)
+        ),
+        adapters=adapters_of(model),
         **hash_tokenizer(tokenizer),
         origin=origin,
     )

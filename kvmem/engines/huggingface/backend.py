@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,11 +23,11 @@ from kvmem.cache import (
     TextualMemoryItem,
     TextualSource,
     dynamic_cache,
-    fingerprint_of,
 )
 from kvmem.engines.base import BetweenLayers, FirstToken, GreedyAnswer, MeasuredBackend, check_view
 from kvmem.engines.generation import Generation, Sampler, Sampling, Token, as_text, check_asked, told_of
 from kvmem.engines.huggingface.config import DTYPES, HFConfig
+from kvmem.engines.huggingface.model_guard import ModelGuard
 from kvmem.errors import PromptError
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.models import decode_one_token, loading, prefill
@@ -47,7 +48,8 @@ class HFBackend(MeasuredBackend):
         self.model = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template)
-        self.fingerprint = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
+        self.guard = ModelGuard(loaded.model, loaded.tokenizer, loaded.origin)
+        self.fingerprint = self.guard.fingerprint
         self.model_config = loaded.model.config
         self.device = self.compute_device = loaded.model.device
         self.dtype = loaded.model.dtype
@@ -91,6 +93,7 @@ class HFBackend(MeasuredBackend):
         between_layers: BetweenLayers | None = None,
     ) -> KVCacheItem:
         """As `build`, for tokens that are already known, such as those of several texts joined."""
+        self.guard.check()
         self._check_length(len(tokens.token_ids))
         started = time.perf_counter()
         cache = self._prefilled(tokens.token_ids, base, between_layers)
@@ -111,6 +114,7 @@ class HFBackend(MeasuredBackend):
         )
 
     def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
+        self.guard.check()
         for item in items:
             self.check(item)
         if len(items) == 1:
@@ -130,6 +134,7 @@ class HFBackend(MeasuredBackend):
 
         Raises ArgumentError for what is no lent cache, and FingerprintError for one of another model.
         """
+        self.guard.check()
         if kv_cache is not None:
             check_view(kv_cache, self.fingerprint, self.shards)
         prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
@@ -140,6 +145,18 @@ class HFBackend(MeasuredBackend):
         if not dynamic_cache.can_crop(kv_cache, held):
             held = 0
         return TokenizedPrompt(prompt.ids[:held], prompt.ids[held:])
+
+    def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
+        self.guard.verify()  # a write that the cheap check does not see must not outlive this process in a file
+        super().write(path, items)
+
+    def read(self, path: Path) -> list[KVCacheItem]:
+        self.guard.verify()
+        return super().read(path)
+
+    def adopt_model(self) -> None:
+        """Goes on with a model that was changed on purpose. Memories that were built before are refused then."""
+        self.fingerprint = self.guard.adopt()
 
     def prefill(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> tuple[torch.Tensor, Any]:
         """The last token's logits, (vocab,), and what decoding grows: here the cache behind them. Only
