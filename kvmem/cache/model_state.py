@@ -122,7 +122,8 @@ class ModelWatch:
         self._holders = [holder for _, holder, _, _ in holders]
         self._keys = [key for *_, key, _ in holders]
         self._held = [value for *_, value in holders]
-        self._counts = [(holder, len(holder)) for holder in {id(h): h for h in self._holders}.values()]
+        self._dicts = list({id(holder): holder for holder in self._holders}.values())
+        self._lengths = list(map(len, self._dicts))
         self._tensors = [value for value in self._held if isinstance(value, torch.Tensor) and not value.is_inference()]
         self._tensor_names = [
             name
@@ -150,7 +151,7 @@ class ModelWatch:
             addresses = map(torch.Tensor.data_ptr, self._tensors)
             at = [a == b for a, b in zip(addresses, self._addresses, strict=True)].index(False)
             return f"{self._tensor_names[at]} was given other memory"
-        if any(len(holder) != count for holder, count in self._counts):
+        if list(map(len, self._dicts)) != self._lengths:
             return "A module, parameter or buffer was added"
         for (name, layer), state in zip(self._tuners, self._tuner_states, strict=True):
             if _state(layer) != state:

@@ -40,8 +40,7 @@ class HFGraphConfig(GraphConfig, HFConfig):
 class HFGraphBackend(HFBackend):
     """`HFBackend` with another forward pass.
 
-    The weights are shared with the model, so changes in place are seen. Tensors assigned anew, or an adapter added
-    later, are not; and no backend's fingerprint sees any change. Open a changed model again.
+    The weights are shared with the model. A model that changed after opening is refused until `adopt_model`.
     """
 
     name: ClassVar[str] = HFGraphConfig.backend
@@ -57,6 +56,14 @@ class HFGraphBackend(HFBackend):
     @classmethod
     def open(cls, config: HFGraphConfig, template: TemplateKind = "chat") -> HFGraphBackend:  # type: ignore[override]
         return cls(cls.loaded(config), template, config)
+
+    def adopt_model(self) -> None:
+        """As the base engine's. Weights that were written in place stay shared; replaced ones are taken over.
+
+        Raises ModelError if the changed model is not covered, such as one with an adapter that is not merged.
+        """
+        self.engine = Engine(self.model, self.engine.knobs)
+        super().adopt_model()
 
     def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
         cache_view = super().view(items, merge, separator)
