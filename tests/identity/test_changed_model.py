@@ -1,4 +1,4 @@
-"""A model that changes under an open engine: old keys and values are not served for new weights, nor saved as theirs."""
+"""A model that changes under an open engine: old keys and values are not served for new weights, nor saved."""
 
 from __future__ import annotations
 
