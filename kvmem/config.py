@@ -1,7 +1,8 @@
-"""The configuration of a memory, in the published form."""
+"""The configuration of a memory, in the form that MemOS publishes."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pydantic
@@ -15,7 +16,7 @@ from kvmem.prompt import TemplateKind
 
 
 class ExtractorLLM(BaseModel):
-    """Which engine builds and injects the caches: its name, and its own keys (a dictionary, checked by the engine)."""
+    """Which engine builds and injects the caches: its name, and its own configuration, checked by the engine."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,10 +28,11 @@ class ExtractorLLM(BaseModel):
 
 
 class KVCacheMemoryConfig(BaseModel):
-    """`extractor_llm={"backend": "huggingface", "config": {"model_name_or_path": …}}`, and how memories are kept.
+    """The engine, as `extractor_llm={"backend": "huggingface", "config": {"model_name_or_path": …}}`, and the prompt.
 
-    merge: a strategy or its name. template: `chat` or `plain`. separator: what stands between merged memories.
-    Raises ConfigError for an unknown key (with the nearest known one) or a bad value.
+    memory_filename: its suffix picks the file format. merge: a strategy or its name. template: `chat` or `plain`.
+    separator: the text between merged memories. Raises ConfigError for an unknown key, naming the nearest known one,
+    and for a bad value.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -55,7 +57,8 @@ class KVCacheMemoryConfig(BaseModel):
             try:
                 llm.config = kind(**llm.config)
             except pydantic.ValidationError as error:
-                raise config_error("extractor_llm.config", error, kind.__dataclass_fields__) from None  # type: ignore[attr-defined]
+                known = {field.name for field in dataclasses.fields(kind)}
+                raise config_error("extractor_llm.config", error, known) from None
 
     @field_validator("merge", mode="before")
     @classmethod

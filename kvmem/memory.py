@@ -1,4 +1,4 @@
-"""KVCacheMemory: the eleven verbs. Each hands on to the room whose work it is."""
+"""KVCacheMemory and its eleven verbs. Each method delegates to the module responsible."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ AN_ID = "An item's id is its kv_cache_id."
 
 
 class KVCacheMemory:
-    """Text memories as KV caches: built once, kept by id, lent to every query.
+    """Text memories as KV caches: built once, stored by id, and injected into every query.
 
     Verbs: extract, add, get, get_by_ids, get_all, get_cache, delete, delete_all, dump, load, from_textual_memory.
     """
 
     def __init__(self, config: KVCacheMemoryConfig, backend: Backend | None = None) -> None:
-        """Loads the model that `config` names; `backend` shares one that is already loaded."""
+        """Loads the model that `config` names, unless `backend` is one that is already loaded."""
         check_kind("config", config, KVCacheMemoryConfig, way_out="Give KVCacheMemoryConfig(extractor_llm={...}).")
         check_kind("backend", backend, Backend, type(None), way_out="Leave it out to load the model that config names.")
         self.config = config
@@ -38,11 +38,12 @@ class KVCacheMemory:
     def extract(
         self, text: str | Sequence[Message] | list[str], base: KVCacheItem | None = None
     ) -> KVCacheItem | list[KVCacheItem]:
-        """Builds, and does not store: a string or chat turns -> one item; a list of strings -> a list of items.
+        """Builds without storing: one item from a string or chat turns, a list of items from a list of strings.
 
-        base: an item of earlier turns; `text` are the turns that follow it, and only those are prefilled.
-        Raises PromptError for an empty text, or one longer than the model's positions (with both lengths), and for what
-        is neither text nor turns; ArgumentError or FingerprintError for a base that is no item of this model.
+        base: an item of earlier turns. `text` is then the turns that follow them, and only those are prefilled.
+        Raises PromptError for an empty text, a text longer than the model's positions (naming both lengths), and
+        anything that is neither text nor turns; ArgumentError or FingerprintError if `base` is not an item of this
+        model.
         """
         check_kind("base", base, KVCacheItem, type(None), way_out="Give the item that extract made of earlier turns.")
         if isinstance(text, str):
@@ -71,7 +72,7 @@ class KVCacheMemory:
     def add(self, memories: KVCacheItem | Iterable[KVCacheItem]) -> None:
         """Stores one item or several, all or none.
 
-        Raises DuplicateMemoryError or FingerprintError, naming the id, and ArgumentError for what is no item.
+        Raises DuplicateMemoryError or FingerprintError, naming the id, and ArgumentError for anything but items.
         """
         items = [memories] if isinstance(memories, KVCacheItem) else _listed(memories)
         incoming: dict[str, KVCacheItem] = {}
@@ -86,28 +87,29 @@ class KVCacheMemory:
         self._items = self._items | incoming
 
     def get(self, memory_id: str) -> KVCacheItem | None:
-        """The stored item, or None. Raises ArgumentError for an id that is no text."""
+        """The stored item, or None. Raises ArgumentError if the id is not a string."""
         check_kind("The id that get takes", memory_id, str, way_out=AN_ID)
         return self._items.get(memory_id)
 
     def get_by_ids(self, memory_ids: Iterable[str]) -> list[KVCacheItem | None]:
-        """The stored items in the order of `memory_ids`, None where one is missing.
+        """The stored items in the order of `memory_ids`, with None for each that is missing.
 
-        Raises ArgumentError for anything but a list of texts; one text alone is `get`'s.
+        Raises ArgumentError for anything but a list of strings. For one id, use `get`.
         """
         if isinstance(memory_ids, str):
             raise ArgumentError(f"get_by_ids takes a list of ids, and got {memory_ids!r}. Use get, or give a list.")
         return [self._items.get(memory_id) for memory_id in _ids("get_by_ids", memory_ids)]
 
     def get_all(self) -> list[KVCacheItem]:
-        """All items, in the order of adding."""
+        """All items in the order in which they were added."""
         return list(self._items.values())
 
     def get_cache(self, cache_ids: str | Sequence[str]) -> Injectable:
-        """A lent cache for one id, or for several through the configured merge strategy, in the given order.
+        """A cache for one id, or for several in the given order through the configured merge strategy.
 
-        Always a fresh shell that shares the stored tensors: however it is used, the stored items stay bit-identical.
-        Raises UnknownMemoryError for no id, or one that is not stored; ArgumentError for what is no id.
+        A cache view if the engine computes in this process, a file handle if it injects files. A cache view is a new
+        copy-on-write view of the stored tensors: whatever it is used for, the stored items stay bit-identical. Raises
+        UnknownMemoryError for no id or an id that is not stored, and ArgumentError for anything but ids.
         """
         ids = _ids("get_cache", cache_ids)
         if not ids:
@@ -116,12 +118,12 @@ class KVCacheMemory:
         if missing:
             names = ", ".join(memory_id or "''" for memory_id in missing)
             stored = f"Stored: {len(self._items)} items, see get_all()."
-            raise UnknownMemoryError(" ".join([f"Not stored: {names}. {stored}", *self._of_texts(missing)]))
+            raise UnknownMemoryError(" ".join([f"Not stored: {names}. {stored}", *self._text_id_hints(missing)]))
         items = [with_ids_from_text(self._items[memory_id], self.backend.template) for memory_id in ids]
         return self.backend.view(items, self.config.merge, self.config.separator)
 
-    def _of_texts(self, missing: Sequence[str]) -> list[str]:
-        """Sentences on ids that are a text memory's, which its item does not share: an edited text may have several."""
+    def _text_id_hints(self, missing: Sequence[str]) -> list[str]:
+        """A sentence for each missing id that is a text memory's. Its items have other ids, one for each build."""
         return [
             f"{source.id} is a text memory's id, and its item is {item.kv_cache_id}."
             for item in self._items.values()
@@ -129,21 +131,21 @@ class KVCacheMemory:
         ]
 
     def delete(self, memory_ids: str | Iterable[str]) -> int:
-        """Removes the items of these ids, where they are; how many went. Raises ArgumentError for what is no id."""
+        """Removes the items with these ids. Returns how many there were. Raises ArgumentError for anything but ids."""
         ids = set(_ids("delete", memory_ids))
         kept = {memory_id: item for memory_id, item in self._items.items() if memory_id not in ids}
-        gone = len(self._items) - len(kept)
+        removed = len(self._items) - len(kept)
         self._items = kept
-        return gone
+        return removed
 
     def delete_all(self) -> int:
-        """Removes every item; how many went."""
+        """Removes all items. Returns how many there were."""
         return self.delete(list(self._items))
 
     def dump(self, dir: str | Path) -> Path:
-        """Writes all items to `<dir>/<memory_filename>`, beside and renamed; the folder is made. Returns the path.
+        """Writes all items atomically to `<dir>/<memory_filename>`. Creates the folder. Returns the path.
 
-        Raises StorageError where it can't be written; what was there before is then as it was.
+        Raises StorageError if it can't be written; an earlier file is then unchanged.
         """
         path = _folder(dir) / self.config.memory_filename
         try:
@@ -154,16 +156,16 @@ class KVCacheMemory:
         return path
 
     def load(self, dir: str | Path) -> int:
-        """Replaces what the memory holds by the items of `<dir>/<memory_filename>`, all or none; how many came.
+        """Replaces all items by those of `<dir>/<memory_filename>`. Returns how many there are.
 
-        Raises StorageError or FingerprintError with the reason; the memory in place is then as it was.
+        Raises StorageError or FingerprintError with the reason; the memory is then unchanged.
         """
         items = self.backend.read(_folder(dir) / self.config.memory_filename)
         self._items = {item.kv_cache_id: item for item in items}
         return len(items)
 
     def from_textual_memory(self, mem: TextualMemoryItem) -> KVCacheItem:
-        """A new item, not stored, that keeps the text memory's id and metadata as its source. Raises as `extract`."""
+        """Builds an item that keeps the text memory's id and metadata as its source. Does not store it. Raises as `extract`."""
         check_kind("A text memory", mem, TextualMemoryItem, way_out="Give TextualMemoryItem(memory=text).")
         return self.backend.build(mem.memory, textual_memory=mem)
 
@@ -181,12 +183,12 @@ def _checked_turn(entry: object) -> Message:
 
 
 def _listed(given: object) -> list[Any]:
-    """One thing or several, as a list; what can't be gone through, and a text, are one."""
+    """One object or several, as a list. A string, and whatever is not iterable, is one object."""
     return [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
 
 
 def _ids(verb: str, given: object) -> list[str]:
-    """One id or several, as a list; ArgumentError for what is no id."""
+    """One id or several, as a list. Raises ArgumentError for anything but ids."""
     ids = _listed(given)
     for id_ in ids:
         check_kind(f"An id that {verb} takes", id_, str, way_out=AN_ID)
@@ -195,6 +197,6 @@ def _ids(verb: str, given: object) -> list[str]:
 
 def _folder(given: str | Path) -> Path:
     check_kind("A folder", given, str, PathLike, way_out="Give its path.")
-    if "\0" in str(given):  # which no file system takes, and Python raises its own error for
+    if "\0" in str(given):  # no file system accepts it, and Python raises its own error
         raise StorageError(f"The path {given!r} has a null character in it. Give another folder.")
     return Path(given)

@@ -34,7 +34,7 @@ def backend(request, qwen3, graph):
 def test_a_cache_of_another_architecture_is_refused(stored, backend, tiny, family_name):
     cache = view_by(tiny(family_name), OTHER)
     for answer in (backend.generate, backend.stream, backend.split):
-        with pytest.raises(FingerprintError, match="lent by another model: architecture: Qwen3ForCausalLM here"):
+        with pytest.raises(FingerprintError, match="comes from another model: architecture: Qwen3ForCausalLM here"):
             answer("Why?", cache)
 
 
@@ -47,7 +47,7 @@ def test_a_cache_of_another_shape_that_does_not_say_whose_it_is_is_refused(store
 
 
 def test_a_cache_of_other_weights_of_the_same_shape_is_refused(stored, backend):
-    with pytest.raises(FingerprintError, match="lent by another model: weights"):
+    with pytest.raises(FingerprintError, match="comes from another model: weights"):
         backend.generate("Why?", view_by(HFBackend(loaded("tiny", seed=1)), OTHER))
 
 
@@ -86,7 +86,7 @@ def test_what_is_no_view_cache(stored, backend, what):
         "a file": FileHandle(item.metadata.tokens, None),
     }[what]
     for answer in (backend.generate, backend.stream):
-        with pytest.raises(ArgumentError, match=r"A lent cache has to be CacheView, not .*get_cache"):
+        with pytest.raises(ArgumentError, match=r"A cache has to be CacheView, not .*get_cache"):
             answer("Why?", given)
 
 

@@ -1,4 +1,4 @@
-"""One engine, one file. A backend builds items from tet, and answers queries behind a lent cache."""
+"""The interface of an engine, which builds items from text and answers queries with them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BetweenLayers = Callable[[], None]
 
 
 class StoredFile:
-    """A file that goes with the last one who holds this; what is mapped from it stays readable."""
+    """A file that is deleted with the last reference to this object. What is mapped from it stays readable."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,11 +46,11 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class FileHandle:
-    """What `get_cache` gives where the engine holds the KV: which tokens, and the file that they are injected from.
+    """What `get_cache` returns if the engine holds the KV: the tokens, and the file from which they are injected.
 
-    file None: an exact merge, which the engine prefills as a prefix of the prompt and then finds in its own cache.
-    salt: not None keeps the engine's blocks apart from those of the same ids, because this KV is not what a prefill of
-    the ids gives (an inexact merge, a cache of unknown origin).
+    file: None for an exact merge. The engine prefills it as a prefix of the prompt and then finds it in its own cache.
+    salt: if not None, it separates the engine's blocks from blocks of the same ids, because this KV is not what a
+    prefill of the ids gives (an inexact merge, or a cache of unknown origin).
     """
 
     tokens: MemoryTokens
@@ -63,14 +63,14 @@ Injectable = CacheView | FileHandle
 
 
 class BackendConfig:
-    """The base of what configures an engine: a pydantic dataclass whose fields are its knobs."""
+    """Base of an engine's configuration: a pydantic dataclass whose fields are its settings."""
 
     backend: ClassVar[str]
     """The engine's name."""
 
 
 class Backend(ABC):
-    """What `KVCacheMemory` asks of an engine."""
+    """What `KVCacheMemory` needs from an engine."""
 
     name: ClassVar[str]
     config_class: ClassVar[type]
@@ -81,7 +81,7 @@ class Backend(ABC):
     model_config: PreTrainedConfig
     device: torch.device
     shards: int = 1
-    """Processes that share each item's heads."""
+    """Processes among which the heads of each item are split."""
 
     @classmethod
     @abstractmethod
@@ -126,15 +126,18 @@ class Backend(ABC):
 
     @abstractmethod
     def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> Injectable:
-        """What the engine injects for one item, or for several through `merge`; using it leaves them as they are."""
+        """What the engine injects for one item, or for several through `merge`. Its use does not change the items."""
 
     def check(self, item: KVCacheItem) -> None:
-        """Raises FingerprintError for another model's item: told by its fingerprint, else by its tensors' shape."""
-        theirs = item.metadata.fingerprint
-        if theirs is self.fingerprint:
+        """Raises FingerprintError for an item of another model.
+
+        Compares fingerprints or, if the item has none, the shapes of its tensors.
+        """
+        built_by = item.metadata.fingerprint
+        if built_by is self.fingerprint:
             return
-        if theirs is not None:
-            difference = self.fingerprint.difference(theirs)
+        if built_by is not None:
+            difference = self.fingerprint.difference(built_by)
         else:
             difference = self.fingerprint.shape_difference(dynamic_cache.layers_of(item.kv_cache), self.shards)
         if difference:
@@ -143,11 +146,11 @@ class Backend(ABC):
             )
 
     def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
-        """One file of all items, in the format that its suffix picks; StorageError where it can't be written."""
+        """Writes all items to one file, in the format of its suffix. Raises StorageError if it can't be written."""
         storage.for_filename(path.name).dump(path, items)
 
     def read(self, path: Path) -> list[KVCacheItem]:
-        """All items of a file that this engine's model may use, else StorageError or FingerprintError."""
+        """Reads all items of a file. Raises StorageError, or FingerprintError for items of another model."""
         return storage.for_filename(path.name).load(path, self.fingerprint, self.model_config, self.device)
 
 
@@ -155,28 +158,29 @@ ENGINES = Registry(Backend, "kvmem.engines", "backend")
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The backend called `name`, or a ConfigError with the choices."""
+    """The backend called `name`. Raises ConfigError with the choices for an unknown name."""
     return ENGINES.find(name)
 
 
 def check_view(cache: CacheView, fingerprint: ModelFingerprint, shards: int = 1) -> None:
-    """Raises ArgumentError for what is no lent cache, FingerprintError for one of another model than `fingerprint`'s.
+    """Raises ArgumentError for anything but a cache view, and FingerprintError for one of another model.
 
-    A cache that does not say whose it is is told by its tensors' shape; `shards` processes share its heads.
+    Compares fingerprints or, if the cache has none, the shapes of its tensors, whose heads are split among `shards`
+    processes.
     """
-    check_kind("A lent cache", cache, CacheView, way_out="KVCacheMemory.get_cache lends one for ids.")
-    theirs = cache.fingerprint
-    if theirs is fingerprint:
+    check_kind("A cache", cache, CacheView, way_out="KVCacheMemory.get_cache returns one for ids.")
+    built_by = cache.fingerprint
+    if built_by is fingerprint:
         return
-    if theirs is not None:
-        difference = fingerprint.difference(theirs)
+    if built_by is not None:
+        difference = fingerprint.difference(built_by)
     elif cache.get_seq_length():
         difference = fingerprint.shape_difference(dynamic_cache.layers_of(cache), shards)
-    else:  # nothing is held yet: all of the prompt is computed
+    else:  # it holds nothing, so the whole prompt is computed
         return
     if difference:
         raise FingerprintError(
-            f"This cache was lent by another model: {difference}. Answer with that model's backend, or extract the "
+            f"This cache comes from another model: {difference}. Answer with that model's backend, or extract the "
             "memory again with this one."
         )
 
@@ -185,7 +189,7 @@ def check_view(cache: CacheView, fingerprint: ModelFingerprint, shards: int = 1)
 class FirstToken:
     """One greedy token, and the engine's own count of prompt tokens that it did not compute for it.
 
-    `local_tokens` came from the engine's prefix cache, the others from the memory.
+    `local_tokens` of them came from the engine's prefix cache, the others from the memory.
     """
 
     id: int
@@ -195,10 +199,10 @@ class FirstToken:
 
 @dataclass(frozen=True, eq=False)
 class GreedyAnswer:
-    """Greedy tokens past any end token, and the logits, (steps, vocab), that gave each.
+    """Greedy tokens, also beyond an end token, and the logits that gave each, (steps, vocab).
 
-    Where an engine tells its largest log-probabilities only, `complete` is False and all others are -inf: differences
-    between two tokens are the logits', equality to the bit can't be told.
+    If the engine reports only its largest log-probabilities, `complete` is False and the others are -inf. Differences
+    between two tokens are then those of the logits, but bitwise equality can't be checked.
     """
 
     token_ids: tuple[int, ...]
@@ -212,7 +216,7 @@ class MeasuredBackend(Backend):
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     compute_device: torch.device
-    """Where it computes; `device` is where items lie."""
+    """Where it computes; `device` is where items are."""
     ranks: int = 1
     """GPUs that share the work."""
     prefix_block_tokens: int | None = None
@@ -222,19 +226,19 @@ class MeasuredBackend(Backend):
 
     @abstractmethod
     def split(self, query: Query, kv_cache: Any = None) -> TokenizedPrompt:
-        """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it is too long."""
+        """The prompt of `query`, split after what `kv_cache` holds of it. Raises PromptError if it is too long."""
 
     @abstractmethod
     def first_token(self, prompt: TokenizedPrompt, kv_cache: Any = None) -> FirstToken:
-        """The first greedy token, on the host. With a cache, only what it does not hold is computed."""
+        """The first greedy token, on the host. With a cache, only the tokens that it does not hold are computed."""
 
     @abstractmethod
     def greedy(self, prompt: TokenizedPrompt, kv_cache: Any, steps: int) -> GreedyAnswer:
         """`steps` greedy tokens, with the logits that gave each."""
 
     def held_tokens(self, prompt: TokenizedPrompt, kv_cache: Any) -> int:
-        """How many of the prompt's tokens an answer behind `kv_cache` must not compute: exactly so many, or no hit."""
+        """How many prompt tokens a hit with `kv_cache` spares: exactly this many, or it was not a hit."""
         return len(prompt.memory_ids)
 
     def reset(self) -> None:
-        """Empties what the engine keeps of earlier prompts by itself; this one keeps nothing."""
+        """Empties what the engine caches of earlier prompts by itself. By default it caches nothing."""

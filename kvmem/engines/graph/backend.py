@@ -16,11 +16,11 @@ from transformers import DynamicCache
 
 from kvmem.cache import CacheView, KVCacheItem, dynamic_cache
 from kvmem.engines.base import BetweenLayers, FirstToken
-from kvmem.engines.generation import Generation, Sampler, Sampling, check_asked, told_of
+from kvmem.engines.generation import Generation, Sampler, Sampling, check_generation
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.engines.graph.engine import Engine, RunningSequence
 from kvmem.engines.graph.shared_prefix_batch import SharedPrefixBatch
-from kvmem.engines.huggingface import HFBackend, HFConfig, held_by
+from kvmem.engines.huggingface import HFBackend, HFConfig, held_by, origin_of
 from kvmem.errors import check_kind
 from kvmem.merge import MergeStrategy
 from kvmem.models import loading
@@ -93,7 +93,7 @@ class HFGraphBackend(HFBackend):
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
-        check_asked(max_new_tokens, sampling)
+        check_generation(max_new_tokens, sampling)
         if sampling and sampling.temperature > 0:
             return super().generate(query, kv_cache, max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
@@ -101,7 +101,7 @@ class HFGraphBackend(HFBackend):
         first = int(logits_V.argmax())
         ends = self.end_tokens
         ids = () if first in ends else (first, *self.engine.greedy(answer, first, max_new_tokens - 1, ends))
-        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), **told_of(prompt, kv_cache))
+        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), *origin_of(prompt, kv_cache))
 
     def answer_batch(
         self,
@@ -111,7 +111,7 @@ class HFGraphBackend(HFBackend):
         sampling: Sampling | None = None,
     ) -> list[Generation]:
         """An answer to each query behind the same memory, as `generate` gives it; the memory lies in place once."""
-        check_asked(max_new_tokens, sampling)
+        check_generation(max_new_tokens, sampling)
         check_kind("queries", queries, list, tuple, way_out="For one query, use generate.")
         if not queries:
             return []
@@ -134,7 +134,7 @@ class HFGraphBackend(HFBackend):
                 break
             logits_BV = branches.extend([(token,) for token in tokens])
         return [
-            Generation(self._text(answer), tuple(answer), len(prompt.ids), held, **told_of(prompt, kv_cache))
+            Generation(self._text(answer), tuple(answer), len(prompt.ids), held, *origin_of(prompt, kv_cache))
             for answer, prompt in zip(answers, prompts, strict=True)
         ]
 

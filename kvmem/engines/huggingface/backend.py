@@ -1,4 +1,4 @@
-"""Hugging Face transformers: items are DynamicCaches, built and injected in this process."""
+"""The Hugging Face transformers engine: items are DynamicCaches, built and injected in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kvmem.cache import (
     dynamic_cache,
 )
 from kvmem.engines.base import BetweenLayers, FirstToken, GreedyAnswer, MeasuredBackend, check_view
-from kvmem.engines.generation import Generation, Sampler, Sampling, Token, as_text, check_asked, told_of
+from kvmem.engines.generation import Generation, Sampler, Sampling, Token, as_text, check_generation
 from kvmem.engines.huggingface.config import DTYPES, HFConfig
 from kvmem.engines.huggingface.model_guard import ModelGuard
 from kvmem.errors import PromptError
@@ -64,7 +64,7 @@ class HFBackend(MeasuredBackend):
 
     @staticmethod
     def loaded(config: HFConfig) -> loading.Loaded:
-        """The model and tokenizer that `config` names."""
+        """Loads the model and the tokenizer that `config` names."""
         available = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(available if config.device == "auto" else config.device)
         return loading.load(
@@ -125,14 +125,16 @@ class HFBackend(MeasuredBackend):
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids))
-        marks = [] if merge.exact else sorted({item.metadata.lossy for item in items} - {""})  # exact: computed anew
+        # An exact merge computes all tokens again, so nothing of a quantized item is left.
+        lossy = [] if merge.exact else sorted({item.metadata.lossy for item in items} - {""})
         merged = merge.merge(items, separator_ids, self.model)
-        return dynamic_cache.view_of(merged, tokens, self.model_config, ", ".join(marks), self.fingerprint)
+        return dynamic_cache.view_of(merged, tokens, self.model_config, ", ".join(lossy), self.fingerprint)
 
     def split(self, query: Query, kv_cache: CacheView | None = None) -> TokenizedPrompt:
-        """The prompt of `query`, split at what `kv_cache` holds of it; PromptError if it exceeds the positions.
+        """The prompt of `query`, split after what `kv_cache` holds of it.
 
-        Raises ArgumentError for what is no lent cache, and FingerprintError for one of another model.
+        Raises PromptError if the prompt exceeds the model's positions, ArgumentError if `kv_cache` is not a cache view,
+        and FingerprintError if it comes from another model.
         """
         self.guard.check()
         if kv_cache is not None:
@@ -159,9 +161,11 @@ class HFBackend(MeasuredBackend):
         self.fingerprint = self.guard.adopt()
 
     def prefill(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> tuple[torch.Tensor, Any]:
-        """The last token's logits, (vocab,), and what decoding grows: here the cache behind them. Only
-        `prompt.query_ids` are computed where `kv_cache` holds `prompt.memory_ids`; without a cache, or where it can't
-        be cropped to them, all are."""
+        """The last token's logits, (vocab,), and the state that decoding extends: here a cache of the whole prompt.
+
+        If `kv_cache` holds `prompt.memory_ids`, only `prompt.query_ids` are computed. Without a cache, or if it can't
+        be cropped to them, all are.
+        """
         cache: DynamicCache | None = kv_cache
         if cache is None or not dynamic_cache.crop(cache, len(prompt.memory_ids)):
             cache = DynamicCache(config=self.model_config)
@@ -181,13 +185,13 @@ class HFBackend(MeasuredBackend):
             logits.append(logits_V.float().cpu())
         return GreedyAnswer(tuple(token_ids), torch.stack(logits))
 
-    def extend(self, token_ids: Sequence[int], grown: Any) -> torch.Tensor:
-        """The logits, (vocab,), that follow `token_ids` behind what `prefill` gave, which grows by them."""
-        return prefill(self.model, token_ids, grown)
+    def extend(self, token_ids: Sequence[int], state: Any) -> torch.Tensor:
+        """Appends `token_ids` to the state that `prefill` returned. Returns the logits after them, (vocab,)."""
+        return prefill(self.model, token_ids, state)
 
-    def decode_one_token(self, token_id: int, grown: Any) -> torch.Tensor:
-        """The logits, (vocab,), that follow `token_id` behind what `prefill` gave, which grows by it."""
-        return decode_one_token(self.model, token_id, grown)
+    def decode_one_token(self, token_id: int, state: Any) -> torch.Tensor:
+        """Appends `token_id` to the state that `prefill` returned. Returns the logits after it, (vocab,)."""
+        return decode_one_token(self.model, token_id, state)
 
     def generate(
         self,
@@ -196,14 +200,14 @@ class HFBackend(MeasuredBackend):
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Generation:
-        """An answer to `query` (text or chat turns) behind a lent cache, or behind nothing.
+        """Answers `query` (text or chat turns), with the memory in `kv_cache` or without one.
 
         Raises PromptError, FingerprintError, ConfigError or ArgumentError before anything is computed.
         """
-        check_asked(max_new_tokens, sampling)
+        check_generation(max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
         ids = tuple(self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()))
-        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), **told_of(prompt, kv_cache))
+        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), *origin_of(prompt, kv_cache))
 
     def stream(
         self,
@@ -212,15 +216,15 @@ class HFBackend(MeasuredBackend):
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> Iterator[Token]:
-        """The same answer as `generate`, token by token as it is made; raises as it does, before the first one."""
-        check_asked(max_new_tokens, sampling)
+        """The same answer as `generate`, token by token. Raises as `generate`, before the first token."""
+        check_generation(max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
         tokens = self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling())
         return as_text(tokens, self._text, max_new_tokens)
 
     def _text(self, token_ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        assert isinstance(text, str)  # one answer in, one text out
+        assert isinstance(text, str)  # of one sequence, not of a batch
         return text
 
     def _decode(
@@ -301,8 +305,15 @@ class HFBackend(MeasuredBackend):
 
 
 def held_by(base: KVCacheItem, token_ids: tuple[int, ...]) -> int:
-    """How many of `token_ids` `base` holds from the start, the last one never: its logits are wanted."""
+    """How many of the first `token_ids` `base` holds. Never the last one, because its logits are needed."""
     return min(common_prefix(base.metadata.tokens.token_ids, token_ids), len(token_ids) - 1)
+
+
+def origin_of(prompt: TokenizedPrompt, kv_cache: CacheView | None) -> tuple[str, str]:
+    """The `note` and `lossy` of an answer with this cache."""
+    if kv_cache is None:
+        return "", ""
+    return kv_cache.note, kv_cache.lossy if prompt.memory_ids else ""
 
 
 def _textual_source(memory: TextualMemoryItem | None) -> TextualSource | None:

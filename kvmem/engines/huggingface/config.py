@@ -1,4 +1,4 @@
-"""What the backend `huggingface` can be told."""
+"""The configuration of the backend `huggingface`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class HFConfig(BackendConfig):
     model_name_or_path: str = loading.PACKAGED
     """A hub name, a local folder, `smollm2-135m`, or `random:<shape>`."""
     device: str = "auto"
-    """auto: the GPU if there is one."""
+    """auto: the GPU if there is one, else the CPU."""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: float32 on a CPU and bfloat16 on a GPU."""
     attn_implementation: str = "sdpa"
-    """transformers' name of the attention kernel: eager, sdpa, flash_attention_2, …"""
+    """transformers' name of the attention kernel, such as eager, sdpa or flash_attention_2."""
     tokenizer_name_or_path: str | None = None
-    """None: the model's own; for random weights the packaged model's."""
+    """None: the model's own, or for random weights the packaged model's."""
     seed: int = 0
     """Seed of random weights."""
 

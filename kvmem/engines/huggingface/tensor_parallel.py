@@ -1,7 +1,7 @@
 """Hugging Face transformers, tensor parallel: the processes that torchrun started are one engine.
 
-Each holds its share of the weights and, of every memory, the keys and values of its own KV heads. All of them make the
-same calls in the same order. A file holds all heads and does not know of ranks: it moves between any numbers of them.
+Each rank holds its share of the weights and, of every memory, the keys and values of its own KV heads. All ranks make
+the same calls in the same order. A file holds all heads, so any number of ranks can read it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ HEADS = 1
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
 class HFRanksConfig(HFConfig):
-    """The keys of `extractor_llm["config"]` for the backend `hf_ranks`: those of `huggingface`, but for `device`:
-    each rank takes its own GPU, or the CPU where there is none."""
+    """The keys of `extractor_llm["config"]` for the backend `hf_ranks`: those of `huggingface`, but `device` must be
+    auto. Each rank takes its own GPU, or the CPU if there is none."""
 
     backend: ClassVar[str] = "hf_ranks"
 
@@ -42,7 +42,7 @@ class HFRanksConfig(HFConfig):
 
 
 class HFRanksBackend(HFBackend):
-    """`HFBackend` on one of several ranks: its items hold kv_heads / ranks heads, and its files all of them."""
+    """`HFBackend` on one of several ranks. Its items hold kv_heads / ranks heads, its files hold all of them."""
 
     name: ClassVar[str] = HFRanksConfig.backend
     config_class: ClassVar[type] = HFRanksConfig
@@ -60,16 +60,16 @@ class HFRanksBackend(HFBackend):
 
     @staticmethod
     def loaded(config: HFConfig) -> loading.Loaded:
-        """This rank's share of the model; ConfigError without torchrun."""
+        """Loads this rank's share of the model. Raises ConfigError without torchrun."""
         if "LOCAL_RANK" not in os.environ:
             raise ConfigError(
                 "backend=hf_ranks is several processes, and this is one. Start it with torchrun --nproc-per-node N, "
                 "or use backend=huggingface."
             )
-        started, asked = int(os.environ["WORLD_SIZE"]), getattr(config, "tensor_parallel_size", 1)
-        if asked not in (1, started):
+        started, requested = int(os.environ["WORLD_SIZE"]), getattr(config, "tensor_parallel_size", 1)
+        if requested not in (1, started):
             raise ConfigError(
-                f"tensor_parallel_size={asked}, and torchrun started {started}. Start {asked}, or leave it 1."
+                f"tensor_parallel_size={requested}, and torchrun started {started}. Start {requested}, or leave it 1."
             )
         if config.device != "auto":
             raise ConfigError(f"device={config.device} is one device, and ranks have one each. Leave it auto.")
@@ -94,17 +94,17 @@ class HFRanksBackend(HFBackend):
         """As `HFBackend.build`, but raises ConfigError for `between_layers`: ranks would wait at different layers."""
         self.check_builds_in_one_step(between_layers)
         item = super().build(source, textual_memory, base)
-        whole = item.metadata.model_copy(update={"kv_bytes": self.ranks * item.metadata.kv_bytes})
-        kv_cache_id, metadata = self._agreed((item.kv_cache_id, whole))  # one id and one time for all ranks
+        metadata = item.metadata.model_copy(update={"kv_bytes": self.ranks * item.metadata.kv_bytes})
+        kv_cache_id, metadata = self._from_first((item.kv_cache_id, metadata))  # the same on all ranks
         return KVCacheItem(item.kv_cache, metadata, kv_cache_id)
 
     def measure_prefill(self, lengths: Sequence[int]) -> list[float]:
         """The first rank's seconds, on all ranks."""
-        seconds: list[float] = self._agreed(super().measure_prefill(lengths))
+        seconds: list[float] = self._from_first(super().measure_prefill(lengths))
         return seconds
 
     def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
-        """Every rank sends its heads to the first one, which writes. Returns, or raises, on all of them."""
+        """Each rank sends its heads to the first one, which writes. Returns, or raises, on all ranks."""
         whole = [self._with(item, [self._gathered(pair) for pair in _layers(item)]) for item in items]
         failed: KVMemError | OSError | None = None
         if self.rank == 0:
@@ -115,8 +115,10 @@ class HFRanksBackend(HFBackend):
         self._raise_any(failed)
 
     def read(self, path: Path) -> list[KVCacheItem]:
-        """Every rank maps the file, checks all of it, and keeps its own heads. Returns, or raises, on all of them: on
-        another node the file may be missing."""
+        """Each rank maps the file, checks all of it, and keeps its own heads.
+
+        Returns, or raises, on all ranks: the file may be missing on another node.
+        """
         items: list[KVCacheItem] = []
         failed: KVMemError | OSError | None = None
         try:
@@ -127,7 +129,7 @@ class HFRanksBackend(HFBackend):
         return [self._with(item, [self._own(pair) for pair in _layers(item)]) for item in items]
 
     def reset(self) -> None:
-        """Waits for the slowest rank, so that no clock starts before all of them are there."""
+        """Waits for the slowest rank, so that no measurement starts before all ranks are ready."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def _own(self, pair: KV) -> KV:
@@ -135,27 +137,27 @@ class HFRanksBackend(HFBackend):
         return keys, values
 
     def _gathered(self, pair: KV) -> KV:
-        """All heads on the first rank's CPU; on other ranks the pair as it is."""
+        """All heads, on the CPU of the first rank; on other ranks the pair unchanged."""
         keys, values = (self._from_all(tensor) for tensor in pair)
         return keys, values
 
     def _from_all(self, tensor_BHTD: torch.Tensor) -> torch.Tensor:
-        mine_BHTD = tensor_BHTD.contiguous()
-        parts = [torch.empty_like(mine_BHTD) for _ in range(self.ranks)] if self.rank == 0 else None
-        dist.gather(mine_BHTD, parts)
-        return mine_BHTD if parts is None else torch.cat([part.to(CPU) for part in parts], HEADS)
+        own_BHTD = tensor_BHTD.contiguous()
+        parts = [torch.empty_like(own_BHTD) for _ in range(self.ranks)] if self.rank == 0 else None
+        dist.gather(own_BHTD, parts)
+        return own_BHTD if parts is None else torch.cat([part.to(CPU) for part in parts], HEADS)
 
-    def _agreed(self, mine: Any) -> Any:
-        """What the first rank says."""
-        said = [mine]
-        dist.broadcast_object_list(said, device=self.device)
-        return said[0]
+    def _from_first(self, value: Any) -> Any:
+        """The first rank's value, on all ranks."""
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
-    def _raise_any(self, mine: Exception | None) -> None:
-        """Raises the first rank's failure that there is, on every rank."""
-        said: list[Exception | None] = [None] * self.ranks
-        dist.all_gather_object(said, mine)
-        for failure in said:
+    def _raise_any(self, own: Exception | None) -> None:
+        """Raises the failure of the lowest rank that has one, on every rank."""
+        failures: list[Exception | None] = [None] * self.ranks
+        dist.all_gather_object(failures, own)
+        for failure in failures:
             if failure is not None:
                 raise failure
 

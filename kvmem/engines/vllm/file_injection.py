@@ -28,7 +28,7 @@ from kvmem.cache import (
     dynamic_cache,
 )
 from kvmem.engines.base import Backend, BetweenLayers, FileHandle, Injectable
-from kvmem.engines.generation import Sampling, Token, as_text, check_asked
+from kvmem.engines.generation import Sampling, Token, as_text, check_generation
 from kvmem.engines.vllm.connector import ITEM, LOAD, SAVE
 from kvmem.engines.vllm.memory_files import FileStore, as_file_handle, block_salt, split_behind
 from kvmem.engines.vllm.requests import EngineAnswer, EngineRequest, GenerationRequest, VLLMGeneration, verified
@@ -261,7 +261,7 @@ class FileInjectingEngine(Backend):
 
     def engine_request(self, prompt: TokenizedPrompt, request: GenerationRequest) -> EngineRequest:
         """What is sent to the engine for `request`, whose prompt is `prompt`."""
-        check_asked(request.max_new_tokens, request.sampling)
+        check_generation(request.max_new_tokens, request.sampling)
         cache_view = as_file_handle(request.kv_cache)
         return EngineRequest(
             prompt.ids,
