@@ -1,15 +1,23 @@
-"""vLLM's own `LLM.generate` on token ids, which is compared with kvmem's requests to the same engine."""
+"""vLLM's own `LLM.generate` on token ids, which is compared with kvmem's requests to the same engine.
+
+Importing this does not import vLLM.
+"""
 
 from __future__ import annotations
 
-from vllm import LLM, SamplingParams
+from typing import TYPE_CHECKING
 
 from kvmem.engines import FirstToken
 from kvmem.prompt import TokenizedPrompt
 
+if TYPE_CHECKING:
+    from vllm import LLM
+
 
 def first_token(llm: LLM, prompt: TokenizedPrompt) -> FirstToken:
     """The first greedy token of `prompt`, with whatever the engine's prefix cache holds of it."""
+    from vllm import SamplingParams
+
     params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True)
     (output,) = llm.generate([{"prompt_token_ids": list(prompt.ids)}], params, use_tqdm=False)
     cached = output.num_cached_tokens or 0

@@ -13,6 +13,7 @@ from typing import ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from experiments.baselines import first_token
 from experiments.bench import Arm, Bench, built_once, compare, p90
 from experiments.measurement import Trace, transfer_s, ttft
 from experiments.results import Row, TTFTPayload
@@ -20,6 +21,7 @@ from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
 from kvmem.engines import Injectable, MeasuredBackend
+from kvmem.engines.vllm import VLLMBackend
 from kvmem.errors import ConfigError
 from kvmem.prompt import TokenizedPrompt
 
@@ -104,11 +106,9 @@ class PrefixReuse(ModelScenario[Cell]):
             NATIVE: lambda: ttft.native_hit(backend, tokens, cell.question, view),
             "direct": lambda: ttft.direct(backend, tokens, cell.question),
         }
-        if self.beside_generate and backend.compute_device.type == "cuda":
-            from experiments.baselines import first_token  # imports vLLM
-
-            theirs = partial(first_token, backend.llm)  # type: ignore[attr-defined]
-            arms[GENERATE] = lambda: ttft.native_hit(backend, tokens, cell.question, view, theirs)
+        if self.beside_generate and isinstance(backend, VLLMBackend) and backend.compute_device.type == "cuda":
+            generate = partial(first_token, backend.llm)
+            arms[GENERATE] = lambda: ttft.native_hit(backend, tokens, cell.question, view, generate)
         samples, runs = ttft.interleaved_calm(arms, self.pairs, random.Random(bench.setup.seed), warmups=0)
         conditions = bench.conditions_now()
         direct = Arm(samples["direct"], direct_trace)
