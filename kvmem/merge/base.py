@@ -1,4 +1,7 @@
-"""The interface of a merge strategy, and the token ids of a merge: header + body 1 + separator + body 2 + …"""
+"""The interface of a merge strategy, and the token ids of a merge.
+
+They are header + body 1 + separator + body 2 + …
+"""
 
 from __future__ import annotations
 

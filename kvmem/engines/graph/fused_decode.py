@@ -43,13 +43,25 @@ def place_heads(
     at: torch.Tensor,
     heads: int,
 ) -> torch.Tensor:
+    """`place_heads` of `triton_kernels` as a custom operator: writes a token's keys and values, returns its queries."""
     from kvmem.engines.graph import triton_kernels
 
     return triton_kernels.place_heads(qkv, q_norm, k_norm, eps, cos, sin, k, v, at, heads)
 
 
 @place_heads.register_fake
-def _(qkv, q_norm, k_norm, eps, cos, sin, k, v, at, heads):
+def _(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    at: torch.Tensor,
+    heads: int,
+) -> torch.Tensor:
     return qkv.new_empty((1, qkv.shape[1], heads, k.shape[3]))
 
 

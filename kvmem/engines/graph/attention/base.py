@@ -94,11 +94,20 @@ def attend(
     kernel: str,
     plan: torch.Tensor | None,
 ) -> torch.Tensor:
+    """The kernel called `kernel` as a custom operator; see `Attention.attend`."""
     return kernels()[kernel].attend(q, k, v, lengths, causal, plan)
 
 
 @attend.register_fake
-def _(q, k, v, lengths, causal, kernel, plan):
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    causal: bool,
+    kernel: str,
+    plan: torch.Tensor | None,
+) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
@@ -106,9 +115,12 @@ def _(q, k, v, lengths, causal, kernel, plan):
 def attend_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, causal: bool, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel called `kernel` as a custom operator; see `Attention.attend_lse`."""
     return kernels()[kernel].attend_lse(q, k, v, lengths, causal)
 
 
 @attend_lse.register_fake
-def _(q, k, v, lengths, causal, kernel):
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, causal: bool, kernel: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
