@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -172,6 +174,12 @@ def test_no_other_file_reaches_inside_a_dynamic_cache(path):
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}  # a dictionary's .keys()
     reached = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and id(n) not in called} & layers
     assert not reached
+
+
+def test_the_library_is_imported_where_there_is_no_fcntl():
+    code = "import sys; sys.modules['fcntl'] = None; import kvmem"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", ALL_FILES, ids=name_of)

@@ -1,12 +1,26 @@
-"""Storage tiers for memories: GPU, host memory, disk, a remote store, and quantized forms.
+"""Tiers for built memories: GPU, host memory, disk, a remote store, and quantized files on disk.
 
-`TieredCache` is a mapping of items to tiers with a byte budget for each. Loads are measured, so that a tier that is
-slower than prefilling is not used.
+`TieredCache` maps item ids to items and keeps a byte budget for each tier. A `TierStore` holds the bytes of one tier.
+`LoadTimes` measures every load, so that a tier is not used if prefilling is faster; `LoadEstimate` compares the two.
 """
 
-from kvmem.tiers.base import DiskStore
+from kvmem.tiers.base import DiskStore, MemoryStore, PendingDeletes, TierStore
 from kvmem.tiers.load_times import LoadEstimate, LoadTimes
-from kvmem.tiers.quantized import BITS, check_hqq, quantized_bytes
+from kvmem.tiers.quantized import BITS, QuantizedStore, check_hqq, quantized_bytes
+from kvmem.tiers.remote import RemoteStore
 from kvmem.tiers.tiered_cache import TieredCache
 
-__all__ = ["BITS", "DiskStore", "LoadEstimate", "LoadTimes", "TieredCache", "check_hqq", "quantized_bytes"]
+__all__ = [
+    "BITS",
+    "DiskStore",
+    "LoadEstimate",
+    "LoadTimes",
+    "MemoryStore",
+    "PendingDeletes",
+    "QuantizedStore",
+    "RemoteStore",
+    "TierStore",
+    "TieredCache",
+    "check_hqq",
+    "quantized_bytes",
+]

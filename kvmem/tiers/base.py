@@ -1,8 +1,7 @@
-"""Where the bytes of a tier lie: a device's memory, or a folder."""
+"""The store of one tier: the memory of a device, or a folder. And the deletes that could not be done yet."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import threading
 from abc import ABC, abstractmethod
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from kvmem.cache import KVCacheItem, KVCacheMetadata, dynamic_cache
 from kvmem.engines import Backend
@@ -19,120 +19,127 @@ from kvmem.storage import SafetensorsFile, Storage
 
 
 class TierStore(ABC):
-    """Where one tier's bytes lie."""
+    """Holds the bytes of one tier."""
 
     @abstractmethod
-    def take(self, item: KVCacheItem) -> None:
-        """Copies the item here; what it was made of is not touched."""
+    def put(self, item: KVCacheItem) -> None:
+        """Copies the item into this store. The given tensors are not modified."""
 
     @abstractmethod
     def read(self, item_id: str) -> KVCacheItem:
-        """The item, usable by the model or by another place."""
+        """The item, as the model or another store can use it."""
 
     @abstractmethod
-    def drop(self, item_id: str) -> None:
-        """Forgets the item; no error where its bytes are gone already. StorageError or OSError where they stay."""
+    def delete(self, item_id: str) -> None:
+        """Deletes the item, which may be missing already. Raises StorageError or OSError if its bytes stay."""
 
-    def marked(self, metadata: KVCacheMetadata) -> KVCacheMetadata:
-        """What is known of an item once it has been here: more than before only where something is lost."""
+    def stored_metadata(self, metadata: KVCacheMetadata) -> KVCacheMetadata:
+        """The metadata of an item once it has been in this store. It differs only if the store is lossy."""
         return metadata
 
     def nbytes(self, tokens: int, built_bytes: int) -> int:
-        """What keys and values of `tokens` take here, that took `built_bytes` when they were built."""
+        """The bytes in this store of keys and values of `tokens` that had `built_bytes` when they were built."""
         return built_bytes
 
-    def close(self) -> None:  # noqa: B027 - memory has nothing to hand back
-        """Hands back what another process could use."""
+    def close(self) -> None:  # noqa: B027 - a store in memory has nothing to release
+        """Releases the store for another process."""
 
 
 @dataclass(frozen=True)
 class PendingDelete:
-    """Bytes of a forgotten item that could not be removed."""
+    """A dropped item whose bytes could not be deleted yet."""
 
-    place: TierStore
+    store: TierStore
     nbytes: int
-    """Of its keys and values, where they are."""
+    """Bytes of its keys and values in that store."""
     metadata: KVCacheMetadata
     reason: str
 
 
 class PendingDeletes(dict[tuple[str, str], PendingDelete]):
-    """(tier, item id) -> what is left of the item there. Thread-safe.
+    """(tier, item id) -> the delete that could not be done. Thread-safe.
 
-    Nothing reads it, and it counts in the tier's budget until it is gone: by `retry`, or with the next process.
+    The bytes are never read again. They count in the tier's budget until `retry`, or the next process, deletes them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
 
-    def drop(self, place: TierStore, tier: str, item_id: str, nbytes: int, metadata: KVCacheMetadata) -> bool:
-        """Drops the item where that can be done, and else names it here: who forgets an item needs no answer."""
-        left = None
+    def delete(self, store: TierStore, tier: str, item_id: str, nbytes: int, metadata: KVCacheMetadata) -> bool:
+        """Deletes the item, or records why it can't be deleted now; callers need not handle a failed delete.
+
+        Returns whether it was deleted.
+        """
+        pending = None
         try:
-            place.drop(item_id)
-        except (StorageError, OSError) as error:  # a store that is down, say
-            left = PendingDelete(place, nbytes, metadata, str(error) or type(error).__name__)
+            store.delete(item_id)
+        except (StorageError, OSError) as error:  # such as a store that is down
+            pending = PendingDelete(store, nbytes, metadata, str(error) or type(error).__name__)
         with self._lock:
             self.pop((tier, item_id), None)
-            if left is not None:
-                self[tier, item_id] = left
-        return left is None
+            if pending is not None:
+                self[tier, item_id] = pending
+        return pending is None
 
     def retry(self) -> None:
-        """Drops what can be dropped now. A tier's first failure ends its turn, and is the last in the next: a store
-        that is down is asked once, and a file that is locked keeps no other from being removed."""
+        """Tries every pending delete again, until the first failure in each tier, which is then last in the next retry.
+
+        A store that is down therefore gets one request, and a locked file does not prevent the deletion of others.
+        """
         failed = set()
         with self._lock:
-            known = list(self.items())
-        for (tier, item_id), left in known:
-            if tier not in failed and not self.drop(left.place, tier, item_id, left.nbytes, left.metadata):
+            deletes = list(self.items())
+        for (tier, item_id), pending in deletes:
+            if tier in failed:
+                continue
+            if not self.delete(pending.store, tier, item_id, pending.nbytes, pending.metadata):
                 failed.add(tier)
 
     def by_tier(self) -> Counter[str]:
-        """Bytes of all that is left, by tier."""
+        """Bytes that are still to be deleted, by tier."""
         with self._lock:
-            return sum((Counter({tier: left.nbytes}) for (tier, _), left in self.items()), Counter())
+            return sum((Counter({tier: pending.nbytes}) for (tier, _), pending in self.items()), Counter())
 
-    def check_gone(self, tier: str, item_id: str) -> None:
-        """Raises StorageError where something of the item is left in the tier: its removal would take a new copy."""
+    def check_deleted(self, tier: str, item_id: str) -> None:
+        """Raises StorageError if a delete of the item is pending in the tier, because it would delete a new copy."""
         with self._lock:
-            left = self.get((tier, item_id))
-        if left is not None:
+            pending = self.get((tier, item_id))
+        if pending is not None:
             raise StorageError(
-                f"What {item_id} left in the tier {tier!r} is not removed yet ({left.reason}). "
+                f"The former KV of {item_id} in the tier {tier!r} is not deleted yet ({pending.reason}). "
                 "pending_deletes.retry() tries again."
             )
 
     def explain(self, memory_id: str) -> str:
-        """What is left of a memory's former KV, and why, as the end of a sentence; "" if nothing."""
+        """Which former KV of a text memory is still to be deleted, and why, as the end of a sentence; "" if none."""
         with self._lock:
-            known = [(tier, left) for (tier, _), left in self.items()]
+            deletes = [(tier, pending) for (tier, _), pending in self.items()]
         return "".join(
-            f"; {left.nbytes} bytes of former KV are still in {tier}: {left.reason}"
-            for tier, left in known
-            if left.metadata.textual_memory is not None and left.metadata.textual_memory.id == memory_id
+            f"; {pending.nbytes} bytes of former KV are still in {tier}: {pending.reason}"
+            for tier, pending in deletes
+            if pending.metadata.textual_memory is not None and pending.metadata.textual_memory.id == memory_id
         )
 
 
 @dataclass(frozen=True)
-class Found:
-    """An item that an earlier process left in a place."""
+class ScannedItem:
+    """An item that an earlier process left in a store."""
 
     item_id: str
     metadata: KVCacheMetadata
     nbytes: int
-    """Of its keys and values."""
+    """Bytes of its keys and values."""
 
 
 class MemoryStore(TierStore):
-    """Tensors on a device; `pinned`: in host memory that a GPU reads at full speed."""
+    """Tensors on a device. `pinned`: in page-locked host memory, which a GPU reads at full speed."""
 
     def __init__(self, backend: Backend, device: torch.device, pinned: bool) -> None:
         self._backend, self._device, self._pinned = backend, device, pinned
         self._items: dict[str, KVCacheItem] = {}
 
-    def take(self, item: KVCacheItem) -> None:
+    def put(self, item: KVCacheItem) -> None:
         layers = [(self._copy(keys), self._copy(values)) for keys, values in dynamic_cache.layers_of(item.kv_cache)]
         cache = dynamic_cache.from_layers(layers, self._backend.model_config, item.kv_cache.get_seq_length())
         self._items[item.kv_cache_id] = KVCacheItem(cache, item.metadata, item.kv_cache_id)
@@ -144,56 +151,60 @@ class MemoryStore(TierStore):
     def read(self, item_id: str) -> KVCacheItem:
         return self._items[item_id]
 
-    def drop(self, item_id: str) -> None:
+    def delete(self, item_id: str) -> None:
         del self._items[item_id]
 
 
 class DiskStore(TierStore):
-    """One safetensors file an item, written beside and renamed; verified while it is read."""
+    """A folder with one file for each item, replaced atomically and verified when it is read. One process at a time."""
 
     def __init__(self, backend: Backend, folder: Path, format: Storage | None = None) -> None:
-        """format: what a file is like; None: safetensors that are mapped."""
+        """format: the format of the files; None means SafetensorsFile.
+
+        Raises StorageError if another process, or another store of this one, uses the folder.
+        """
         self._backend, self._folder, self._format = backend, folder, format or SafetensorsFile()
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / ".lock", "w")  # noqa: SIM115 - held as long as the place is
+        self._lock = FileLock(folder / ".lock", timeout=0, thread_local=False)  # held until `close`
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._lock.acquire()
+        except Timeout as error:
             raise StorageError(f"{folder} is another process's tier. Give this one a folder of its own.") from error
-        for partial in folder.glob(".*.partial"):  # of a writer that was killed; the lock says that it is gone
+        for partial in [*folder.glob(".*.partial"), *folder.glob(".*.partial.lock")]:  # from a killed process
             partial.unlink()
 
     @staticmethod
     def file_of(folder: Path, item_id: str) -> Path:
-        """Where the item's file is, in a tier that lies in `folder`."""
+        """The path of the item's file in a store in `folder`."""
         return folder / f"{hashlib.sha256(item_id.encode()).hexdigest()[:32]}.safetensors"
 
     def path(self, item_id: str) -> Path:
+        """The path of the item's file."""
         return self.file_of(self._folder, item_id)
 
-    def take(self, item: KVCacheItem) -> None:
+    def put(self, item: KVCacheItem) -> None:
         self._format.dump(self.path(item.kv_cache_id), [item])
 
     def read(self, item_id: str) -> KVCacheItem:
         return self._load(self.path(item_id))
 
-    def drop(self, item_id: str) -> None:
+    def delete(self, item_id: str) -> None:
         self.path(item_id).unlink(missing_ok=True)
 
-    def found(self) -> tuple[list[Found], dict[str, str]]:
-        """The items that an earlier process left, and by file name the reason why the others were refused."""
-        items: list[Found] = []
+    def scan(self) -> tuple[list[ScannedItem], dict[str, str]]:
+        """The items that an earlier process left, and by file name why a file was refused."""
+        items: list[ScannedItem] = []
         refused: dict[str, str] = {}
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
                 item = self._load(path)
-                items.append(Found(item.kv_cache_id, item.metadata, dynamic_cache.nbytes(item.kv_cache)))
+                items.append(ScannedItem(item.kv_cache_id, item.metadata, dynamic_cache.nbytes(item.kv_cache)))
             except (StorageError, FingerprintError) as error:
                 refused[path.name] = str(error)
         return items, refused
 
     def close(self) -> None:
-        self._lock.close()
+        self._lock.release()
 
     def _load(self, path: Path) -> KVCacheItem:
         return self._format.load(path, self._backend.fingerprint, self._backend.model_config, self._backend.device)[0]

@@ -1,4 +1,4 @@
-"""How long loads from a tier take: measured at every load, so that one that does not pay is not done."""
+"""How long loads from a tier take, measured at every load, so that a load slower than a prefill can be skipped."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KEPT = 9
-"""Loads of a tier that count: the last ones, for links and caches change."""
-APART = 1.25
-"""Two loads tell the seconds of a byte where the one is so many times as large as the other, or larger."""
+WINDOW = 9
+"""How many of the last loads of a tier an estimate uses, because links and caches change."""
+MIN_SIZE_RATIO = 1.25
+"""Two loads give a slope only if the larger one has at least so many times the bytes of the smaller one."""
 
 
 @dataclass(frozen=True)
 class LoadEstimate:
-    """What bringing an item to the model would take, and what prefilling the tokens that a prompt shares with it."""
+    """The expected time of loading an item, and of prefilling the tokens that a prompt shares with it instead."""
 
     tier: str
     nbytes: int
@@ -26,11 +26,12 @@ class LoadEstimate:
 
     @property
     def pays(self) -> bool:
+        """Whether loading is faster than prefilling."""
         return self.saved_s > 0
 
     @property
     def saved_s(self) -> float:
-        """Below 0: prefilling is sooner done."""
+        """Seconds saved by loading; negative if prefilling is faster."""
         return self.prefill_s - self.load_s
 
     def __str__(self) -> str:
@@ -41,11 +42,11 @@ class LoadEstimate:
 
 
 class LoadTimes:
-    """Seconds of real loads by tier, and from them what a load of so many bytes will take. Thread-safe.
+    """Measures the loads of each tier and predicts the time of the next one from its bytes. Thread-safe.
 
-    A straight line through the last loads, fixed seconds + seconds a byte, whose slope is the median of the slopes
-    between all pairs of them (Theil 1950, Sen 1968): a quarter of the loads may be outliers and hardly move it. Where
-    all are of much the same size, the median seconds a byte.
+    The prediction is a line through the last loads, fixed seconds + seconds per byte. Its slope is the median of the
+    slopes between all pairs of loads (Theil 1950, Sen 1968), so a quarter of the loads may be outliers. If all loads
+    have about the same size, the prediction uses the median of the seconds per byte.
     """
 
     def __init__(self) -> None:
@@ -53,17 +54,17 @@ class LoadTimes:
         self._lock = threading.Lock()
 
     def record(self, tier: str, nbytes: int, seconds: float) -> None:
-        """One load of `nbytes` of keys and values, from when they were wanted to when the model could use them."""
+        """Records one load of `nbytes` of keys and values, in seconds from the request until the model can use them."""
         with self._lock:
-            self._loads.setdefault(tier, deque(maxlen=KEPT)).append((nbytes, seconds))
+            self._loads.setdefault(tier, deque(maxlen=WINDOW)).append((nbytes, seconds))
 
     def count(self, tier: str) -> int:
-        """How many loads an estimate rests on."""
+        """How many loads an estimate for the tier is based on."""
         with self._lock:
             return len(self._loads.get(tier, ()))
 
     def expected_s(self, tier: str, nbytes: int) -> float | None:
-        """Seconds of the next load of `nbytes`; None where none was measured.
+        """Predicted seconds of a load of `nbytes`; None if no load from the tier was measured.
 
         >>> times = LoadTimes()
         >>> for nbytes, seconds in ((100, 1.1), (200, 1.2), (300, 1.3), (400, 9.0), (500, 1.5)):
@@ -78,9 +79,9 @@ class LoadTimes:
         sizes, seconds = np.array(loads, dtype=float).T
         first, second = np.triu_indices(len(loads), 1)
         small, large = np.minimum(sizes[first], sizes[second]), np.maximum(sizes[first], sizes[second])
-        told = large >= APART * small
-        if not told.any():
+        differ = large >= MIN_SIZE_RATIO * small
+        if not differ.any():
             return float(np.median(seconds / sizes)) * nbytes
-        slopes = (seconds[first] - seconds[second])[told] / (sizes[first] - sizes[second])[told]
-        byte_s = max(0.0, float(np.median(slopes)))
-        return max(0.0, float(np.median(seconds - byte_s * sizes))) + byte_s * nbytes
+        slopes = (seconds[first] - seconds[second])[differ] / (sizes[first] - sizes[second])[differ]
+        s_per_byte = max(0.0, float(np.median(slopes)))
+        return max(0.0, float(np.median(seconds - s_per_byte * sizes))) + s_per_byte * nbytes

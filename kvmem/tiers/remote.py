@@ -1,4 +1,4 @@
-"""The cold tier: any store that fsspec reaches by a URL (a folder elsewhere, an object store)."""
+"""The tier `cold`: a remote store that fsspec reaches by a URL (a network folder, an object store)."""
 
 from __future__ import annotations
 
@@ -15,64 +15,65 @@ from kvmem.cache import KVCacheItem
 from kvmem.engines import Backend
 from kvmem.errors import FingerprintError, StorageError
 from kvmem.storage import SafetensorsFile, manifest
-from kvmem.tiers.base import Found, TierStore
+from kvmem.tiers.base import ScannedItem, TierStore
 
 
 class RemoteStore(TierStore):
-    """Two files an item: the tensors (the same file as on disk), and then what is known of them, as JSON.
+    """Two files for each item: the tensors, in the same file as on disk, and then the manifest, as JSON.
 
-    The second makes the item exist, so a writer that is killed leaves none by halves, and what is there can be listed
-    without fetching it. A read fetches the whole file, and its checksum vouches for it. One process at a time: unlike
-    a disk tier nothing can lock it. Raises StorageError where the store does.
+    An item exists once its manifest is written, so a killed writer leaves no half-written item, and items are listed
+    without fetching their tensors. A read fetches the whole file and verifies its checksum. One process at a time:
+    unlike a disk tier, a remote store can't be locked. Every method raises StorageError if the store fails.
     """
 
     def __init__(self, backend: Backend, url: str) -> None:
+        """Opens the store at `url`, for example `s3://bucket/folder`; the folder is created."""
         self._backend, self._url, self._format = backend, url, SafetensorsFile()
-        with self._told("opened"):
+        with self._store_errors("opened"):
             self._store, self._root = fsspec.core.url_to_fs(url)
             self._store.makedirs(self._root, exist_ok=True)
 
-    def take(self, item: KVCacheItem) -> None:
-        tensors, known = self._names(item.kv_cache_id)
+    def put(self, item: KVCacheItem) -> None:
+        tensors, metadata = self._names(item.kv_cache_id)
         with tempfile.TemporaryDirectory(prefix="kvmem-cold-") as folder:
             local = Path(folder) / "item.safetensors"
             self._format.dump(local, [item])
-            with self._told("written"):
+            with self._store_errors("written"):
                 self._store.put_file(str(local), tensors)
-                self._store.pipe_file(known, manifest.to_json([item]).encode())
+                self._store.pipe_file(metadata, manifest.to_json([item]).encode())
 
     def read(self, item_id: str) -> KVCacheItem:
         tensors, _ = self._names(item_id)
         with tempfile.TemporaryDirectory(prefix="kvmem-cold-") as folder:
             local = Path(folder) / "item.safetensors"
-            with self._told("read"):
+            with self._store_errors("read"):
                 self._store.get_file(tensors, str(local))
             backend = self._backend
             return self._format.load(local, backend.fingerprint, backend.model_config, backend.device)[0]
 
-    def drop(self, item_id: str) -> None:
-        tensors, known = self._names(item_id)
-        with self._told("removed"):
-            for name in (known, tensors):
+    def delete(self, item_id: str) -> None:
+        tensors, metadata = self._names(item_id)
+        with self._store_errors("removed"):
+            for name in (metadata, tensors):
                 with suppress(FileNotFoundError):
                     self._store.rm_file(name)
 
-    def found(self) -> tuple[list[Found], dict[str, str]]:
-        """The items that an earlier process left, and by file name the reason why others were refused."""
-        items: list[Found] = []
+    def scan(self) -> tuple[list[ScannedItem], dict[str, str]]:
+        """The items that an earlier process left, and by file name why a file was refused."""
+        items: list[ScannedItem] = []
         refused: dict[str, str] = {}
-        with self._told("listed"):
+        with self._store_errors("listed"):
             names = {str(name).rpartition("/")[2] for name in self._store.ls(self._root, detail=False, refresh=True)}
             for name in sorted(names):
                 stem, _, suffix = name.rpartition(".")
-                if suffix == "safetensors" and f"{stem}.json" not in names:  # of a writer that was killed
+                if suffix == "safetensors" and f"{stem}.json" not in names:  # from a killed writer
                     self._store.rm_file(f"{self._root}/{name}")
                 elif suffix == "json":
                     text = self._store.cat_file(f"{self._root}/{name}").decode(errors="replace")
                     try:
-                        known = manifest.from_json(text, Path(name))
-                        manifest.check_model(known, self._backend.fingerprint, Path(name))
-                        items += [Found(i.kv_cache_id, i.metadata, i.metadata.kv_bytes) for i in known.items]
+                        contents = manifest.from_json(text, Path(name))
+                        manifest.check_model(contents, self._backend.fingerprint, Path(name))
+                        items += [ScannedItem(i.kv_cache_id, i.metadata, i.metadata.kv_bytes) for i in contents.items]
                     except (StorageError, FingerprintError, json.JSONDecodeError) as error:
                         refused[name] = str(error)
         return items, refused
@@ -82,8 +83,8 @@ class RemoteStore(TierStore):
         return f"{stem}.safetensors", f"{stem}.json"
 
     @contextmanager
-    def _told(self, done: str) -> Iterator[None]:
+    def _store_errors(self, done: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ImportError, ValueError) as error:  # ValueError: fsspec's, for a protocol that it has not
-            raise StorageError(f"The cold tier {self._url} can't be {done} ({error}). See its URL.") from error
+        except (OSError, ImportError, ValueError) as error:  # fsspec raises ValueError for an unknown protocol
+            raise StorageError(f"The cold tier {self._url} can't be {done} ({error}). Check its URL.") from error

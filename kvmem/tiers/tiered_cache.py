@@ -1,4 +1,4 @@
-"""Items in tiers (GPU, host memory, disk) behind one mapping, with a byte budget each. A move keeps every bit."""
+"""Items in several tiers behind one mapping, with a byte budget for each tier. A lossless move keeps every bit."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ from kvmem.tiers.remote import RemoteStore
 class _Entry:
     tier: str
     nbytes: int
-    """Where it is."""
+    """Bytes of its keys and values in that tier."""
     built_bytes: int
+    """Bytes of its keys and values as built."""
     metadata: KVCacheMetadata
-    leases: int = 0
+    ref_count: int = 0
     moving: bool = False
-    gone: bool = False
-    """Dropped while in use or on its way: hidden, and freed with the last lease or the end of the move."""
+    dropped: bool = False
+    """Dropped while in use or moving: hidden, and freed after the last use or the end of the move."""
 
 
 class TieredCache:
-    """id -> item, wherever its bytes are. Budgets count keys and values, to the byte, and hold at every moment.
+    """Maps ids to items, in whichever tier their bytes are. Thread-safe.
 
-    budgets: bytes by tier, fastest first: `gpu` (where the model is), `ram` (host memory, pinned where the model is on
-    a GPU), `disk` (in `folder`) and `cold` (at the URL `cold`), both one process at a time. A move has its place in the
-    new tier booked before a byte is copied, and its old place freed after. An item in use is neither moved nor freed.
-    `disk_int8` and `disk_int4` (in `folder` too) lose: the metadata of what was there is `lossy` from then on, wherever
-    it goes, and so is every cache and answer that it has a part in. Safe from several threads.
+    budgets: bytes by tier, fastest first: `gpu` (the model's), `ram` (host memory, pinned if the model is on a GPU),
+    `disk` (in `folder`) and `cold` (at the URL `cold`). Disk and cold tiers belong to one process at a time. Budgets
+    count the bytes of keys and values and are never exceeded: a move reserves its bytes in the new tier before it
+    copies, and frees the old ones after. An item in use is neither moved nor freed.
+
+    `disk_int8` and `disk_int4` (also in `folder`) are lossy. The metadata of an item that was there is marked `lossy`
+    in every tier from then on, and so is every cache and answer that uses it.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk", "cold", *(f"disk_{scheme}" for scheme in BITS))
@@ -49,21 +52,24 @@ class TieredCache:
     def __init__(
         self, backend: Backend, budgets: Mapping[str, int], folder: str | Path | None = None, cold: str | None = None
     ) -> None:
-        """Takes up what an earlier process left on disk and in the cold tier. ConfigError: a tier is not to be had."""
+        """Restores the items that an earlier process left on disk and in the cold tier.
+
+        Raises ConfigError if a tier is unknown or unavailable.
+        """
         self.budgets = dict(budgets)
         self.refused: dict[str, str] = {}
-        """What an earlier process left and was not taken up, by the file's name or the item's id, with the reason."""
+        """Why an item of an earlier process was not restored, by file name or item id."""
         self.pending_deletes = PendingDeletes()
         self.loads = LoadTimes()
-        """What loads from each tier took. Host memory's bytes reach a GPU behind the forward pass, and do not count."""
+        """Seconds of loads by tier. Host memory is not measured: its copies to a GPU overlap with the forward pass."""
         self._backend = backend
         self._entries: dict[str, _Entry] = {}
-        self._coming: set[str] = set()
+        self._incoming: set[str] = set()
         self._used = dict.fromkeys(self.budgets, 0)
         self._lock = threading.Lock()
-        self._places = {name: self._open(name, folder, cold) for name in self.budgets}
-        self.measured_tiers = {name for name, place in self._places.items() if not isinstance(place, MemoryStore)}
-        """The tiers whose loads are measured in `loads`."""
+        self._stores = {name: self._open(name, folder, cold) for name in self.budgets}
+        self.measured_tiers = {name for name, store in self._stores.items() if not isinstance(store, MemoryStore)}
+        """The tiers whose loads `loads` measures."""
 
     def _open(self, name: str, folder: str | Path | None, cold: str | None) -> TierStore:
         on_gpu = self._backend.device.type == "cuda"
@@ -78,59 +84,63 @@ class TieredCache:
         if name == "cold":
             if cold is None:
                 raise ConfigError("The tier 'cold' needs a URL. Give one as `cold`, or leave the tier out.")
-            return self._take_up(name, RemoteStore(self._backend, cold))
+            return self._restore(name, RemoteStore(self._backend, cold))
         if folder is None:
             raise ConfigError(f"The tier {name!r} needs a folder. Give one, or leave the tier out.")
         scheme = name.removeprefix("disk_")
-        place = QuantizedStore(self._backend, Path(folder) / scheme, scheme) if scheme in BITS else None
-        return self._take_up(name, place or DiskStore(self._backend, Path(folder)))
+        if scheme in BITS:
+            return self._restore(name, QuantizedStore(self._backend, Path(folder) / scheme, scheme))
+        return self._restore(name, DiskStore(self._backend, Path(folder)))
 
-    def _take_up(self, name: str, place: DiskStore | RemoteStore) -> TierStore:
-        found, refused = place.found()
+    def _restore(self, name: str, store: DiskStore | RemoteStore) -> TierStore:
+        """Registers the items that an earlier process left in `store`, and deletes those that are not usable."""
+        items, refused = store.scan()
         self.refused |= refused
-        for item in found:
-            twice = item.item_id in self._entries
-            nbytes = place.nbytes(item.metadata.token_count, item.nbytes)
-            if twice or self._used[name] + nbytes > self.budgets[name]:
-                why = "in a faster tier too" if twice else f"over the tier's {self.budgets[name]} bytes"
-                self.refused[item.item_id] = f"{why}; deleted"
-                self.pending_deletes.drop(place, name, item.item_id, nbytes, item.metadata)
+        for item in items:
+            duplicate = item.item_id in self._entries
+            nbytes = store.nbytes(item.metadata.token_count, item.nbytes)
+            if duplicate or self._used[name] + nbytes > self.budgets[name]:
+                reason = "in a faster tier too" if duplicate else f"over the tier's {self.budgets[name]} bytes"
+                self.refused[item.item_id] = f"{reason}; deleted"
+                self.pending_deletes.delete(store, name, item.item_id, nbytes, item.metadata)
                 continue
             self._entries[item.item_id] = _Entry(name, nbytes, item.nbytes, item.metadata)
             self._used[name] += nbytes
-        return place
+        return store
 
     def put(self, item: KVCacheItem, tier: str) -> None:
         """Copies a new item into `tier`. Raises BudgetError if it does not fit, DuplicateMemoryError for a known id."""
         item_id, built_bytes = item.kv_cache_id, dynamic_cache.nbytes(item.kv_cache)
         nbytes = self._size(tier, item.metadata.token_count, built_bytes)
         with self._lock:
-            if item_id in self._entries or item_id in self._coming:
+            if item_id in self._entries or item_id in self._incoming:
                 raise DuplicateMemoryError(f"The id {item_id} is already in the tiers. Drop it first.")
-            self._book(item_id, tier, nbytes)
-            self._coming.add(item_id)
+            self._reserve(item_id, tier, nbytes)
+            self._incoming.add(item_id)
         stored = False
         try:
-            self._places[tier].take(item)
+            self._stores[tier].put(item)
             stored = True
         finally:
             with self._lock:
-                self._coming.remove(item_id)
+                self._incoming.remove(item_id)
                 if stored:
-                    self._entries[item_id] = _Entry(tier, nbytes, built_bytes, self._places[tier].marked(item.metadata))
+                    self._entries[item_id] = _Entry(
+                        tier, nbytes, built_bytes, self._stores[tier].stored_metadata(item.metadata)
+                    )
                 else:
                     self._used[tier] -= nbytes
 
     @contextmanager
     def use(self, item_id: str) -> Iterator[KVCacheItem]:
-        """The item, where the model can use it; neither moved nor freed inside the block. Raises UnknownMemoryError.
+        """The item on the model's device; it is neither moved nor freed inside the block. Raises UnknownMemoryError.
 
-        From a tier that is not the model's, the bytes are mapped or copied for this use, beside the budgets; from host
-        memory to a GPU layer by layer, behind the forward pass of a cache that is lent from it.
+        From another tier the bytes are mapped or copied for this use, and do not count in a budget. From host memory to
+        a GPU they are copied layer by layer, overlapped with the forward pass of a view of the item.
         """
         with self._lock:
             entry = self._entry(item_id)
-            entry.leases += 1
+            entry.ref_count += 1
             tier = entry.tier
         try:
             item = self._read(item_id, tier, entry.nbytes)
@@ -138,111 +148,120 @@ class TieredCache:
             yield KVCacheItem(cache, item.metadata, item.kv_cache_id)
         finally:
             with self._lock:
-                entry.leases -= 1
-                self._free_if_gone(item_id, entry)
+                entry.ref_count -= 1
+                self._free_if_dropped(item_id, entry)
 
     def move(self, item_id: str, tier: str) -> bool:
-        """Copies the bytes to `tier` and frees them where they were. False, and nothing changed, where the item is in
-        use or on its way, or was put to use or dropped meanwhile. Raises BudgetError if it does not fit there."""
+        """Copies the item to `tier` and frees its bytes in the old tier.
+
+        Returns False and changes nothing if the item is in use or moving, or if it was used or dropped during the copy.
+        Raises BudgetError if it does not fit, and UnknownMemoryError.
+        """
         with self._lock:
             entry = self._entry(item_id)
-            if entry.leases or entry.moving:
+            if entry.ref_count or entry.moving:
                 return False
             if entry.tier == tier:
                 return True
             nbytes = self._size(tier, entry.metadata.token_count, entry.built_bytes)
-            self._book(item_id, tier, nbytes)
+            self._reserve(item_id, tier, nbytes)
             entry.moving = True
-        source, target, copied = entry.tier, self._places[tier], False
+        source, target, copied = entry.tier, self._stores[tier], False
         try:
-            target.take(self._read(item_id, source, entry.nbytes))
+            target.put(self._read(item_id, source, entry.nbytes))
             copied = True
         finally:
             with self._lock:
                 entry.moving = False
-                moved = copied and not entry.leases and not entry.gone
+                moved = copied and not entry.ref_count and not entry.dropped
                 if moved:
-                    entry.metadata = target.marked(entry.metadata)
-                    entry.tier, tier = tier, entry.tier  # what is freed below is the old place
+                    entry.metadata = target.stored_metadata(entry.metadata)
+                    entry.tier, tier = tier, entry.tier  # the old tier is freed below
                     entry.nbytes, nbytes = nbytes, entry.nbytes
                 self._used[tier] -= nbytes
                 if copied:
-                    self.pending_deletes.drop(self._places[tier], tier, item_id, nbytes, entry.metadata)
-                self._free_if_gone(item_id, entry)
+                    self.pending_deletes.delete(self._stores[tier], tier, item_id, nbytes, entry.metadata)
+                self._free_if_dropped(item_id, entry)
         return moved
 
     def drop(self, item_id: str) -> bool:
-        """Forgets the item; at once hidden, and its bytes freed when its last use ends. False if there was none."""
+        """Removes the item. It is hidden immediately, and its bytes are freed after its last use.
+
+        Returns False if there is no such item.
+        """
         with self._lock:
             entry = self._entries.get(item_id)
-            if entry is None or entry.gone:
+            if entry is None or entry.dropped:
                 return False
-            entry.gone = True
-            self._free_if_gone(item_id, entry)
+            entry.dropped = True
+            self._free_if_dropped(item_id, entry)
         return True
 
     def ids(self) -> list[str]:
+        """The ids of all items, in every tier."""
         with self._lock:
-            return [item_id for item_id, entry in self._entries.items() if not entry.gone]
+            return [item_id for item_id, entry in self._entries.items() if not entry.dropped]
 
     def tier_of(self, item_id: str) -> str:
+        """The tier that holds the item. Raises UnknownMemoryError."""
         with self._lock:
             return self._entry(item_id).tier
 
     def metadata(self, item_id: str) -> KVCacheMetadata:
+        """The item's metadata, without loading its tensors. Raises UnknownMemoryError."""
         with self._lock:
             return self._entry(item_id).metadata
 
     def used_bytes(self) -> dict[str, int]:
-        """Booked bytes by tier: what is there, hidden but in use, on its way there, or could not be removed."""
+        """Reserved bytes by tier: items there, dropped but in use, moving there, or not deleted yet."""
         with self._lock:
-            left = self.pending_deletes.by_tier()
-            return {tier: used + left[tier] for tier, used in self._used.items()}
+            pending = self.pending_deletes.by_tier()
+            return {tier: used + pending[tier] for tier, used in self._used.items()}
 
     def close(self) -> None:
-        """Leaves the disk tier to the next process."""
-        for place in self._places.values():
-            place.close()
+        """Releases the disk tiers for the next process."""
+        for store in self._stores.values():
+            store.close()
 
     def nbytes(self, item_id: str) -> int:
-        """Of its keys and values, where it is."""
+        """Bytes of the item's keys and values in its tier. Raises UnknownMemoryError."""
         with self._lock:
             return self._entry(item_id).nbytes
 
     def size(self, tier: str, tokens: int) -> int:
-        """What keys and values of `tokens` take in a tier, of a model with full attention."""
+        """Bytes of keys and values of `tokens` in a tier, for a model with full attention."""
         return self._size(tier, tokens, self._backend.fingerprint.kv_bytes(tokens))
 
     def _size(self, tier: str, tokens: int, built_bytes: int) -> int:
         if tier not in self.budgets:
             raise ConfigError(f"Unknown tier {tier!r}. {did_you_mean(tier, self.budgets)}")
-        return self._places[tier].nbytes(tokens, built_bytes)
+        return self._stores[tier].nbytes(tokens, built_bytes)
 
     def _read(self, item_id: str, tier: str, nbytes: int) -> KVCacheItem:
         started = time.perf_counter()
-        item = self._places[tier].read(item_id)
+        item = self._stores[tier].read(item_id)
         if tier in self.measured_tiers:
-            if self._backend.device.type == "cuda":  # its copies and kernels are only launched
+            if self._backend.device.type == "cuda":  # copies and kernels are asynchronous
                 torch.cuda.synchronize(self._backend.device)
             self.loads.record(tier, nbytes, time.perf_counter() - started)
         return item
 
     def _entry(self, item_id: str) -> _Entry:
         entry = self._entries.get(item_id)
-        if entry is None or entry.gone:
+        if entry is None or entry.dropped:
             raise UnknownMemoryError(f"Not in the tiers: {item_id}. There are {len(self._entries)} items, see ids().")
         return entry
 
-    def _book(self, item_id: str, tier: str, nbytes: int) -> None:
-        self.pending_deletes.check_gone(tier, item_id)
+    def _reserve(self, item_id: str, tier: str, nbytes: int) -> None:
+        self.pending_deletes.check_deleted(tier, item_id)
         if nbytes > (free := self.budgets[tier] - self._used[tier] - self.pending_deletes.by_tier()[tier]):
             raise BudgetError(
                 f"Item {item_id} has {nbytes} bytes, and the tier {tier!r} has {free} left. Drop or demote others."
             )
         self._used[tier] += nbytes
 
-    def _free_if_gone(self, item_id: str, entry: _Entry) -> None:
-        if entry.gone and not entry.leases and not entry.moving and self._entries.get(item_id) is entry:
+    def _free_if_dropped(self, item_id: str, entry: _Entry) -> None:
+        if entry.dropped and not entry.ref_count and not entry.moving and self._entries.get(item_id) is entry:
             del self._entries[item_id]
             self._used[entry.tier] -= entry.nbytes
-            self.pending_deletes.drop(self._places[entry.tier], entry.tier, item_id, entry.nbytes, entry.metadata)
+            self.pending_deletes.delete(self._stores[entry.tier], entry.tier, item_id, entry.nbytes, entry.metadata)

@@ -30,7 +30,8 @@ def test_a_store_that_is_down_keeps_no_drop_from_being_done(qwen3: HFBackend, li
     assert "connection refused" in items.pending_deletes["cold", first.kv_cache_id].reason
     assert items.used_bytes() == {"ram": 0, "cold": items.nbytes(second.kv_cache_id) + first.metadata.kv_bytes}
     with pytest.raises(
-        StorageError, match=r"left in the tier 'cold' is not removed yet .*refused.* pending_deletes\.retry"
+        StorageError,
+        match=r"The former KV of .* in the tier 'cold' is not deleted yet .*refused.* pending_deletes\.retry",
     ):
         items.put(first, "cold")  # the removal that is still to come would take it
     FailingLink.down = False

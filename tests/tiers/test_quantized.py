@@ -71,7 +71,7 @@ def test_a_number_is_off_by_half_a_step_of_its_group(
     qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str
 ) -> None:
     place = QuantizedStore(qwen3, tmp_path, scheme)
-    place.take(built[0])
+    place.put(built[0])
     steps = 2 ** (8 if scheme == "int8" else 4) - 1
     pairs_of = zip(layers_of(built[0].kv_cache), layers_of(place.read(built[0].kv_cache_id).kv_cache), strict=True)
     for (keys, values), (read_keys, read_values) in pairs_of:

@@ -15,7 +15,7 @@ from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
 from kvmem.scheduler.prefix_selection import PROBE_AFTER
 from kvmem.scheduler.scheduler import MemScheduler
-from kvmem.tiers.load_times import KEPT, LoadTimes
+from kvmem.tiers.load_times import WINDOW, LoadTimes
 from tests.helpers.tiny import memory_on
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, use
 
@@ -88,7 +88,7 @@ def test_a_load_that_was_done_starts_the_count_anew(qwen3: HFBackend, scheduler:
     assert set(scheduler.index.tiers()) == {"m0", "short"}
     small, large = (scheduler.items.nbytes(scheduler.index.stored()[id_][0]) for id_ in ("short", "m0"))
     long_s = float(scheduler.planner.costs.saved_s(len(scheduler.index.tokens(MEMORIES[0]).token_ids), 0.0))
-    for _ in range(KEPT):  # what loads took lately: too long for the short one, not for the long one
+    for _ in range(WINDOW):  # recent loads: too slow for the short memory, fast enough for the long one
         scheduler.items.loads.record("cold", small, 0.7 * long_s)
         scheduler.items.loads.record("cold", large, 0.7 * long_s)
     for _ in range(PROBE_AFTER - 1):
