@@ -119,7 +119,7 @@ def test_what_a_move_leaves_behind_is_named(qwen3: HFBackend, tmp_path: Path, li
     assert items.move(item.kv_cache_id, "ram") and items.tier_of(item.kv_cache_id) == "ram"
     assert items.used_bytes() == {"ram": items.nbytes(item.kv_cache_id), "cold": item.metadata.kv_bytes}
     assert list(items.pending_deletes) == [("cold", item.kv_cache_id)]
-    with pytest.raises(StorageError, match="not removed yet"):
+    with pytest.raises(StorageError, match="not deleted yet"):
         items.move(item.kv_cache_id, "cold")
     DownOnceRead.down = False
     items.pending_deletes.retry()
