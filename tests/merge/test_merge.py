@@ -41,7 +41,7 @@ def built(backend: HFBackend, count: int = 3):
     return items, separator_ids, merged_tokens(items, separator_ids).token_ids
 
 
-def test_every_file_of_the_package_is_found_and_named():
+def test_every_strategy_of_the_package_is_found_by_name():
     assert {cls.__module__.rpartition(".")[2] for cls in STRATEGIES.values()} == {
         "cacheblend",
         "legolink",
@@ -57,7 +57,7 @@ def test_every_file_of_the_package_is_found_and_named():
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_every_strategy_holds_the_merged_ids(qwen3, name, kind):
+def test_every_strategy_caches_the_merged_ids(qwen3, name, kind):
     backend = with_template(qwen3, kind)
     items, separator_ids, ids = built(backend)
     merged = STRATEGIES[name]().merge(items, separator_ids, backend.model)
@@ -81,7 +81,7 @@ def test_an_exact_strategy_equals_joint_prefill(family, name):
 
 
 @pytest.mark.parametrize("name", sorted(name for name, cls in STRATEGIES.items() if not cls.exact))
-def test_a_strategy_that_is_not_exact_says_so_rightly(family, name):
+def test_a_strategy_declared_as_not_exact_differs_from_joint_prefill(family, name):
     items, separator_ids, ids = built(family)
     merged = STRATEGIES[name]().merge(items, separator_ids, family.model)
     assert distance(layers_of(merged)[-1], joint_prefill(family, ids)[-1]) > 100 * TOLERANCE
@@ -113,7 +113,7 @@ def test_a_single_memory_is_exact_under_every_strategy(family, name):
 
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
-def test_reprefill_answers_as_the_joined_text(qwen3, kind):
+def test_reprefill_answers_like_the_joined_text(qwen3, kind):
     """In `chat` the separator's tokens may differ from those of the joined text; the ids eaten by both arms do not."""
     backend = with_template(qwen3, kind)
     items, _, _ = built(backend)
@@ -127,7 +127,7 @@ def test_reprefill_answers_as_the_joined_text(qwen3, kind):
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_chat_turns_are_refused_by_name(qwen3, name):
+def test_a_merge_of_chat_turns_is_refused(qwen3, name):
     memory = memory_on(qwen3, merge=name)
     turns = memory.extract([{"role": "user", "content": "Hello there, who are you?"}])
     memory.add([memory.extract(TEXTS[0]), turns])
@@ -136,7 +136,7 @@ def test_chat_turns_are_refused_by_name(qwen3, name):
 
 
 @pytest.mark.parametrize("merge", [CacheBlend(ratio=1), LegoLink(tokens=1000)], ids=lambda merge: merge.name)
-def test_all_tokens_computed_anew_are_a_joint_prefill(family, merge):
+def test_recomputing_all_tokens_equals_a_joint_prefill(family, merge):
     items, separator_ids, ids = built(family)
     merged = merge.merge(items, separator_ids, family.model)
     for ours, theirs in zip(layers_of(merged), joint_prefill(family, ids), strict=True):
@@ -144,7 +144,7 @@ def test_all_tokens_computed_anew_are_a_joint_prefill(family, merge):
 
 
 @pytest.mark.parametrize("merge", [CacheBlend(), LegoLink()], ids=lambda merge: merge.name)
-def test_some_tokens_computed_anew_bring_a_merge_nearer_to_a_joint_prefill(family, merge):
+def test_recomputing_some_tokens_reduces_the_distance_to_a_joint_prefill(family, merge):
     items, separator_ids, ids = built(family)
     joint = joint_prefill(family, ids)
 
@@ -162,7 +162,7 @@ def test_some_tokens_computed_anew_bring_a_merge_nearer_to_a_joint_prefill(famil
 
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
-def test_what_stands_between_the_blocks_sees_all_before_it(qwen3, kind):
+def test_the_first_separator_attends_to_everything_before_it(qwen3, kind):
     """The first separator stands behind an exact block, so it is exact; the second's keys depend on the first's."""
     backend = with_template(qwen3, kind)
     items, separator_ids, ids = built(backend)
@@ -173,7 +173,7 @@ def test_what_stands_between_the_blocks_sees_all_before_it(qwen3, kind):
         assert all((a - b)[:, :, :end].abs().max() < TOLERANCE for a, b in zip(ours, theirs, strict=True))
 
 
-def test_attention_without_a_mask_is_refused(qwen3, monkeypatch):
+def test_an_attention_implementation_without_a_mask_is_refused(qwen3, monkeypatch):
     items, separator_ids, _ = built(qwen3)
     monkeypatch.setattr(qwen3.model.config, "_attn_implementation", "flash_attention_2")
     with pytest.raises(MergeError, match=r"flash_attention_2 has no mask\. Open the model with sdpa or eager"):
@@ -181,7 +181,7 @@ def test_attention_without_a_mask_is_refused(qwen3, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", [CacheBlend, LegoLink, NaiveConcat, RopeShift])
-def test_a_sliding_window_is_refused_by_name(sliding, cls):
+def test_a_sliding_window_is_refused(sliding, cls):
     items, separator_ids, _ = built(sliding)
     with pytest.raises(MergeError, match=rf"{cls.name} does not cover sliding-window attention \(mistral\).*Reprefill"):
         cls().merge(items, separator_ids, sliding.model)
@@ -197,7 +197,7 @@ def test_a_sliding_window_is_merged_by_reprefill(sliding):
     assert (logits_V - last_logits(sliding, prompt.ids)).abs().max() < TOLERANCE
 
 
-def test_dynamic_rope_is_refused_by_name(qwen3):
+def test_dynamic_rope_is_refused(qwen3):
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -224,7 +224,7 @@ def test_dynamic_rope_is_refused_by_name(qwen3):
     ],
     ids=lambda config: config.model_type,
 )
-def test_families_that_call_their_layers_otherwise(qwen3, config):
+def test_families_with_other_names_for_their_layers(qwen3, config):
     """What stands between the first two blocks is exact; what rotates keys is refused by name."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

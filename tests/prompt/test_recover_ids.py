@@ -70,7 +70,7 @@ def direct(backend: HFBackend, text: str, tokens: int = 12) -> list[int]:
     return greedy_by_transformers(backend, ids, tokens)
 
 
-def test_a_text_as_memos_prefills_it_is_answered_from(family: HFBackend, written: Write) -> None:
+def test_a_text_as_memos_prefills_it_is_usable(family: HFBackend, written: Write) -> None:
     ids = as_memos_prefills(family, TEXT)
     memory = written(family, ids, source_text=TEXT)
     answer = family.generate(QUERY, memory.get_cache("m"), 12)
@@ -78,14 +78,14 @@ def test_a_text_as_memos_prefills_it_is_answered_from(family: HFBackend, written
     assert answer.cached_tokens == len(ids)
 
 
-def test_a_text_as_it_is_stored_here_is_answered_from(qwen3: HFBackend, written: Write) -> None:
+def test_a_text_rendered_by_the_template_is_usable(qwen3: HFBackend, written: Write) -> None:
     ids = qwen3.template.memory_tokens(TEXT).token_ids
     memory = written(qwen3, ids, source_text=TEXT)
     answer = qwen3.generate(QUERY, memory.get_cache("m"), 12)
     assert list(answer.token_ids) == direct(qwen3, TEXT) and answer.cached_tokens == len(ids)
 
 
-def test_a_bare_text_is_answered_from_under_plain(qwen3_plain: HFBackend, written: Write) -> None:
+def test_a_plain_text_is_usable_under_plain(qwen3_plain: HFBackend, written: Write) -> None:
     ids = tuple(qwen3_plain.tokenizer(TEXT).input_ids)
     memory = written(qwen3_plain, ids, source_text=TEXT)
     answer = qwen3_plain.generate(" And so?", memory.get_cache("m"), 12)
@@ -94,21 +94,21 @@ def test_a_bare_text_is_answered_from_under_plain(qwen3_plain: HFBackend, writte
     assert answer.cached_tokens >= len(ids) - 1  # the last token may be another before a query
 
 
-def test_a_bare_text_under_chat_is_prefilled_anew_and_the_answer_is_right(qwen3: HFBackend, written: Write) -> None:
+def test_a_plain_text_under_chat_is_prefilled_again_and_the_answer_is_right(qwen3: HFBackend, written: Write) -> None:
     memory = written(qwen3, tuple(qwen3.tokenizer(TEXT).input_ids), source_text=TEXT)
     answer = qwen3.generate(QUERY, memory.get_cache("m"), 12)
     assert list(answer.token_ids) == direct(qwen3, TEXT) and answer.cached_tokens == 0
 
 
 @pytest.mark.parametrize("word", ["Paris", "x"])
-def test_one_word_is_answered_from(qwen3: HFBackend, written: Write, word: str) -> None:
+def test_one_word_is_usable(qwen3: HFBackend, written: Write, word: str) -> None:
     """Which `plain` could not store, and that is no reason to refuse it under chat."""
     memory = written(qwen3, as_memos_prefills(qwen3, word), source_text=word)
     answer = qwen3.generate(QUERY, memory.get_cache("m"), 12)
     assert list(answer.token_ids) == direct(qwen3, MEMOS_PREFACE + word) and answer.cached_tokens > 10
 
 
-def test_one_bare_word_under_plain_is_told(qwen3_plain: HFBackend, written: Write) -> None:
+def test_one_plain_word_under_plain_is_usable(qwen3_plain: HFBackend, written: Write) -> None:
     memory = written(qwen3_plain, tuple(qwen3_plain.tokenizer("Paris").input_ids), source_text="Paris")
     assert memory.get_cache("m").tokens.token_ids == tuple(qwen3_plain.tokenizer("Paris").input_ids)
 
@@ -116,7 +116,7 @@ def test_one_bare_word_under_plain_is_told(qwen3_plain: HFBackend, written: Writ
 @pytest.mark.parametrize(
     "source", [TEXT + " More.", OTHER, "", "  \n", None], ids=["longer", "other", "empty", "blank", "none"]
 )
-def test_where_the_text_gives_other_tokens_it_is_refused(qwen3: HFBackend, written: Write, source: str | None) -> None:
+def test_a_text_with_another_number_of_tokens_is_refused(qwen3: HFBackend, written: Write, source: str | None) -> None:
     ids = as_memos_prefills(qwen3, TEXT)
     memory = written(qwen3, ids, **({} if source is None else {"source_text": source}))
     item = memory.get("m")
@@ -132,7 +132,7 @@ def test_memos_chat_tokens_are_refused_under_plain(qwen3_plain: HFBackend, writt
         written(qwen3_plain, as_memos_prefills(qwen3_plain, TEXT), source_text=TEXT).get_cache("m")
 
 
-def test_the_composed_text_of_its_records_tells_too(
+def test_the_composed_text_of_the_records_gives_the_tokens_too(
     qwen3: HFBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch)
@@ -144,7 +144,7 @@ def test_the_composed_text_of_its_records_tells_too(
     assert list(qwen3.generate(QUERY, memory.get_cache("m"), 12).token_ids) == direct(qwen3, MEMOS_PREFACE + TEXT)
 
 
-def test_what_is_stored_stays_unverified_and_untouched(qwen3: HFBackend, written: Write) -> None:
+def test_the_stored_item_stays_unverified_and_unchanged(qwen3: HFBackend, written: Write) -> None:
     memory = written(qwen3, as_memos_prefills(qwen3, TEXT), source_text=TEXT)
     item = memory.get("m")
     assert item is not None
@@ -155,7 +155,7 @@ def test_what_is_stored_stays_unverified_and_untouched(qwen3: HFBackend, written
 
 
 @pytest.mark.parametrize("filename", ["kept.safetensors", "kept.pickle"])
-def test_it_is_kept_in_our_files_as_unverified(qwen3: HFBackend, written: Write, tmp_path: Path, filename: str) -> None:
+def test_an_unverified_item_stays_unverified_in_a_file_of_kvmem(qwen3: HFBackend, written: Write, tmp_path: Path, filename: str) -> None:
     memory = written(qwen3, as_memos_prefills(qwen3, TEXT), source_text=TEXT)
     ours = memory_on(qwen3, memory_filename=filename)
     ours.add(memory.get_all())
@@ -166,7 +166,7 @@ def test_it_is_kept_in_our_files_as_unverified(qwen3: HFBackend, written: Write,
     assert list(qwen3.generate(QUERY, ours.get_cache("m"), 12).token_ids) == direct(qwen3, MEMOS_PREFACE + TEXT)
 
 
-def test_it_is_merged_with_a_memory_of_ours(qwen3: HFBackend, written: Write) -> None:
+def test_an_unverified_item_can_be_merged(qwen3: HFBackend, written: Write) -> None:
     memory = written(qwen3, as_memos_prefills(qwen3, TEXT), source_text=TEXT)
     ours = memory.extract(OTHER)
     memory.add(ours)
@@ -178,7 +178,7 @@ def test_it_is_merged_with_a_memory_of_ours(qwen3: HFBackend, written: Write) ->
         assert answer.cached_tokens == len(cache.tokens.token_ids)
 
 
-def test_turns_extend_it(qwen3: HFBackend, written: Write) -> None:
+def test_chat_turns_extend_an_unverified_item(qwen3: HFBackend, written: Write) -> None:
     """Nothing of it is known, so all is computed, behind its source text as the system turn."""
     memory = written(qwen3, as_memos_prefills(qwen3, TEXT), source_text=TEXT)
     turns = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Nothing."}]
@@ -190,7 +190,7 @@ def test_turns_extend_it(qwen3: HFBackend, written: Write) -> None:
 
 
 @pytest.mark.parametrize("other", ["qwen2", "llama", "mistral"])
-def test_another_models_file_is_refused_when_it_is_read(
+def test_the_file_of_another_model_is_refused_at_load(
     tiny: Callable[[str], HFBackend], qwen3: HFBackend, written: Write, tmp_path: Path, other: str
 ) -> None:
     written(tiny(other), as_memos_prefills(tiny(other), TEXT), source_text=TEXT)
@@ -202,7 +202,7 @@ def test_another_models_file_is_refused_when_it_is_read(
     assert memory.get_all() == [kept]
 
 
-def test_a_prompt_kept_for_vllm_holds_no_keys(
+def test_a_file_without_keys_is_refused(
     qwen3: HFBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch)
@@ -211,12 +211,12 @@ def test_a_prompt_kept_for_vllm_holds_no_keys(
         memory_on(qwen3, memory_filename="memory.pickle").load(tmp_path)
 
 
-def test_an_item_whose_ids_are_known_is_itself(qwen3: HFBackend) -> None:
+def test_an_item_with_known_ids_is_returned_unchanged(qwen3: HFBackend) -> None:
     item = memory_on(qwen3).extract(TEXT)
     assert with_ids_from_text(item, qwen3.template) is item
 
 
-def test_a_window_that_has_moved_on_is_refused(sliding: HFBackend, written: Write) -> None:
+def test_a_cache_that_has_left_its_sliding_window_is_refused(sliding: HFBackend, written: Write) -> None:
     """The file holds the last tokens only, and does not say so."""
     with pytest.raises(FingerprintError, match="Item m holds"):
         written(sliding, as_memos_prefills(sliding, TEXT), source_text=TEXT).get_cache("m")

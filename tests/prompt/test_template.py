@@ -91,7 +91,7 @@ def messages_of(name: str, source: Source, query: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("source", [MEMORY, TURNS], ids=["text", "turns"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_split_is_the_whole_prompt(qwen3, name, source):
+def test_a_split_has_the_ids_of_the_whole_prompt(qwen3, name, source):
     tokenizer = tokenizer_with(qwen3, name)
     template = PromptTemplate(tokenizer, "chat")
     tokens = template.memory_tokens(source)
@@ -115,7 +115,7 @@ def test_a_split_is_the_whole_prompt(qwen3, name, source):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_an_answer_is_the_whole_prompts(qwen3, name):
+def test_an_answer_equals_that_of_the_whole_prompt(qwen3, name):
     backend = HFBackend(Loaded(qwen3.model, tokenizer_with(qwen3, name), "random weights"))
     memory = memory_on(backend)
     for source in (MEMORY, list(TURNS)):
@@ -126,7 +126,7 @@ def test_an_answer_is_the_whole_prompts(qwen3, name):
         assert list(answer.token_ids) == greedy_by_transformers(backend, ids, 16)
 
 
-def test_a_date_that_has_moved_on_costs_a_prefill_and_no_wrong_answer(qwen3):
+def test_a_changed_date_costs_a_prefill_and_gives_the_right_answer(qwen3):
     tokenizer = tokenizer_with(qwen3, "a date before the memory")
     backend = HFBackend(Loaded(qwen3.model, tokenizer, "random weights"))
     memory = memory_on(backend)
@@ -140,7 +140,7 @@ def test_a_date_that_has_moved_on_costs_a_prefill_and_no_wrong_answer(qwen3):
     assert 0 < answer.cached_tokens < 8
 
 
-def test_a_date_to_the_microsecond_is_no_error(qwen3):
+def test_a_date_that_changes_with_every_call_is_not_an_error(qwen3):
     tokenizer = copy.deepcopy(qwen3.tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%H:%M:%S.%f') }}\n" + TEMPLATES["no special tokens"]
     template = PromptTemplate(tokenizer, "chat")
@@ -150,7 +150,7 @@ def test_a_date_to_the_microsecond_is_no_error(qwen3):
 
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
-def test_a_bos_that_the_tokenizer_adds_is_there_once(qwen3, kind):
+def test_a_bos_that_the_tokenizer_adds_occurs_once(qwen3, kind):
     """Rendered apart, memory and query would have one each."""
     tokenizer = tokenizer_with(qwen3, "a BOS of its own")
     bos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -179,7 +179,7 @@ def merging() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def test_a_tokenizer_that_merges_across_the_seam(merging):
+def test_a_tokenizer_that_merges_across_memory_and_query(merging):
     """One text cut in two at every character: tokenised apart it often differs, split it never does."""
     text = "it is so. the capital of france. is it so? the capitalist of spain. it is so. the capital of peru."
     template = PromptTemplate(merging, "plain")
@@ -213,7 +213,7 @@ def test_a_tokenizer_that_merges_across_the_seam(merging):
         [topics[page].strip()[:n] for page, n in (("if", 300), ("lambda", 211), ("del", 97), ("in", 404))]
     ),
 )
-def test_no_query_breaks_the_seam(smollm2, kind, query, memory):
+def test_no_query_changes_the_prompt_ids(smollm2, kind, query, memory):
     tokenizer = smollm2.tokenizer
     template = PromptTemplate(tokenizer, kind)
     tokens = template.memory_tokens(memory)
@@ -229,7 +229,7 @@ def test_no_query_breaks_the_seam(smollm2, kind, query, memory):
 
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(memory=st.text(min_size=1, max_size=60), query=st.text(min_size=1, max_size=20).filter(str.strip))
-def test_no_memory_breaks_the_seam(smollm2, memory, query):
+def test_no_memory_changes_the_prompt_ids(smollm2, memory, query):
     tokenizer = smollm2.tokenizer
     for kind in ("chat", "plain"):
         template = PromptTemplate(tokenizer, kind)
@@ -246,7 +246,7 @@ def test_no_memory_breaks_the_seam(smollm2, memory, query):
         assert prompt.memory_ids == tokens.token_ids[: len(prompt.memory_ids)]
 
 
-def test_the_digest_is_of_all_ids_wherever_they_are_split():
+def test_the_digest_does_not_depend_on_the_split():
     assert TokenizedPrompt((1, 2), (3,)).digest == TokenizedPrompt((1,), (2, 3)).digest
     assert TokenizedPrompt((1, 2), (3,)).digest != TokenizedPrompt((1, 2), (4,)).digest
     assert TokenizedPrompt((1, 2), ()).digest != TokenizedPrompt((12,), ()).digest
@@ -262,12 +262,12 @@ def test_the_last_token_is_always_computed(qwen3_plain):
         assert prompt.ids == longer and len(prompt.query_ids) == 1
 
 
-def test_a_memory_of_one_long_word_takes_no_long_time(qwen3_plain):
+def test_a_memory_of_one_long_word_is_tokenized_quickly(qwen3_plain):
     text = "a" * 30_000 + " b c"  # backtracking over the long word would take a minute
     assert len(qwen3_plain.template.memory_tokens(text).token_ids) > 1000
 
 
-def test_what_can_not_be_rendered_is_refused(qwen3, qwen3_plain):
+def test_a_text_that_can_not_be_rendered_is_refused(qwen3, qwen3_plain):
     with pytest.raises(PromptError, match="0 characters"):
         qwen3.template.memory_tokens(" \n")
     with pytest.raises(PromptError, match="last word"):

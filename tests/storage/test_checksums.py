@@ -39,7 +39,7 @@ def _regions(body: bytes) -> Regions:
 
 @quick
 @given(body=bodies, cuts=st.lists(st.integers(0, 40 * SMALL)))
-def test_the_pieces_that_a_body_is_written_in_do_not_matter(body: bytes, cuts: list[int]) -> None:
+def test_digests_do_not_depend_on_the_pieces_of_the_body(body: bytes, cuts: list[int]) -> None:
     hashed = RegionHash(SMALL)
     edges = sorted({0, len(body), *(cut for cut in cuts if cut < len(body))})
     for start, end in pairwise(edges):
@@ -52,7 +52,7 @@ def test_the_pieces_that_a_body_is_written_in_do_not_matter(body: bytes, cuts: l
 
 @quick
 @given(body=st.binary(min_size=1, max_size=40 * SMALL), at=st.integers(0, 1 << 40), bit=st.integers(0, 7))
-def test_a_flipped_bit_in_any_region_is_refused_on_both_ways(tmp_path: Path, body: bytes, at: int, bit: int) -> None:
+def test_a_flipped_bit_in_any_region_is_refused_mapped_or_read(tmp_path: Path, body: bytes, at: int, bit: int) -> None:
     regions = _regions(body)
     damaged = bytearray(body)
     damaged[at % len(body)] ^= 1 << bit
@@ -64,14 +64,14 @@ def test_a_flipped_bit_in_any_region_is_refused_on_both_ways(tmp_path: Path, bod
 
 @quick
 @given(body=bodies, cuts=st.lists(st.integers(0, 40 * SMALL), max_size=6))
-def test_staging_fills_every_span_wherever_regions_end(tmp_path: Path, body: bytes, cuts: list[int]) -> None:
+def test_a_parallel_read_fills_every_span_wherever_regions_end(tmp_path: Path, body: bytes, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
     spans = list(pairwise(edges))
     parts = _staged(tmp_path / "f", body, _regions(body), spans)
     assert [bytes(part.numpy()) for part in parts] == [body[start:end] for start, end in spans]
 
 
-def test_a_body_that_is_wrong_everywhere_is_refused_and_nobody_waits_for_ever(tmp_path: Path) -> None:
+def test_a_body_with_all_regions_damaged_is_refused_without_a_deadlock(tmp_path: Path) -> None:
     body = bytes(500 * SMALL)
     wrong = Regions(len(body), SMALL, (_regions(body).digests[0], *(bytes(16),) * 499))
     for _ in range(30):
@@ -79,13 +79,13 @@ def test_a_body_that_is_wrong_everywhere_is_refused_and_nobody_waits_for_ever(tm
             _within(60, lambda: _staged(tmp_path / "f", body, wrong, [(0, len(body))]))
 
 
-def test_a_file_that_is_cut_off_while_it_is_read_is_refused(tmp_path: Path) -> None:
+def test_a_file_truncated_during_the_read_is_refused(tmp_path: Path) -> None:
     body = bytes(range(256)) * SMALL
     with pytest.raises(DamagedFileError):
         _staged(tmp_path / "f", body[:-1], _regions(body), [(0, len(body))])
 
 
-def test_regions_are_taken_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_work_on_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checksums.os, "cpu_count", lambda: 3)
     together = threading.Barrier(3, timeout=60)  # nobody gets past it alone
     checksums.for_each_region(lambda i: together.wait() and None, 9)
@@ -99,13 +99,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[KVCacheI
     return stored.dump(tmp_path_factory.mktemp("large") / "f.safetensors", *items), items
 
 
-def test_a_staged_file_is_the_mapped_one_to_the_bit(large: tuple[Path, list[KVCacheItem]]) -> None:
+def test_a_read_file_equals_the_mapped_one_to_the_bit(large: tuple[Path, list[KVCacheItem]]) -> None:
     path, items = large
     assert all(map(stored.same, stored.load(path), items))
     _same_when_staged(path, items)
 
 
-def test_tensors_of_several_widths_lie_in_one_allocation(tmp_path: Path) -> None:
+def test_tensors_of_several_dtypes_share_one_allocation(tmp_path: Path) -> None:
     narrow, wide = torch.arange(3).view(1, 1, 3, 1).to(torch.float8_e4m3fn), torch.arange(3.0).view(1, 1, 3, 1)
     item = KVCacheItem(from_layers([(narrow, wide), (wide, narrow)], stored.CONFIG), stored.metadata(3, 30), "a")
     path = stored.dump(tmp_path / "f.safetensors", item, stored.item("b"))
@@ -133,7 +133,7 @@ def test_whole_regions_cut_off_or_added_are_refused(large: tuple[Path, list[KVCa
             stored.load(path)
 
 
-def test_a_damaged_head_has_no_token_ids(tmp_path: Path) -> None:
+def test_token_ids_are_not_read_from_a_damaged_header(tmp_path: Path) -> None:
     path = stored.dump(tmp_path / "f.safetensors", stored.item())
     content = path.read_bytes()
     other = content.replace(b'token_ids\\":[0,1', b'token_ids\\":[0,2')
@@ -143,7 +143,7 @@ def test_a_damaged_head_has_no_token_ids(tmp_path: Path) -> None:
         read_token_ids(path)
 
 
-def test_files_with_one_checksum_over_everything_are_read_and_verified(tmp_path: Path) -> None:
+def test_older_files_with_one_checksum_are_read_and_verified(tmp_path: Path) -> None:
     loaded = stored.load(GOLDEN)
     assert [(item.kv_cache_id, item.metadata.tokens) for item in loaded] == [
         ("a", stored.metadata(6, 0).tokens),

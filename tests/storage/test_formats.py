@@ -47,11 +47,11 @@ def test_not_a_number_keeps_its_bits(path: Path) -> None:
     assert stored.same(stored.load(stored.dump(path, item))[0], item)
 
 
-def test_an_empty_memory_is_a_file_too(path: Path) -> None:
+def test_an_empty_memory_is_stored(path: Path) -> None:
     assert stored.load(stored.dump(path)) == []
 
 
-def test_sliding_layers_keep_the_length_of_the_text_behind_them(path: Path) -> None:
+def test_sliding_layers_keep_the_length_of_their_text(path: Path) -> None:
     whole = layers_of(stored.item(tokens=9).kv_cache)
     layers = [(keys[..., -stored.WINDOW :, :], values[..., -stored.WINDOW :, :]) for keys, values in whole]
     item = KVCacheItem(from_layers(layers, stored.SLIDING_CONFIG, 9), stored.metadata(9, 0), "slid")
@@ -60,7 +60,7 @@ def test_sliding_layers_keep_the_length_of_the_text_behind_them(path: Path) -> N
     assert stored.same(loaded, item)
 
 
-def test_tokens_that_were_cut_off_are_not_in_the_file(path: Path) -> None:
+def test_cropped_tokens_are_not_in_the_file(path: Path) -> None:
     item = stored.item(tokens=2000)
     crop(item.kv_cache, 3)
     assert not layers_of(item.kv_cache)[0][0].is_contiguous()
@@ -69,7 +69,7 @@ def test_tokens_that_were_cut_off_are_not_in_the_file(path: Path) -> None:
     assert path.stat().st_size < 50_000
 
 
-def test_a_dump_leaves_what_is_loaded_as_it_was(path: Path) -> None:
+def test_a_dump_leaves_loaded_items_unchanged(path: Path) -> None:
     old = stored.item("old", seed=1)
     (loaded,) = stored.load(stored.dump(path, old))
     stored.dump(path, stored.item("new", tokens=3, seed=2))
@@ -84,7 +84,7 @@ def test_writing_into_a_loaded_tensor_changes_no_file(path: Path) -> None:
     assert stored.same(stored.load(path)[0], item)
 
 
-def test_another_model_is_refused_by_the_first_field_that_differs(path: Path) -> None:
+def test_another_model_is_refused_with_the_first_field_that_differs(path: Path) -> None:
     other = stored.FINGERPRINT.model_copy(update={"weights": "w1"})
     stored.dump(path, stored.item("a"), stored.item("b", fingerprint=other))
     with pytest.raises(FingerprintError, match="item b was built by another model: weights: w0 here, w1 there"):
@@ -100,7 +100,7 @@ def test_an_unverified_item_is_checked_by_shape(path: Path) -> None:
         stored.load(path, stored.FINGERPRINT.model_copy(update={"dtype": "bfloat16"}))
 
 
-def test_a_future_version_is_told_apart_from_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_future_version_is_not_reported_as_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest.Manifest.model_fields["version"], "default", 7)
     manifest.Manifest.model_rebuild(force=True)
     stored.dump(path, stored.item())
@@ -125,7 +125,7 @@ def test_garbage_is_refused(path: Path, content: bytes) -> None:
 
 @MANY
 @given(at=st.integers(0, FAR_PAST_THE_FILE))
-def test_a_file_cut_off_anywhere_is_refused(path: Path, at: int) -> None:
+def test_a_truncated_file_is_refused(path: Path, at: int) -> None:
     whole = _whole(path)
     path.write_bytes(whole[: at % len(whole)])
     with pytest.raises(StorageError):
@@ -142,13 +142,13 @@ def test_a_flipped_bit_anywhere_is_refused(path: Path, at: int, bit: int) -> Non
         stored.load(path)
 
 
-def test_bytes_behind_the_end_are_refused(path: Path) -> None:
+def test_extra_bytes_at_the_end_are_refused(path: Path) -> None:
     path.write_bytes(_whole(path) + b"\x00" * 64)
     with pytest.raises(DamagedFileError):
         stored.load(path)
 
 
-def test_a_folder_that_takes_no_file_is_named_and_nothing_is_lost(path: Path) -> None:
+def test_a_path_that_can_not_be_written_is_named_and_nothing_is_lost(path: Path) -> None:
     item = stored.item()
     stored.dump(path, item)
     path.with_name("folder" + path.suffix).mkdir()
@@ -160,7 +160,7 @@ def test_a_folder_that_takes_no_file_is_named_and_nothing_is_lost(path: Path) ->
     assert not list(path.parent.glob(".*.partial"))
 
 
-def test_a_dump_that_fails_half_way_leaves_the_old_file(path: Path) -> None:
+def test_a_failed_dump_leaves_the_old_file(path: Path) -> None:
     old, bad = stored.item("old"), stored.item("bad")
     stored.dump(path, old)
     bad.metadata.textual_memory.metadata["socket"] = object()  # type: ignore[union-attr]
@@ -202,7 +202,7 @@ while True:
 """
 
 
-def test_kill_in_the_middle_of_a_dump_leaves_a_whole_file(path: Path) -> None:
+def test_a_kill_during_a_dump_leaves_a_complete_file(path: Path) -> None:
     old = stored.item("old")
     stored.dump(path, old)
     for _ in range(10):
@@ -227,7 +227,7 @@ def test_kill_in_the_middle_of_a_dump_leaves_a_whole_file(path: Path) -> None:
     )
 
 
-def test_a_dump_that_is_under_way_is_no_leftover(path: Path) -> None:
+def test_the_partial_file_of_a_running_dump_is_kept(path: Path) -> None:
     with replacing(path) as slow:
         slow.write(b"half")
         stored.dump(path, stored.item("quick"))

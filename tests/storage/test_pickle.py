@@ -72,7 +72,7 @@ def test_memos_older_files_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert layers_of(item.kv_cache)[1][1].equal(pairs[1][1])
 
 
-def test_bfloat16_is_read_by_its_own_model(memos: types.ModuleType, path: Path) -> None:
+def test_a_bfloat16_file_is_read_by_a_bfloat16_model(memos: types.ModuleType, path: Path) -> None:
     half = from_layers([(k.bfloat16(), v.bfloat16()) for k, v in layers_of(cache())], stored.CONFIG)
     path.write_bytes(pickle.dumps({"kv_cache_memories": {"h": KVCacheItem(id="h", memory=half)}}))
     (item,) = stored.load(path, stored.FINGERPRINT.model_copy(update={"dtype": "bfloat16"}))
@@ -94,7 +94,7 @@ def test_an_empty_cache_is_refused(memos: types.ModuleType, path: Path) -> None:
         stored.load(path)
 
 
-def test_memos_reads_ours(memos: types.ModuleType, path: Path) -> None:
+def test_memos_can_read_a_file_of_kvmem(memos: types.ModuleType, path: Path) -> None:
     """By an ordinary unpickler, with look-alikes of MemOS's classes in their place and the real DynamicCache."""
     ours = stored.item("a", seed=3)
     stored.dump(path, ours)
@@ -117,7 +117,7 @@ class Runs:
         return self.call
 
 
-def test_a_pickle_that_names_anything_else_is_refused_before_it_runs(path: Path, tmp_path: Path) -> None:
+def test_a_pickle_with_any_other_name_is_refused_before_it_runs(path: Path, tmp_path: Path) -> None:
     import builtins
     import os
 
@@ -138,7 +138,7 @@ def test_a_pickle_that_names_anything_else_is_refused_before_it_runs(path: Path,
     assert not proof.exists()
 
 
-def test_bytes_of_a_tensor_that_run_something_are_refused(path: Path, tmp_path: Path) -> None:
+def test_tensor_bytes_that_run_code_are_refused(path: Path, tmp_path: Path) -> None:
     """torch.storage._load_from_bytes as it stands unpickles whatever it is given."""
     import os
 
@@ -166,7 +166,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(path: Path) -> None
             stored.load(path)
 
 
-def test_a_pickle_can_not_change_what_the_next_one_meets(path: Path) -> None:
+def test_a_pickle_can_not_affect_the_next_one(path: Path) -> None:
     """BUILD on a class would set its attributes."""
     for name in (b"transformers.cache_utils\nDynamicCache", b"torch._utils\n_rebuild_tensor_v2", b"torch\ndevice"):
         path.write_bytes(b"\x80\x02c" + name + b"\nN}X\x06\x00\x00\x00fieldsNs\x86b.")
@@ -175,7 +175,7 @@ def test_a_pickle_can_not_change_what_the_next_one_meets(path: Path) -> None:
     assert isinstance(safe_unpickler.Cache().fields, dict)
 
 
-def test_every_allowed_name_is_one_that_exists() -> None:
+def test_every_allowed_name_exists() -> None:
     """So that a renamed class shows here and not at a user's file."""
     for module, name in safe_unpickler.ALLOWED:
         if module == "transformers.cache_utils":

@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "memory.safetensors"
 
 
-def test_safetensors_own_reader_opens_it(path: Path) -> None:
+def test_the_safetensors_package_reads_the_file(path: Path) -> None:
     items = [stored.item("a"), stored.item("b", 3, 1, torch.bfloat16)]
     stored.dump(path, *items)
     with safe_open(path, "pt") as file:
@@ -41,13 +41,13 @@ def test_the_tensors_are_aligned(path: Path) -> None:
     assert layers_of(stored.load(path)[0].kv_cache)[0][0].data_ptr() % ALIGN_BYTES == 0
 
 
-def test_another_programs_safetensors_file_is_refused(path: Path) -> None:
+def test_a_safetensors_file_of_another_program_is_refused(path: Path) -> None:
     save_file({"weight": torch.ones(64)}, path, metadata={"format": "pt"})
     with pytest.raises(DamagedFileError, match="does not start like a memory of kvmem"):
         stored.load(path)
 
 
-def test_no_second_copy_in_memory(path: Path) -> None:
+def test_a_load_makes_no_second_copy_in_memory(path: Path) -> None:
     caches = [stored.item(tokens=250_000).kv_cache for _ in range(4)]
     items = [KVCacheItem(cache, stored.metadata(6, nbytes(cache)), str(i)) for i, cache in enumerate(caches)]
     total = sum(nbytes(item.kv_cache) for item in items)

@@ -51,7 +51,7 @@ def test_a_lost_file_is_answered_as_text_and_built_again(qwen3: HFBackend, tmp_p
     scheduler.close()
 
 
-def test_the_thread_outlives_a_lost_file(qwen3: HFBackend, tmp_path: Path) -> None:
+def test_the_scheduler_thread_survives_a_lost_file(qwen3: HFBackend, tmp_path: Path) -> None:
     scheduler = scheduler_on(qwen3, tmp_path, ram=0)
     use(scheduler, MEMORIES[0], 6)
     scheduler.tick()
@@ -64,7 +64,7 @@ def test_the_thread_outlives_a_lost_file(qwen3: HFBackend, tmp_path: Path) -> No
     scheduler.close()
 
 
-def test_the_thread_outlives_a_tick_that_fails(qwen3: HFBackend, tmp_path: Path) -> None:
+def test_the_scheduler_thread_survives_a_failed_tick(qwen3: HFBackend, tmp_path: Path) -> None:
     """The folder of its state is gone when the state is to be written."""
     scheduler = scheduler_on(qwen3, tmp_path / "state")
     scheduler.prefix_selector.probe()
@@ -81,7 +81,7 @@ def test_the_thread_outlives_a_tick_that_fails(qwen3: HFBackend, tmp_path: Path)
     scheduler.close()
 
 
-def test_an_outage_costs_no_item(qwen3: HFBackend, link: str) -> None:
+def test_an_outage_loses_no_item(qwen3: HFBackend, link: str) -> None:
     scheduler = cold_scheduler(qwen3, link)
     ((item_id, _),) = scheduler.index.stored().values()
     FailingLink.down = True
@@ -101,7 +101,7 @@ def test_an_outage_costs_no_item(qwen3: HFBackend, link: str) -> None:
     scheduler.close()
 
 
-def test_an_outage_while_a_load_is_measured_costs_no_item(qwen3: HFBackend, link: str) -> None:
+def test_an_outage_during_a_probe_loses_no_item(qwen3: HFBackend, link: str) -> None:
     costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(qwen3))
     scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"cold": 1 << 30}, costs=costs, cold=link)
     use(scheduler, MEMORIES[0], 6)
@@ -113,7 +113,7 @@ def test_an_outage_while_a_load_is_measured_costs_no_item(qwen3: HFBackend, link
     scheduler.close()
 
 
-def test_a_build_since_is_not_dropped_for_the_file_before_it(qwen3: HFBackend, tmp_path: Path) -> None:
+def test_a_newer_build_is_not_dropped_when_the_older_file_is_lost(qwen3: HFBackend, tmp_path: Path) -> None:
     """While the lost file of an item is looked for, another request has dropped it, and it is built again."""
     scheduler = scheduler_on(qwen3, tmp_path, ram=0)
     use(scheduler, MEMORIES[0], 6)
@@ -128,7 +128,7 @@ def test_a_build_since_is_not_dropped_for_the_file_before_it(qwen3: HFBackend, t
     scheduler.close()
 
 
-def test_an_edit_is_kept_where_the_old_kv_can_not_be_removed(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+def test_an_edit_is_kept_if_the_old_kv_can_not_be_deleted(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
     """The link is down when the text changes; the old KV is served neither then nor after a restart."""
     scheduler = cold_scheduler(qwen3, link, tmp_path / "state")
     edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
@@ -153,7 +153,7 @@ def test_an_edit_is_kept_where_the_old_kv_can_not_be_removed(qwen3: HFBackend, t
     again.close()
 
 
-def test_an_edit_is_noted_before_the_store_is_asked(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+def test_an_edit_is_recorded_before_the_store_is_called(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
     """A store may fail with an error of its own kind, which nobody expects."""
     scheduler = cold_scheduler(qwen3, link, tmp_path / "state")
     edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)

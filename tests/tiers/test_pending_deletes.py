@@ -19,7 +19,7 @@ from tests.scheduler.test_scheduler import MEMORIES, use
 from tests.tiers.conftest import FailingLink
 
 
-def test_a_store_that_is_down_keeps_no_drop_from_being_done(qwen3: HFBackend, link: str) -> None:
+def test_a_drop_succeeds_while_the_store_is_down(qwen3: HFBackend, link: str) -> None:
     items = TieredCache(qwen3, {"ram": 1 << 30, "cold": 1 << 30}, cold=link)
     first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
     for item in (first, second):
@@ -43,7 +43,7 @@ def test_a_store_that_is_down_keeps_no_drop_from_being_done(qwen3: HFBackend, li
         assert item.metadata == first.metadata, "what is new there stays"
 
 
-def test_a_store_that_is_down_is_asked_once_a_retry(qwen3: HFBackend, link: str) -> None:
+def test_a_retry_sends_one_request_to_a_store_that_is_down(qwen3: HFBackend, link: str) -> None:
     """Each question may wait as long as the store takes to fail; and what fails is the last to be tried again."""
     items = TieredCache(qwen3, {"cold": 1 << 30}, cold=link)
     for memory in MEMORIES[:3]:
@@ -57,7 +57,7 @@ def test_a_store_that_is_down_is_asked_once_a_retry(qwen3: HFBackend, link: str)
     assert FailingLink.asked == asked + 1 and list(items.pending_deletes) == [second, third, first]
 
 
-def test_a_locked_file_counts_until_it_is_gone(qwen3: HFBackend, tmp_path: Path) -> None:
+def test_a_file_that_can_not_be_deleted_counts_in_the_budget(qwen3: HFBackend, tmp_path: Path) -> None:
     """A tier with room for one: nothing new comes in until the old bytes have gone. A folder stands for the file."""
     first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
     room = max(first.metadata.kv_bytes, second.metadata.kv_bytes)
@@ -80,7 +80,7 @@ def test_a_locked_file_counts_until_it_is_gone(qwen3: HFBackend, tmp_path: Path)
     items.close()
 
 
-def test_a_tick_tries_again_and_plans_with_what_is_left(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+def test_a_tick_retries_deletes_and_plans_with_the_free_bytes(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
     """The tier holds two: while the old text's KV can't be removed, one less is wanted there."""
     costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(qwen3), {"cold": 1e-12})
     one = qwen3.build(MEMORIES[0].memory).metadata.kv_bytes
@@ -101,7 +101,7 @@ def test_a_tick_tries_again_and_plans_with_what_is_left(qwen3: HFBackend, tmp_pa
     scheduler.close()
 
 
-def test_what_a_move_leaves_behind_is_named(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
+def test_bytes_that_a_move_could_not_delete_are_recorded(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
     """The link goes down between reading the file and removing it."""
 
     class DownOnceRead(FailingLink):

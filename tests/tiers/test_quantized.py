@@ -38,7 +38,7 @@ def payload_bytes(path: Path) -> int:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_its_bytes_are_booked_exactly(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str) -> None:
+def test_quantized_bytes_are_counted_exactly(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str) -> None:
     tier = f"disk_{scheme}"
     items = TieredCache(qwen3, {"ram": GB, tier: GB}, tmp_path)
     for item in built:
@@ -67,7 +67,7 @@ def test_its_bytes_are_booked_exactly(qwen3: HFBackend, built: list[KVCacheItem]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_number_is_off_by_half_a_step_of_its_group(
+def test_the_error_of_a_number_is_at_most_half_a_step(
     qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str
 ) -> None:
     place = QuantizedStore(qwen3, tmp_path, scheme)
@@ -84,7 +84,7 @@ def test_a_number_is_off_by_half_a_step_of_its_group(
     place.close()
 
 
-def test_the_mark_goes_wherever_the_item_goes(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
+def test_the_lossy_mark_stays_with_the_item(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
     memory = memory_on(qwen3)
     items = TieredCache(qwen3, {"ram": GB, "disk": GB, "disk_int8": GB, "disk_int4": GB}, tmp_path)
     id_ = built[0].kv_cache_id
@@ -114,7 +114,7 @@ def test_the_mark_goes_wherever_the_item_goes(qwen3: HFBackend, built: list[KVCa
     assert qwen3.build(turns, base=both[0]).metadata.lossy == "int8, int4"
 
 
-def test_a_file_says_nothing_of_loss_where_there_is_none(
+def test_the_file_of_an_exact_item_has_no_lossy_mark(
     qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path
 ) -> None:
     memory = memory_on(qwen3)
@@ -124,7 +124,7 @@ def test_a_file_says_nothing_of_loss_where_there_is_none(
     assert "lossy" not in entry["metadata"]
 
 
-def test_a_scheduler_says_so_and_books_it(qwen3: HFBackend, tmp_path: Path) -> None:
+def test_a_scheduler_explains_and_counts_quantized_memories(qwen3: HFBackend, tmp_path: Path) -> None:
     costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(qwen3))
     tokens = max(len(qwen3.template.memory_tokens(memory.memory).token_ids) for memory in MEMORIES[:2])
     sizes = TieredCache(qwen3, {"disk_int8": GB}, tmp_path / "sizes")
@@ -160,7 +160,7 @@ def test_a_flipped_bit_is_refused(qwen3: HFBackend, built: list[KVCacheItem], tm
     items.close()
 
 
-def test_exact_tiers_beside_it_keep_every_bit(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
+def test_exact_tiers_beside_a_quantized_one_keep_every_bit(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
     items = TieredCache(qwen3, {"ram": GB, "disk": GB, "disk_int8": GB}, tmp_path)
     before = copy_of(built[1])
     items.put(built[0], "disk_int8")
@@ -171,7 +171,7 @@ def test_exact_tiers_beside_it_keep_every_bit(qwen3: HFBackend, built: list[KVCa
     items.close()
 
 
-def test_what_it_does_not_cover_is_named(sliding: HFBackend, qwen3: HFBackend, tmp_path: Path) -> None:
+def test_unsupported_models_and_missing_folders_are_refused(sliding: HFBackend, qwen3: HFBackend, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'disk_int8' covers full attention only"):
         TieredCache(sliding, {"disk_int8": GB}, tmp_path)
     with pytest.raises(ConfigError, match="'disk_int4' needs a folder"):
@@ -181,7 +181,7 @@ def test_what_it_does_not_cover_is_named(sliding: HFBackend, qwen3: HFBackend, t
 
 
 @pytest.mark.parametrize("text", ["one", "one two", "one two three", " ".join(["one two three four"] * 40)])
-def test_likelihood_is_of_64_tokens_or_none(qwen3: HFBackend, text: str) -> None:
+def test_likelihood_needs_64_tokens(qwen3: HFBackend, text: str) -> None:
     """Against a forward pass over the whole prompt with nothing cached."""
     item = qwen3.build(text)
     tokens = item.metadata.tokens
@@ -198,7 +198,7 @@ def test_likelihood_is_of_64_tokens_or_none(qwen3: HFBackend, text: str) -> None
     assert of_each.numel() == 64 and found == pytest.approx(float(of_each.mean()), rel=1e-5)
 
 
-def test_likelihood_behind_a_sliding_window_is_refused(sliding: HFBackend) -> None:
+def test_likelihood_with_a_sliding_window_is_refused(sliding: HFBackend) -> None:
     item = sliding.build(pairs(1, 900, seed=3)[0][0])
     with pytest.raises(ConfigError, match="full attention"):
         nll(sliding, item)

@@ -28,7 +28,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"memory://{uuid.uuid4()}" if request.param == "memory" else f"file://{tmp_path}/cold"
 
 
-def test_moves_keep_every_bit_and_the_next_process_takes_it_up(
+def test_moves_keep_every_bit_and_the_next_process_restores_them(
     qwen3: HFBackend, built: list[KVCacheItem], url: str
 ) -> None:
     before = [copy_of(item) for item in built]
@@ -47,7 +47,7 @@ def test_moves_keep_every_bit_and_the_next_process_takes_it_up(
     assert items.used_bytes()["cold"] == nbytes(built[2].kv_cache)
 
 
-def test_what_is_damaged_or_foreign_or_half_written(qwen3: HFBackend, built: list[KVCacheItem], url: str) -> None:
+def test_damaged_foreign_and_half_written_items_are_refused(qwen3: HFBackend, built: list[KVCacheItem], url: str) -> None:
     items = TieredCache(qwen3, {"cold": GB}, cold=url)
     for item in built:
         items.put(item, "cold")
@@ -69,7 +69,7 @@ def test_what_is_damaged_or_foreign_or_half_written(qwen3: HFBackend, built: lis
     assert "another model" in str(TieredCache(other, {"cold": GB}, cold=url).refused)
 
 
-def test_over_the_budget_is_deleted_and_a_wrong_url_is_named(
+def test_items_over_the_budget_are_deleted_and_a_wrong_url_is_named(
     qwen3: HFBackend, built: list[KVCacheItem], url: str
 ) -> None:
     TieredCache(qwen3, {"cold": GB}, cold=url).put(built[0], "cold")

@@ -47,7 +47,7 @@ def scheduler(qwen3: HFBackend, tmp_path: Path) -> Iterator[MemScheduler]:
     made.close()
 
 
-def test_a_slow_store_is_not_waited_for(qwen3: HFBackend, scheduler: MemScheduler) -> None:
+def test_a_slow_store_is_not_used(qwen3: HFBackend, scheduler: MemScheduler) -> None:
     SlowLink.delay_s = 1.5
     use(scheduler, MEMORIES[0], 6)
     assert [move.target for move in scheduler.tick()] == ["cold"]
@@ -79,7 +79,7 @@ def test_a_store_that_is_fast_again_is_used_again(qwen3: HFBackend, scheduler: M
     assert "; loaded when wanted: " in scheduler.explain("m0")
 
 
-def test_a_load_that_was_done_starts_the_count_anew(qwen3: HFBackend, scheduler: MemScheduler) -> None:
+def test_a_load_resets_the_count_of_declined_loads(qwen3: HFBackend, scheduler: MemScheduler) -> None:
     """Few loads are declined, then one is done: it has measured the tier, so that many must be declined again."""
     short = TextualMemoryItem(id="short", memory=MEMORIES[1].memory[:60])
     for memory in (MEMORIES[0], short):
@@ -101,7 +101,7 @@ def test_a_load_that_was_done_starts_the_count_anew(qwen3: HFBackend, scheduler:
     assert SlowLink.fetched == fetched + 1, "1 was declined since"
 
 
-def test_declined_loads_are_not_counted_where_the_price_is_told(qwen3: HFBackend, tmp_path: Path) -> None:
+def test_declined_loads_are_not_counted_if_the_cost_is_given(qwen3: HFBackend, tmp_path: Path) -> None:
     costs = Costs(0.001, 1e-4, 0.0, kv_bytes_a_token(qwen3), {"disk": 1.0})
     made = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"disk": 1 << 30}, tmp_path, costs)
     use(made, MEMORIES[0], 6)
@@ -114,7 +114,7 @@ def test_declined_loads_are_not_counted_where_the_price_is_told(qwen3: HFBackend
     made.close()
 
 
-def test_an_estimate_is_a_line_that_outliers_do_not_move() -> None:
+def test_an_estimate_is_a_line_that_ignores_outliers() -> None:
     times = LoadTimes()
     assert times.expected_s("cold", 10) is None
     times.record("cold", 1000, 0.5)

@@ -49,7 +49,7 @@ def test_moves_keep_every_bit(qwen3: HFBackend, built: list[KVCacheItem], tmp_pa
     items.close()
 
 
-def test_what_is_in_use_stays(qwen3: HFBackend, built: list[KVCacheItem]) -> None:
+def test_a_dropped_item_in_use_stays_until_its_last_use(qwen3: HFBackend, built: list[KVCacheItem]) -> None:
     items = TieredCache(qwen3, {"ram": nbytes(built[0].kv_cache)})
     items.put(built[0], "ram")
     before = copy_of(built[0])
@@ -65,7 +65,7 @@ def test_what_is_in_use_stays(qwen3: HFBackend, built: list[KVCacheItem]) -> Non
     assert items.used_bytes()["ram"] == 0
 
 
-def test_in_use_is_not_moved(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
+def test_an_item_in_use_is_not_moved(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
     items = TieredCache(qwen3, {"ram": 1 << 30, "disk": 1 << 30}, tmp_path)
     items.put(built[0], "ram")
     with items.use(built[0].kv_cache_id):
@@ -74,7 +74,7 @@ def test_in_use_is_not_moved(qwen3: HFBackend, built: list[KVCacheItem], tmp_pat
     items.close()
 
 
-def test_refusals_name_the_way_out(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
+def test_errors_name_the_way_out(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Did you mean disk\?"):
         TieredCache(qwen3, {"disc": 1}, tmp_path)
     with pytest.raises(ConfigError, match="Use 'ram'"):
@@ -92,7 +92,7 @@ def test_refusals_name_the_way_out(qwen3: HFBackend, built: list[KVCacheItem], t
     items.close()
 
 
-def test_the_next_process_takes_up_the_disk(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
+def test_the_next_process_restores_the_disk_tier(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
     items = TieredCache(qwen3, {"disk": 1 << 30}, tmp_path)
     for item in built[:3]:
         items.put(item, "disk")
@@ -224,7 +224,7 @@ while True:
 
 
 @pytest.mark.parametrize("delay_s", [0.005, 0.05])
-def test_kill_in_a_demotion_leaves_no_half_file(
+def test_a_kill_during_a_demotion_leaves_no_half_written_file(
     qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, delay_s: float
 ) -> None:
     child = subprocess.Popen(
@@ -247,7 +247,7 @@ def test_kill_in_a_demotion_leaves_no_half_file(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_layers_on_their_way_to_the_gpu_are_waited_for() -> None:
+def test_attention_waits_for_layers_in_transfer() -> None:
     """Large enough that the copies are still running when the forward pass begins; stale memory would show."""
     loaded = load("random:qwen3-0.6b", torch.device("cuda"), torch.float32)
     backend = HFBackend(loaded)
