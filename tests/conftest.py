@@ -1,10 +1,9 @@
-"""Models that many tests share, loaded once a session."""
+"""Fixtures of many tests: models that are loaded once in a session."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from kvmem import KVCacheMemory
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.huggingface.config import HFConfig
 from kvmem.models.loading import Loaded
-from tests.helpers.tiny import SHAPES, copy_of, loaded, memory_on, pairs, same_bits, with_template
+from tests.helpers.tiny import SHAPES, copy_of, memory_on, pairs, same_bits, tiny_backend, with_template
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -26,33 +25,28 @@ if CHECKOUT not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start engines or clusters take turns: where several workers run the tests, one has all of these."""
+    """Tests that start engines or clusters run one after another: with several workers, one worker gets them all."""
     for item in items:
         if item.path.parent.name in ("vllm", "cluster"):
             item.add_marker(pytest.mark.xdist_group("engines"))
 
 
-@cache
-def _tiny(family: str) -> HFBackend:
-    return HFBackend(loaded(SHAPES[family]))
-
-
 @pytest.fixture(scope="session")
 def tiny() -> Callable[[str], HFBackend]:
-    """By family: a tiny random model of it with full attention, fp32, under the chat template."""
-    return _tiny
+    """Family -> its tiny model with full attention, random weights, fp32, under the chat template."""
+    return tiny_backend
 
 
 @pytest.fixture(params=sorted(SHAPES), scope="session")
 def family(request: pytest.FixtureRequest) -> HFBackend:
-    """Each family's tiny model in turn."""
-    return _tiny(request.param)
+    """The tiny model of each family, as a parameter."""
+    return tiny_backend(request.param)
 
 
 @pytest.fixture(scope="session")
 def qwen3() -> HFBackend:
-    """One tiny model, where the family does not matter."""
-    return _tiny("qwen3")
+    """One tiny model, for tests in which the family does not matter."""
+    return tiny_backend("qwen3")
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +56,7 @@ def qwen3_plain(qwen3: HFBackend) -> HFBackend:
 
 @pytest.fixture(scope="session")
 def sliding(qwen3: HFBackend) -> HFBackend:
-    """A tiny Mistral whose window of 24 tokens is shorter than the tests' memories."""
+    """A tiny Mistral with a sliding window of 24 tokens, shorter than the memories of the tests."""
     config = MistralConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -96,7 +90,7 @@ def smollm2_plain(smollm2: HFBackend) -> HFBackend:
 
 @pytest.fixture
 def stored(qwen3: HFBackend) -> Iterator[KVCacheMemory]:
-    """A memory that holds one item; what a wrong call must leave as it is."""
+    """A memory with one item, which a wrong call must not change."""
     memory = memory_on(qwen3)
     ((text, _),) = pairs(1, characters=300, seed=7)
     item = memory.extract(text)

@@ -1,4 +1,4 @@
-"""Imports run one way, between packages and through their public faces; each outside library is known in one place."""
+"""Imports between packages run one way and through public faces; each engine is imported in one place only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FLOOR_OF = {
     (top, package): height for top, floors in FLOORS.items() for height, floor in enumerate(floors) for package in floor
 }
 
-# Where what one cell raises becomes a failed row, with its traceback, and the other cells go on.
+# The one place where any error of a cell becomes a failed row with its traceback, and the other cells go on.
 CELL_BOUNDARY = {"experiments/execution/runner.py"}
 
 LIBRARY = sorted((ROOT / "kvmem").rglob("*.py"))
@@ -50,7 +50,7 @@ INSIDE = [path for path in ALL_FILES if path not in FRONT_DOORS]
 
 
 def imports(path: Path) -> list[tuple[str, str]]:
-    """(module, name) of everything that a file imports, wherever in it; `import a.b` has the name ""."""
+    """(module, name) of every import in a file, also in functions; `import a.b` has the name ""."""
     found: list[tuple[str, str]] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -74,14 +74,14 @@ def is_package(module: str) -> bool:
     return (ROOT / module.replace(".", "/") / "__init__.py").is_file()
 
 
-def room(module: str) -> tuple[str, str]:
-    """The top-level package and what below it a module belongs to: ("kvmem", "cache")."""
+def package_key(module: str) -> tuple[str, str]:
+    """The top-level package and the package or module below it: ("kvmem", "cache")."""
     top, _, rest = module.partition(".")
     return top, rest.partition(".")[0]
 
 
 def ours(path: Path) -> list[tuple[str, str]]:
-    """What a file imports of this repository; `from kvmem import x` counts as the module kvmem.x where there is one."""
+    """What a file imports from this repository; `from kvmem import x` counts as kvmem.x if that is a module."""
     found = []
     for module, name in imports(path):
         if module.split(".")[0] not in FLOORS:
@@ -98,7 +98,7 @@ def test_a_package_imports_only_the_floors_below(path):
     me = parts[0], parts[1]
     assert me in FLOOR_OF, f"{'.'.join(me)} has no floor yet: give it one in FLOORS"
     for module, name in ours(path):
-        other = room(module)
+        other = package_key(module)
         if other[0] == me[0] == "kvmem":
             assert other[1], f"{name_of(path)} imports {name} from the library's front door"
         if other[0] != me[0] or other == me or not other[1]:
@@ -107,12 +107,14 @@ def test_a_package_imports_only_the_floors_below(path):
 
 
 def test_the_packages_by_floor_without_a_circle(capsys):
-    """Floors as the imports themselves give them; a circle would leave packages without one."""
+    """Prints the floors that follow from the imports; packages in a circle would have none."""
     for top in FLOORS:
         below: dict[str, set[str]] = defaultdict(set)
         for path in [path for path in INSIDE if path.relative_to(ROOT).parts[0] == top]:
             me = path.relative_to(ROOT).with_suffix("").parts[1]
-            below[me] |= {other for first, other in map(room, (module for module, _ in ours(path))) if first == top}
+            below[me] |= {
+                other for first, other in map(package_key, (module for module, _ in ours(path))) if first == top
+            }
         left = {me: others - {me, ""} for me, others in below.items()}
         height = 0
         with capsys.disabled():
@@ -156,7 +158,7 @@ def test_the_library_knows_nothing_of_the_experiments(path):
 
 
 @pytest.mark.parametrize("path", ALL_FILES, ids=name_of)
-def test_an_engine_is_known_to_its_own_files_alone(path):
+def test_an_engine_is_imported_only_by_its_own_files(path):
     outside = {module.split(".")[0] for module, _ in imports(path)}
     name = name_of(path)
     assert "vllm" not in outside or name.startswith(("kvmem/engines/vllm/", "experiments/baselines/vllm_"))

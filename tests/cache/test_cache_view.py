@@ -1,4 +1,4 @@
-"""A lent cache: however it is used, the stored memory stays bit-identical, and the answers stay the first one's."""
+"""A view can be used in any way: the stored memory stays bit-identical, and later answers equal the first one."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def test_a_view_works_in_a_beam_search(stored_item, qwen3):
     beams = greedy_by_transformers(qwen3, ids, 10, cache, num_beams=3)
     assert beams == greedy_by_transformers(qwen3, ids, 10, num_beams=3)
     assert same_bits(item, before)
-    # Each reorder gives the layer other tensors; were the room to spare doubled at each, it would be 2^10 × 64 tokens.
+    # Each reorder replaces the layer's tensors; doubling the free space each time would make it 2^10 × 64 tokens.
     assert all(layer.headroom == INITIAL_HEADROOM_TOKENS for layer in cache.layers)
 
 
 def test_a_view_grows_past_its_headroom(stored_item, qwen3):
-    """Three doublings, then the same tensors as in transformers' own cache that grows by concatenation."""
+    """After three doublings, the tensors equal those of transformers' own cache, which grows by concatenation."""
     memory, item = stored_item
     before = copy_of(item)
     cache_view = memory.get_cache(item.kv_cache_id)
@@ -135,7 +135,7 @@ def test_a_cropped_view_can_be_continued(stored_item, qwen3, when):
 
 
 def test_one_view_answers_two_queries(stored_item, qwen3):
-    """A shell that has grown by an answer is cropped to what it shares with the next prompt."""
+    """A view that has grown by an answer is cropped to its common prefix with the next prompt."""
     memory, item = stored_item
     before = copy_of(item)
     cache = memory.get_cache(item.kv_cache_id)
@@ -224,7 +224,7 @@ def test_views_are_sampled_from_4_threads_with_a_seed_each(stored_item, qwen3):
 
 
 def test_a_cache_built_from_layers_has_their_length(stored_item, qwen3):
-    """MemOS issue 2313: a cache built by hand without its flags has length 0 and is silently ignored."""
+    """MemOS issue 2313: a cache built without the layers' flags has length 0, and the model silently ignores it."""
     _, item = stored_item
     rebuilt = dynamic_cache.from_layers(copy_of(item), qwen3.model_config)
     assert type(rebuilt) is DynamicCache and rebuilt.get_seq_length() == item.metadata.token_count

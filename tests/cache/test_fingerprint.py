@@ -1,4 +1,4 @@
-"""A fingerprint names the weights, tokenizer and template, and nothing of the process that loaded them."""
+"""A fingerprint identifies weights, tokenizer and template, and does not depend on the process that loaded them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stored item says of itself."""
+"""Items and text memories: repr, validation, copies."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ WRONG: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("by_place", "fields", "match"), WRONG, ids=[str(wrong[:2]) for wrong in WRONG])
-def test_a_text_memory_with_wrong_fields_is_refused(by_place: tuple[Any, ...], fields: dict[str, Any], match: str) -> None:
+@pytest.mark.parametrize(("positional", "fields", "match"), WRONG, ids=[str(wrong[:2]) for wrong in WRONG])
+def test_a_text_memory_with_wrong_fields_is_refused(
+    positional: tuple[Any, ...], fields: dict[str, Any], match: str
+) -> None:
     with pytest.raises(ArgumentError, match=rf"{match}.* Give TextualMemoryItem\(memory=text\)"):
-        TextualMemoryItem(*by_place, **fields)
+        TextualMemoryItem(*positional, **fields)
 
 
 def test_a_text_memory_can_be_copied_and_pickled() -> None:

@@ -1,4 +1,4 @@
-"""One rank of a model under torchrun: builds memories, injects those that another built, and tells what it answered."""
+"""A script for one rank under torchrun: builds memories, injects those of another process, and writes its answers."""
 
 from __future__ import annotations
 
@@ -20,53 +20,53 @@ def main(order: dict[str, Any]) -> None:
     llm = {"backend": "hf_ranks", "config": {"model_name_or_path": order["model"], "dtype": "float32"}}
     memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm=llm, merge=order["merge"]))
     folder = Path(order["folder"])
-    memory.add([memory.extract(text) for text, _ in order["asked"]])
-    told: dict[str, Any] = {
+    memory.add([memory.extract(text) for text, _ in order["pairs"]])
+    result: dict[str, Any] = {
         "ids": [item.kv_cache_id for item in memory.get_all()],
         "bytes": [item.metadata.kv_bytes for item in memory.get_all()],
         "fingerprint": memory.backend.fingerprint.model_dump(),
-        "built": answers(memory, order["asked"]),
+        "built": answers(memory, order["pairs"]),
     }
     memory.dump(folder / "of two")
     memory.load(folder / "of one")
-    told["heads"] = [layers_of(item.kv_cache)[0][0].shape[1] for item in memory.get_all()]
-    told["injected"] = answers(memory, order["asked"])
+    result["heads"] = [layers_of(item.kv_cache)[0][0].shape[1] for item in memory.get_all()]
+    result["injected"] = answers(memory, order["pairs"])
     try:
-        memory.dump(folder / "taken")  # what only the first rank finds out
+        memory.dump(folder / "taken")  # only the first rank writes, and finds that it fails
     except StorageError as error:
-        told["refused"] = type(error).__name__
+        result["refused"] = type(error).__name__
     try:
-        memory.load(folder / ("of one" if memory.backend.rank == 0 else "nowhere"))  # a disk that not all nodes share
+        memory.load(folder / ("of one" if memory.backend.rank == 0 else "nowhere"))  # a disk that only one node has
     except StorageError as error:
-        told["not everywhere"] = str(error)
+        result["not everywhere"] = str(error)
     try:
         MemScheduler(memory, "lru", {"ram": 10**9})
     except ConfigError as error:
-        told["not planned for"] = str(error)
+        result["not planned for"] = str(error)
     try:
-        memory.backend.build(order["asked"][0][0], between_layers=lambda: None)
+        memory.backend.build(order["pairs"][0][0], between_layers=lambda: None)
     except ConfigError as error:
-        told["not paused"] = str(error)
-    told["prefill_s"] = memory.backend.measure_prefill([4, 8])
+        result["not paused"] = str(error)
+    result["prefill_s"] = memory.backend.measure_prefill([4, 8])
     spread = KVCacheMemory(KVCacheMemoryConfig(extractor_llm=llm | {"config": RANDOM}))
-    told["random"] = [spread.backend.fingerprint.model_dump(), first_logits(spread)]
-    (folder / f"rank {memory.backend.rank}.json").write_text(json.dumps(told))
+    result["random"] = [spread.backend.fingerprint.model_dump(), first_logits(spread)]
+    (folder / f"rank {memory.backend.rank}.json").write_text(json.dumps(result))
 
 
-def answers(memory: KVCacheMemory, asked: list[list[str]]) -> list[tuple[int, ...]]:
-    """Behind each memory its question's, and behind all of them, merged, the first one's."""
+def answers(memory: KVCacheMemory, pairs: list[list[str]]) -> list[tuple[int, ...]]:
+    """The answer to each memory's question, and to the first question with all memories merged."""
     ids = [item.kv_cache_id for item in memory.get_all()]
-    behind = [(memory.get_cache(one), query) for one, (_, query) in zip(ids, asked, strict=True)]
-    told = []
-    for cache_view, query in [*behind, (memory.get_cache(ids), asked[0][1])]:
+    prompts = [(memory.get_cache(one), query) for one, (_, query) in zip(ids, pairs, strict=True)]
+    result = []
+    for cache_view, query in [*prompts, (memory.get_cache(ids), pairs[0][1])]:
         answer = memory.backend.generate(query, cache_view, NEW_TOKENS)
         assert answer.cached_tokens > 0
-        told.append(answer.token_ids)
-    return told
+        result.append(answer.token_ids)
+    return result
 
 
 def first_logits(memory: KVCacheMemory) -> list[float]:
-    """Of every hundredth token, behind a question."""
+    """The logits of every hundredth token of the vocabulary, for a question without a memory."""
     logits_V, _ = memory.backend.prefill(memory.backend.split("Which names are bound here?"))
     return logits_V[::100].tolist()
 

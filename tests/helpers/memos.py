@@ -1,4 +1,4 @@
-"""Look-alikes of MemOS's classes, and what its pickles hold."""
+"""Copies of MemOS's classes, from which its pickles can be made without MemOS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODULE = "memos.memories.activation.item"
 
 
 class KVCacheRecords(BaseModel):
-    """Looks like MemOS's class of this name."""
+    """Has the fields of MemOS's class of this name."""
 
     text_memories: list[str] = []
     composed_text_memory: str = ""
@@ -27,7 +27,7 @@ class KVCacheRecords(BaseModel):
 
 
 class KVCacheItem(BaseModel):
-    """Looks like MemOS's current class of this name."""
+    """Has the fields of MemOS's current class of this name."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -38,18 +38,18 @@ class KVCacheItem(BaseModel):
 
 
 class OldItem(BaseModel):
-    """Looks like MemOS's older KVCacheItem, by the fields that it had."""
+    """Has the fields of MemOS's older KVCacheItem."""
 
     kv_cache_id: str
     kv_cache: Any
     metadata: dict[str, Any] = {}
 
 
-OldItem.__qualname__ = "KVCacheItem"  # which pickle writes
+OldItem.__qualname__ = "KVCacheItem"  # the name that pickle writes
 
 
 def old_cache(pairs: Sequence[KV]) -> DynamicCache:
-    """A cache as older transformers laid it out."""
+    """A cache in the layout of older versions of transformers."""
     cache = DynamicCache.__new__(DynamicCache)
     cache.__dict__.update(
         _seen_tokens=6,
@@ -62,7 +62,7 @@ def old_cache(pairs: Sequence[KV]) -> DynamicCache:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, item: type[BaseModel] = KVCacheItem) -> types.ModuleType:
-    """A module where MemOS has its items, so that pickles of `item` name it as MemOS's do."""
+    """Installs a module under the name of MemOS's, so that pickles of `item` name the class as MemOS's do."""
     parts = MODULE.split(".")
     for i in range(1, len(parts) + 1):
         monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))

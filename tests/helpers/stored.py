@@ -1,4 +1,4 @@
-"""Tiny items without a model, for the tests of storage; importable by their subprocesses."""
+"""Tiny items that need no model, and how to dump, load and compare them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def item(
     dtype: torch.dtype = torch.float32,
     fingerprint: ModelFingerprint | None = FINGERPRINT,
 ) -> KVCacheItem:
-    """An item called `name` of `tokens` random tokens."""
+    """An item with the id `name` and random keys and values for `tokens` tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> torch.Tensor:
@@ -60,6 +60,7 @@ def item(
 
 
 def metadata(tokens: int, kv_bytes: int, fingerprint: ModelFingerprint | None = FINGERPRINT) -> KVCacheMetadata:
+    """Metadata with every field set."""
     return KVCacheMetadata(
         tokens=MemoryTokens(
             source='The dial says "seven" – déjà vu.',
@@ -79,16 +80,18 @@ def metadata(tokens: int, kv_bytes: int, fingerprint: ModelFingerprint | None = 
 def load(
     path: Path, fingerprint: ModelFingerprint = FINGERPRINT, config: PreTrainedConfig = CONFIG
 ) -> list[KVCacheItem]:
+    """The items of a file, in the format of its suffix, on the CPU."""
     return storage.for_filename(path.name).load(path, fingerprint, config, CPU)
 
 
 def dump(path: Path, *items: KVCacheItem) -> Path:
+    """Writes a file in the format of its suffix, and returns its path."""
     storage.for_filename(path.name).dump(path, items)
     return path
 
 
 def same(ours: KVCacheItem, theirs: KVCacheItem) -> bool:
-    """Equal to the bit: tensors, id, length and all metadata."""
+    """Whether tensors, to the bit, id, length and metadata are equal."""
     return (
         (ours.kv_cache_id, ours.metadata) == (theirs.kv_cache_id, theirs.metadata)
         and ours.kv_cache.get_seq_length() == theirs.kv_cache.get_seq_length()
@@ -97,6 +100,7 @@ def same(ours: KVCacheItem, theirs: KVCacheItem) -> bool:
 
 
 def same_tensors(ours: DynamicCache, theirs: DynamicCache) -> bool:
+    """Whether all tensors are equal, to the bit, and of the same dtype and shape."""
     mine, yours = ([tensor for pair in layers_of(cache) for tensor in pair] for cache in (ours, theirs))
     return len(mine) == len(yours) and all(
         (a.dtype, a.shape) == (b.dtype, b.shape) and _raw(a).equal(_raw(b)) for a, b in zip(mine, yours, strict=True)

@@ -1,8 +1,9 @@
-"""Small real models and real text for the tests: tiny shapes with random weights, pages of Python's documentation."""
+"""Tiny models with random weights, real text from Python's documentation, and references by transformers alone."""
 
 from __future__ import annotations
 
 import random
+from functools import cache
 from pydoc_data.topics import topics
 
 import torch
@@ -16,7 +17,7 @@ from kvmem.prompt.template import TemplateKind
 
 CPU = torch.device("cpu")
 SHAPES = {"qwen3": "tiny", "qwen2": "tiny_qwen2", "llama": "tiny_llama", "mistral": "tiny_mistral"}
-"""Family -> the shape of that family with full attention."""
+"""Family -> the name of its tiny shape with full attention."""
 
 QUESTIONS = (
     "What is the first rule?",
@@ -31,7 +32,7 @@ QUESTIONS = (
 
 
 def loaded(shape: str, seed: int = 0, gain: float = 12.0) -> Loaded:
-    """Random weights of `shape`, `gain` times as large: at the usual 0.02 an answer hardly depends on the memory."""
+    """A model of `shape` with random weights times `gain`; at the usual scale the memory hardly affects an answer."""
     result = load(f"random:{shape}", CPU, torch.float32, seed=seed)
     with torch.no_grad():
         for name, parameter in result.model.named_parameters():
@@ -40,20 +41,26 @@ def loaded(shape: str, seed: int = 0, gain: float = 12.0) -> Loaded:
     return result
 
 
+@cache
+def tiny_backend(family: str) -> HFBackend:
+    """A tiny model of the family, fp32, under the chat template; loaded once in a process."""
+    return HFBackend(loaded(SHAPES[family]))
+
+
 def memory_on(backend: HFBackend, **fields: object) -> KVCacheMemory:
-    """An empty memory on a backend that is already loaded."""
+    """An empty memory on a loaded backend. `fields`: of KVCacheMemoryConfig."""
     fields = {"template": backend.template.kind, **fields}
     config = KVCacheMemoryConfig(extractor_llm={"backend": "huggingface", "config": {}}, **fields)
     return KVCacheMemory(config, backend)
 
 
 def kind(given: object) -> str:
-    """A parameter's id: its repr may differ from one process to the next."""
+    """The id of a test's parameter: its type, because its repr may differ between processes."""
     return type(given).__name__
 
 
 def view_by(backend: HFBackend, text: str) -> CacheView:
-    """What a memory of `text` on this backend lends."""
+    """A view of a new memory of `text` on this backend."""
     memory = memory_on(backend)
     item = memory.extract(text)
     memory.add(item)
@@ -66,7 +73,7 @@ def with_template(backend: HFBackend, kind: TemplateKind) -> HFBackend:
 
 
 def pairs(count: int, characters: int, seed: int = 0) -> list[tuple[str, str]]:
-    """`count` memories of about `characters` characters, no two alike, each with a question."""
+    """`count` different memories of `characters` / 2 to `characters` characters, each with a question."""
     chance = random.Random(seed)
     pages = chance.sample(sorted(topics), count)
     lengths = [chance.randint(characters // 2, characters) for _ in pages]
@@ -76,12 +83,12 @@ def pairs(count: int, characters: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def copy_of(item: KVCacheItem) -> list[KV]:
-    """The stored tensors as they are now, copied."""
+    """A copy of the stored tensors."""
     return [(keys.clone(), values.clone()) for keys, values in layers_of(item.kv_cache)]
 
 
 def same_bits(item: KVCacheItem, before: list[KV]) -> bool:
-    """Whether the stored tensors are still those of `before`, to the bit."""
+    """Whether the stored tensors equal those of `before`, to the bit."""
     now = layers_of(item.kv_cache)
     return len(now) == len(before) and all(
         torch.equal(keys.view(torch.int32), old_keys.view(torch.int32))
@@ -94,7 +101,7 @@ def same_bits(item: KVCacheItem, before: list[KV]) -> bool:
 def greedy_by_transformers(
     backend: HFBackend, ids: tuple[int, ...], tokens: int, cache: DynamicCache | None = None, **more: object
 ) -> list[int]:
-    """`tokens` new tokens from transformers' own generate, which takes the whole prompt; stops at the end tokens."""
+    """Up to `tokens` new tokens from transformers' own `generate` with the whole prompt, without the end token."""
     input_ids = torch.tensor([ids])
     out = backend.model.generate(
         input_ids,
@@ -112,5 +119,5 @@ def greedy_by_transformers(
 
 @torch.inference_mode()
 def last_logits(backend: HFBackend, ids: tuple[int, ...]) -> torch.Tensor:
-    """The logits, (vocab,), behind the whole prompt in one plain forward pass, with no cache of ours."""
+    """The logits, (vocab,), after the whole prompt, in one forward pass without a cache."""
     return backend.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]

@@ -27,7 +27,7 @@ MERGE = "RopeShift"
 
 
 def two_ranks(folder: Path, device: str) -> None:
-    order = {"model": str(folder / "model"), "folder": str(folder), "asked": ASKED, "merge": MERGE}
+    order = {"model": str(folder / "model"), "folder": str(folder), "pairs": ASKED, "merge": MERGE}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

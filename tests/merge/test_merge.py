@@ -1,4 +1,4 @@
-"""Every merge strategy: what it is equal to, where it is not, and what it refuses by name."""
+"""Every merge strategy: what it equals, where it differs, and what it refuses."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_single_memory_is_exact_under_every_strategy(family, name):
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
 def test_reprefill_answers_like_the_joined_text(qwen3, kind):
-    """In `chat` the separator's tokens may differ from those of the joined text; the ids eaten by both arms do not."""
+    """In `chat` the separator's tokens may differ from those of the joined text; the ids of both arms do not."""
     backend = with_template(qwen3, kind)
     items, _, _ = built(backend)
     cache_view = backend.view(items, Reprefill(), "\n\n")
@@ -163,7 +163,7 @@ def test_recomputing_some_tokens_reduces_the_distance_to_a_joint_prefill(family,
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
 def test_the_first_separator_attends_to_everything_before_it(qwen3, kind):
-    """The first separator stands behind an exact block, so it is exact; the second's keys depend on the first's."""
+    """The first separator follows an exact block, so it is exact. The second one follows a block that is not."""
     backend = with_template(qwen3, kind)
     items, separator_ids, ids = built(backend)
     end = items[0].metadata.tokens.body_end + len(items[0].metadata.tokens.rest_ids) + len(separator_ids)
@@ -225,7 +225,7 @@ def test_dynamic_rope_is_refused(qwen3):
     ids=lambda config: config.model_type,
 )
 def test_families_with_other_names_for_their_layers(qwen3, config):
-    """What stands between the first two blocks is exact; what rotates keys is refused by name."""
+    """The first separator is exact; a strategy that rotates keys is refused."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     backend = HFBackend(Loaded(model, qwen3.tokenizer, "random weights, seed 0"))

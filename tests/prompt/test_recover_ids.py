@@ -1,4 +1,4 @@
-"""MemOS's pickles on a real model: usable where the source text tells their tokens, and refused where it does not."""
+"""MemOS's pickles: usable if the source text gives their token ids, and refused if not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Write = Callable[..., KVCacheMemory]
 
 @torch.inference_mode()
 def prefilled(backend: HFBackend, ids: tuple[int, ...]) -> DynamicCache:
-    """By transformers alone."""
+    """The cache of `text`, by transformers alone."""
     cache = backend.model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
     assert isinstance(cache, DynamicCache)
     return cache
@@ -102,7 +102,7 @@ def test_a_plain_text_under_chat_is_prefilled_again_and_the_answer_is_right(qwen
 
 @pytest.mark.parametrize("word", ["Paris", "x"])
 def test_one_word_is_usable(qwen3: HFBackend, written: Write, word: str) -> None:
-    """Which `plain` could not store, and that is no reason to refuse it under chat."""
+    """`plain` could not store it, which is not a reason to refuse it under chat."""
     memory = written(qwen3, as_memos_prefills(qwen3, word), source_text=word)
     answer = qwen3.generate(QUERY, memory.get_cache("m"), 12)
     assert list(answer.token_ids) == direct(qwen3, MEMOS_PREFACE + word) and answer.cached_tokens > 10
@@ -155,7 +155,9 @@ def test_the_stored_item_stays_unverified_and_unchanged(qwen3: HFBackend, writte
 
 
 @pytest.mark.parametrize("filename", ["kept.safetensors", "kept.pickle"])
-def test_an_unverified_item_stays_unverified_in_a_file_of_kvmem(qwen3: HFBackend, written: Write, tmp_path: Path, filename: str) -> None:
+def test_an_unverified_item_stays_unverified_in_a_file_of_kvmem(
+    qwen3: HFBackend, written: Write, tmp_path: Path, filename: str
+) -> None:
     memory = written(qwen3, as_memos_prefills(qwen3, TEXT), source_text=TEXT)
     ours = memory_on(qwen3, memory_filename=filename)
     ours.add(memory.get_all())
@@ -179,14 +181,14 @@ def test_an_unverified_item_can_be_merged(qwen3: HFBackend, written: Write) -> N
 
 
 def test_chat_turns_extend_an_unverified_item(qwen3: HFBackend, written: Write) -> None:
-    """Nothing of it is known, so all is computed, behind its source text as the system turn."""
+    """Its token ids are unknown, so everything is computed, with its source text as the system turn."""
     memory = written(qwen3, as_memos_prefills(qwen3, TEXT), source_text=TEXT)
     turns = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Nothing."}]
     longer = memory.extract(turns, base=memory.get("m"))
-    anew = memory.extract([{"role": "system", "content": TEXT}, *turns])
-    assert longer.metadata.tokens == anew.metadata.tokens
-    for (keys, _), (keys_anew, _) in zip(layers_of(longer.kv_cache), layers_of(anew.kv_cache), strict=True):
-        assert torch.allclose(keys, keys_anew, rtol=0, atol=1e-4)
+    rebuilt = memory.extract([{"role": "system", "content": TEXT}, *turns])
+    assert longer.metadata.tokens == rebuilt.metadata.tokens
+    for (keys, _), (keys_rebuilt, _) in zip(layers_of(longer.kv_cache), layers_of(rebuilt.kv_cache), strict=True):
+        assert torch.allclose(keys, keys_rebuilt, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("other", ["qwen2", "llama", "mistral"])
@@ -202,9 +204,7 @@ def test_the_file_of_another_model_is_refused_at_load(
     assert memory.get_all() == [kept]
 
 
-def test_a_file_without_keys_is_refused(
-    qwen3: HFBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_without_keys_is_refused(qwen3: HFBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
     (tmp_path / "memory.pickle").write_bytes(pickle.dumps([KVCacheItem(id="m", memory=TEXT)]))
     with pytest.raises(DamagedFileError, match="holds no keys and values"):
@@ -217,6 +217,6 @@ def test_an_item_with_known_ids_is_returned_unchanged(qwen3: HFBackend) -> None:
 
 
 def test_a_cache_that_has_left_its_sliding_window_is_refused(sliding: HFBackend, written: Write) -> None:
-    """The file holds the last tokens only, and does not say so."""
+    """The file holds only the last tokens, and does not state it."""
     with pytest.raises(FingerprintError, match="Item m holds"):
         written(sliding, as_memos_prefills(sliding, TEXT), source_text=TEXT).get_cache("m")

@@ -1,4 +1,4 @@
-"""The seam: whatever a template or tokenizer does, both arms eat the ids of the whole prompt, tokenised once."""
+"""The split of a prompt: with any template or tokenizer, both arms receive the ids of the whole prompt."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_date_that_changes_with_every_call_is_not_an_error(qwen3):
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
 def test_a_bos_that_the_tokenizer_adds_occurs_once(qwen3, kind):
-    """Rendered apart, memory and query would have one each."""
+    """Rendered separately, memory and query would have one each."""
     tokenizer = tokenizer_with(qwen3, "a BOS of its own")
     bos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -169,7 +169,7 @@ def test_a_bos_that_the_tokenizer_adds_occurs_once(qwen3, kind):
 
 @pytest.fixture(scope="module")
 def merging() -> PreTrainedTokenizerBase:
-    """A BPE tokenizer with no bounds between words: its tokens run across spaces and across any seam."""
+    """A BPE tokenizer without word boundaries: its tokens span spaces, and the border of memory and query."""
     tokenizer = Tokenizer(BPE())
     text = [f"the capital of {x}. the capitalist of {x}. is it so? it is so." for x in ("france", "spain", "peru")] * 9
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -180,13 +180,13 @@ def merging() -> PreTrainedTokenizerBase:
 
 
 def test_a_tokenizer_that_merges_across_memory_and_query(merging):
-    """One text cut in two at every character: tokenised apart it often differs, split it never does."""
+    """One text is cut in two at every character. Tokenized separately the ids often differ; split they never do."""
     text = "it is so. the capital of france. is it so? the capitalist of spain. it is so. the capital of peru."
     template = PromptTemplate(merging, "plain")
     together = tuple(merging(text).input_ids)
     broken = 0
-    for seam in range(20, len(text)):
-        memory, query = text[:seam], text[seam:]
+    for border in range(20, len(text)):
+        memory, query = text[:border], text[border:]
         if not query.strip():
             continue
         broken += tuple(merging(memory).input_ids + merging(query).input_ids) != together

@@ -189,9 +189,9 @@ def test_state_survives_a_restart(qwen3: HFBackend, tmp_path: Path) -> None:
 KILLED_IN_A_BUILD = """
 import os, signal, sys
 from pathlib import Path
-from tests.conftest import _tiny
+from tests.helpers.tiny import tiny_backend
 from tests.scheduler.test_scheduler import MEMORIES, scheduler_on, use
-backend = _tiny("qwen3")
+backend = tiny_backend("qwen3")
 scheduler = scheduler_on(backend, Path(sys.argv[1]), ram=0)
 use(scheduler, MEMORIES[0], 5)
 scheduler.tick()

@@ -1,4 +1,4 @@
-"""Checksums by regions, and a load that goes through staging buffers: the same code as to a GPU, to a CPU."""
+"""Checksums of regions, and the parallel read to a device, which is tested with a CPU as the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvmem.storage.safetensors_file import LENGTH_BYTES, SafetensorsFile, read_h
 from tests.helpers import stored
 
 GOLDEN = Path(__file__).parent / "golden/whole_file_checksum.safetensors"
-"""Written before files had regions: elements 0, 1, 2, ..., and 1,000 more a layer; values are the keys' negatives."""
+"""An older file, without regions. Keys are 0, 1, 2, ... plus 1,000 for each layer; values are their negatives."""
 SMALL = 64
 T = TypeVar("T")
 
@@ -87,14 +87,14 @@ def test_a_file_truncated_during_the_read_is_refused(tmp_path: Path) -> None:
 
 def test_several_threads_work_on_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checksums.os, "cpu_count", lambda: 3)
-    together = threading.Barrier(3, timeout=60)  # nobody gets past it alone
+    together = threading.Barrier(3, timeout=60)  # one thread alone does not get past it
     checksums.for_each_region(lambda i: together.wait() and None, 9)
     assert checksums.thread_count(1) == 1 and checksums.thread_count(1000) == 3
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[KVCacheItem]]:
-    """A file of two items and twelve regions, the border of the items inside one."""
+    """A file with two items and twelve regions; the border between the items is inside a region."""
     items = [stored.item("a", 60_000), stored.item("b", 65_537, 1, torch.bfloat16)]
     return stored.dump(tmp_path_factory.mktemp("large") / "f.safetensors", *items), items
 
@@ -122,7 +122,7 @@ def test_each_region_of_a_file_is_checked(large: tuple[Path, list[KVCacheItem]],
     path.write_bytes(content)
     with pytest.raises(DamagedFileError, match="checksum"):
         stored.load(path)
-    assert read_token_ids(path) == tuple(range(60_000)), "the head vouches for itself"
+    assert read_token_ids(path) == tuple(range(60_000)), "the header has its own checksum"
 
 
 def test_whole_regions_cut_off_or_added_are_refused(large: tuple[Path, list[KVCacheItem]], tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def _same_when_staged(path: Path, items: list[KVCacheItem]) -> None:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` returns or raises; a thread that never ends is left behind."""
+    """What `work` returns or raises. Fails after so many seconds, and leaves the thread running."""
     outcome: list[T | BaseException] = []
 
     def run() -> None:

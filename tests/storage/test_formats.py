@@ -1,4 +1,4 @@
-"""What every file format keeps: bits, and the promise that a bad file is refused and a good one survives."""
+"""What every file format guarantees: exact bits, bad files refused, and good files that survive a failed write."""
 
 from __future__ import annotations
 

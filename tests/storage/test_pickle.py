@@ -1,4 +1,4 @@
-"""The published pickle: both vintages of MemOS's files are read, MemOS can read ours, and no pickle runs anything."""
+"""MemOS's pickles: both generations are read, MemOS can read those of kvmem, and no pickle runs code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = "The dial says seven."
 
 @pytest.fixture
 def memos(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module where MemOS has its items."""
+    """A module in place of MemOS's, with its items."""
     return stand_in(monkeypatch)
 
 
@@ -95,7 +95,7 @@ def test_an_empty_cache_is_refused(memos: types.ModuleType, path: Path) -> None:
 
 
 def test_memos_can_read_a_file_of_kvmem(memos: types.ModuleType, path: Path) -> None:
-    """By an ordinary unpickler, with look-alikes of MemOS's classes in their place and the real DynamicCache."""
+    """With an ordinary unpickler, copies of MemOS's classes, and the real DynamicCache."""
     ours = stored.item("a", seed=3)
     stored.dump(path, ours)
     with open(path, "rb") as file:
@@ -139,7 +139,7 @@ def test_a_pickle_with_any_other_name_is_refused_before_it_runs(path: Path, tmp_
 
 
 def test_tensor_bytes_that_run_code_are_refused(path: Path, tmp_path: Path) -> None:
-    """torch.storage._load_from_bytes as it stands unpickles whatever it is given."""
+    """torch.storage._load_from_bytes itself unpickles any bytes."""
     import os
 
     proof = tmp_path / "ran"
@@ -156,7 +156,7 @@ def test_tensor_bytes_that_run_code_are_refused(path: Path, tmp_path: Path) -> N
 
 
 def test_a_tensor_that_reaches_beyond_its_storage_is_refused(path: Path) -> None:
-    """Read as it stands, it would show what lies in memory behind it."""
+    """Read without a check, it would expose the memory behind the storage."""
     raw = torch.zeros(4).untyped_storage()
     storage = torch.storage.TypedStorage(wrap_storage=raw, dtype=torch.float32, _internal=True)
     for offset, size, stride in ((0, (5,), (1,)), (1, (2, 2), (2, 1)), (0, (2,), (-1,)), (-1, (1,), (1,))):
@@ -167,7 +167,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_refused(path: Path) -> None
 
 
 def test_a_pickle_can_not_affect_the_next_one(path: Path) -> None:
-    """BUILD on a class would set its attributes."""
+    """The opcode BUILD on a class would set its attributes."""
     for name in (b"transformers.cache_utils\nDynamicCache", b"torch._utils\n_rebuild_tensor_v2", b"torch\ndevice"):
         path.write_bytes(b"\x80\x02c" + name + b"\nN}X\x06\x00\x00\x00fieldsNs\x86b.")
         with pytest.raises(DamagedFileError):
@@ -176,7 +176,7 @@ def test_a_pickle_can_not_affect_the_next_one(path: Path) -> None:
 
 
 def test_every_allowed_name_exists() -> None:
-    """So that a renamed class shows here and not at a user's file."""
+    """A class that transformers or torch renames fails here, and not with a user's file."""
     for module, name in safe_unpickler.ALLOWED:
         if module == "transformers.cache_utils":
             assert hasattr(transformers.cache_utils, name)

@@ -1,4 +1,4 @@
-"""What the default format promises beyond the others: any reader, and no second copy in memory."""
+"""What the default format adds: any safetensors reader opens it, and a load makes no second copy in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store that can be down, of a real file system."""
+"""A remote store that can be down, on a real file system."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class FailingLink(LocalFileSystem):
-    """A folder behind a link that can be down."""
+    """A folder that fails while `down` is set, and counts its requests."""
 
     protocol = "failinglink"
     down = False
     error: type[Exception] = ConnectionError
-    asked = 0
+    requests = 0
 
     def _check(self) -> None:
-        FailingLink.asked += 1
+        FailingLink.requests += 1
         if type(self).down:
             raise type(self).error("connection refused")
 

@@ -1,4 +1,4 @@
-"""KV that is lost, and a store that is down: answered as text, never an error, and the scheduler's thread lives on."""
+"""Lost files and a store that is down: memories are sent as text, and the scheduler's thread goes on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiers.conftest import FailingLink
 
 
 def cold_scheduler(backend: HFBackend, url: str, folder: Path | None = None) -> MemScheduler:
-    """Everything is cold, and worth loading."""
+    """A scheduler with a cold tier only, whose loads are faster than prefilling."""
     costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(backend), {"cold": 1e-12})
     scheduler = MemScheduler(memory_on(backend), "benefit_per_byte", {"cold": 1 << 30}, folder, costs, cold=url)
     use(scheduler, MEMORIES[0], 6)
@@ -28,7 +28,7 @@ def cold_scheduler(backend: HFBackend, url: str, folder: Path | None = None) -> 
 
 
 def alive_after(scheduler: MemScheduler, done: str) -> bool:
-    """Whether the thread of a scheduler builds `done`, which is hot."""
+    """Whether the scheduler's thread still builds a memory that becomes hot."""
     use(scheduler, next(memory for memory in MEMORIES if memory.id == done), 20)
     until = time.monotonic() + 60
     while done not in scheduler.index.tiers() and time.monotonic() < until:
@@ -65,7 +65,7 @@ def test_the_scheduler_thread_survives_a_lost_file(qwen3: HFBackend, tmp_path: P
 
 
 def test_the_scheduler_thread_survives_a_failed_tick(qwen3: HFBackend, tmp_path: Path) -> None:
-    """The folder of its state is gone when the state is to be written."""
+    """The folder of the scheduler's state is deleted before it writes a snapshot."""
     scheduler = scheduler_on(qwen3, tmp_path / "state")
     scheduler.prefix_selector.probe()
     for _ in range(SNAPSHOT_EVERY):
@@ -114,7 +114,7 @@ def test_an_outage_during_a_probe_loses_no_item(qwen3: HFBackend, link: str) -> 
 
 
 def test_a_newer_build_is_not_dropped_when_the_older_file_is_lost(qwen3: HFBackend, tmp_path: Path) -> None:
-    """While the lost file of an item is looked for, another request has dropped it, and it is built again."""
+    """While a lost file is read, another request drops the item, and it is built again."""
     scheduler = scheduler_on(qwen3, tmp_path, ram=0)
     use(scheduler, MEMORIES[0], 6)
     scheduler.tick()
@@ -129,7 +129,7 @@ def test_a_newer_build_is_not_dropped_when_the_older_file_is_lost(qwen3: HFBacke
 
 
 def test_an_edit_is_kept_if_the_old_kv_can_not_be_deleted(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
-    """The link is down when the text changes; the old KV is served neither then nor after a restart."""
+    """The store is down when the text changes. The old KV is used neither then nor after a restart."""
     scheduler = cold_scheduler(qwen3, link, tmp_path / "state")
     edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
     FailingLink.down = True
@@ -154,7 +154,7 @@ def test_an_edit_is_kept_if_the_old_kv_can_not_be_deleted(qwen3: HFBackend, tmp_
 
 
 def test_an_edit_is_recorded_before_the_store_is_called(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
-    """A store may fail with an error of its own kind, which nobody expects."""
+    """A store may raise an error of an unexpected class."""
     scheduler = cold_scheduler(qwen3, link, tmp_path / "state")
     edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
     FailingLink.down, FailingLink.error = True, RuntimeError

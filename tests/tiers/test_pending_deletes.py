@@ -1,4 +1,4 @@
-"""Bytes that could not be removed: named, counted in their tier, and removed as soon as that can be done."""
+"""Bytes that could not be deleted: they are recorded, count in their tier's budget, and are deleted by a retry."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_drop_succeeds_while_the_store_is_down(qwen3: HFBackend, link: str) ->
 
 
 def test_a_retry_sends_one_request_to_a_store_that_is_down(qwen3: HFBackend, link: str) -> None:
-    """Each question may wait as long as the store takes to fail; and what fails is the last to be tried again."""
+    """A request may take as long as the store takes to fail. The item that failed is the last in the next retry."""
     items = TieredCache(qwen3, {"cold": 1 << 30}, cold=link)
     for memory in MEMORIES[:3]:
         items.put(qwen3.build(memory.memory), "cold")
@@ -52,13 +52,13 @@ def test_a_retry_sends_one_request_to_a_store_that_is_down(qwen3: HFBackend, lin
     for item_id in items.ids():
         items.drop(item_id)
     first, second, third = items.pending_deletes
-    asked = FailingLink.asked
+    requests = FailingLink.requests
     items.pending_deletes.retry()
-    assert FailingLink.asked == asked + 1 and list(items.pending_deletes) == [second, third, first]
+    assert FailingLink.requests == requests + 1 and list(items.pending_deletes) == [second, third, first]
 
 
 def test_a_file_that_can_not_be_deleted_counts_in_the_budget(qwen3: HFBackend, tmp_path: Path) -> None:
-    """A tier with room for one: nothing new comes in until the old bytes have gone. A folder stands for the file."""
+    """In a tier for one item, none fits until the old bytes are deleted. A folder in place of the file prevents that."""
     first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
     room = max(first.metadata.kv_bytes, second.metadata.kv_bytes)
     items = TieredCache(qwen3, {"disk": room}, tmp_path)
@@ -81,7 +81,7 @@ def test_a_file_that_can_not_be_deleted_counts_in_the_budget(qwen3: HFBackend, t
 
 
 def test_a_tick_retries_deletes_and_plans_with_the_free_bytes(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
-    """The tier holds two: while the old text's KV can't be removed, one less is wanted there."""
+    """The tier holds two items: while the KV of the old text can't be deleted, one item less is planned there."""
     costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(qwen3), {"cold": 1e-12})
     one = qwen3.build(MEMORIES[0].memory).metadata.kv_bytes
     scheduler = MemScheduler(memory_on(qwen3), "lfu", {"cold": 2 * one + one // 2}, costs=costs, cold=link)
@@ -102,7 +102,7 @@ def test_a_tick_retries_deletes_and_plans_with_the_free_bytes(qwen3: HFBackend, 
 
 
 def test_bytes_that_a_move_could_not_delete_are_recorded(qwen3: HFBackend, tmp_path: Path, link: str) -> None:
-    """The link goes down between reading the file and removing it."""
+    """The store goes down between reading and deleting the file."""
 
     class DownOnceRead(FailingLink):
         protocol = "downonceread"

@@ -1,4 +1,4 @@
-"""The compressed tiers: bytes counted exactly, a loss within the grid's, and never a silent one."""
+"""The quantized tiers: exact byte counts, errors within the quantization step, and a mark on every lossy item."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def payload_bytes(path: Path) -> int:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantized_bytes_are_counted_exactly(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str) -> None:
+def test_quantized_bytes_are_counted_exactly(
+    qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path, scheme: str
+) -> None:
     tier = f"disk_{scheme}"
     items = TieredCache(qwen3, {"ram": GB, tier: GB}, tmp_path)
     for item in built:
@@ -109,7 +111,7 @@ def test_the_lossy_mark_stays_with_the_item(qwen3: HFBackend, built: list[KVCach
     assert qwen3.generate(QUERY, again.get_cache(built[1].kv_cache_id), 4).lossy == ""
     both = again.get_all()
     assert qwen3.view(both, NaiveConcat(), "\n\n").lossy == "int8, int4"
-    assert qwen3.view(both, Reprefill(), "\n\n").lossy == "", "computed anew"
+    assert qwen3.view(both, Reprefill(), "\n\n").lossy == "", "computed again"
     turns = ({"role": "system", "content": built[0].metadata.source_text}, {"role": "user", "content": "Why?"})
     assert qwen3.build(turns, base=both[0]).metadata.lossy == "int8, int4"
 
@@ -129,7 +131,7 @@ def test_a_scheduler_explains_and_counts_quantized_memories(qwen3: HFBackend, tm
     tokens = max(len(qwen3.template.memory_tokens(memory.memory).token_ids) for memory in MEMORIES[:2])
     sizes = TieredCache(qwen3, {"disk_int8": GB}, tmp_path / "sizes")
     room = 2 * sizes.size("disk_int8", tokens)
-    assert room < 2 * tokens * kv_bytes_a_token(qwen3), "less than the two take as they are built"
+    assert room < 2 * tokens * kv_bytes_a_token(qwen3), "less than the two take unquantized"
     scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"disk_int8": room}, tmp_path, costs)
     exact = [scheduler.answer(QUERY, [memory], 8) for memory in MEMORIES[:2]]
     for memory in MEMORIES[:2]:
@@ -160,7 +162,9 @@ def test_a_flipped_bit_is_refused(qwen3: HFBackend, built: list[KVCacheItem], tm
     items.close()
 
 
-def test_exact_tiers_beside_a_quantized_one_keep_every_bit(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
+def test_exact_tiers_beside_a_quantized_one_keep_every_bit(
+    qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path
+) -> None:
     items = TieredCache(qwen3, {"ram": GB, "disk": GB, "disk_int8": GB}, tmp_path)
     before = copy_of(built[1])
     items.put(built[0], "disk_int8")
@@ -171,7 +175,9 @@ def test_exact_tiers_beside_a_quantized_one_keep_every_bit(qwen3: HFBackend, bui
     items.close()
 
 
-def test_unsupported_models_and_missing_folders_are_refused(sliding: HFBackend, qwen3: HFBackend, tmp_path: Path) -> None:
+def test_unsupported_models_and_missing_folders_are_refused(
+    sliding: HFBackend, qwen3: HFBackend, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="'disk_int8' covers full attention only"):
         TieredCache(sliding, {"disk_int8": GB}, tmp_path)
     with pytest.raises(ConfigError, match="'disk_int4' needs a folder"):
@@ -182,7 +188,7 @@ def test_unsupported_models_and_missing_folders_are_refused(sliding: HFBackend, 
 
 @pytest.mark.parametrize("text", ["one", "one two", "one two three", " ".join(["one two three four"] * 40)])
 def test_likelihood_needs_64_tokens(qwen3: HFBackend, text: str) -> None:
-    """Against a forward pass over the whole prompt with nothing cached."""
+    """The reference is a forward pass over the whole prompt without a cache."""
     item = qwen3.build(text)
     tokens = item.metadata.tokens
     scored = min(64, len(tokens.body_ids) // 2)

@@ -1,4 +1,4 @@
-"""The cold tier, on fsspec's stores in memory and in a folder."""
+"""The remote tier `cold`, with fsspec's stores in memory and in a folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_moves_keep_every_bit_and_the_next_process_restores_them(
     assert items.used_bytes()["cold"] == nbytes(built[2].kv_cache)
 
 
-def test_damaged_foreign_and_half_written_items_are_refused(qwen3: HFBackend, built: list[KVCacheItem], url: str) -> None:
+def test_damaged_foreign_and_half_written_items_are_refused(
+    qwen3: HFBackend, built: list[KVCacheItem], url: str
+) -> None:
     items = TieredCache(qwen3, {"cold": GB}, cold=url)
     for item in built:
         items.put(item, "cold")

@@ -1,4 +1,4 @@
-"""A tier that is slower than prefilling: its loads are measured, not done while they do not pay, and done again."""
+"""A tier that is slower than prefilling is not used, and is used again once it is faster. Loads are measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.scheduler.test_scheduler import MEMORIES, QUERY, as_text, use
 
 
 class SlowLink(LocalFileSystem):
-    """A folder behind a link that sleeps before each file that is fetched."""
+    """A folder that sleeps before each file that is fetched."""
 
     protocol = "slowlink"
     delay_s = 0.0
@@ -38,7 +38,7 @@ fsspec.register_implementation("slowlink", SlowLink, clobber=True)
 
 @pytest.fixture
 def scheduler(qwen3: HFBackend, tmp_path: Path) -> Iterator[MemScheduler]:
-    """Everything is cold; prefilling a memory is said to take some 0.4 s, and what a load takes is measured."""
+    """A scheduler with a cold tier only. Its cost model says 0.4 s for a prefill; loads are measured."""
     costs = Costs(0.001, 5e-3, 0.0, kv_bytes_a_token(qwen3))
     budget = {"cold": 1 << 30}
     made = MemScheduler(memory_on(qwen3), "benefit_per_byte", budget, costs=costs, cold=f"slowlink://{tmp_path}/cold")
@@ -68,7 +68,7 @@ def test_a_store_that_is_fast_again_is_used_again(qwen3: HFBackend, scheduler: M
     for _ in range(PROBE_AFTER - 1):
         assert scheduler.answer(QUERY, [MEMORIES[0]], 1).cached_tokens == 0
     scheduler.tick()
-    assert SlowLink.fetched == 1, "not yet asked again"
+    assert SlowLink.fetched == 1, "not probed yet"
     rounds = 0
     while not scheduler.answer(QUERY, [MEMORIES[0]], 1).cached_tokens:
         scheduler.tick()
@@ -80,7 +80,7 @@ def test_a_store_that_is_fast_again_is_used_again(qwen3: HFBackend, scheduler: M
 
 
 def test_a_load_resets_the_count_of_declined_loads(qwen3: HFBackend, scheduler: MemScheduler) -> None:
-    """Few loads are declined, then one is done: it has measured the tier, so that many must be declined again."""
+    """A load measures the tier, so the count of declined loads before the next probe starts again."""
     short = TextualMemoryItem(id="short", memory=MEMORIES[1].memory[:60])
     for memory in (MEMORIES[0], short):
         use(scheduler, memory, 20)
@@ -118,7 +118,7 @@ def test_an_estimate_is_a_line_that_ignores_outliers() -> None:
     times = LoadTimes()
     assert times.expected_s("cold", 10) is None
     times.record("cold", 1000, 0.5)
-    assert times.expected_s("cold", 2000) == pytest.approx(1.0), "one size tells no fixed part"
+    assert times.expected_s("cold", 2000) == pytest.approx(1.0), "one size gives no fixed part"
     for nbytes in (2000, 4000, 8000, 16000):
         times.record("cold", nbytes, 0.4 + 1e-4 * nbytes)
     times.record("cold", 1000, 30.0)

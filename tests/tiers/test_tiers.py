@@ -1,4 +1,4 @@
-"""Tiers keep every bit, every byte of every budget, and whatever is in use."""
+"""Tiers keep every bit, never exceed a budget, and keep an item that is in use."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ STEPS = st.lists(
 def test_accounting_is_exact(
     qwen3: HFBackend, built: list[KVCacheItem], steps: list[tuple[str, int, bool]], ram_items: float, disk_items: float
 ) -> None:
-    """Whatever happens in whatever order: booked bytes are the tensors' sum, within the budgets, and bits are equal."""
+    """After any sequence of operations, used bytes are those of the tensors and within the budgets; bits are equal."""
     mean = sum(nbytes(item.kv_cache) for item in built) / len(built)
     budgets = {"ram": int(ram_items * mean), "disk": int(disk_items * mean)}
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +155,7 @@ def test_accounting_is_exact(
 
 
 def test_eight_threads_lose_nothing(qwen3: HFBackend, built: list[KVCacheItem], tmp_path: Path) -> None:
-    """8 threads x 2,000 mixed operations, each tier with room for a tenth of the items."""
+    """8 threads with 2,000 mixed operations; each tier has space for a tenth of the items."""
     torch.set_num_threads(1)
     copies = [KVCacheItem(built[i % 6].kv_cache, built[i % 6].metadata, f"item-{i}") for i in range(40)]
     before = [copy_of(item) for item in built]
@@ -207,10 +207,10 @@ def test_eight_threads_lose_nothing(qwen3: HFBackend, built: list[KVCacheItem], 
 
 DEMOTE_FOREVER = """
 import sys
-from tests.conftest import _tiny
+from tests.helpers.tiny import tiny_backend
 from tests.helpers.tiny import pairs
 from kvmem.tiers import TieredCache
-backend = _tiny("qwen3")
+backend = tiny_backend("qwen3")
 items = TieredCache(backend, {"ram": 1 << 30, "disk": 1 << 30}, sys.argv[1])
 built = [backend.build(memory) for memory, _ in pairs(6, 300)[:3]]
 for item in built:
@@ -248,7 +248,7 @@ def test_a_kill_during_a_demotion_leaves_no_half_written_file(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_attention_waits_for_layers_in_transfer() -> None:
-    """Large enough that the copies are still running when the forward pass begins; stale memory would show."""
+    """The item is so large that copies still run when the forward pass begins; stale memory would change the logits."""
     loaded = load("random:qwen3-0.6b", torch.device("cuda"), torch.float32)
     backend = HFBackend(loaded)
     item = backend.build(pairs(1, 12_000)[0][0])
