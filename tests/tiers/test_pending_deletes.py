@@ -58,7 +58,7 @@ def test_a_retry_sends_one_request_to_a_store_that_is_down(qwen3: HFBackend, lin
 
 
 def test_a_file_that_can_not_be_deleted_counts_in_the_budget(qwen3: HFBackend, tmp_path: Path) -> None:
-    """In a tier for one item, none fits until the old bytes are deleted. A folder in place of the file prevents that."""
+    """In a tier for one item, none fits until the old bytes are deleted. A folder in its place prevents that."""
     first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
     room = max(first.metadata.kv_bytes, second.metadata.kv_bytes)
     items = TieredCache(qwen3, {"disk": room}, tmp_path)
