@@ -1,4 +1,30 @@
-"""Experiments: what injecting memories buys, measured, with a verdict on every figure.
+"""Experiments: what injecting memories saves, measured, with a verdict on every figure.
 
-`python -m experiments.run` is the command line.
+`python -m experiments.run` is the command line, `run_experiment` the same from Python:
+
+    from experiments import run_experiment
+    rows = run_experiment("model=tiny", "mode=quick")
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.config import RunConfig
+    from experiments.execution import run_experiment
+
+__all__ = ["RunConfig", "run_experiment"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use, so that `import experiments.hardware` needs neither Hydra's cards nor an engine."""
+    if name == "RunConfig":
+        from experiments.config import RunConfig
+
+        return RunConfig
+    if name == "run_experiment":
+        from experiments.execution import run_experiment
+
+        return run_experiment
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""python -m experiments.run: compose -> instantiate -> rows -> sinks."""
+"""`python -m experiments.run`: the command line. Validates every job, then Hydra runs them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.config import compose
+from experiments.config import command_line, compose
 from experiments.execution import (
     NOT_ALL_VALID,
     WAYS_OUT_OF_A_FULL_GPU,
     WRONG_COMMAND,
     JobFailed,
-    checkpoint,
     log,
     problems,
-    ranks,
-    run,
+    run_job,
     sweep,
 )
 from experiments.reporting import write_joined
@@ -33,25 +31,22 @@ from kvmem.errors import ConfigError, KVMemError
 
 @hydra.main(config_path=str(compose.CONF), config_name="config", version_base=compose.VERSION_BASE)
 def job(config: DictConfig) -> None:
-    """One job of Hydra's, in the folder that it made."""
+    """One job, in the folder that Hydra made for it."""
     here = HydraConfig.get()
+    tracebacks = bool(config.get("tracebacks"))
     try:
         chosen = compose.validate(config)
-        resolved = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(resolved, dict)
         run_dir = displayed_path(Path(here.runtime.output_dir))
-        cards = {str(key): value for key, value in resolved.items()}
-        if (count := ranks.needed(chosen)) > 1 and not checkpoint.is_finished(run_dir):
-            logging_ = OmegaConf.to_container(here.job_logging, resolve=True)
-            rows = ranks.run(count, run_dir, cards, here.overrides.task, logging_)  # type: ignore[arg-type]
-        else:
-            rows = run(chosen, run_dir, cards, here.overrides.task)
+        logging = OmegaConf.to_container(here.job_logging, resolve=True)
+        assert isinstance(logging, dict)
+        settings = {str(key): value for key, value in logging.items()}
+        rows = run_job(chosen, run_dir, compose.resolved(config), here.overrides.task, settings)
     except torch.OutOfMemoryError as error:
-        told = f"{str(error).partition(' Including ')[0]} {WAYS_OUT_OF_A_FULL_GPU}"
-        log.error("error: %s", told)
-        _end(here.mode, JobFailed(NOT_ALL_VALID, told), error)
+        reason = f"{str(error).partition(' Including ')[0]} {WAYS_OUT_OF_A_FULL_GPU}"
+        log.error("error: %s", reason, exc_info=tracebacks)
+        _end(here.mode, JobFailed(NOT_ALL_VALID, reason), error)
     except KVMemError as error:
-        log.error("error: %s", error)
+        log.error("error: %s", error, exc_info=tracebacks)
         status = WRONG_COMMAND if isinstance(error, ConfigError) else NOT_ALL_VALID
         _end(here.mode, JobFailed(status, str(error)), error)
     if found := problems(rows, chosen.merge.exact):
@@ -60,8 +55,10 @@ def job(config: DictConfig) -> None:
 
 
 def _end(mode: RunMode | None, failed: JobFailed, cause: Exception | None = None) -> NoReturn:
-    """A job of a sweep is handed on. A run by itself just ends, for Hydra prints a line of its own behind what it is
-    handed."""
+    """Raises `failed` in a job of a sweep, for the launcher to pass on.
+
+    A single run exits instead: Hydra would print a line of its own for an exception.
+    """
     failed.__cause__ = cause
     if mode is RunMode.RUN:
         raise SystemExit(failed.exit_status) from failed
@@ -71,11 +68,12 @@ def _end(mode: RunMode | None, failed: JobFailed, cause: Exception | None = None
 def main() -> int:
     """Checks every job of the command line before the first one loads a model, then lets Hydra run them."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands exceptions on, and does not print and exit itself
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on, instead of printing them and exiting
     try:
-        compose.check(sys.argv[1:])
-        arguments, folder = sweep.with_folder(sys.argv[1:])
-        sys.argv[1:] = arguments
+        command = command_line.read(sys.argv[1:])
+        compose.check(command)
+        is_sweep = command.multirun and command.runs and not command.other_config
+        folder = sweep.folder_of(command.overrides) if is_sweep else None
         try:
             job()
         finally:

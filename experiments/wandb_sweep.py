@@ -1,19 +1,19 @@
-"""A sweep file for W&B's agents: `python -m experiments.wandb_sweep OVERRIDES > sweep.yaml; wandb sweep sweep.yaml`.
+"""A sweep for W&B's agents: python -m experiments.wandb_sweep OVERRIDES > sweep.yaml, then `wandb sweep sweep.yaml`.
 
-W&B's server hands out the numbers of the sweep's jobs, one to each agent that asks. A job's folder is the one that
-`python -m experiments.run -m` with the same overrides gives it, so that either goes on where the other left off.
+W&B's server gives each agent the number of a job. The job's folder is the one that `python -m experiments.run -m` with
+the same overrides gives it, so either continues what the other began.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 import yaml
 
-from experiments import run
-from experiments.config import compose
-from experiments.execution import sweep
+from experiments.config import command_line, compose
+from experiments.execution import WRONG_COMMAND, sweep
 from experiments.sinks import WandB
 from kvmem.errors import ConfigError
 
@@ -22,22 +22,25 @@ ONLINE = "sink.mode=online"
 
 
 def sweep_file(overrides: Sequence[str]) -> str:
-    """The YAML of a sweep over all jobs of `overrides`; ConfigError for a wrong job, or one that W&B would not see."""
-    compose.check(["-m", *overrides])
-    jobs = compose.expand(list(overrides))
-    card = compose.validate(compose.compose(jobs[0]))
-    if not isinstance(card.sink, WandB):
+    """The YAML of a sweep over all jobs of `overrides`.
+
+    Raises ConfigError if a job is wrong, or its rows would not reach W&B.
+    """
+    compose.check(command_line.read(["-m", *overrides]))
+    jobs = compose.expand(overrides)
+    config = compose.validate(compose.compose(jobs[0]))
+    if not isinstance(config.sink, WandB):
         raise ConfigError("W&B's agents report to W&B, and this sink is another. Leave sink=wandb.")
-    told = [] if card.sink.mode != "auto" else [ONLINE]
+    online = [] if config.sink.mode != "auto" else [ONLINE]
     return yaml.safe_dump(
         {
             "name": sweep.folder_of(overrides).name,
-            "project": card.sink.project,
-            **({"entity": card.sink.entity} if card.sink.entity else {}),
-            "program": "experiments/wandb_sweep.py",  # W&B wants one, and shows it
+            "project": config.sink.project,
+            **({"entity": config.sink.entity} if config.sink.entity else {}),
+            "program": "experiments/wandb_sweep.py",  # required, and shown on W&B's page
             "method": "grid",
             "parameters": {JOB: {"values": list(range(len(jobs)))}},
-            "command": ["${env}", "python", "-m", "experiments.wandb_sweep", "${args_no_hyphens}", *overrides, *told],
+            "command": ["${env}", "python", "-m", "experiments.wandb_sweep", "${args_no_hyphens}", *overrides, *online],
         },
         sort_keys=False,
         width=1000,
@@ -45,12 +48,12 @@ def sweep_file(overrides: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the sweep file; with `job=N` first, as an agent says it, runs that job instead."""
+    """Prints the sweep file. With `job=N` first, as an agent calls it, becomes the run of that job instead."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
     try:
-        arguments = [argument for argument in arguments if argument not in ("-m", "--multirun")]  # it is always a sweep
+        arguments = [argument for argument in arguments if argument not in ("-m", "--multirun")]  # implied
         if not arguments or not arguments[0].startswith(f"{JOB}="):
             print(sweep_file(arguments), end="")
             return 0
@@ -61,9 +64,9 @@ def main(arguments: Sequence[str]) -> int:
         folder = sweep.folder_of(overrides) / number
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return run.WRONG_COMMAND
-    sys.argv[1:] = [*jobs[int(number)], f"hydra.run.dir={folder}"]
-    return run.main()
+        return WRONG_COMMAND
+    command = [sys.executable, "-m", "experiments.run", *jobs[int(number)], f"hydra.run.dir={folder}"]
+    os.execv(sys.executable, command)  # the agent's signals then reach the run
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from experiments.bench.bench import Bench, build_s, built_once
 from experiments.bench.comparison import Arm, compare, p90
 from experiments.bench.quality import Quality
-from experiments.bench.setup import Setup
+from experiments.bench.setup import ModelCard, Setup, StorageCard
 from experiments.bench.tier_probe import COLD, RECOMPUTE, WARM, InEveryTier
 from experiments.bench.trace_replay import replay
 
@@ -14,8 +14,10 @@ __all__ = [
     "Arm",
     "Bench",
     "InEveryTier",
+    "ModelCard",
     "Quality",
     "Setup",
+    "StorageCard",
     "build_s",
     "built_once",
     "compare",

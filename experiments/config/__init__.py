@@ -1,4 +1,4 @@
-"""From a command line to a validated `RunConfig`."""
+"""From a command line, overrides or Python to a validated `RunConfig`."""
 
 from experiments.config.schema import RunConfig
 

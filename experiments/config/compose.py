@@ -1,73 +1,62 @@
-"""From a command line to a validated RunConfig, or one clear error that names the nearest choice and all of them.
+"""From overrides to a validated RunConfig, or to one error that names the nearest choice and all choices.
 
-Hydra composes; every card is then made into its dataclass, before anything loads. `check` does so for each job of a
-command line, so that a sweep fails before its first job.
+Hydra composes the cards; each card is then made into its dataclass, before anything loads. `check` does so for every
+job of a command line, so that a sweep fails before its first job starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
-from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from experiments.config import plugin_path
+from experiments.config import installed, plugin_path
+from experiments.config.command_line import CommandLine
 from experiments.config.schema import RunConfig
 from kvmem.errors import ConfigError, config_error, did_you_mean
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 VERSION_BASE = "1.3"
-plugin_path.make_known()  # before Hydra looks for its plugins, which it does once
+JOB_NAME = "run"
+"""Hydra's name of the program, in `python -m experiments.run` and here."""
+
+plugin_path.extend()  # before Hydra looks for its plugins, which it does once in a process
 
 
-def compose(overrides: list[str]) -> DictConfig:
-    """The configuration of one job; ConfigError for a key, group or choice that does not exist."""
-    with _explaining(), initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-        return hydra_compose("config", overrides)
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The cards of one job. Raises ConfigError for a key, group or choice that does not exist."""
+    with _hydra():
+        return hydra_compose("config", list(overrides))
 
 
-def expand(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job of a sweep, as Hydra's own sweeper expands them, its configured params included.
-
-    >>> expand(["seed=1,2", "merge=ropeshift"])
-    [['seed=1', 'merge=ropeshift'], ['seed=2', 'merge=ropeshift']]
-    """
-    with _sweeping(overrides) as (loader, sweep):
-        params = [f"{key}={value}" for key, value in (sweep.sweeper.params or {}).items()]
-        task, on_hydra = (_as_written(sweep.overrides[kind]) for kind in ("task", "hydra"))
-        jobs = BasicSweeper.split_arguments(OverridesParser.create(loader).parse_overrides(params + task), None)[0]
-    return [job + on_hydra for job in jobs]
-
-
-def sweep_dir(overrides: list[str]) -> Path:
-    """Where Hydra puts the jobs of a sweep of these overrides."""
-    with _sweeping(overrides) as (_, sweep):
-        return Path(sweep.sweep.dir)
-
-
-def validate(config: DictConfig) -> RunConfig:
-    """Every card as its dataclass, and all of them as one RunConfig; ConfigError for the first card that is wrong."""
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The cards as plain data, interpolations resolved. Raises ConfigError where an interpolation has no value."""
     try:
         cards = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(cards, dict)
-    root: dict[str, Any] = {str(key): card for key, card in cards.items() if key != "_target_"}
+    if not isinstance(cards, dict):
+        raise ConfigError("The configuration is not a mapping of cards.")
+    return {str(key): card for key, card in cards.items() if key != "hydra"}
+
+
+def validate(config: DictConfig) -> RunConfig:
+    """Each card as its dataclass, and all of them as one RunConfig. Raises ConfigError for the first wrong card."""
+    root = {key: card for key, card in resolved(config).items() if key != "_target_"}
     known = [field.name for field in dataclasses.fields(RunConfig)]
     for key in root:
         if key not in known:
@@ -79,31 +68,66 @@ def validate(config: DictConfig) -> RunConfig:
         raise config_error("config", error, known) from error
 
 
-def check(arguments: list[str]) -> None:
-    """Validates every job of a command line, and what it only shows; of one that asks for help, what it names."""
-    args = get_args_parser().parse_args(arguments)
-    if args.hydra_help or args.shell_completion or args.config_dir or args.config_path or args.config_name:
-        return  # with other config folders, each job still validates its own
-    if args.help or args.info:
-        compose(args.overrides)  # which they show as far as it goes
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep, in the order of Hydra's own sweeper, whose configured params count.
+
+    >>> expand(["seed=1,2", "merge=ropeshift"])
+    [['seed=1', 'merge=ropeshift'], ['seed=2', 'merge=ropeshift']]
+    """
+    with _hydra():
+        given = _parsed(overrides)
+        params = _composed_for_sweep(given).hydra.sweeper.params or {}
+        choices: dict[str, list[str]] = {}
+        for override in _parsed([f"{key}={value}" for key, value in params.items()]) + given:
+            if not override.is_hydra_override():
+                choices[override.get_key_element()] = _values(override)  # the last one of a key wins
+    on_hydra = [str(override.input_line) for override in given if override.is_hydra_override()]
+    return [[*job, *on_hydra] for job in itertools.product(*choices.values())]
+
+
+def sweep_dir(overrides: Sequence[str]) -> Path:
+    """The value of `hydra.sweep.dir` for these overrides."""
+    with _hydra():
+        return Path(_composed_for_sweep(_parsed(overrides)).hydra.sweep.dir)
+
+
+def choices(group: str) -> list[str]:
+    """The choices of a group: the cards in its folder, and what installed packages provide."""
+    with _hydra():
+        return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def choices_table() -> str:
+    """Each group with its choices, one in a line, for --help. Subfolders of a group hold parts of cards, no choices."""
+    return "".join(f"{group}: {', '.join(choices(group))}\n" for group in sorted(_groups()))
+
+
+OmegaConf.register_new_resolver("choices", choices_table, replace=True)
+
+
+def check(command: CommandLine) -> None:
+    """Validates every job of a command line, and what a command line only shows. Raises ConfigError for a wrong one."""
+    installed.register(CONF)
+    if command.hydra_only or command.other_config:
+        return  # cards of other folders are validated by each job
+    if command.help or command.info:
+        compose(command.overrides)  # they show the composed configuration, valid or not
         return
-    if args.cfg and args.multirun:
+    if command.cfg and command.multirun:
         raise ConfigError("-m runs jobs, and --cfg shows one job's configuration. Use one of them.")
-    if args.cfg:
-        validate(compose(args.overrides))
+    if command.cfg or not command.multirun:
+        validate(compose(command.overrides))
         return
-    for job in expand(args.overrides) if args.multirun else [args.overrides]:
+    for job in expand(command.overrides):
         try:
             validate(compose(job))
         except ConfigError as error:
-            if not args.multirun:
-                raise
             raise ConfigError(f"{error} (in the job {' '.join(job)})") from error
 
 
 def _card(group: str, card: dict[str, Any]) -> Any:
     if "_target_" not in card:
-        raise ConfigError(f"{group} has no card. Choose one: {group}=… {_choices(group)}")
+        raise ConfigError(f"{group} has no card. Choose one: {group}=… {did_you_mean('', choices(group))}")
     try:
         return instantiate(card, _convert_="all")
     except InstantiationException as error:
@@ -114,20 +138,42 @@ def _card(group: str, card: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _sweeping(overrides: list[str]) -> Iterator[tuple[ConfigLoader, DictConfig]]:
-    """Hydra's loader, and its own part of a sweep's configuration."""
-    with _explaining(), initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        composed = hydra.compose_config("config", overrides, RunMode.MULTIRUN, with_log_configuration=False)
-        yield hydra.config_loader, composed.hydra
+def _hydra() -> Iterator[None]:
+    """Hydra over conf/ and the installed strategies; its errors become ConfigErrors.
+
+    In a process of `hydra.main` its Hydra steps aside meanwhile: there can be one at a time.
+    """
+    installed.register(CONF)
+    current = GlobalHydra.instance()
+    outer = current.hydra
+    current.clear()
+    try:
+        with _explaining(), initialize_config_dir(str(CONF), job_name=JOB_NAME, version_base=VERSION_BASE):
+            yield
+    finally:
+        current.clear()
+        if outer is not None:
+            current.initialize(outer)
 
 
-def _as_written(overrides: ListConfig) -> list[str]:
-    """Overrides are texts, though one may name a value of its job's, ${hydra.job.num} say, that is not there yet."""
-    texts = OmegaConf.to_container(overrides, resolve=False)
-    assert isinstance(texts, list)
-    return texts
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def _composed_for_sweep(overrides: Sequence[Override]) -> DictConfig:
+    """The configuration that all jobs of a sweep share, Hydra's own part included: of the overrides that don't vary."""
+    shared = [override for override in overrides if override.is_hydra_override() or not override.is_sweep_override()]
+    return hydra_compose("config", [str(override.input_line) for override in shared], return_hydra_config=True)
+
+
+def _values(override: Override) -> list[str]:
+    """What a sweep makes of one override: an override for each of its values."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if not override.is_discrete_sweep():
+        raise ConfigError(f"{override.input_line}: a sweep needs single values, such as {key}=1,2 or {key}=range(1,3).")
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
 @contextmanager
@@ -136,9 +182,11 @@ def _explaining() -> Iterator[None]:
         yield
     except HydraException as error:
         raise _explained(error) from error
-    except OmegaConfBaseException as error:  # a value that names another, which is not there
+    except OmegaConfBaseException as error:  # an interpolation without a value
         raise ConfigError(str(error).splitlines()[0]) from error
-    except ValueError as error:  # Hydra's own: a group that is set to null
+    except ConfigError:
+        raise
+    except ValueError as error:  # Hydra raises it for a group that is set to null
         raise ConfigError(f"{error}. Give each group one of its choices, which --help lists.") from error
 
 
@@ -151,7 +199,7 @@ def _explained(error: HydraException) -> ConfigError:
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.full_key:
         parent = cause.parent_node
         siblings = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-        if cause.full_key == str(cause.key):  # at the root, where groups stand too
+        if cause.full_key == str(cause.key):  # at the root, where the groups are keys too
             siblings += _groups()
         return ConfigError(f"Unknown key {cause.full_key!r}. {did_you_mean(str(cause.key), _shown(siblings))}")
     return ConfigError(" ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line))
@@ -162,8 +210,4 @@ def _shown(keys: Iterable[str]) -> list[str]:
 
 
 def _groups() -> list[str]:
-    return [folder.name for folder in CONF.iterdir() if folder.is_dir()]
-
-
-def _choices(group: str) -> str:
-    return did_you_mean("", (path.stem for path in (CONF / group).glob("*.yaml")))
+    return [folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra"]

@@ -1,4 +1,4 @@
-"""Our launchers, as plugins of Hydra's, which it takes from the namespace package `hydra_plugins` alone."""
+"""Lets Hydra find this project's launchers, which it takes only from the namespace package `hydra_plugins`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import sys
 from pathlib import Path
 
 PLUGINS = Path(__file__).resolve().parents[1] / "execution" / "launchers"
-"""Where our part of `hydra_plugins` lies."""
+"""The folder that holds this project's part of `hydra_plugins`."""
 
 
-def make_known() -> None:
-    """Lets Hydra find our launchers, here and in the jobs that they start, which inherit PYTHONPATH.
+def extend() -> None:
+    """Adds `PLUGINS` to the import path, and to PYTHONPATH, which the jobs that launchers start inherit.
 
-    Call it before Hydra looks for its plugins; a second call changes nothing.
+    Call it before Hydra looks for its plugins. A second call changes nothing.
 
-    >>> make_known()
+    >>> extend()
     >>> str(PLUGINS) in sys.path and os.environ["PYTHONPATH"].split(os.pathsep).count(str(PLUGINS))
     1
     """
-    here = str(PLUGINS)
-    if here not in sys.path:
-        sys.path.append(here)
+    plugins = str(PLUGINS)
+    if plugins not in sys.path:
+        sys.path.append(plugins)
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if here not in inherited:
-        os.environ["PYTHONPATH"] = os.pathsep.join([*inherited, here])
+    if plugins not in inherited:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*inherited, plugins])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -12,7 +14,9 @@ from experiments.sinks import Sink
 
 @dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True), kw_only=True)
 class RunConfig(Setup):
-    """A whole run: what is measured (`Setup`), the question that is asked of it, and where its rows go."""
+    """A whole run: what is measured (`Setup`), the scenario that measures it, and where its rows go."""
 
-    scenario: Scenario
+    scenario: Scenario[Any, Any]
     sink: Sink
+    tracebacks: bool = False
+    """Log the traceback of what fails, beside its message."""

@@ -1,5 +1,7 @@
 """Runs a configuration: cell by cell, with checkpoints, as a sweep, on several ranks or a cluster."""
 
+from experiments.execution.experiment import run_experiment
+from experiments.execution.ranks import run_job
 from experiments.execution.runner import (
     NOT_ALL_VALID,
     WAYS_OUT_OF_A_FULL_GPU,
@@ -10,4 +12,14 @@ from experiments.execution.runner import (
     run,
 )
 
-__all__ = ["NOT_ALL_VALID", "WAYS_OUT_OF_A_FULL_GPU", "WRONG_COMMAND", "JobFailed", "log", "problems", "run"]
+__all__ = [
+    "NOT_ALL_VALID",
+    "WAYS_OUT_OF_A_FULL_GPU",
+    "WRONG_COMMAND",
+    "JobFailed",
+    "log",
+    "problems",
+    "run",
+    "run_experiment",
+    "run_job",
+]

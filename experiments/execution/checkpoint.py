@@ -1,8 +1,7 @@
-"""What a run's folder says is finished, so that a command goes on where a kill, a time-out or a failure left it."""
+"""What a run's folder says is finished, so that a command continues where a kill, a timeout or a failure stopped it."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,28 +12,63 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.results import ROWS_FILE as ROWS
-from experiments.results import Row, read_run
+import yaml
+from filelock import FileLock, Timeout
+
+from experiments.results import ROWS_FILE, Row, read_run
 from kvmem.errors import ConfigError
 
-DONE, LOCK = "DONE.json", "LOCK"
-NOT_PART_OF_A_FIGURE = ("sink",)
+DONE, LOCK, WRITER = "DONE.json", "LOCK", "WRITER"
+CONFIG = "config.yaml"
+NOT_PART_OF_A_FIGURE = ("sink", "tracebacks")
+FROM_THE_MODEL_CARD = ("model_name_or_path", "seed")
+"""Knobs of a backend that always have the model card's values, which count there."""
 
 
 def config_hash(resolved: Mapping[str, Any]) -> str:
-    """12 hex digits of a resolved configuration; where the rows are sent does not count.
+    """12 hex digits of a run's configuration: of its cards' classes and knobs.
 
-    >>> config_hash({"seed": 0, "sink": {"mode": "online"}}) == config_hash({"sink": None, "seed": 0})
+    A class counts by its own name, so that it may move to another module. What does not change a figure does not count:
+    where rows are sent, and what is logged.
+
+    >>> config_hash({"merge": {"_target_": "a.Mean"}}) == config_hash({"merge": {"_target_": "b.c.Mean"}, "sink": {}})
     True
     """
-    counted = {key: card for key, card in resolved.items() if key not in NOT_PART_OF_A_FIGURE}
+    counted = {key: _without_modules(card) for key, card in resolved.items() if key not in NOT_PART_OF_A_FIGURE}
+    if isinstance(counted.get("backend"), dict):
+        counted["backend"] = _as_given(counted["backend"], counted.get("hardware"))
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def hash_of_run(run_dir: Path) -> str | None:
+    """`config_hash` of the configuration that a run wrote into its folder, maybe by an older version; None: none."""
+    path = run_dir / CONFIG
+    return config_hash(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _without_modules(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        cards = {key: _without_modules(item) for key, item in value.items()}
+        return cards | {"_target_": str(cards["_target_"]).rpartition(".")[2]} if "_target_" in cards else cards
+    return [_without_modules(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _as_given(backend: dict[str, Any], hardware: Any) -> dict[str, Any]:
+    """A backend's card without what it takes from the model and the layout: config.yaml has these values, too."""
+    given = {knob: value for knob, value in backend.items() if knob not in FROM_THE_MODEL_CARD}
+    ranks = hardware.get("tensor_parallel") if isinstance(hardware, dict) else None
+    if "tensor_parallel_size" in given and given["tensor_parallel_size"] == ranks:
+        given["tensor_parallel_size"] = 1
+    return given
 
 
 @dataclass
 class Ledger:
-    """DONE.json of a run's folder. Each row names its cell in `conditions`, and `cells` are those whose rows all lie in
-    rows.jsonl; rows of other cells there are of a cell that was cut short or failed, and are measured again."""
+    """DONE.json of a run's folder: the cells whose rows are all in rows.jsonl.
+
+    Each row names its cell in `conditions`. Rows of other cells come from one that failed or was interrupted; they are
+    measured again.
+    """
 
     path: Path
     config_hash: str
@@ -43,27 +77,29 @@ class Ledger:
     """Every cell of the run is in `cells`."""
 
     def kept(self) -> list[Row]:
-        """The rows of the finished cells, and rows.jsonl cut down to them. A cell of which no row is left is finished
-        no more: a machine that goes down may lose what it had not yet put on disk."""
+        """The rows of the finished cells; rows.jsonl is cut down to them.
+
+        A cell without a row is not finished any more: a machine that crashes may lose what was not on disk yet.
+        """
         if not self.cells:
             return []
-        there = read_run(self.path.parent).rows if self.path.with_name(ROWS).is_file() else ()
-        rows = [row for row in there if row.conditions.get("cell") in self.cells]
-        left = {row.conditions["cell"] for row in rows}
-        if not left.issuperset(self.cells):
-            self.cells, self.finished = [cell for cell in self.cells if cell in left], False
+        found = read_run(self.path.parent).rows if self.path.with_name(ROWS_FILE).is_file() else ()
+        rows = [row for row in found if row.conditions.get("cell") in self.cells]
+        with_rows = {row.conditions["cell"] for row in rows}
+        if not with_rows.issuperset(self.cells):
+            self.cells, self.finished = [cell for cell in self.cells if cell in with_rows], False
             self.write()
-        _replace(self.path.with_name(ROWS), "".join(f"{row.to_json()}\n" for row in rows))
+        _replace(self.path.with_name(ROWS_FILE), "".join(f"{row.to_json()}\n" for row in rows))
         return rows
 
     def finish(self, cell: str) -> None:
-        """Call it when all rows of `cell` lie in rows.jsonl, and are worth keeping."""
+        """Records a cell. Call it when all its rows are in rows.jsonl and none failed."""
         self.cells.append(cell)
         self.write()
 
     def write(self) -> None:
-        told = {"config_hash": self.config_hash, "cells": self.cells, "finished": self.finished}
-        _replace(self.path, json.dumps(told, indent=2) + "\n")
+        content = {"config_hash": self.config_hash, "cells": self.cells, "finished": self.finished}
+        _replace(self.path, json.dumps(content, indent=2) + "\n")
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -74,44 +110,41 @@ def is_finished(run_dir: Path) -> bool:
 
 @contextmanager
 def opened(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[Ledger]:
-    """The folder's ledger, for this process alone; a kill lets go of it.
+    """The folder's ledger, locked for this process; the lock ends with the process.
 
-    Raises ConfigError where the folder holds rows of another configuration, or another process is writing them.
+    Raises ConfigError if the folder holds rows of another configuration, or another process is writing to it.
     """
-    with (run_dir / LOCK).open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise ConfigError(
-                f"{run_dir} is being written by {lock.read().strip()}. Wait for it, or choose another folder."
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+    writer = run_dir / WRITER
+    try:
+        held = FileLock(run_dir / LOCK).acquire(timeout=0)
+    except Timeout as error:
+        name = writer.read_text(encoding="utf-8").strip() if writer.is_file() else "another process"
+        raise ConfigError(f"{run_dir} is being written by {name}. Wait for it, or choose another folder.") from error
+    with held:
+        writer.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield _read(run_dir / DONE, config_hash(resolved))
 
 
 def _read(path: Path, config_hash: str) -> Ledger:
     if not path.is_file():
-        if (rows := path.with_name(ROWS)).is_file() and rows.stat().st_size:
+        if (rows := path.with_name(ROWS_FILE)).is_file() and rows.stat().st_size:
             raise ConfigError(
-                f"{path.parent} holds rows, and no {DONE} that says of which configuration. Choose another folder, or "
-                f"remove its {ROWS}."
+                f"{path.parent} holds rows, but no {DONE} that says which configuration they belong to. Choose another "
+                f"folder, or remove its {ROWS_FILE}."
             )
         ledger = Ledger(path, config_hash)
         ledger.write()
         return ledger
-    told = json.loads(path.read_text(encoding="utf-8"))
-    if told["config_hash"] != config_hash:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["config_hash"] != config_hash and hash_of_run(path.parent) != config_hash:
         raise ConfigError(
-            f"{path.parent} holds rows of another configuration ({told['config_hash']}; this one is {config_hash}). "
+            f"{path.parent} holds rows of another configuration ({content['config_hash']}; this one is {config_hash}). "
             "Choose another folder, or remove that one."
         )
-    return Ledger(path, config_hash, told["cells"], told["finished"])
+    return Ledger(path, config_hash, content["cells"], content["finished"])
 
 
 def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)

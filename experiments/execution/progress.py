@@ -1,4 +1,4 @@
-"""What a run shows as it goes: a progress bar where there is a terminal, plain lines where there is none."""
+"""What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from typing import TypeVar
 import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-T = TypeVar("T")
+from experiments.scenarios import Labelled
+
 log = logging.getLogger("experiments")
 
 
+C = TypeVar("C", bound=Labelled)
+
+
 class ConsoleHandler(logging.Handler):
-    """Log lines through rich's console, so that they stand above a running bar and don't tear it; never wrapped."""
+    """Prints log lines through rich's console, above a running progress bar; never wrapped."""
 
     def emit(self, record: logging.LogRecord) -> None:
         rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
-def over(cells: Sequence[T]) -> Iterator[T]:
-    """The cells one by one; each has a `label`."""
+def over(cells: Sequence[C]) -> Iterator[C]:
+    """Yields the cells one by one, and shows how far it is."""
     if not sys.stdout.isatty():
         for number, cell in enumerate(cells, start=1):
-            log.info("[%d/%d] %s", number, len(cells), cell.label)  # type: ignore[attr-defined]
+            log.info("[%d/%d] %s", number, len(cells), cell.label)
             yield cell
         return
     columns = [
@@ -39,6 +43,6 @@ def over(cells: Sequence[T]) -> Iterator[T]:
     with Progress(*columns, console=rich.get_console()) as bar:
         task = bar.add_task("cells", total=len(cells))
         for cell in cells:
-            bar.update(task, description=f"cell {cell.label}")  # type: ignore[attr-defined]
+            bar.update(task, description=f"cell {cell.label}")
             yield cell
             bar.advance(task)

@@ -1,4 +1,4 @@
-"""One rank of a run on several: torchrun starts `python -m experiments.execution.rank_worker ORDER` (see `ranks`)."""
+"""One process of a run of several (experiments/execution/ranks.py). torchrun starts it with the path of its order."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from kvmem.errors import ConfigError, EngineError, KVMemError
 
 
 def follow(config: RunConfig) -> None:
-    """The cells that the first process measures, beside it; EngineError where one fails here and not there."""
+    """Measures the cells that rank 0 measures, in step with it. Raises EngineError if a cell fails here alone."""
     bench = config.scenario.open(config)
     cells = named(config.scenario.cells(bench))
     for name in agreed(list(cells)):
-        went_well = all(row.status == "done" for row in measured(config, bench, cells[name]))
-        if agreed(went_well) != went_well:
-            raise EngineError(f"The ranks parted at the cell {name}: it failed on one of them alone.")
+        succeeded = all(row.status == "done" for row in measured(config, bench, cells[name]))
+        if agreed(succeeded) != succeeded:
+            raise EngineError(f"The ranks disagree about the cell {name}: it failed on some of them only.")
 
 
 def main(order: ranks.Order) -> int:
+    """Runs as rank 0, or follows it; returns the exit status."""
     config = compose.validate(OmegaConf.create(order.resolved))
     try:
         if os.environ["RANK"] == "0":

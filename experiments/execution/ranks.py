@@ -1,6 +1,7 @@
 """A run whose engine is several processes: torchrun starts them, and all of them measure the same cells in step.
 
-The first one runs as any run does. The others keep nothing: neither rows nor files, and no clock of theirs decides.
+Rank 0 runs as a single process does. The other ranks keep no rows and write no files, and no decision depends on their
+clocks.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.config import RunConfig
+from experiments.execution import checkpoint, runner
 from experiments.hardware import cores
 from experiments.results import Row, read_run
 from kvmem.engines.huggingface import HFRanksConfig
@@ -27,7 +29,7 @@ LOG = "ranks.log"
 
 @dataclass(frozen=True)
 class Order:
-    """What each process is told; plain JSON. `errors`: the folder where one that gives up leaves why."""
+    """What each process of a run gets; plain JSON. `errors` is the folder for the reasons of ranks that give up."""
 
     run_dir: str
     resolved: dict[str, Any]
@@ -38,15 +40,34 @@ class Order:
 
 @dataclass(frozen=True)
 class GivenUp:
-    """Why a process gave up; `is_config`: the command is wrong, and not the machine."""
+    """Why a process gave up. `is_config`: the configuration is wrong, not the machine."""
 
     is_config: bool
     message: str
 
 
+def run_job(
+    config: RunConfig,
+    run_dir: Path,
+    resolved: dict[str, Any],
+    overrides: Sequence[str] = (),
+    logging: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """Measures a configuration in as many processes as its engine needs, and returns the rows.
+
+    `resolved` is the configuration as plain cards. `logging` configures a rank's log (`logging.config.dictConfig`);
+    None leaves Python's default. See `runner.run` for what a run leaves in `run_dir`.
+    """
+    if (count := needed(config)) > 1 and not checkpoint.is_finished(run_dir):
+        return run(count, run_dir, resolved, overrides, logging or {"version": 1})
+    return runner.run(config, run_dir, resolved, overrides)
+
+
 def needed(config: RunConfig) -> int:
-    """How many processes the run's engine is; ConfigError where its scenario can't be measured by so many, or this
-    machine is not the layout."""
+    """How many processes the run's engine needs.
+
+    Raises ConfigError if the scenario can't be measured by so many, or this machine is not the layout.
+    """
     if not isinstance(config.backend, HFRanksConfig):
         return 1
     count = config.backend.tensor_parallel_size
@@ -66,35 +87,36 @@ def needed(config: RunConfig) -> int:
 
 
 def run(
-    count: int, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str], logging: dict[str, Any]
+    count: int, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str], logging: Mapping[str, Any]
 ) -> list[Row]:
-    """The rows of a run by `count` processes of this machine; raises what the first of them that gave up says."""
+    """The rows of a run by `count` processes of this machine. Raises the error of the first rank that gave up."""
     with tempfile.TemporaryDirectory() as folder:
         order = Path(folder) / "order.json"
-        order.write_text(json.dumps(asdict(Order(str(run_dir), resolved, list(overrides), logging, folder))))
+        order.write_text(json.dumps(asdict(Order(str(run_dir), resolved, list(overrides), dict(logging), folder))))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         command += ["-m", "experiments.execution.rank_worker", str(order)]
-        here = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        env = {"OMP_NUM_THREADS": str(max(1, cores() // count))} | os.environ | here
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        env = {"OMP_NUM_THREADS": str(max(1, cores() // count))} | os.environ | paths
         with (run_dir / LOG).open("a+", encoding="utf-8") as log:
-            before = log.tell()
+            start = log.tell()
             done = subprocess.run(command, env=env, stderr=log, check=False)
-            log.seek(before)
-            said = log.read()
+            log.seek(start)
+            output = log.read()
         if done.returncode:
-            raise _failure(Path(folder), said, run_dir / LOG)
+            raise _failure(Path(folder), output, run_dir / LOG)
     return list(read_run(run_dir).rows)
 
 
 def give_up(folder: str, why: GivenUp) -> None:
+    """Leaves the reason of this rank in `folder`, for the process that started the ranks."""
     (Path(folder) / f"rank {int(os.environ['RANK']):04}.json").write_text(json.dumps(asdict(why)))
 
 
-def _failure(folder: Path, said: str, log: Path) -> ConfigError | EngineError:
+def _failure(folder: Path, output: str, log: Path) -> ConfigError | EngineError:
     for path in sorted(folder.glob("rank *.json")):
         why = GivenUp(**json.loads(path.read_text()))
         return ConfigError(why.message) if why.is_config else EngineError(why.message)
-    ended = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", said)
-    raised = re.findall(r"^(?:\[rank\d+\]: *)?([\w.]+Error: .+)$", said, re.MULTILINE)
-    told = [f"rank {rank} with status {status}" for status, rank in ended] + raised[:1]
-    return EngineError(f"A process of the run ended: {': '.join(told)}. What it said is in {log}.")
+    ended = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", output)
+    raised = re.findall(r"^(?:\[rank\d+\]: *)?([\w.]+Error: .+)$", output, re.MULTILINE)
+    reasons = [f"rank {rank} with status {status}" for status, rank in ended] + raised[:1]
+    return EngineError(f"A process of the run ended: {', '.join(reasons)}. Its output is in {log}.")

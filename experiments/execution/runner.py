@@ -28,13 +28,9 @@ from experiments.sinks import JSONL, Sink
 
 log = logging.getLogger("experiments")
 
-
 WRONG_COMMAND, NOT_ALL_VALID = 2, 1
-
-
+"""Exit statuses."""
 ROWS_IN_A_LOG_LINE = 4
-
-
 WAYS_OUT_OF_A_FULL_GPU = (
     "Use a smaller model or a layout of more GPUs, or leave an engine less (backend.gpu_memory_utilization, "
     "backend.buffers)."
@@ -42,7 +38,7 @@ WAYS_OUT_OF_A_FULL_GPU = (
 
 
 class JobFailed(Exception):
-    """A job that has told why it failed; `exit_status` is the process's."""
+    """A job that has logged why it failed. `exit_status` is for the process."""
 
     def __init__(self, exit_status: int, reason: str) -> None:
         super().__init__(exit_status, reason)
@@ -50,10 +46,11 @@ class JobFailed(Exception):
 
 
 def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str] = ()) -> list[Row]:
-    """Measures every cell of `config`, and leaves rows, tables, plots and report in `run_dir`. Returns the rows.
+    """Measures every cell of `config`, leaves rows, tables, plots and report in `run_dir`, and returns the rows.
 
-    A cell that raises becomes a failed row, and the others go on. Rows are written as they come; where the folder holds
-    finished cells of the same configuration, they are not measured again.
+    `resolved` is the configuration as plain cards. A cell that raises becomes a failed row, and the other cells go on.
+    Rows are written as they come. Cells of the same configuration that are finished in `run_dir` are not measured
+    again.
     """
     with checkpoint.opened(run_dir, resolved) as done:
         rows = done.kept()
@@ -61,14 +58,14 @@ def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: S
             log.info("%s was finished before", run_dir)
         else:
             _write_conditions(config, run_dir, resolved, overrides)
-            _go_on(config, run_dir, resolved, done, rows)
+            _measure_missing(config, run_dir, resolved, done, rows)
     return rows
 
 
-def _go_on(
+def _measure_missing(
     config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: checkpoint.Ledger, rows: list[Row]
 ) -> None:
-    """Measures the cells that are not done yet, and adds their rows to `rows`."""
+    """Measures the cells that are not finished, and adds their rows to `rows`."""
     sinks: list[Sink] = [JSONL(), config.sink]
     for sink in sinks:
         sink.check()
@@ -102,7 +99,7 @@ def _go_on(
 
 
 def problems(rows: Iterable[Row], exact: bool) -> list[str]:
-    """What makes a run end with status 1: a failed cell, an invalid verdict, a divergence where the merge is exact."""
+    """Why a run ends with status 1: each failed cell, invalid verdict, and divergence where the merge is exact."""
     found = []
     for row in rows:
         cell = f"{row.model} {row.scenario} {row.context_tokens}/{row.query_tokens}"
@@ -120,19 +117,19 @@ def problems(rows: Iterable[Row], exact: bool) -> list[str]:
 
 
 def named(cells: Sequence[Any]) -> dict[str, Any]:
-    """The cells of a scenario by the names that a run's folder knows them by."""
+    """A scenario's cells by the names that they have in a run's folder."""
     return {f"{number} {cell.label}": cell for number, cell in enumerate(cells)}
 
 
 def measured(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
-    """The rows of one cell."""
+    """The rows of one cell; a failed row if it raises."""
     started = time.perf_counter()
     try:
         rows = config.scenario.measure(bench, cell)
         for row in rows:
-            row.to_json()  # a figure that is no number would end the run where the row is written
-    except Exception as error:  # whatever a cell raises is kept in its row, so that a long run keeps its other cells
-        log.error("%s failed: %s: %s", cell.label, type(error).__name__, error)
+            row.to_json()  # a NaN fails this cell here, not the whole run where the row is written
+    except Exception as error:  # a long run keeps its other cells; the row has the traceback
+        log.error("%s failed: %s: %s", cell.label, type(error).__name__, error, exc_info=config.tracebacks)
         return [config.scenario.failed(bench, cell, traceback.format_exc())]
     figures = "; ".join(map(_figures, rows)) if len(rows) <= ROWS_IN_A_LOG_LINE else formatting.plural(len(rows), "row")
     log.info("%s: %s (%.1f s)", cell.label, figures, time.perf_counter() - started)
@@ -153,9 +150,9 @@ def _close(sink: Sink, run_dir: Path) -> None:
 
 
 def _write_conditions(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str]) -> None:
-    card = dataclasses.asdict(config.backend)  # type: ignore[call-overload]
-    resolved["backend"] |= card  # what it took from the model and the layout
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)), encoding="utf-8")
+    card = dataclasses.asdict(config.backend)  # type: ignore[call-overload]  # each backend config is a dataclass
+    resolved["backend"] |= card  # with what it took from the model and the layout
+    (run_dir / checkpoint.CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)), encoding="utf-8")
     machine = dataclasses.asdict(layout.inspect())
     environment = {"overrides": list(overrides), "machine": machine, "conditions": layout.conditions()}
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=2, default=str) + "\n", encoding="utf-8")

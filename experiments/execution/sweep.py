@@ -1,14 +1,14 @@
-"""A sweep's folder: outputs/sweeps/<name>-<config hash>, found again by the same command; one folder a job in it."""
+"""A sweep's folder, outputs/sweeps/<name>-<hash of its jobs>, which the same command finds again."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-from hydra._internal.utils import get_args_parser
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from experiments.config import compose
 from experiments.execution import checkpoint
@@ -17,22 +17,15 @@ from experiments.results import SWEEPS, in_order
 FOLDER_KNOB = "hydra.sweep.dir"
 
 
-def with_folder(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """The command line with its sweep's folder in it, and that folder; as it was, and None, where it is no sweep."""
-    args = get_args_parser().parse_args(arguments)
-    asks = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
-    if not args.multirun or asks or args.config_dir or args.config_path or args.config_name:
-        return arguments, None
-    if any(override.lstrip("+").startswith(f"{FOLDER_KNOB}=") for override in args.overrides):
-        return arguments, compose.sweep_dir(args.overrides)
-    folder = folder_of(args.overrides)
-    # Beside another override: argparse takes them from one place of the line only.
-    place = arguments.index(args.overrides[0]) if args.overrides else len(arguments)
-    return [*arguments[:place], f"{FOLDER_KNOB}={folder}", *arguments[place:]], folder
+def folder_of(overrides: Sequence[str]) -> Path:
+    """The folder of the sweep over these overrides: the one that they name, or the one that belongs to its jobs."""
+    if any(override.lstrip("+").startswith(f"{FOLDER_KNOB}=") for override in overrides):
+        return compose.sweep_dir(overrides)
+    return _folder_of_jobs(tuple(overrides))
 
 
 def summary(folder: Path) -> list[str]:
-    """What a sweep that has ended says: which jobs are not finished, and how offline W&B runs are sent."""
+    """What is printed when a sweep ends: which jobs are not finished, and how to send offline W&B runs."""
     jobs = [path for path in folder.iterdir() if path.name.isdigit() or (path / checkpoint.DONE).is_file()]
     runs = sorted(jobs, key=in_order)
     missing = [run.name for run in runs if not checkpoint.is_finished(run)]
@@ -44,17 +37,38 @@ def summary(folder: Path) -> list[str]:
     return lines
 
 
-def folder_of(overrides: Sequence[str]) -> Path:
-    """Where the sweep of these overrides lives; sinks don't count."""
-    jobs = [compose.compose(job) for job in compose.expand(list(overrides))]
-    hashes = [checkpoint.config_hash({str(k): v for k, v in _plain(job).items()}) for job in jobs]
-    experiment = [override.partition("=")[2] for override in overrides if override.startswith("experiment=")]
-    name = experiment[-1] if experiment else compose.validate(jobs[0]).scenario.name
-    name = re.sub(r"[^\w.-]+", "-", name)  # of several experiments a list: Hydra would take its comma for a sweep's
-    return SWEEPS / f"{name}-{checkpoint.config_hash({'jobs': hashes})}"
+@cache
+def _folder_of_jobs(overrides: tuple[str, ...]) -> Path:
+    """Named after the experiment, or the scenario, and a hash of all jobs' configurations.
+
+    A sweep that an older version began under another hash of the same configurations keeps its folder.
+    """
+    jobs = [compose.resolved(compose.compose(job)) for job in compose.expand(overrides)]
+    experiments = [override.partition("=")[2] for override in overrides if override.startswith("experiment=")]
+    first = compose.validate(OmegaConf.create(jobs[0]))
+    name = experiments[-1] if experiments else first.scenario.name
+    name = re.sub(r"[^\w.-]+", "-", name)  # in a folder's name, Hydra would take the comma of a list for a sweep
+    hashes = [checkpoint.config_hash(job) for job in jobs]
+    folder = SWEEPS / f"{name}-{checkpoint.config_hash({'jobs': hashes})}"
+    if folder.is_dir():
+        return folder
+    return next((old for old in sorted(SWEEPS.glob(f"{name}-*")) if _is_sweep_of(old, hashes)), folder)
 
 
-def _plain(job: object) -> dict[object, object]:
-    plain = OmegaConf.to_container(job, resolve=True)
-    assert isinstance(plain, dict)
-    return dict(plain)
+def _is_sweep_of(folder: Path, hashes: Sequence[str]) -> bool:
+    """Whether a folder holds jobs of these configurations in this order, and no others."""
+    begun = {path.parent.name: path for path in folder.glob("*/config.yaml") if path.parent.name.isdigit()}
+    return bool(begun) and all(
+        int(number) < len(hashes) and checkpoint.hash_of_run(path.parent) == hashes[int(number)]
+        for number, path in begun.items()
+    )
+
+
+def _default_folder(task: ListConfig, on_hydra: ListConfig) -> str:
+    """`${sweep_folder:…}` of conf/config.yaml: Hydra passes a sweep's value of it on to the jobs, as it does a time."""
+    lists = [OmegaConf.to_container(overrides, resolve=False) for overrides in (task, on_hydra)]
+    overrides, others = ([str(override) for override in one or ()] for one in lists)
+    return str(_folder_of_jobs((*overrides, *(override for override in others if "hydra.sweeper." in override))))
+
+
+OmegaConf.register_new_resolver("sweep_folder", _default_folder, use_cache=True, replace=True)

@@ -1,4 +1,4 @@
-"""The machine that a run is made for, the machine that it finds, and what a job asks a cluster for."""
+"""Hardware: the layout that a run is configured for, the machine that it finds, and the resources of a job."""
 
 from experiments.hardware.layout import CARDS, Hardware, cores, read_card
 from experiments.hardware.resources import Resources, resources_of

@@ -1,5 +1,4 @@
-"""The hardware that a run is made for, and what it finds: `python -m experiments.hardware` prints the latter,
-and which layouts it can be (a node of)."""
+"""The hardware layout that a run is configured for, and the machine that it finds."""
 
 from __future__ import annotations
 
@@ -24,13 +23,13 @@ from pydantic.dataclasses import dataclass
 from kvmem.errors import ConfigError
 
 CARDS = Path(__file__).parents[2] / "conf" / "hardware"
-"""Where each layout has its card."""
+"""The folder of the layouts' cards."""
 PACKAGES = ("kvmem", "torch", "transformers")
 
 
 @plain_dataclass(frozen=True)
 class GPU:
-    """One GPU that this process may use; what its driver does not tell is None."""
+    """One GPU that this process may use. What its driver does not report is None."""
 
     name: str
     memory_gb: float
@@ -43,7 +42,7 @@ class GPU:
 
 @plain_dataclass(frozen=True)
 class Machine:
-    """What this machine is. `cores` are those that this process may run on; memory in 10⁹ bytes."""
+    """A machine. `cores` are those that this process may run on; memory is in 10⁹ bytes."""
 
     cpu: str
     cores: int
@@ -59,10 +58,10 @@ class Machine:
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Hardware:
-    """A layout that figures are taken on, as its name card in conf/hardware describes it; all sizes are of one GPU.
+    """A hardware layout, as its card in conf/hardware describes it. All sizes are of one GPU.
 
-    `gpu` is the name that its driver gives it, so that "NVIDIA H100 80GB HBM3" is not taken for its PCIe card; None is
-    whatever this machine is. `peak_tflops` by dtype are dense, as the maker states them.
+    `gpu` is the name that the driver reports, so that "NVIDIA H100 80GB HBM3" is not mistaken for the PCIe card; None
+    stands for whatever this machine is. `peak_tflops` by dtype are the vendor's dense peaks.
     """
 
     name: str = "local"
@@ -75,11 +74,11 @@ class Hardware:
     peak_tflops: dict[str, float] = Field(default_factory=dict)
     bandwidth_gb_s: float | None = None
     interconnect_gb_s: float | None = None
-    """Between two GPUs of a node, one way."""
+    """Between two GPUs of a node, in one direction."""
     host_memory_gb: float | None = None
-    """Least memory of a node; None: any."""
+    """The least host memory of a node; None: any."""
     check: bool = True
-    """Refuse a machine that is not this layout; False runs on it anyway, and its figures are not this layout's."""
+    """Refuse a machine that is not this layout. False runs on it anyway; its figures are then not the layout's."""
 
     def __post_init__(self) -> None:
         if self.gpu is not None and self.tensor_parallel * self.pipeline_parallel != self.gpus:
@@ -89,43 +88,43 @@ class Hardware:
             )
 
     def is_met_by(self, machine: Machine) -> bool:
-        """Whether `machine` is (a node of) this layout."""
+        """Whether `machine` is this layout, or a node of it."""
         if self.gpu is None:
             return True
-        here = sum(gpu.name == self.gpu for gpu in machine.gpus)
-        return here >= self.gpus // self.nodes and machine.memory_gb >= (self.host_memory_gb or 0)
+        found = sum(gpu.name == self.gpu for gpu in machine.gpus)
+        return found >= self.gpus // self.nodes and machine.memory_gb >= (self.host_memory_gb or 0)
 
     def is_here(self) -> bool:
-        """Whether a run may take this machine for the layout: by a check that is still to come, or by what is found."""
+        """Whether this machine counts as the layout: a check is still to come, or it meets the layout now."""
         return self.check or self.is_met_by(inspect())
 
     def refuse_other_machines(self) -> None:
-        """ConfigError where `check` is set and this machine is not the layout: call it before a model loads."""
+        """Raises ConfigError if `check` is set and this machine is not the layout. Call it before a model loads."""
         if self.check:
             self.refuse(inspect())
 
     def label(self) -> str:
-        """Its name in tables; where the check is off and this machine is another, that too."""
+        """The layout's name in tables; with the check off on another machine, that machine's too."""
         if self.check:
             return self.name
         machine = inspect()
         return self.name if self.is_met_by(machine) else f"{self.name} (not it: {machine})"
 
     def refuse(self, machine: Machine) -> None:
-        """ConfigError that says what `machine` is, where it is not (a node of) this layout."""
+        """Raises ConfigError that describes `machine` if it is not this layout, or a node of it."""
         if self.is_met_by(machine):
             return
-        a_node = self.gpus // self.nodes
+        gpus_of_a_node = self.gpus // self.nodes
         memory = f" and {self.host_memory_gb:.0f} GB of memory" if self.host_memory_gb is not None else ""
         raise ConfigError(
-            f"hardware={self.name} is {a_node} × {self.gpu}{memory} a node, and this machine is {machine} "
+            f"hardware={self.name} is {gpus_of_a_node} × {self.gpu}{memory} a node, and this machine is {machine} "
             f"({machine.memory_gb:.0f} GB of memory). Use hardware=local to measure this machine, or "
             "hardware.check=false to run anyway."
         )
 
 
 def inspect() -> Machine:
-    """This machine: its processor, and the GPUs that torch may use, with clocks and temperature as they are now."""
+    """This machine: its CPU, and the GPUs that torch may use, with their current clocks and temperature."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return Machine(
         _cpu_name(), cores(), psutil.virtual_memory().total / 1e9, tuple(_gpu(index) for index in range(count))
@@ -133,12 +132,12 @@ def inspect() -> Machine:
 
 
 def cores() -> int:
-    """Those that this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def conditions() -> dict[str, Any]:
-    """What a figure depends on and a row keeps: versions, commit, threads, and the machine's state now. Plain JSON."""
+    """What a figure depends on, for its row: versions, commit, threads, and the machine's current state. Plain JSON."""
     machine = inspect()
     return {
         **{package: _version(package) for package in PACKAGES},
@@ -156,9 +155,11 @@ def conditions() -> dict[str, Any]:
 
 @cache
 def commit() -> str | None:
-    """The checkout's commit, "+" where tracked files differ from it; KVMEM_COMMIT in a copy without its history. As it
-    was when first asked, which is the code that runs: nor is a process with a model in it forked for each cell, whose
-    memory a cluster would count twice for a moment."""
+    """The checkout's commit, with "+" if tracked files differ from it; KVMEM_COMMIT in a copy without a history.
+
+    It is read once, at the first call: later edits are not the code that runs. This also avoids a fork of a process
+    that holds a model, whose memory a cluster would count twice for a moment.
+    """
     if "KVMEM_COMMIT" in os.environ:
         return os.environ["KVMEM_COMMIT"]
     folder = Path(__file__).parents[2]
@@ -166,7 +167,7 @@ def commit() -> str | None:
         return None
     git = ["git", "-C", str(folder)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:  # no commit yet, or git does not trust the folder's owner
+    if head.returncode:  # no commit yet, or git does not trust the owner of the folder
         return None
     changed = subprocess.run(
         [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
@@ -177,7 +178,7 @@ def commit() -> str | None:
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from the checkout without an installation: the commit says which
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed: the commit identifies it
         return None
 
 
@@ -197,29 +198,30 @@ def _gpu(index: int) -> GPU:
     )
     try:
         pynvml.nvmlInit()
-        # By UUID: torch counts the GPUs that CUDA_VISIBLE_DEVICES leaves, the driver counts all.
+        # By UUID: torch numbers the GPUs that CUDA_VISIBLE_DEVICES leaves, the driver numbers all.
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
         state["driver"] = pynvml.nvmlSystemGetDriverVersion()
         state["sm_clock_mhz"] = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
         state["memory_clock_mhz"] = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)
         state["temperature_c"] = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
         state["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
-    except pynvml.NVMLError:  # another maker's GPU, or a driver that does not tell all of it: the rest stays None
+    except pynvml.NVMLError:  # another vendor's GPU, or a driver that reports only a part: the rest stays None
         pass
     return GPU(properties.name, properties.total_memory / 1e9, **state)
 
 
 def read_card(path: Path) -> Hardware:
-    """The layout that a card of conf/hardware tells of."""
-    fields = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(fields, dict)
-    return Hardware(**{str(key): value for key, value in fields.items() if key != "_target_"})
+    """The layout of a card in conf/hardware, with the data sheet of its GPU."""
+    return Hardware(**{name: value for name, value in _composed(path).items() if name != "_target_"})
 
 
-if __name__ == "__main__":
-    from rich import print_json
-
-    here = inspect()
-    cards = [read_card(path) for path in sorted(CARDS.glob("*.yaml"))]
-    layouts = [card.name for card in cards if card.is_met_by(here)]
-    print_json(data=conditions() | {"memory_gb": round(here.memory_gb, 1), "layouts": layouts})
+@cache
+def _composed(path: Path) -> dict[str, Any]:
+    """A card's knobs over those of the cards that its `defaults` name, as Hydra composes them; needs no Hydra."""
+    own = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(own, dict)
+    knobs: dict[Any, Any] = {}
+    for part in own.pop("defaults", ["_self_"]):
+        name = str(part).partition("@")[0]
+        knobs |= own if name == "_self_" else _composed(path.parent / f"{name}.yaml")
+    return {str(name): value for name, value in knobs.items()}

@@ -1,4 +1,4 @@
-"""What a job asks its cluster for, as it follows from the hardware layout."""
+"""What a job requests from a cluster: it follows from the hardware layout."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from experiments.hardware.layout import Hardware
 
 CORES_A_GPU = 4
-"""One that launches kernels, and the engine's own processes beside it."""
+"""One launches kernels; the others are for the engine's own processes."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one job, which is one engine; sizes are a node's. None: the cluster's own default."""
+    """The resources of one job, which is one engine. Sizes are of one node; None is the cluster's default."""
 
     nodes: int
     gpus_per_node: int | None
@@ -21,7 +21,9 @@ class Resources:
 
 
 def resources_of(hardware: Hardware) -> Resources:
-    """Host memory: what the card states, else as much as the node's GPUs have, for weights pass through it.
+    """The resources that a layout needs.
+
+    Host memory is what the card states, else the memory of the node's GPUs: weights pass through it.
 
     >>> resources_of(Hardware(gpu="NVIDIA H800", gpus=4, tensor_parallel=4, memory_gb=80))
     Resources(nodes=1, gpus_per_node=4, memory_gb=320.0, cores_per_node=16)

@@ -55,9 +55,9 @@ def rows_text(run_dir: Path) -> str:
 
 def writer(run_dir: Path) -> int | None:
     """The process that writes, or last wrote, a run's folder."""
-    lock = run_dir / "LOCK"
-    told = re.search(r"process (\d+)", lock.read_text()) if lock.is_file() else None
-    return int(told[1]) if told else None
+    path = run_dir / "WRITER"
+    process = re.search(r"process (\d+)", path.read_text()) if path.is_file() else None
+    return int(process[1]) if process else None
 
 
 def jobs_in(output: str) -> dict[int, str]:

@@ -38,8 +38,8 @@ def test_an_agents_job_is_the_sweeps_own(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
-    _, folder = sweep.with_folder(["-m", *OVERRIDES])
-    assert folder is not None and folder.name == file["name"]
+    folder = sweep.folder_of(OVERRIDES)
+    assert folder.name == file["name"]
     assert checkpoint.is_finished(tmp_path / folder / "1") and not (tmp_path / folder / "0").exists()
     assert "seed: 1\n" in (tmp_path / folder / "1" / "config.yaml").read_text()
     assert list((tmp_path / folder / "1" / "wandb").glob("offline-run-*"))
@@ -73,7 +73,7 @@ def test_a_wrong_job_is_found_when_the_file_is_made() -> None:
 
 
 def test_a_sweep_over_experiments_has_a_folder_that_hydra_can_be_told() -> None:
-    folder = sweep.folder_of(["experiment=smoke,vllm_ttft_table", "model=tiny"])
+    overrides = ["experiment=smoke,vllm_ttft_table", "model=tiny"]
+    folder = sweep.folder_of(overrides)
     assert folder.name.startswith("smoke-vllm_ttft_table-")
-    arguments, _ = sweep.with_folder(["-m", "experiment=smoke,vllm_ttft_table", "model=tiny"])
-    assert len(compose.expand([override for override in arguments if override != "-m"])) == 2
+    assert len(compose.expand([*overrides, f"hydra.sweep.dir={folder}"])) == 2

@@ -1,4 +1,4 @@
-"""What our launchers share: each job is submitted by itself, and one that dies is one failed job; the others go on."""
+"""What the launchers share: each job is submitted by itself, so that one that dies does not end the others."""
 
 from __future__ import annotations
 
@@ -23,59 +23,63 @@ from kvmem.errors import ConfigError, KVMemError
 if TYPE_CHECKING:
     from experiments.hardware import Resources
 
-plugin_path.make_known()  # in a job's process too
+plugin_path.extend()  # also in a job's own process
 
-LOOK_S = 10
-"""How often a cluster is asked about all jobs at once."""
+POLL_S = 10
+"""How often a cluster is asked for the state of all jobs at once."""
 
-NOT_TAKEN = (OSError, RuntimeError)  # submitit's FailedSubmissionError is one
-NOT_READ = (OSError, RuntimeError, EOFError, pickle.PickleError, ImportError, AttributeError)
-"""What clients raise for a job that a cluster refuses, and for an answer that was cut off or of other code."""
+SUBMISSION_ERRORS = (OSError, RuntimeError)
+"""What clients raise if a cluster refuses a job; submitit's FailedSubmissionError is a RuntimeError."""
+RESULT_ERRORS = (OSError, RuntimeError, EOFError, pickle.PickleError, ImportError, AttributeError)
+"""What clients raise for a result that is truncated, or was written by other code."""
 
 
 class JobDied(Exception):
-    """A job that ended without an answer: killed, out of memory, out of time. The text says where to look."""
+    """A job that ended without a result: killed, out of memory, out of time. The message says where to look."""
 
 
 class PatientLauncher(Launcher):
-    """Submits the jobs of a sweep that are not finished yet, waits for all, and returns what became of each.
+    """Submits the jobs of a sweep that are not finished, waits for all of them, and returns each one's outcome.
 
-    Its subclasses say how one job is submitted, and how its end is learned. One that dies is told of when it does.
+    A subclass says how one job is submitted and how its result is read. A job that dies is reported at once.
     """
 
     config: DictConfig | None
     hydra_context: HydraContext | None
     task_function: TaskFunction | None
 
-    left_behind: ClassVar[str]
-    """What becomes of jobs that are waited for no more."""
+    after_interrupt: ClassVar[str]
+    """What happens to jobs whose launcher was interrupted, as a sentence for the user."""
 
     @abstractmethod
     def options(self, config: DictConfig) -> dict[str, Any]:
-        """What one job asks of the cluster; ConfigError where it can't be had. Asked of all before one is queued."""
+        """What one job requests from the cluster. Called for all jobs before one is queued.
+
+        Raises ConfigError if the cluster can't provide it.
+        """
 
     @abstractmethod
     def submit(
         self, config: DictConfig, overrides: Sequence[str], index: int, options: dict[str, Any]
     ) -> tuple[str, Any]:
-        """Queues one job; returns the cluster's name for it, and what `result` wants to know of it."""
+        """Queues one job. Returns the cluster's name for it, and the handle that `result` takes."""
 
     @abstractmethod
     def result(self, job: Any) -> JobReturn:
-        """Waits for a job's end, in a thread of its own, and returns its answer; raises JobDied."""
+        """Waits for a job's end, in a thread of its own, and returns its result. Raises JobDied if it has none."""
 
-    def look(self, jobs: Sequence[Any]) -> None:
-        """Called every LOOK_S seconds while jobs are left, where asking for all of them at once is better."""
+    def poll(self, jobs: Sequence[Any]) -> None:
+        """Called every POLL_S seconds while jobs are left, for clusters where one request covers all jobs."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        from experiments.execution import checkpoint  # Hydra imports every plugin at every start
+        from experiments.execution import checkpoint  # not at the top: Hydra imports every plugin at every start
 
         outcomes: dict[int, JobReturn] = {}
         configs: dict[int, DictConfig] = {}
         for index, overrides in enumerate(job_overrides, initial_job_idx):
             config = self._config(overrides, index)
             if checkpoint.is_finished(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)):
-                outcomes[index] = self._here(config)
+                outcomes[index] = self._run_here(config)
             else:
                 configs[index] = config
         options = {index: self.options(config) for index, config in configs.items()}
@@ -84,10 +88,13 @@ class PatientLauncher(Launcher):
             overrides = job_overrides[index - initial_job_idx]
             try:
                 name, jobs[index] = self.submit(config, overrides, index, options[index])
-            except (KVMemError, *NOT_TAKEN) as error:  # the jobs that are in the queue are still ours
+            except (KVMemError, *SUBMISSION_ERRORS) as error:
                 if not jobs:
                     raise
-                outcomes[index] = _failed(f"#{index} was not taken: {type(error).__name__}: {error}", overrides, error)
+                # Jobs that are queued already still have to be waited for.
+                outcomes[index] = _failed(
+                    f"#{index} could not be submitted: {type(error).__name__}: {error}", overrides, error
+                )
             else:
                 print(f"job {name}: #{index} {' '.join(filter_overrides(overrides))}", flush=True)
         waiting = {
@@ -95,10 +102,10 @@ class PatientLauncher(Launcher):
             for index, job in jobs.items()
         }
         try:
-            while wait(waiting.values(), LOOK_S).not_done:
-                self.look(list(jobs.values()))
+            while wait(waiting.values(), POLL_S).not_done:
+                self.poll(list(jobs.values()))
         except KeyboardInterrupt:
-            print(f"{self.left_behind} The same command goes on with what is missing.", file=sys.stderr)
+            print(f"{self.after_interrupt} The same command goes on with what is missing.", file=sys.stderr)
             raise
         outcomes |= {index: outcome.result() for index, outcome in waiting.items()}
         return [outcomes[index] for index in sorted(outcomes)]
@@ -111,8 +118,8 @@ class PatientLauncher(Launcher):
             config.hydra.job.id = f"job_id_for_{index}"
         return config
 
-    def _here(self, config: DictConfig) -> JobReturn:
-        """A finished job only reads its rows again: no need to queue for that."""
+    def _run_here(self, config: DictConfig) -> JobReturn:
+        """Runs a finished job in this process: it only reads its rows again, so it need not wait in a queue."""
         assert self.hydra_context is not None and self.task_function is not None
         return run_job(
             hydra_context=self.hydra_context,
@@ -127,8 +134,8 @@ class PatientLauncher(Launcher):
             return self.result(job)
         except JobDied as error:
             return _failed(str(error), overrides, error)
-        except NOT_READ as error:
-            return _failed(f"the answer of {job} can't be read: {type(error).__name__}: {error}", overrides, error)
+        except RESULT_ERRORS as error:
+            return _failed(f"the result of {job} can't be read: {type(error).__name__}: {error}", overrides, error)
 
 
 def _failed(reason: str, overrides: Sequence[str], cause: Exception) -> JobReturn:
@@ -141,37 +148,39 @@ def _failed(reason: str, overrides: Sequence[str], cause: Exception) -> JobRetur
 
 
 def _in_a_thread(function: Callable[..., JobReturn], *arguments: Any) -> Future[JobReturn]:
-    """As an executor's, but that it keeps no process from ending: who waits no more has not to wait for hours."""
+    """Runs `function` in a daemon thread, so that Ctrl-C exits at once. An executor's threads would be waited for."""
     future: Future[JobReturn] = Future()
     Thread(target=lambda: future.set_result(function(*arguments)), daemon=True).start()
     return future
 
 
-def asked_of_one_node(config: DictConfig) -> Resources:
-    """What the job's layout asks of a node. Raises ConfigError for several: a job is one process."""
+def resources_of_one_node(config: DictConfig) -> Resources:
+    """What a job's layout requests. Raises ConfigError for a layout of several nodes: a job is one process."""
     from hydra.utils import instantiate
 
     from experiments.hardware import resources_of
 
-    asked = resources_of(instantiate(config.hardware, _convert_="all"))
-    if asked.nodes > 1:
+    resources = resources_of(instantiate(config.hardware, _convert_="all"))
+    if resources.nodes > 1:
         raise ConfigError(
-            f"A job is one process on one node, and hardware={config.hardware.name} has {asked.nodes} nodes. Start "
+            f"A job is one process on one node, and hardware={config.hardware.name} has {resources.nodes} nodes. Start "
             "vLLM on them yourself (README, Models on several GPUs), or choose a layout of one node."
         )
-    return asked
+    return resources
 
 
 def knobs(config: DictConfig) -> dict[str, Any]:
-    """The launcher card's, without its class."""
+    """The launcher card's knobs, without its class."""
     card = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     assert isinstance(card, dict)
     return {str(name): value for name, value in card.items() if name != "_target_"}
 
 
-def there(folder: str, pickled: bytes) -> JobReturn:
-    """A job in its own process, maybe on another node, which sees the same `folder`. `pickled` is a function with its
-    named arguments."""
+def call_pickled(folder: str, pickled: bytes) -> JobReturn:
+    """Runs a job in a process of its own, maybe on another node, which sees the same `folder`.
+
+    `pickled` is a pair of a function and its named arguments.
+    """
     os.chdir(folder)
     function, arguments = pickle.loads(pickled)
     returned = function(**arguments)

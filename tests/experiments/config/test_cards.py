@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml
 from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from experiments.config import compose
-from experiments.config.compose import CONF, check, expand, validate
+from experiments.config import command_line, compose
+from experiments.config.compose import CONF, choices, expand, resolved, validate
 from experiments.config.schema import RunConfig
 from experiments.sinks.wandb import WandB
 from kvmem.errors import ConfigError
@@ -24,10 +25,16 @@ from kvmem.merge.ropeshift import RopeShift
 from kvmem.models import loading
 
 ROOT = CONF.parent
-CARDS = sorted(path for path in CONF.glob("*/*.yaml") if "_target_" in path.read_text())
+CLASS_GROUPS = ("backend", "hardware", "merge", "model", "scenario", "sink", "storage", "workload")
+"""Their cards are name cards of classes; the other groups' cards set knobs of these."""
+CARDS = sorted(path for group in CLASS_GROUPS for path in (CONF / group).glob("*.yaml"))
 DATA_GROUPS = {"model", "hardware"}
-"""Their cards are figures of one thing each, and leave out what they don't know."""
+"""Their cards describe one thing each, and may leave out what is not known."""
 NOT_DEFAULT = {("storage", "pickle")}
+
+
+def check(arguments: list[str]) -> None:
+    compose.check(command_line.read(arguments))
 
 
 def card_id(path: Path) -> str:
@@ -36,8 +43,7 @@ def card_id(path: Path) -> str:
 
 @pytest.mark.parametrize("path", CARDS, ids=card_id)
 def test_card_is_what_its_class_says(path: Path) -> None:
-    card: dict[str, Any] = yaml.safe_load(path.read_text())
-    card.pop("defaults", None)  # what the card chooses beside itself
+    card: dict[str, Any] = resolved(compose.compose([f"{path.parent.name}={path.stem}"]))[path.parent.name]
     cls = get_class(card["_target_"])
     knobs = {field.name for field in dataclasses.fields(cls) if field.init}
     made = instantiate(card, _convert_="all")
@@ -51,9 +57,9 @@ def test_card_is_what_its_class_says(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CARDS, ids=card_id)
-def test_every_card_composes(path: Path) -> None:
-    config = validate(compose.compose([f"{path.parent.name}={path.stem}"]))
-    assert type(getattr(config, path.parent.name)) is get_class(yaml.safe_load(path.read_text())["_target_"])
+def test_every_card_composes_and_lists_its_own_class(path: Path) -> None:
+    composed = compose.compose([f"{path.parent.name}={path.stem}"])
+    assert type(getattr(validate(composed), path.parent.name)) is get_class(composed[path.parent.name]["_target_"])
 
 
 def test_the_default_run() -> None:
@@ -156,8 +162,45 @@ def test_help_lists_every_group_and_choice(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.run", "--help"]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for folder in (path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"):
-        choices = sorted(path.stem for path in folder.glob("*.yaml"))
-        assert f"{folder.name}: {', '.join(choices)}\n" in shown
+        cards = sorted(path.stem for path in folder.glob("*.yaml"))
+        assert f"{folder.name}: {', '.join(cards)}\n" in shown
+    assert "hardware/gpu" not in shown and "mode/quick" not in shown
+
+
+def test_a_layout_is_its_gpus_data_sheet_and_how_many_there_are() -> None:
+    h100 = yaml.safe_load((CONF / "hardware/gpu/h100.yaml").read_text())
+    layout = resolved(compose.compose(["hardware=h100x4"]))["hardware"]
+    assert h100.items() <= layout.items() and (layout["gpus"], layout["tensor_parallel"]) == (4, 4)
+    assert not {"memory_gb", "peak_tflops"} & yaml.safe_load((CONF / "hardware/h100x4.yaml").read_text()).keys()
+    assert "gpu" not in choices("hardware") and "h100x4" in choices("hardware")
+
+
+def test_an_engine_does_not_choose_the_scenario_and_an_experiment_does() -> None:
+    alone, experiment = (resolved(compose.compose([one])) for one in ("backend=vllm", "experiment=vllm_prefix_reuse"))
+    assert alone["scenario"]["_target_"].endswith(".KVvsDirect")
+    assert alone | {"backend": None} == resolved(compose.compose([])) | {"backend": None}
+    assert experiment["scenario"]["_target_"].endswith(".PrefixReuse") and experiment["backend"] == alone["backend"]
+
+
+@pytest.mark.parametrize("workload", [path.stem for path in (CONF / "workload").glob("*.yaml")])
+@pytest.mark.parametrize("scenario", [path.stem for path in (CONF / "scenario").glob("*.yaml")])
+def test_every_scenario_and_workload_has_a_quick_and_a_debug_mode(scenario: str, workload: str) -> None:
+    given = [f"scenario={scenario}", f"workload={workload}", "sink=wandb"]
+    full, quick, debug = (resolved(compose.compose([*given, f"mode={mode}"])) for mode in ("full", "quick", "debug"))
+    assert full == resolved(compose.compose(given))
+    for cut in (quick, debug):
+        validate(OmegaConf.create(cut))
+        assert cut["sink"] == full["sink"], "a choice on the command line wins over the mode's"
+    assert quick["workload"] != full["workload"]
+    assert quick["scenario"] != full["scenario"] or scenario == "predict"
+    assert debug["workload"]["max_cells"] == 1 and debug["tracebacks"]
+    assert debug["model"]["shape"] == "tiny" and debug["model"]["weights"] == "random"
+
+
+def test_a_mode_cuts_an_experiment_and_a_knob_that_is_given_wins() -> None:
+    quick = resolved(compose.compose(["experiment=vllm_prefix_reuse", "mode=quick", "scenario.answer_tokens=6"]))
+    assert (quick["scenario"]["pairs"], quick["scenario"]["answer_tokens"]) == (2, 6)
+    assert quick["workload"]["context_tokens"] == [128] and quick["sink"]["_target_"].endswith(".NoSink")
 
 
 PARAMETERS = {

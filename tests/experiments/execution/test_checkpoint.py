@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from experiments.config import compose
-from experiments.config.compose import CONF
+from experiments.config.compose import CONF, validate
 from experiments.execution import checkpoint, sweep
 from experiments.results.run_dir import read_rows, runs_in
 from kvmem.errors import ConfigError
@@ -91,7 +94,7 @@ def test_rows_without_a_ledger_are_not_written_over(tmp_path: Path) -> None:
     """Such as a run of an older kvmem left, or one whose DONE.json was not copied along with it."""
     rows = ttft_row().to_json() + "\n"
     (tmp_path / "rows.jsonl").write_text(rows)
-    with pytest.raises(ConfigError, match=r"holds rows, and no DONE\.json"), checkpoint.opened(tmp_path, {"seed": 0}):
+    with pytest.raises(ConfigError, match=r"holds rows, but no DONE\.json"), checkpoint.opened(tmp_path, {"seed": 0}):
         pass
     assert (tmp_path / "rows.jsonl").read_text() == rows
 
@@ -106,22 +109,67 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
 
 
 def test_the_same_command_finds_its_sweep_and_another_one_does_not() -> None:
-    command = ["-m", "model=tiny", "seed=0,1"]
-    arguments, folder = sweep.with_folder(command)
-    assert folder is not None and folder.parts[:2] == ("outputs", "sweeps")
-    assert arguments == ["-m", f"hydra.sweep.dir={folder}", "model=tiny", "seed=0,1"]
-    elsewhere = [*command, "launcher=joblib", "sink=none"]
-    assert sweep.with_folder(elsewhere)[1] == folder
-    assert sweep.with_folder(["-m", "model=tiny", "seed=0,2"])[1] != folder
-    assert sweep.with_folder(["model=tiny"]) == (["model=tiny"], None)
+    command = ["model=tiny", "seed=0,1"]
+    folder = sweep.folder_of(command)
+    assert folder.parts[:2] == ("outputs", "sweeps") and folder.name.startswith("kv_vs_direct-")
+    assert sweep.folder_of([*command, "launcher=joblib", "sink=none", "tracebacks=true"]) == folder
+    assert sweep.folder_of(["model=tiny", "seed=0,2"]) != folder
+    assert sweep.folder_of([*command, "merge=ropeshift"]) != folder
 
 
 @pytest.mark.parametrize("plus", ["", "++"])
 def test_a_folder_that_is_chosen_is_the_one_that_hydra_takes(plus: str) -> None:
-    command = ["-m", "model=tiny", "seed=0,1", plus + "hydra.sweep.dir='my runs/${hydra.job.name}'"]
-    arguments, folder = sweep.with_folder(command)
-    assert arguments == command and folder is not None and folder.parent == Path("my runs")
-    assert "$" not in folder.name and "'" not in folder.name
+    folder = sweep.folder_of(["model=tiny", "seed=0,1", plus + "hydra.sweep.dir='my runs/${hydra.job.name}'"])
+    assert folder == Path("my runs/run")
+
+
+def moved(cards: dict[str, Any], module: str) -> dict[str, Any]:
+    """The same cards, as if their classes lay in another module."""
+    paths = {key: f"{module}.{card['_target_'].rpartition('.')[2]}" for key, card in cards.items() if is_card(card)}
+    return {key: card | {"_target_": paths[key]} if key in paths else card for key, card in cards.items()}
+
+
+def is_card(card: object) -> bool:
+    return isinstance(card, dict) and "_target_" in card
+
+
+def test_a_class_may_move_and_what_is_configured_may_not() -> None:
+    cards = compose.resolved(compose.compose(["model=tiny", "merge=ropeshift"]))
+    assert checkpoint.config_hash(moved(cards, "kvmem.elsewhere")) == checkpoint.config_hash(cards)
+    for other in ("merge=naive_concat", "model.seed=1", "hardware.tensor_parallel=2"):
+        others = compose.resolved(compose.compose(["model=tiny", "merge=ropeshift", other]))
+        assert checkpoint.config_hash(others) != checkpoint.config_hash(cards), other
+
+
+BEGUN_BEFORE = ("model=tiny", "scenario.pairs=2", "seed=0,1")
+
+
+def begun_before(folder: Path) -> None:
+    """A sweep's folder as a version left it whose hashes held the paths of classes, and whose cards knew no mode."""
+    for number, job in enumerate(compose.expand(BEGUN_BEFORE)):
+        composed = compose.compose(job)
+        cards = moved(compose.resolved(composed), "experiments.config")
+        cards["backend"] |= dataclasses.asdict(validate(composed).backend)
+        del cards["tracebacks"]
+        (folder / str(number)).mkdir(parents=True)
+        (folder / str(number) / "config.yaml").write_text(yaml.safe_dump(cards))
+        done = {"config_hash": "0123456789ab", "cells": ["64/32"], "finished": False}
+        (folder / str(number) / "DONE.json").write_text(json.dumps(done))
+        row = ttft_row(64, conditions={"cell": "64/32"}).to_json()
+        (folder / str(number) / "rows.jsonl").write_text(row + "\n")
+
+
+def test_a_sweep_that_an_older_version_began_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = Path("outputs/sweeps/kv_vs_direct-fedcba987654")
+    begun_before(old)
+    assert sweep.folder_of(BEGUN_BEFORE) == old
+    assert sweep.folder_of([*BEGUN_BEFORE, "template=plain"]) != old
+    job = compose.expand(BEGUN_BEFORE)[1]
+    with checkpoint.opened(old / "1", compose.resolved(compose.compose(job))) as done:
+        assert done.cells == ["64/32"] and [row.context_tokens for row in done.kept()] == [64]
+    with pytest.raises(ConfigError, match="another configuration"), checkpoint.opened(old / "1", {"seed": 5}):
+        pass
 
 
 def test_an_override_may_name_what_only_its_job_knows() -> None:

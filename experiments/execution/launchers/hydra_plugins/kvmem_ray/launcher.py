@@ -1,5 +1,8 @@
-"""hydra-ray-launcher, with each job's resources from its own layout, and patience: a job that is killed, or whose node
-is lost, is one failed job, and the others are waited for."""
+"""hydra-ray-launcher, with two differences.
+
+Each job's resources come from its own layout. A job that is killed, or whose node is lost, is one failed job, and the
+others are waited for.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from experiments.execution.launchers.jobs import JobDied, PatientLauncher, asked_of_one_node, knobs, there
+from experiments.execution.launchers.jobs import JobDied, PatientLauncher, call_pickled, knobs, resources_of_one_node
 from kvmem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,9 +25,9 @@ INSTALL = "pip install 'kvmem[ray]' && pip install --no-deps hydra-ray-launcher=
 
 
 class LayoutRayLauncher(PatientLauncher):
-    """One Ray task an engine."""
+    """One Ray task for each job of the sweep, which is one engine."""
 
-    left_behind: ClassVar[str] = "The jobs end with this process."
+    after_interrupt: ClassVar[str] = "The jobs end with this process."
 
     def __init__(self, ray: DictConfig) -> None:
         self.ray_cfg = ray
@@ -33,20 +36,20 @@ class LayoutRayLauncher(PatientLauncher):
         self.config, self.hydra_context, self.task_function = config, hydra_context, task_function
 
     def options(self, config: DictConfig) -> dict[str, Any]:
-        """ray.remote's; those that the card leaves open are the layout's."""
-        asked = asked_of_one_node(config)
+        """ray.remote's options. Those that the card leaves open come from the layout."""
+        resources = resources_of_one_node(config)
         layout = {
-            "num_cpus": asked.cores_per_node,
-            "num_gpus": asked.gpus_per_node,
-            "memory": None if asked.memory_gb is None else int(asked.memory_gb * 1e9),
+            "num_cpus": resources.cores_per_node,
+            "num_gpus": resources.gpus_per_node,
+            "memory": None if resources.memory_gb is None else int(resources.memory_gb * 1e9),
         }
-        told = {name: value for name, value in knobs(config)["ray"]["remote"].items() if value is not None}
-        return {name: value for name, value in layout.items() if value is not None} | told
+        chosen = {name: value for name, value in knobs(config)["ray"]["remote"].items() if value is not None}
+        return {name: value for name, value in layout.items() if value is not None} | chosen
 
     def submit(
         self, config: DictConfig, overrides: Sequence[str], index: int, options: dict[str, Any]
     ) -> tuple[str, Any]:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its vendor
         try:
             import ray
             from hydra_plugins.hydra_ray_launcher._launcher_util import _run_job, start_ray
@@ -59,8 +62,8 @@ class LayoutRayLauncher(PatientLauncher):
             "task_function": self.task_function,
             "singleton_state": Singleton.get_state(),
         }
-        # Pickled here, for a worker learns of our plugins only when `there` is imported.
-        task = ray.remote(**options)(there).remote(os.getcwd(), ray.cloudpickle.dumps((_run_job, call)))
+        # Pickled here: a worker finds these plugins only once it has imported `call_pickled`.
+        task = ray.remote(**options)(call_pickled).remote(os.getcwd(), ray.cloudpickle.dumps((_run_job, call)))
         return task.task_id().hex(), (index, task)
 
     def result(self, job: tuple[int, ObjectRef[JobReturn]]) -> JobReturn:

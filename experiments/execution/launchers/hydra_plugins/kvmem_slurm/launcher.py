@@ -1,5 +1,8 @@
-"""hydra-submitit-launcher's Slurm launcher, with each job's resources from its own layout, and patience: a job that is
-killed, out of memory or out of time is one failed job, and the others are waited for."""
+"""hydra-submitit-launcher's Slurm launcher, with two differences.
+
+Each job's resources come from its own layout. A job that is killed, out of memory or out of time is one failed job, and
+the others are waited for.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 from omegaconf import DictConfig
 
-from experiments.execution.launchers.jobs import JobDied, PatientLauncher, asked_of_one_node, knobs
+from experiments.execution.launchers.jobs import JobDied, PatientLauncher, knobs, resources_of_one_node
 
 if TYPE_CHECKING:
     from submitit import SlurmJob
 
-ON_ANY_CLUSTER = {
+FOR_ANY_CLUSTER = {
     "timeout_min",
     "cpus_per_task",
     "gpus_per_node",
@@ -26,24 +29,24 @@ ON_ANY_CLUSTER = {
     "name",
     "stderr_to_stdout",
 }
-"""submitit's parameters without a prefix; the others are Slurm's."""
+"""submitit's parameters for every cluster. The others are Slurm's, and take the prefix slurm_."""
 
 
-class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
-    """One Slurm job an engine."""
+class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):  # type: ignore[misc]  # the plugin has no types
+    """One Slurm job for each job of the sweep, which is one engine."""
 
-    left_behind: ClassVar[str] = "The jobs go on without this process; scancel ends them."
+    after_interrupt: ClassVar[str] = "The jobs go on without this process; scancel ends them."
 
     def options(self, config: DictConfig) -> dict[str, Any]:
-        """submitit's; those that the card leaves open are the layout's."""
+        """submitit's parameters. Those that the card leaves open come from the layout."""
         params = knobs(config)
         del params["array_parallelism"]
-        asked = asked_of_one_node(config)
-        layout = {"mem_gb": asked.memory_gb, "cpus_per_task": asked.cores_per_node}
+        resources = resources_of_one_node(config)
+        layout = {"mem_gb": resources.memory_gb, "cpus_per_task": resources.cores_per_node}
         if params["gres"] is None:
-            layout["gpus_per_node"] = asked.gpus_per_node
+            layout["gpus_per_node"] = resources.gpus_per_node
         params |= {name: value for name, value in layout.items() if params[name] is None}
-        return params | {"nodes": asked.nodes}
+        return params | {"nodes": resources.nodes}
 
     def submit(
         self, config: DictConfig, overrides: Sequence[str], index: int, options: dict[str, Any]
@@ -55,7 +58,7 @@ class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
             folder=params.pop("submitit_folder"), cluster="slurm", slurm_max_num_timeout=params.pop("max_num_timeout")
         )
         executor.update_parameters(
-            **{name if name in ON_ANY_CLUSTER else f"slurm_{name}": value for name, value in params.items()}
+            **{name if name in FOR_ANY_CLUSTER else f"slurm_{name}": value for name, value in params.items()}
         )
         job = executor.submit(
             self, list(overrides), "hydra.sweep.dir", index, f"job_id_for_{index}", Singleton.get_state()
@@ -70,5 +73,5 @@ class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
         except (FailedJobError, UncompletedJobError) as error:
             raise JobDied(f"job {job.job_id} ended as {job.state}; its output is {job.paths.stdout}") from error
 
-    def look(self, jobs: Sequence[SlurmJob[JobReturn]]) -> None:
-        jobs[0].watcher.update()  # one question to accounting for all; submitit itself asks ever more rarely
+    def poll(self, jobs: Sequence[SlurmJob[JobReturn]]) -> None:
+        jobs[0].watcher.update()  # one request for all jobs; submitit itself polls less and less often

@@ -1,0 +1,61 @@
+"""A run from Python: `run_experiment`, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import datetime
+from pathlib import Path
+from typing import Any, overload
+
+from experiments.config import RunConfig, compose
+from experiments.execution.ranks import run_job
+from experiments.results import Row
+from kvmem.errors import ArgumentError
+
+
+@overload
+def run_experiment(config: RunConfig, /, *, out: str | Path | None = None) -> list[Row]: ...
+
+
+@overload
+def run_experiment(*overrides: str, out: str | Path | None = None) -> list[Row]: ...
+
+
+def run_experiment(*what: Any, out: str | Path | None = None) -> list[Row]:
+    """Measures every cell of one run and returns its rows.
+
+    `what` is a `RunConfig`, or overrides as on the command line: `run_experiment("model=tiny", "mode=quick")`. `out`
+    is the run's folder; None makes outputs/<date>/<time>/ below the working folder. It gets the same files as a run of
+    the command line, and rows that it already holds are not measured again.
+
+    A cell that fails gives a row with `status="failed"`, and `row.verdict` says which figures can't be trusted. Raises
+    ConfigError for a wrong configuration or a folder of another one, EngineError if the engine can't start.
+    """
+    overrides: list[str] = []
+    if len(what) == 1 and isinstance(what[0], RunConfig):
+        config, cards = what[0], cards_of(what[0])
+    elif all(isinstance(override, str) for override in what):
+        overrides = list(what)
+        composed = compose.compose(overrides)
+        config, cards = compose.validate(composed), compose.resolved(composed)
+    else:
+        raise ArgumentError('run_experiment takes one RunConfig, or overrides such as "model=tiny".')
+    folder = Path(out) if out is not None else Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    folder.mkdir(parents=True, exist_ok=True)
+    return run_job(config, folder, cards, overrides)
+
+
+def cards_of(config: RunConfig) -> dict[str, Any]:
+    """A configuration as the plain cards that Hydra would compose it from."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {"_target_": _path(type(config))} | {name: _card(value) for name, value in fields.items()}
+
+
+def _card(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    return {"_target_": _path(type(value)), **dataclasses.asdict(value)}
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
