@@ -36,7 +36,7 @@ PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m py
 .PHONY: run test coverage lint format docs docs-serve hooks setup clean
 
 run: setup $(if $(filter vllm,$(BACKEND)),$(VLLM_READY))
-	$(BIN)/python -m experiments.run $(if $(BACKEND),backend=$(BACKEND)) $(ARGS)
+	$(BIN)/python -m experiments.run $(if $(BACKEND),backend=$(BACKEND)) $(if $(filter vllm,$(BACKEND)),experiment=vllm_prefix_reuse) $(ARGS)
 
 test: lint $(VLLM_READY) $(RAY_READY) $(TRITON_READY)
 	$(PYTEST) $(TESTS)

@@ -76,9 +76,9 @@ def test_random_weights_reach_the_backend() -> None:
 
 
 MISTAKES = {
-    "modle=tiny": "Unknown key 'modle'. Did you mean model? Choices: backend, experiment, hardware",
-    "modle.name=x": "Unknown key 'modle'. Did you mean model?",
-    "+modle=tiny": "Unknown key 'modle'. Did you mean model?",
+    "moddel=tiny": "Unknown key 'moddel'. Did you mean model? Choices: backend, experiment, hardware",
+    "moddel.name=x": "Unknown key 'moddel'. Did you mean model?",
+    "+moddel=tiny": "Unknown key 'moddel'. Did you mean model?",
     "model=tinny": "Unknown choice model=tinny. Did you mean tiny? Choices: llama3_1_8b, ",
     "merge=ropshift": "Did you mean ropeshift? Choices: ",
     "experiment=hf_tft_table": "Did you mean hf_ttft_table?",

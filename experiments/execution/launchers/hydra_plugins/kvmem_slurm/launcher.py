@@ -32,7 +32,7 @@ FOR_ANY_CLUSTER = {
 """submitit's parameters for every cluster. The others are Slurm's, and take the prefix slurm_."""
 
 
-class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):  # type: ignore[misc]  # the plugin has no types
+class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
     """One Slurm job for each job of the sweep, which is one engine."""
 
     after_interrupt: ClassVar[str] = "The jobs go on without this process; scancel ends them."
