@@ -34,7 +34,7 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
     >>> config_hash({"merge": {"_target_": "a.Mean"}}) == config_hash({"merge": {"_target_": "b.c.Mean"}, "sink": {}})
     True
     """
-    counted = {key: _without_modules(card) for key, card in resolved.items() if key not in NOT_PART_OF_A_FIGURE}
+    counted = _without_modules({key: card for key, card in resolved.items() if key not in NOT_PART_OF_A_FIGURE})
     if isinstance(counted.get("backend"), dict):
         counted["backend"] = _as_given(counted["backend"], counted.get("hardware"))
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:12]

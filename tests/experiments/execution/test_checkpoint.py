@@ -126,7 +126,8 @@ def test_a_folder_that_is_chosen_is_the_one_that_hydra_takes(plus: str) -> None:
 def moved(cards: dict[str, Any], module: str) -> dict[str, Any]:
     """The same cards, as if their classes lay in another module."""
     paths = {key: f"{module}.{card['_target_'].rpartition('.')[2]}" for key, card in cards.items() if is_card(card)}
-    return {key: card | {"_target_": paths[key]} if key in paths else card for key, card in cards.items()}
+    inside = {key: card | {"_target_": paths[key]} if key in paths else card for key, card in cards.items()}
+    return inside | {"_target_": f"{module}.RunConfig"}
 
 
 def is_card(card: object) -> bool:
