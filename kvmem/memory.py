@@ -165,7 +165,7 @@ class KVCacheMemory:
         return len(items)
 
     def from_textual_memory(self, mem: TextualMemoryItem) -> KVCacheItem:
-        """Builds an item that keeps the text memory's id and metadata as its source. Does not store it. Raises as `extract`."""
+        """Builds an item whose source keeps the text memory's id and metadata. Raises as `extract`; stores nothing."""
         check_kind("A text memory", mem, TextualMemoryItem, way_out="Give TextualMemoryItem(memory=text).")
         return self.backend.build(mem.memory, textual_memory=mem)
 

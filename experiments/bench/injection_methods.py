@@ -45,7 +45,7 @@ def injection_methods(backend: HFGraphBackend, item: KVCacheItem, question: Quer
         ALONE: dataclasses.replace(_graph_method(backend, fast, None, alone), trace=None),
     }
     if fast.graph_up_to:
-        knobs = dataclasses.replace(fast.knobs, graph_up_to=0, buffers=1, warm_tokens=())
+        knobs = dataclasses.replace(fast.config, graph_up_to=0, buffers=1, warm_tokens=())
         methods[IN_PLACE] = _graph_method(backend, Engine(backend.model, knobs), cache, prompt)
         methods[GRAPH] = _graph_method(backend, fast, cache, prompt)
     else:

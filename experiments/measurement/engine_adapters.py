@@ -72,9 +72,9 @@ def _hf_graph_conditions(backend: HFGraphBackend) -> dict[str, Any]:
         "compile": engine.compile,
         "fused": engine.fused,
         "pad_to": engine.pad_to,
-        "pad_up_to": engine.knobs.pad_up_to,
-        "capacity_tokens": engine.knobs.capacity_tokens,
-        "buffers": engine.knobs.buffers,
+        "pad_up_to": engine.config.pad_up_to,
+        "capacity_tokens": engine.config.capacity_tokens,
+        "buffers": engine.config.buffers,
         "warm_up": dataclasses.asdict(engine.warm_up),
     }
 

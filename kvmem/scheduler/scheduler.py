@@ -210,6 +210,11 @@ class MemScheduler:
         self._thread = threading.Thread(target=loop, name="MemScheduler", daemon=True)
         self._thread.start()
 
+    @property
+    def is_ticking(self) -> bool:
+        """Whether the thread of `start` runs."""
+        return self._thread is not None and self._thread.is_alive()
+
     def close(self) -> None:
         """Cancels a running build, ends the thread and writes the state. Later calls do nothing."""
         if self._closing.is_set():

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from kvmem.cache.dynamic_cache import layers_of
 from tests.graph.conftest import prompt_of, stored
 from tests.helpers.tiny import copy_of, pairs, same_bits
 
@@ -71,14 +72,14 @@ def test_memories_in_turn(open_engine, eager, place, buffers):
     memory.add(items[1:])
     for i in (0, 1, 0, 2, 3, 3, 1, 0, 2):
         assert same_answer(fast, memory, items[i], eager, tokens=3) < place.tolerance
-    assert len(fast.engine.seats) <= buffers
+    assert len(fast.engine.slots) <= buffers
 
 
 def test_a_memory_in_place_is_not_copied_again(open_engine):
     fast = open_engine()
     memory, item = stored(fast, TEXTS[0])
     length = item.metadata.token_count
-    buffer = fast.engine._seat_for(item.kv_cache).buffer
+    buffer = fast.engine.slot_for(item.kv_cache).buffer
     assert buffer.place(item.kv_cache, length) == length
     assert buffer.place(item.kv_cache, length) == 0
     buffer.written_from(length - 5)
@@ -135,10 +136,25 @@ def test_a_dropped_answer_frees_its_buffer_and_a_deleted_memory_too(open_engine)
     fast = open_engine(buffers=2)
     memory, item = stored(fast, TEXTS[0])
     _, answer = fast.prefill(fast.split(QUERY, memory.get_cache(item.kv_cache_id)), memory.get_cache(item.kv_cache_id))
-    assert [seat.answer for seat in fast.engine.seats].count(answer) == 1
+    assert [slot.sequence for slot in fast.engine.slots].count(answer) == 1
     del answer
-    assert all(seat.answer is None for seat in fast.engine.seats)
+    assert all(slot.sequence is None for slot in fast.engine.slots)
     memory.delete_all()
     del item
     gc.collect()
-    assert all(seat.buffer.memory is None or seat.buffer.memory() is None for seat in fast.engine.seats)
+    assert all(slot.buffer.memory is None or slot.buffer.memory() is None for slot in fast.engine.slots)
+
+
+def test_a_build_that_pauses_is_the_same_build(open_engine):
+    """Layer by layer with a buffer of its own, while a request uses the engine between two layers."""
+    fast = open_engine(buffers=1)
+    before = fast.generate(QUERY, None, 6)
+    plain = fast.build(TEXTS[0])
+    between: list[tuple[int, ...]] = []
+    paused = fast.build(TEXTS[0], between_layers=lambda: between.append(fast.generate(QUERY, None, 6).token_ids))
+    assert between == [before.token_ids] * fast.model_config.num_hidden_layers
+    for one, other in zip(layers_of(paused.kv_cache), layers_of(plain.kv_cache), strict=True):
+        for paused_BKTD, plain_BKTD in zip(one, other, strict=True):
+            torch.testing.assert_close(
+                paused_BKTD, plain_BKTD, rtol=0.0, atol=0.0 if fast.device.type == "cpu" else 0.05
+            )

@@ -81,7 +81,7 @@ def test_hugging_face_runs_on_the_same_weights(qwen3):
 def test_the_backend_opens_by_its_name():
     config = {"model_name_or_path": "random:tiny", "device": "cpu", "capacity_tokens": 512}
     memory = KVCacheMemory(KVCacheMemoryConfig(extractor_llm={"backend": "hf_graph", "config": config}))
-    assert isinstance(memory.backend, HFGraphBackend) and memory.backend.engine.knobs.capacity_tokens == 512
+    assert isinstance(memory.backend, HFGraphBackend) and memory.backend.engine.config.capacity_tokens == 512
     assert engine_conditions(memory.backend)["left_out"] == "CUDA graphs, compiled layers, fused kernels"
     assert memory.backend.attention == "sdpa"
 

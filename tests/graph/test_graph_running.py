@@ -31,7 +31,7 @@ def test_eight_queries_behind_one_memory(open_engine):
         agree = sum(a.token_ids == b.token_ids for a, b in zip(together, alone, strict=True))
         assert agree >= len(queries) / 2
     assert all(answer.cached_tokens == item.metadata.token_count for answer in together)
-    assert len(fast.engine.seats) == 1  # the memory was placed once
+    assert len(fast.engine.slots) == 1  # the memory was placed once
 
 
 def test_beyond_the_capacity_is_refused_with_the_knob(open_engine):
@@ -118,7 +118,7 @@ def test_decoding_stops_at_the_capacity(open_engine):
 
 def test_lengths_to_warm_are_ready_in_every_buffer(open_engine):
     fast = open_engine(warm_tokens=[8, 24], buffers=2)
-    assert len(fast.engine.seats) == 2 and all(seat.answer is None for seat in fast.engine.seats)
+    assert len(fast.engine.slots) == 2 and all(slot.sequence is None for slot in fast.engine.slots)
     ready = engine_conditions(fast)["warm_up"]
     if fast.device.type == "cpu":
         assert ready == {"seconds": 0.0, "graphs": 0, "graph_bytes": 0}
@@ -140,7 +140,7 @@ def test_a_model_on_the_second_gpu():
         fast = HFGraphBackend(weights(place, place.shape), "chat", GraphConfig(capacity_tokens=2048, compile="none"))
         memory, item = stored(fast, TEXTS[0])
         answers.append([fast.generate(query, memory.get_cache(item.kv_cache_id), 12) for query in QUESTIONS])
-        assert {seat.buffer.layers[0][0].device for seat in fast.engine.seats} == {torch.device(device)}
+        assert {slot.buffer.layers[0][0].device for slot in fast.engine.slots} == {torch.device(device)}
     assert answers[0] == answers[1]
 
 

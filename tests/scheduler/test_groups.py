@@ -31,7 +31,7 @@ def as_text(scheduler: MemScheduler, memories: Sequence[TextualMemoryItem], toke
     """Greedy tokens of the same prompt with nothing cached."""
     backend = scheduler.backend
     prompt = backend.template.split(scheduler.index.joint_tokens(memories), QUERY)
-    return tuple(backend._decode(TokenizedPrompt((), prompt.ids), None, tokens, Sampling()))
+    return tuple(backend.decode(TokenizedPrompt((), prompt.ids), None, tokens, Sampling()))
 
 
 def use_together(scheduler: MemScheduler, memories: Sequence[TextualMemoryItem], times: int) -> None:

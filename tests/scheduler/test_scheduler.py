@@ -40,7 +40,7 @@ def use(scheduler: MemScheduler, memory: TextualMemoryItem, times: int) -> None:
 def as_text(backend: HFBackend, memory: TextualMemoryItem, tokens: int = 8) -> tuple[int, ...]:
     """Greedy tokens of the same prompt with nothing cached."""
     prompt = backend.template.split(backend.template.memory_tokens(memory.memory), QUERY)
-    return tuple(backend._decode(TokenizedPrompt((), prompt.ids), None, tokens, Sampling()))
+    return tuple(backend.decode(TokenizedPrompt((), prompt.ids), None, tokens, Sampling()))
 
 
 def test_hot_text_is_promoted_and_its_answer_unchanged(qwen3: HFBackend) -> None:
@@ -293,10 +293,11 @@ def test_closing_twice_is_closing_once(qwen3: HFBackend, tmp_path: Path) -> None
 
 def test_a_with_block_closes_and_starts_nothing(qwen3: HFBackend, tmp_path: Path) -> None:
     with scheduler_on(qwen3, tmp_path) as scheduler:
-        assert scheduler._thread is None, "tick or start is the user's choice"
+        assert not scheduler.is_ticking, "tick or start is the user's choice"
         scheduler.start(60.0)
         scheduler.observe(MEMORIES[0], QUERY)
-    assert scheduler._thread is not None and not scheduler._thread.is_alive()
+        assert scheduler.is_ticking
+    assert not scheduler.is_ticking
     with pytest.raises(ClosedError):
         scheduler.observe(MEMORIES[0], QUERY)
     with pytest.raises(ClosedError), scheduler:

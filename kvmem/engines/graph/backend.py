@@ -1,6 +1,6 @@
-"""A Hugging Face model's own weights on the fast engine: in-place caches and, on a GPU, CUDA graphs.
+"""The fast engine for the weights of a Hugging Face model: in-place caches and, on a GPU, CUDA graphs.
 
-Items are Hugging Face's: a memory that backend=huggingface built is placed here, and back.
+Items are the same as on backend=huggingface, so both engines can use each other's memories.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from kvmem.prompt import Query, TemplateKind, TokenizedPrompt
 
 @dataclass(config=ConfigDict(extra="forbid", protected_namespaces=()))
 class HFGraphConfig(GraphConfig, HFConfig):
-    """The keys of `extractor_llm["config"]` for the backend `hf_graph`: those of `huggingface`, and the engine's.
+    """The keys of `extractor_llm["config"]` for the backend `hf_graph`: those of `huggingface` and of `GraphConfig`.
 
-    `attn_implementation` is for what transformers itself computes: merges.
+    `attn_implementation` applies to merges, which transformers computes.
     """
 
     backend: ClassVar[str] = "hf_graph"
@@ -47,10 +47,10 @@ class HFGraphBackend(HFBackend):
     config_class: ClassVar[type] = HFGraphConfig
 
     def __init__(
-        self, loaded: loading.Loaded, template: TemplateKind = "chat", knobs: GraphConfig | None = None
+        self, loaded: loading.Loaded, template: TemplateKind = "chat", config: GraphConfig | None = None
     ) -> None:
         super().__init__(loaded, template)
-        self.engine = Engine(loaded.model, knobs or GraphConfig())
+        self.engine = Engine(loaded.model, config or GraphConfig())
         self.attention = self.engine.kernel
 
     @classmethod
@@ -62,7 +62,7 @@ class HFGraphBackend(HFBackend):
 
         Raises ModelError if the changed model is not covered, such as one with an adapter that is not merged.
         """
-        self.engine = Engine(self.model, self.engine.knobs)
+        self.engine = Engine(self.model, self.engine.config)
         super().adopt_model()
 
     def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
@@ -73,18 +73,18 @@ class HFGraphBackend(HFBackend):
     def prefill(
         self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None
     ) -> tuple[torch.Tensor, RunningSequence]:
-        """The last token's logits, (vocab,), and the answer under way. `kv_cache` stays as it is."""
+        """The last token's logits, (vocab,), and the running sequence. Does not change `kv_cache`."""
         return self.engine.begin(kv_cache, len(prompt.memory_ids) if kv_cache else 0, _new_ids(prompt, kv_cache))
 
     def first_token(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> FirstToken:
         held = len(prompt.memory_ids) if kv_cache else 0
         return FirstToken(self.engine.first_token(kv_cache, held, _new_ids(prompt, kv_cache)), held)
 
-    def extend(self, token_ids: Sequence[int], grown: RunningSequence) -> torch.Tensor:
-        return self.engine.extend(grown, token_ids)
+    def extend(self, token_ids: Sequence[int], state: RunningSequence) -> torch.Tensor:
+        return self.engine.extend(state, token_ids)
 
-    def decode_one_token(self, token_id: int, grown: RunningSequence) -> torch.Tensor:
-        return self.engine.extend(grown, (token_id,))
+    def decode_one_token(self, token_id: int, state: RunningSequence) -> torch.Tensor:
+        return self.engine.extend(state, (token_id,))
 
     def generate(
         self,
@@ -110,7 +110,7 @@ class HFGraphBackend(HFBackend):
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> list[Generation]:
-        """An answer to each query behind the same memory, as `generate` gives it; the memory lies in place once."""
+        """Answers each query with the same memory, as `generate` does. The memory is in place once for all of them."""
         check_generation(max_new_tokens, sampling)
         check_kind("queries", queries, list, tuple, way_out="For one query, use generate.")
         if not queries:
@@ -120,19 +120,19 @@ class HFGraphBackend(HFBackend):
         if held == 0:
             return [self.generate(query, kv_cache, max_new_tokens, sampling) for query in queries]
         new = [prompt.ids[held:] for prompt in prompts]
-        branches = SharedPrefixBatch(self.engine, kv_cache, held, len(new), max(map(len, new)) + max_new_tokens - 1)
+        batch = SharedPrefixBatch(self.engine, kv_cache, held, len(new), max(map(len, new)) + max_new_tokens - 1)
         samplers = [Sampler(sampling or Sampling(), self.device) for _ in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
-        logits_BV = branches.extend(new)
+        running = set(range(len(prompts)))
+        logits_BV = batch.extend(new)
         for step in range(max_new_tokens):
             tokens = [sampler.pick(logits_V) for sampler, logits_V in zip(samplers, logits_BV, strict=True)]
-            going -= {i for i in going if tokens[i] in self.end_tokens}
-            for i in going:
+            running -= {i for i in running if tokens[i] in self.end_tokens}
+            for i in running:
                 answers[i].append(tokens[i])
-            if not going or step + 1 == max_new_tokens:
+            if not running or step + 1 == max_new_tokens:
                 break
-            logits_BV = branches.extend([(token,) for token in tokens])
+            logits_BV = batch.extend([(token,) for token in tokens])
         return [
             Generation(self._text(answer), tuple(answer), len(prompt.ids), held, *origin_of(prompt, kv_cache))
             for answer, prompt in zip(answers, prompts, strict=True)
@@ -140,12 +140,12 @@ class HFGraphBackend(HFBackend):
 
     @cached_property
     def eager(self) -> HFBackend:
-        """The same weights by transformers' own forward."""
+        """The same weights with transformers' own forward pass."""
         return HFBackend(loading.Loaded(self.model, self.tokenizer, self.fingerprint.origin), self.template.kind)
 
     @property
     def max_tokens(self) -> int:
-        return min(super().max_tokens, self.engine.knobs.capacity_tokens)
+        return min(super().max_tokens, self.engine.config.capacity_tokens)
 
     def _prefilled(
         self, token_ids: tuple[int, ...], base: KVCacheItem | None, between_layers: BetweenLayers | None

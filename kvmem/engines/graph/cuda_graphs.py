@@ -1,4 +1,4 @@
-"""The pass as CUDA graphs, one a query length and buffer, and what warming up cost."""
+"""The forward pass as CUDA graphs, one for each query length and buffer, and the cost of warming up."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from kvmem.engines.graph.kv_buffers import Buffer
 
 WARM_RUNS = 2
-"""Before a capture: the first compiles, the second finds all workspaces there."""
+"""Runs before a capture: the first compiles, the second finds all workspaces allocated."""
 
 
 @dataclass
 class WarmUp:
-    """What getting ready has cost so far: compiling and capturing, in seconds, and what graphs hold of the GPU."""
+    """The cost of compiling and capturing so far: seconds, and the GPU memory that graphs hold."""
 
     seconds: float = 0.0
     graphs: int = 0
@@ -24,16 +24,16 @@ class WarmUp:
 
 
 class Run(Protocol):
-    """A pass over `inputs`, which may end by changing them."""
+    """A forward pass over `inputs`, which it may update in place."""
 
     def __call__(self, inputs: torch.Tensor, buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Captured:
-    """The pass over a fixed count of new tokens in one buffer; how many rows are held, and the ids, are data."""
+    """The pass for a fixed number of new tokens in one buffer. The number of held rows and the ids are data."""
 
     def __init__(self, run: Run, buffer: Buffer, inputs: torch.Tensor, pool: Any, warm_up: WarmUp) -> None:
-        """inputs: those of the request at hand, for warming up writes its rows."""
+        """inputs: those of the current request, because warming up writes its rows."""
         started = time.perf_counter()
         torch.cuda.synchronize(inputs.device)
         free_bytes, _ = torch.cuda.mem_get_info(inputs.device)
@@ -53,7 +53,7 @@ class Captured:
         warm_up.graph_bytes += max(free_bytes - torch.cuda.mem_get_info(inputs.device)[0], 0)
 
     def __call__(self, inputs: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the pass; None: with the inputs that the last call left. What it returns the next call overwrites."""
+        """Runs the pass. None: on the inputs that the last call left. The next call overwrites the returned tensors."""
         if inputs is not None:
             self.inputs.copy_(inputs)
         self.graph.replay()

@@ -1,4 +1,4 @@
-"""Answers under way: who sits in which buffer, and what runs there."""
+"""Running sequences: which buffer each one uses, and how it is computed."""
 
 from __future__ import annotations
 
@@ -24,61 +24,61 @@ from kvmem.errors import CapacityError, ConfigError
 
 @dataclass(eq=False)
 class RunningSequence:
-    """One answer: its first `held` tokens are a memory's, `length` counts all. Drop it, and its buffer is free."""
+    """One sequence. Its first `held` tokens are a memory's; `length` counts all. Dropping it frees its slot."""
 
     cache: DynamicCache | None
     held: int
     length: int
     tail: list[KV] | None = None
-    """What lay behind the held tokens, if another answer has taken the buffer meanwhile."""
+    """The keys and values after the held tokens, if another sequence has taken the slot meanwhile."""
 
 
 @dataclass(eq=False)
 class Slot:
-    """A buffer, and the answer that has rows in it."""
+    """A buffer, and the sequence that has rows in it."""
 
     buffer: Buffer
-    guest: weakref.ref[RunningSequence] | None = None
+    occupant: weakref.ref[RunningSequence] | None = None
 
     @property
-    def answer(self) -> RunningSequence | None:
-        return self.guest() if self.guest is not None else None
+    def sequence(self) -> RunningSequence | None:
+        return self.occupant() if self.occupant is not None else None
 
 
 class Engine:
-    """One model on one device. Calls from several threads take turns; answers may go on in any order."""
+    """One model on one device. Calls of several threads run one at a time; sequences may continue in any order."""
 
-    def __init__(self, model: PreTrainedModel, knobs: GraphConfig) -> None:
-        self.device, self.dtype, self.knobs = model.device, model.dtype, knobs
+    def __init__(self, model: PreTrainedModel, config: GraphConfig) -> None:
+        self.device, self.dtype, self.config = model.device, model.dtype, config
         on_gpu = self.device.type == "cuda"
-        self.pad_to = knobs.pad_to or (8 if on_gpu else 1)
-        self.graph_up_to = knobs.graph_up_to if on_gpu else 0
-        self.compile = knobs.compile if knobs.compile != "auto" else "all_lengths" if on_gpu else "none"
-        config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.kernel = attention.choose(knobs.attention, self.device, self.dtype, head_dim)
-        self.rows = knobs.capacity_tokens + self.pad_to  # a pad may lie behind the last token
-        self.fused = self._is_fused(knobs.fused)
+        self.pad_to = config.pad_to or (8 if on_gpu else 1)
+        self.graph_up_to = config.graph_up_to if on_gpu else 0
+        self.compile = config.compile if config.compile != "auto" else "all_lengths" if on_gpu else "none"
+        sizes = model.config
+        head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+        self.kernel = attention.choose(config.attention, self.device, self.dtype, head_dim)
+        self.rows = config.capacity_tokens + self.pad_to  # padding may follow the last token
+        self.fused = self._is_fused(config.fused)
         self.run = ModelRunner(model, self.kernel, self.rows, self.compile, self.fused)
-        self.seats: list[Slot] = []  # the one used longest ago first
+        self.slots: list[Slot] = []  # least recently used first
         self.graphs: OrderedDict[tuple[Buffer, str], Captured] = OrderedDict()
         self.warm_up = WarmUp()
         self.lock = threading.RLock()
         self.building = threading.Lock()
         with self.turn():
             self.pool = torch.cuda.graph_pool_handle() if self.graph_up_to else None
-        for new in knobs.warm_tokens:
+        for new in config.warm_tokens:
             self._warm(new)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """One call at a time; what it launches goes to the model's own GPU, whichever is the thread's."""
+        """Holds the engine for one call, with the model's own GPU as the current device of the thread."""
         with self.lock, torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             yield
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What makes this engine fast and is not used here."""
+        """The optimizations of this engine that are not used here."""
         absent = {
             "CUDA graphs": not self.graph_up_to,
             "compiled layers": self.compile == "none",
@@ -86,51 +86,51 @@ class Engine:
         }
         return tuple(name for name, is_absent in absent.items() if is_absent)
 
-    def _is_fused(self, asked: bool | None) -> bool:
+    def _is_fused(self, requested: bool | None) -> bool:
         reason = fused_decode.why_not(self.device)
-        if asked and reason:
+        if requested and reason:
             raise ConfigError(f"fused=true does not run here: it {reason}. Use fused=null.")
-        return asked is not False and reason is None
+        return requested is not False and reason is None
 
     def place(self, cache: DynamicCache) -> None:
-        """Puts a memory at the head of a buffer, so that it is there when a query comes. A GPU is not waited for."""
+        """Copies a memory to the head of a buffer before a query needs it. Does not wait for the GPU."""
         with self.turn():
             length = cache.get_seq_length()
             self._check_room(length)
-            self._seat_for(cache).buffer.place(cache, length)
+            self.slot_for(cache).buffer.place(cache, length)
 
     def forget(self) -> None:
-        """Takes no memory for being in place any more: the next one of each is copied again."""
+        """Treats no memory as being in place: each is copied again at its next use."""
         with self.turn():
-            for seat in self.seats:
-                seat.buffer.memory, seat.buffer.intact = None, 0
+            for slot in self.slots:
+                slot.buffer.memory, slot.buffer.intact = None, 0
 
     def first_token(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> int:
-        """The greedy token, on the host, behind the first `held` tokens of `cache` and `ids`."""
+        """The greedy token after the first `held` tokens of `cache` and `ids`, on the host."""
         with self.turn():
             token, _ = self._run(self.take(RunningSequence(cache, held, held)), held, ids)
             return int(token)
 
     def begin(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, RunningSequence]:
-        """The logits, (vocab,), behind the first `held` tokens of `cache` and `ids`; and the answer to go on with."""
-        answer = RunningSequence(cache, held, held)
-        return self.extend(answer, ids), answer
+        """The logits after the first `held` tokens of `cache` and `ids`, (vocab,), and the sequence to continue."""
+        sequence = RunningSequence(cache, held, held)
+        return self.extend(sequence, ids), sequence
 
-    def extend(self, answer: RunningSequence, ids: Sequence[int]) -> torch.Tensor:
-        """The logits, (vocab,), behind `ids`, which the answer grows by."""
+    def extend(self, sequence: RunningSequence, ids: Sequence[int]) -> torch.Tensor:
+        """Appends `ids` to the sequence. Returns the logits after them, (vocab,)."""
         with self.turn():
-            _, logits_V = self._run(self.take(answer), answer.length, ids)
-            answer.length += len(ids)
+            _, logits_V = self._run(self.take(sequence), sequence.length, ids)
+            sequence.length += len(ids)
             return logits_V.clone()
 
     def build_by_layer(
         self, cache: DynamicCache | None, held: int, ids: Sequence[int], between_layers: BetweenLayers
     ) -> list[KV]:
-        """Keys and values of the first `held` tokens of `cache` and of `ids`, (1, kv_heads, tokens, head_dim) a layer.
+        """Keys and values of the first `held` tokens of `cache` and of `ids`: (1, kv_heads, tokens, head_dim) each.
 
-        Calls `between_layers` before each layer, while other threads may use the engine. The build has a buffer of its
-        own for its duration, as large as a slot's, and no graph; what it computes is what `begin` computes. One build
-        runs at a time.
+        Calls `between_layers` before each layer, while other threads may use the engine. Allocates a buffer for the
+        duration of the build, as large as a slot's, and uses no graph. Computes the same as `begin`. One build runs at
+        a time.
         """
         tokens = held + len(ids)
         self._check_room(tokens)
@@ -138,7 +138,7 @@ class Engine:
         def pause() -> None:
             self.lock.release()
             try:
-                if self.device.type == "cuda":  # so that no more than one layer's work is ever queued before a request
+                if self.device.type == "cuda":  # so that at most one layer is queued before a request
                     torch.cuda.current_stream().synchronize()
                 between_layers()
             finally:
@@ -151,20 +151,20 @@ class Engine:
             self.run(self._inputs(held, ids).to(self.device), buffer, pause)
             return buffer.read(0, tokens)
 
-    def greedy(self, answer: RunningSequence, token: int, most: int, ends: Collection[int]) -> list[int]:
-        """At most so many greedy tokens that follow `token`, up to an end token, which is not among them.
+    def greedy(self, sequence: RunningSequence, token: int, most: int, ends: Collection[int]) -> list[int]:
+        """At most `most` greedy tokens after `token`, up to an end token, which is not included.
 
-        Each is launched before the one in front of it has been read, so the GPU need not wait for the host.
+        Each step is launched before the token of the previous step is read, so the GPU does not wait for the host.
         """
         with self.turn():
-            room = min(most, self.knobs.capacity_tokens - answer.length)
-            step = self._decoding(answer, token)
-            told = torch.empty(room, dtype=torch.long, pin_memory=self.device.type == "cuda")
+            room = min(most, self.config.capacity_tokens - sequence.length)
+            step = self._decoding(sequence, token)
+            on_host = torch.empty(room, dtype=torch.long, pin_memory=self.device.type == "cuda")
             tokens: list[int] = []
             launched: list[torch.cuda.Event] = []
             for i in range(room + 1):
                 if i < room:
-                    told[i : i + 1].copy_(step(), non_blocking=True)
+                    on_host[i : i + 1].copy_(step(), non_blocking=True)
                     if self.device.type == "cuda":
                         launched.append(torch.cuda.Event())
                         launched[i].record()
@@ -172,26 +172,26 @@ class Engine:
                     continue
                 if launched:
                     launched[i - 1].synchronize()
-                if int(told[i - 1]) in ends:
+                if int(on_host[i - 1]) in ends:
                     break
-                tokens.append(int(told[i - 1]))
-            answer.length += min(len(tokens) + 1, room)
+                tokens.append(int(on_host[i - 1]))
+            sequence.length += min(len(tokens) + 1, room)
             if len(tokens) == room < most:
-                self._check_room(answer.length + 1)
+                self._check_room(sequence.length + 1)
             return tokens
 
     def _warm(self, new: int) -> None:
-        """A prefill of so many tokens, and decoding, in every buffer."""
-        answers = [self.begin(None, 0, [0] * new)[1] for _ in range(self.knobs.buffers)]
-        for answer in answers:
-            self.extend(answer, [0])
-            self.greedy(answer, 0, 1, ())
+        """Compiles and captures a prefill of `new` tokens, and decoding, in every buffer."""
+        sequences = [self.begin(None, 0, [0] * new)[1] for _ in range(self.config.buffers)]
+        for sequence in sequences:
+            self.extend(sequence, [0])
+            self.greedy(sequence, 0, 1, ())
 
-    def _decoding(self, answer: RunningSequence, token: int) -> Callable[[], torch.Tensor]:
-        """Gives the next greedy token (1,) at each call, the first after `token`."""
-        buffer = self.take(answer).buffer
-        buffer.written_from(answer.length)
-        inputs = torch.tensor([answer.length, 1, token])
+    def _decoding(self, sequence: RunningSequence, token: int) -> Callable[[], torch.Tensor]:
+        """Returns a function that gives the next greedy token, (1,), at each call, starting after `token`."""
+        buffer = self.take(sequence).buffer
+        buffer.written_from(sequence.length)
+        inputs = torch.tensor([sequence.length, 1, token])
         if self.graph_up_to:
             captured = self._captured("decoding", self.run.advance, buffer, inputs)
             captured.inputs.copy_(inputs)
@@ -199,42 +199,42 @@ class Engine:
         on_device = inputs.to(self.device)
         return lambda: self.run.advance(on_device, buffer)[0]
 
-    def read(self, answer: RunningSequence) -> list[KV]:
-        """Copies of all of an answer's keys and values, (1, kv_heads, tokens, head_dim) a layer."""
+    def read(self, sequence: RunningSequence) -> list[KV]:
+        """Copies of the sequence's keys and values, (1, kv_heads, tokens, head_dim) for each layer."""
         with self.turn():
-            return self.take(answer).buffer.read(0, answer.length)
+            return self.take(sequence).buffer.read(0, sequence.length)
 
     def padded(self, tokens: int) -> int:
-        """How many tokens a prefill of so many is run as."""
-        return tokens if tokens == 1 or tokens > self.knobs.pad_up_to else tokens + -tokens % self.pad_to
+        """The number of tokens to which a prefill of `tokens` is padded."""
+        return tokens if tokens == 1 or tokens > self.config.pad_up_to else tokens + -tokens % self.pad_to
 
-    def take(self, answer: RunningSequence) -> Slot:
-        """The seat in which all rows of `answer` lie, put there if need be."""
-        for seat in self.seats:
-            if seat.answer is answer:
-                return self._used(seat)
-        seat = self._seat_for(answer.cache)
-        if answer.cache is not None:
-            self._check_room(answer.held)
-            seat.buffer.place(answer.cache, answer.held)
-        if answer.tail is not None:
-            seat.buffer.written_from(answer.held)
-            seat.buffer.write(answer.held, answer.tail)
-            answer.tail = None
-        seat.guest = weakref.ref(answer)
-        return seat
+    def take(self, sequence: RunningSequence) -> Slot:
+        """The slot that holds all rows of `sequence`, which are copied there if necessary."""
+        for slot in self.slots:
+            if slot.sequence is sequence:
+                return self._used(slot)
+        slot = self.slot_for(sequence.cache)
+        if sequence.cache is not None:
+            self._check_room(sequence.held)
+            slot.buffer.place(sequence.cache, sequence.held)
+        if sequence.tail is not None:
+            slot.buffer.written_from(sequence.held)
+            slot.buffer.write(sequence.held, sequence.tail)
+            sequence.tail = None
+        slot.occupant = weakref.ref(sequence)
+        return slot
 
-    def _run(self, seat: Slot, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, slot: Slot, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         self._check_room(held + len(ids))
         inputs = self._inputs(held, ids)
         new = len(inputs) - 2
-        seat.buffer.written_from(held)
+        slot.buffer.written_from(held)
         if new > self.graph_up_to:
-            return self.run(inputs.to(self.device), seat.buffer)
-        return self._captured(f"{new} tokens", self.run, seat.buffer, inputs)(inputs)
+            return self.run(inputs.to(self.device), slot.buffer)
+        return self._captured(f"{new} tokens", self.run, slot.buffer, inputs)(inputs)
 
     def _inputs(self, held: int, ids: Sequence[int]) -> torch.Tensor:
-        """What `ModelRunner` takes, padded, on the host."""
+        """The inputs of `ModelRunner`, padded, on the host."""
         return torch.tensor([held, len(ids), *ids, *(0 for _ in range(self.padded(len(ids)) - len(ids)))])
 
     def _new_buffer(self) -> Buffer:
@@ -246,36 +246,39 @@ class Engine:
         if key not in self.graphs:
             assert self.pool is not None
             self.graphs[key] = Captured(run, buffer, inputs.to(self.device), self.pool, self.warm_up)
-            if len(self.graphs) > self.knobs.graphs:
+            if len(self.graphs) > self.config.graphs:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
         return self.graphs[key]
 
-    def _seat_for(self, cache: DynamicCache | None) -> Slot:
-        """A seat for a memory, or for none: its own if that is free, else a free one, else the one used longest ago,
-        whose answer takes its rows along."""
-        free = [seat for seat in self.seats if seat.answer is None]
-        own = [seat for seat in free if cache is not None and seat.buffer.holds(cache)]
-        blank = [seat for seat in free if seat.buffer.memory is None or seat.buffer.memory() is None]
-        if not own and not blank and len(self.seats) < self.knobs.buffers:
-            blank = [Slot(self._new_buffer())]
-            self.seats.append(blank[0])
-        seat = (own or blank or free or self.seats)[0]
-        if (guest := seat.answer) is not None:
-            guest.tail = seat.buffer.read(guest.held, guest.length)
-        seat.guest = None
-        return self._used(seat)
+    def slot_for(self, cache: DynamicCache | None) -> Slot:
+        """A slot for a memory, or for none.
 
-    def _used(self, seat: Slot) -> Slot:
-        self.seats.remove(seat)
-        self.seats.append(seat)
-        return seat
+        Prefers a free slot that already holds the memory, then another free slot, then the least recently used one,
+        whose sequence keeps a copy of its rows.
+        """
+        free = [slot for slot in self.slots if slot.sequence is None]
+        own = [slot for slot in free if cache is not None and slot.buffer.holds(cache)]
+        blank = [slot for slot in free if slot.buffer.memory is None or slot.buffer.memory() is None]
+        if not own and not blank and len(self.slots) < self.config.buffers:
+            blank = [Slot(self._new_buffer())]
+            self.slots.append(blank[0])
+        slot = (own or blank or free or self.slots)[0]
+        if (occupant := slot.sequence) is not None:
+            occupant.tail = slot.buffer.read(occupant.held, occupant.length)
+        slot.occupant = None
+        return self._used(slot)
+
+    def _used(self, slot: Slot) -> Slot:
+        self.slots.remove(slot)
+        self.slots.append(slot)
+        return slot
 
     def _check_room(self, tokens: int) -> None:
-        if tokens > self.knobs.capacity_tokens:
+        if tokens > self.config.capacity_tokens:
             shape = self.run.shape
             a_token = 2 * len(self.run.layers) * shape.kv_heads * shape.head_dim * self.dtype.itemsize
             raise CapacityError(
-                f"{tokens} tokens do not fit a buffer of capacity_tokens={self.knobs.capacity_tokens}. Raise it "
+                f"{tokens} tokens do not fit a buffer of capacity_tokens={self.config.capacity_tokens}. Raise it "
                 f"({a_token / 1e3:.0f} kB a token and buffer), or shorten the memory, the query or the answer."
             )

@@ -1,7 +1,7 @@
-"""What runs as Triton kernels of our own where Triton does: heads on their way into a buffer, and a decoding step.
+"""Our own Triton kernels, where Triton runs: writing heads to a buffer, and a decoding step.
 
-A decoding step reads every weight once and does next to nothing else, so what stands around a product (normalising,
-gating, adding to the stream) is done by the product's own kernel: seven launches a layer instead of fourteen.
+A decoding step mostly reads every weight once. So the operations around a matrix product (normalization, gating, adding
+to the residual stream) are part of the product's kernel: seven launches for each layer instead of fourteen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why these kernels can't be used here; None: they can."""
+    """The reason why these kernels can't be used here; None if they can."""
     if device.type != "cuda" or torch.version.hip:
         return "needs an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -29,7 +29,7 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-# A custom operator, so that a compiled layer calls the kernel as it is and writes to the buffer itself.
+# A custom operator, so that a compiled layer calls the kernel unchanged and writes to the buffer in place.
 @torch.library.custom_op("kvmem::place_heads", mutates_args=("k", "v"))
 def place_heads(
     qkv: torch.Tensor,
@@ -68,7 +68,7 @@ def _(
 def layer_of_one_token(
     x_C: torch.Tensor, k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, where: Where, w: LayerWeights, shape: LayerShape
 ) -> torch.Tensor:
-    """The stream, (hidden,), behind a decoder layer; see `layer.layer`."""
+    """The residual stream, (hidden,), after a decoder layer; see `layers.layer`."""
     from kvmem.engines.graph import triton_kernels
 
     product = triton_kernels.product
@@ -83,7 +83,7 @@ def layer_of_one_token(
 
 
 def next_logits(x_C: torch.Tensor, norm_C: torch.Tensor, eps: float, head_VC: torch.Tensor) -> torch.Tensor:
-    """(vocab,), behind the last layer's stream."""
+    """The logits, (vocab,), of the last layer's residual stream."""
     from kvmem.engines.graph import triton_kernels
 
     return triton_kernels.product(x_C, head_VC, norm_C=norm_C, eps=eps)

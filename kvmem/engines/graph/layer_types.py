@@ -1,4 +1,4 @@
-"""What a decoder layer is given besides its weights and its input."""
+"""What a decoder layer takes besides its weights and its input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What of a layer is not in its weights. `kernel` names the attention kernel; fused: see `fused.py`."""
+    """The sizes of a layer. kernel: the attention kernel's name. fused: uses the kernels of `fused_decode`."""
 
     heads: int
     kv_heads: int
@@ -28,13 +28,13 @@ class LayerShape:
 
 
 class Where(NamedTuple):
-    """Where the new tokens of one sequence lie: the same for all layers."""
+    """The positions and rows of the new tokens of one sequence: the same for all layers."""
 
     cos_1S1D: torch.Tensor
     sin_1S1D: torch.Tensor
     at_S: torch.Tensor
-    """Their rows in the buffer, int64."""
+    """Rows of the new tokens in the buffer, int64."""
     length_1: torch.Tensor
-    """How many rows hold tokens, they included, int32."""
+    """Number of rows that hold tokens, including the new ones, int32."""
     plan: torch.Tensor | None
-    """The attention kernel's (`Attention.plan`)."""
+    """The attention kernel's plan (`Attention.plan`)."""

@@ -1,4 +1,4 @@
-"""A decoder layer, as pure functions but for the rows that it writes: straight down, in few kernels once compiled.
+"""A decoder layer as functions that are pure except for the rows they write. Compiled, it takes few kernels.
 
 Dimensions: B batch, S new tokens, T rows of a buffer, H query heads, K key heads, D head size, C hidden size.
 """
@@ -21,20 +21,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x_BSHD: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor) -> torch.Tensor:
-    """Each head turned to its token's position (halves of the head are pairs)."""
+    """Rotary embedding of each head at its token's position; element i is paired with i + head_dim / 2."""
     first, second = x_BSHD.chunk(2, dim=-1)
     return x_BSHD * cos_BS1D + torch.cat([-second, first], dim=-1) * sin_BS1D
 
 
 def qkv_products(x_BSC: torch.Tensor, w: LayerWeights, shape: LayerShape) -> torch.Tensor:
-    """(B, S, (H + 2 K) D): queries, keys and values, one behind the other."""
+    """Queries, keys and values, concatenated: (B, S, (H + 2 K) D)."""
     return F.linear(rms_norm(x_BSC, w.input_norm, shape.eps), w.qkv, w.qkv_bias)
 
 
 def queries_keys_values(
     qkv_BSX: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor, w: LayerWeights, shape: LayerShape
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(B, S, H, D), (B, S, K, D), (B, S, K, D), the first two turned to their positions."""
+    """Queries (B, S, H, D), keys and values (B, S, K, D); queries and keys with rotary embedding."""
     batch, new, _ = qkv_BSX.shape
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     q, k, v = (
@@ -49,7 +49,7 @@ def queries_keys_values(
 def after_attention(
     x_BSC: torch.Tensor, gathered_BSHD: torch.Tensor, w: LayerWeights, shape: LayerShape
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stream behind attention, and what the MLP adds to it."""
+    """The residual stream after attention, and what the MLP adds to it."""
     x_BSC = x_BSC + F.linear(gathered_BSHD.flatten(2), w.out, w.out_bias)
     gate, up = F.linear(rms_norm(x_BSC, w.mlp_norm, shape.eps), w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
     return x_BSC, F.linear(F.silu(gate) * up, w.down, w.down_bias)
@@ -65,10 +65,10 @@ def layer(
     w: LayerWeights,
     shape: LayerShape,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sequence behind the head of its buffer.
+    """One layer for one sequence, whose earlier tokens are the first rows of its buffer.
 
-    The stream comes and goes as two parts to be added, so that the addition joins the next kernel. With `last`, only
-    that token goes past attention: of the last layer no other is needed.
+    Takes and returns the residual stream as two summands, so that their addition is fused with the next kernel. With
+    `last_1`, only that token goes past attention, because no other is needed of the last layer.
     """
     x_1SC = x_1SC + added_1SC
     qkv_1SX = qkv_products(x_1SC, w, shape)
@@ -85,7 +85,7 @@ def layer(
     return after_attention(x_1SC, gathered, w, shape)
 
 
-def layer_of_branches(
+def layer_of_batch(
     x_BSC: torch.Tensor,
     added_BSC: torch.Tensor,
     cos_BS1D: torch.Tensor,
@@ -101,10 +101,10 @@ def layer_of_branches(
     w: LayerWeights,
     shape: LayerShape,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Several sequences behind the same first `held` rows; each writes and sees rows of its own.
+    """One layer for several sequences that share their first `held` rows and have rows of their own after them.
 
-    All queries attend to the shared rows as one, and each to its own; the two are joined by their softmax sums
-    (Juravsky et al., "Hydragen", 2024).
+    All queries attend to the shared rows as one sequence, and each to its own rows. The two results are combined by
+    their softmax sums (Juravsky et al., "Hydragen", 2024).
     """
     x_BSC = x_BSC + added_BSC
     batch, new, _ = x_BSC.shape

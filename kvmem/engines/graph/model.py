@@ -1,4 +1,4 @@
-"""The straight pass: token ids behind the first rows of a buffer -> the next token and its logits."""
+"""The forward pass: from token ids behind the first rows of a buffer to the next token and its logits."""
 
 from __future__ import annotations
 
@@ -13,48 +13,50 @@ from kvmem.engines.graph import attention
 from kvmem.engines.graph.fused_decode import layer_of_one_token, next_logits
 from kvmem.engines.graph.kv_buffers import Buffer
 from kvmem.engines.graph.layer_types import LayerShape, Where
-from kvmem.engines.graph.layers import layer, layer_of_branches, rms_norm
+from kvmem.engines.graph.layers import layer, layer_of_batch, rms_norm
 from kvmem.engines.graph.weights import check_covered, stack
 
 Compile = Literal["auto", "none", "all_lengths", "each_length"]
 LENGTHS_COMPILED = 64
-"""As many lengths as each_length compiles one by one: those that come later share a compilation for all lengths."""
+"""`each_length` compiles this many lengths separately. Later lengths share one compilation for all lengths."""
 RECOMPILE_LIMIT = 2 * LENGTHS_COMPILED + 4
-"""Each as an inner layer and as the last, as that for all lengths is; at the limit torch would run what is written."""
+"""Each length is compiled as an inner and as the last layer. Beyond this limit torch would run uncompiled code."""
 
 
 class ModelRunner:
-    """One model. Called with `inputs` on the device, (2 + new,) int64: how many rows are held, how many of the new ids
-    are real, and the new ids, padded at the end with any.
+    """Runs one model. Its `inputs`, (2 + new,) int64 on the device, are the number of held rows, the number of real new
+    ids, and the new ids, padded at the end with any ids.
 
-    A pad is written behind the real tokens and is never attended to by one of them: the mask is causal, and the next
-    tokens overwrite it.
+    Padding is written behind the real tokens. They never attend to it because the mask is causal, and the next tokens
+    overwrite it.
     """
 
     def __init__(self, model: PreTrainedModel, kernel: str, rows: int, compile: Compile, fused: bool) -> None:
-        """rows: positions up to which the rotary table goes; fused: with our own Triton kernels (`fused.py`).
-        Raises ModelError for a model that is not covered."""
+        """rows: length of the rotary table, in positions. fused: uses the Triton kernels of `fused_decode`.
+
+        Raises ModelError for a model that is not covered.
+        """
         check_covered(model)
         self.shape = LayerShape.of(model.config, kernel, fused)
         self.layers = stack(model)
         decoder = model.get_decoder()
         self.embed, self.head = decoder.embed_tokens.weight.detach(), model.lm_head.weight.detach()
         self.last_norm = decoder.norm.weight.detach()
-        with torch.no_grad():  # the model's own table, whatever scales its frequencies
+        with torch.no_grad():  # the model's own table, however its frequencies are scaled
             cos_1TD, sin_1TD = decoder.rotary_emb(self.embed[:1], torch.arange(rows, device=self.embed.device)[None])
         self.cos_TD, self.sin_TD = cos_1TD[0], sin_1TD[0]
         self.compile = compile
         self.lengths: set[int] = set()
-        """Those that were compiled one by one."""
+        """The lengths that were compiled separately."""
         compiled = compile != "none"
         self.layer = torch.compile(layer, dynamic=False) if compiled else layer
-        self.layer_of_branches = torch.compile(layer_of_branches) if compiled else layer_of_branches
+        self.layer_of_batch = torch.compile(layer_of_batch) if compiled else layer_of_batch
 
     @torch.inference_mode()
     def __call__(
         self, inputs: torch.Tensor, buffer: Buffer, between_layers: BetweenLayers | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The greedy token (1,) and the logits (vocab,) behind the last real id. Writes the new rows.
+        """The greedy token (1,) and the logits (vocab,) after the last real id. Writes the new rows.
 
         between_layers: called before each layer.
         """
@@ -108,14 +110,14 @@ class ModelRunner:
         return F.linear(hidden_1SC, self.head)[0, 0]
 
     def _is_for_any_length(self, new: int) -> bool:
-        """Whether the code for so many new tokens is compiled for other lengths too."""
+        """Whether the code for `new` tokens is shared with other lengths."""
         if self.compile == "each_length" and len(self.lengths) < LENGTHS_COMPILED:
             self.lengths.add(new)
         return self.compile != "none" and new > 1 and new not in self.lengths
 
     @torch.inference_mode()
     def advance(self, inputs: torch.Tensor, buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]:
-        """One token of decoding, after which `inputs` (3,) are those of the next: the host has no part in it."""
+        """One decoding step. Updates `inputs`, (3,), on the device to those of the next step, without the host."""
         token, logits_V = self(inputs, buffer)
         inputs[:1] += 1
         inputs[2:] = token

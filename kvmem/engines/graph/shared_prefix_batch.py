@@ -1,4 +1,4 @@
-"""Many queries behind one memory: it lies in its buffer once, and each answer has rows of its own behind it."""
+"""Several queries with one memory, which is in a buffer once; each answer has rows of its own."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from kvmem.errors import CapacityError
 
 
 class SharedPrefixBatch:
-    """Answers that grow side by side behind the first `held` tokens of a memory, each to at most `room` tokens."""
+    """Answers that share the first `held` tokens of a memory, each with at most `room` tokens of its own."""
 
     def __init__(self, engine: Engine, cache: DynamicCache, held: int, batch: int, room: int) -> None:
         self.engine, self.held, self.room = engine, held, room
         self.memory = RunningSequence(cache, held, held)
         shape, layers = engine.run.shape, len(engine.run.layers)
         size = (layers, batch, shape.kv_heads, room + engine.pad_to, shape.head_dim)
-        if held + room > engine.knobs.capacity_tokens:
+        if held + room > engine.config.capacity_tokens:
             raise CapacityError(
                 f"{held} tokens of memory and {room} of a query and its answer are more than capacity_tokens="
-                f"{engine.knobs.capacity_tokens}. Raise it, or ask for fewer max_new_tokens."
+                f"{engine.config.capacity_tokens}. Raise it, or ask for fewer max_new_tokens."
             )
         self.own_k, self.own_v = (torch.zeros(size, dtype=engine.dtype, device=engine.device) for _ in "kv")
         self.lengths_B = torch.zeros(batch, dtype=torch.long, device=engine.device)
 
     @torch.inference_mode()
     def extend(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The logits, (batch, vocab), behind each answer's new ids. Shorter ones are padded at their end, where a pad
-        is never attended to and is overwritten by what follows."""
+        """Appends new ids to each answer. Returns the logits after them, (batch, vocab).
+
+        Shorter rows are padded at the end. Padding is never attended to, and the next tokens overwrite it.
+        """
         engine, run = self.engine, self.engine.run
         new = engine.padded(max(map(len, ids)))
         padded = [[*row, *(0 for _ in range(new - len(row)))] for row in ids]
@@ -43,11 +45,11 @@ class SharedPrefixBatch:
         x_BSC = F.embedding(ids_BS, run.embed)
         added_BSC = torch.zeros_like(x_BSC)
         held_1, lengths_B = self.lengths_B.new_tensor([self.held]).int(), (self.lengths_B + new).int()
-        # One or more answers, one or more tokens, the last layer or not: more kinds than torch's own limit of 8.
+        # One or more answers, one or more tokens, the last layer or not: more variants than torch's default limit of 8.
         with engine.turn(), torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             buffer = engine.take(self.memory).buffer
             for i, (w, (k, v)) in enumerate(zip(run.layers, buffer.layers, strict=True)):
-                x_BSC, added_BSC = run.layer_of_branches(
+                x_BSC, added_BSC = run.layer_of_batch(
                     x_BSC,
                     added_BSC,
                     cos,

@@ -1,6 +1,6 @@
-"""Triton kernels of a decoding step, which is to read every weight once: what stands around a product is done in it.
+"""Triton kernels of a decoding step, which reads every weight once: operations around a product are part of it.
 
-Tillet, Kung, Cox, "Triton", 2019. torch brings the package along where it runs on a GPU.
+Tillet, Kung, Cox, "Triton", 2019. torch installs the package on platforms where it runs on a GPU.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ HEADS_TOKENS = 8
 
 
 class Block(NamedTuple):
-    """Of a weight a block of threads reads so many rows, of each so many elements at once, by so many warps."""
+    """What a block of threads reads of a weight: rows, elements of a row at once, and by how many warps."""
 
     rows: int
     cols: int
     warps: int
 
 
-# The fastest of 23 to 37 for Qwen3-8B's products on an H100, which read at 2.7 (small ones) to 3.14 TB/s.
+# The fastest of 23 to 37 candidates for Qwen3-8B's products on an H100, which read at 2.7 (small) to 3.14 TB/s.
 PLAIN, ADDED, GATED = Block(2, 1024, 4), Block(2, 4096, 4), Block(2, 1024, 2)
 
 
@@ -55,7 +55,7 @@ def _product(
     sums_RC = tl.zeros([ROWS, COLS], tl.float32)
     ups_RC = tl.zeros([ROWS, COLS], tl.float32)
     squares_C = tl.zeros([COLS], tl.float32)
-    # Weights are read one step ahead, and the first before the kernel in front, which makes x, has ended.
+    # Weights are read one step ahead, the first before the previous kernel, which computes x, has ended.
     ahead_RC = kept_R[:, None] & (col_C < cols)[None]
     w_RC = tl.load(weight_RC, mask=ahead_RC, other=0.0, eviction_policy="evict_first")
     w_up_RC = w_RC
@@ -67,7 +67,7 @@ def _product(
     for start in tl.range(0, cols, COLS):
         inside_C = start + col_C < cols
         x_C = tl.load(x + start + col_C, mask=inside_C, other=0.0).to(tl.float32)
-        if NORMED:  # its factor is the same for all elements, and is known when all have been read
+        if NORMED:  # the factor is the same for all elements and known once all are read
             squares_C += x_C * x_C
             x_C *= tl.load(norm + start + col_C, mask=inside_C, other=0.0).to(tl.float32)
         sums_RC += w_RC.to(tl.float32) * x_C[None]
@@ -103,8 +103,8 @@ def product(
 ) -> torch.Tensor:
     """weight @ x + bias for one token, (rows,) in x's type, summed in fp32.
 
-    norm: x goes through RMS normalisation with these weights first. gated: the weight's first half gates its second,
-    silu(gate) * up, and the result has half as many rows. added: what the result is added to.
+    norm_C: weights of an RMS normalization of x. gated: the first half of the weight gates the second,
+    silu(gate) * up, and the result has half as many rows. added_R: what the result is added to.
     """
     cols, rows = weight_RC.shape[1], weight_RC.shape[0] // (2 if gated else 1)
     block = GATED if gated else PLAIN if added_R is None else ADDED
@@ -173,7 +173,7 @@ def _place_heads(
             inside_D = dim_D < HEAD_DIM // 2
             first_SD *= scale_S1 * tl.load(norm, mask=inside_D, other=0.0).to(tl.float32)[None]
             second_SD *= scale_S1 * tl.load(norm + HEAD_DIM // 2, mask=inside_D, other=0.0).to(tl.float32)[None]
-        turn_SD = token_S[:, None] * HEAD_DIM + dim_D[None]  # both halves of a head turn by the same angles
+        turn_SD = token_S[:, None] * HEAD_DIM + dim_D[None]  # both halves of a head rotate by the same angles
         cos_SD = tl.load(cos + turn_SD, mask=mask_SD, other=0.0).to(tl.float32)
         sin_SD = tl.load(sin + turn_SD, mask=mask_SD, other=0.0).to(tl.float32)
         first_SD, second_SD = first_SD * cos_SD - second_SD * sin_SD, second_SD * cos_SD + first_SD * sin_SD
@@ -199,8 +199,8 @@ def place_heads(
     at: torch.Tensor,
     heads: int,
 ) -> torch.Tensor:
-    """The queries of new tokens, (1, new, heads, head_dim), out of their products, (1, new, …), with each head
-    normalised (None: not) and turned to its position; their keys and values become rows `at` of a buffer.
+    """The queries of new tokens, (1, new, heads, head_dim), from their products, (1, new, …), with each head normalized
+    (unless None) and rotated to its position. Writes their keys and values to the rows `at` of a buffer.
 
     cos, sin: (1, new, 1, head_dim), those of the new tokens. k, v: (1, kv_heads, rows, head_dim).
     """
@@ -233,7 +233,7 @@ def place_heads(
 
 
 def _overlapping(tensor: torch.Tensor) -> dict[str, Any]:
-    """Whether a kernel starts while the one in front of it ends (programmatic dependent launch, from Hopper on)."""
+    """Whether a kernel starts while the previous one ends (programmatic dependent launch, from Hopper on)."""
     return _overlapping_on(tensor.device)
 
 
@@ -245,5 +245,5 @@ def _overlapping_on(device: torch.device) -> dict[str, Any]:
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A kernel takes a tensor for each of its arguments, also for one that it does not read."""
+    """A kernel needs a tensor for each argument, including those that it does not read."""
     return other if tensor is None else tensor

@@ -1,6 +1,7 @@
-"""The weights of a covered model as the straight pass wants them: those that read the same input lie side by side.
+"""The weights of a covered model for the fast engine: those with the same input are stacked.
 
-The model keeps its own weights as views of these, so Hugging Face's forward still runs, and nothing is held twice.
+The model keeps its own weights as views of these, so Hugging Face's forward pass still runs and nothing is
+stored twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kvmem.merge import FIXED_FREQUENCIES, HALF_ROTATION
 
 
 class LayerWeights(NamedTuple):
-    """One decoder layer. Matrices are (out, in); None where the family has no such thing."""
+    """One decoder layer. Matrices are (out, in). None if the model family has no such weight."""
 
     qkv: torch.Tensor
     qkv_bias: torch.Tensor | None
@@ -33,9 +34,9 @@ class LayerWeights(NamedTuple):
 
 
 def check_covered(model: PreTrainedModel) -> None:
-    """Raises ModelError, by name, for a model that the straight pass does not compute rightly."""
+    """Raises ModelError, naming the reason, for a model that the fast engine does not compute correctly."""
     config = model.config
-    kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}  # some families have no such thing
+    kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}  # some families have none
     reason = None
     if kind not in HALF_ROTATION:
         reason = f"covers {', '.join(sorted(HALF_ROTATION))}"
@@ -54,19 +55,19 @@ def check_covered(model: PreTrainedModel) -> None:
 
 
 def _is_replaced(name: str, module: nn.Module) -> bool:
-    """A projection that is no plain linear layer any more: quantized, or with an adapter."""
+    """Whether a projection is no longer a plain linear layer: it is quantized or has an adapter."""
     return name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear
 
 
 @torch.no_grad()
 def stack(model: PreTrainedModel) -> list[LayerWeights]:
-    """All layers' weights, side by side where they read the same input; `model` is left with views of them.
+    """The weights of all layers, stacked. The parameters of `model` become views of them.
 
-    A second call finds them so and copies nothing.
+    A second call finds them stacked and copies nothing.
     """
     stacked = [_stack_layer(layer) for layer in model.get_decoder().layers]
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # the parts' own memory, half of all weights: torch would keep it, in pieces too small
+        torch.cuda.empty_cache()  # the parts' memory, half of all weights, which torch would keep in small pieces
     return stacked
 
 
@@ -98,7 +99,7 @@ def _beside(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _one_tensor(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The parts one behind the other in one tensor, which each part becomes a view of."""
+    """The concatenated parts. Each part becomes a view of the result."""
     first, rows = parts[0], sum(part.shape[0] for part in parts)
     if _lie_one_behind_the_other(parts):
         return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
@@ -109,7 +110,7 @@ def _one_tensor(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _lie_one_behind_the_other(parts: list[torch.Tensor]) -> bool:
-    """Of one memory and in this order: a loader may have put others between them, or turned them round."""
+    """Whether the parts are adjacent in one storage, in this order. A loader may have placed them otherwise."""
     ends = [part.data_ptr() + part.numel() * part.element_size() for part in parts]
     return (
         len({part.untyped_storage().data_ptr() for part in parts}) == 1

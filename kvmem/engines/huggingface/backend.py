@@ -206,7 +206,7 @@ class HFBackend(MeasuredBackend):
         """
         check_generation(max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
-        ids = tuple(self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()))
+        ids = tuple(self.decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()))
         return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), *origin_of(prompt, kv_cache))
 
     def stream(
@@ -219,7 +219,7 @@ class HFBackend(MeasuredBackend):
         """The same answer as `generate`, token by token. Raises as `generate`, before the first token."""
         check_generation(max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
-        tokens = self._decode(prompt, kv_cache, max_new_tokens, sampling or Sampling())
+        tokens = self.decode(prompt, kv_cache, max_new_tokens, sampling or Sampling())
         return as_text(tokens, self._text, max_new_tokens)
 
     def _text(self, token_ids: Sequence[int]) -> str:
@@ -227,9 +227,10 @@ class HFBackend(MeasuredBackend):
         assert isinstance(text, str)  # of one sequence, not of a batch
         return text
 
-    def _decode(
+    def decode(
         self, prompt: TokenizedPrompt, kv_cache: CacheView | None, max_new_tokens: int, sampling: Sampling
     ) -> Iterator[int]:
+        """The token ids of an answer to a prompt that is already split, up to an end token."""
         sampler = Sampler(sampling, self.device)
         logits_V, cache = self.prefill(prompt, kv_cache)
         for step in range(max_new_tokens):

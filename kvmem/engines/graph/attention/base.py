@@ -1,4 +1,4 @@
-"""One attention kernel, one file: queries against the first rows of a buffer, whose length is data on the device."""
+"""The interface of an attention kernel: queries attend to the first rows of a buffer, of which lengths are data."""
 
 from __future__ import annotations
 
@@ -15,28 +15,25 @@ AUTO = "auto"
 
 
 class Attention(ABC):
-    """A kernel. All take q (batch, new, heads, head_dim), keys and values (batch, kv_heads, rows, head_dim)
-    as they lie in a buffer, and lengths (batch,) int32: how many rows hold tokens, the new ones included.
+    """A kernel. It takes q (batch, new, heads, head_dim), keys and values (batch, kv_heads, rows, head_dim) in a
+    buffer's layout, and lengths (batch,) int32: how many rows hold tokens, including the new ones.
 
-    causal: the new tokens are the last of them, and each sees itself and what lies before it (a lower-right mask);
-    else every query sees the first `lengths` rows. Scores are scaled by 1 / sqrt(head_dim).
+    causal: the new tokens are the last rows, and each attends to itself and to the rows before it (a lower-right mask).
+    Otherwise every query attends to the first `lengths` rows. Scores are scaled by 1 / sqrt(head_dim).
     """
 
     name: ClassVar[str]
     speed: ClassVar[int]
-    """The highest that runs here is taken where the configuration says auto."""
+    """With auto, the kernel with the highest value that runs here is used."""
 
     @classmethod
     @abstractmethod
     def why_not(cls, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why this kernel can't be used here; None: it can."""
+        """The reason why this kernel can't be used here; None if it can."""
 
     @staticmethod
     def plan(q_like_BSHD: torch.Tensor, k_BKTD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor | None:
-        """What the kernel wants to know of a pass, found once for all its layers, whose shapes and lengths are these.
-
-        Causal, as all of a pass is. None: nothing.
-        """
+        """What the kernel computes once for all layers of a causal pass, from shapes and lengths; None: nothing."""
         return None
 
     @staticmethod
@@ -49,19 +46,19 @@ class Attention(ABC):
         causal: bool,
         plan: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The values that each query gathers, like q."""
+        """The attention output, of the shape of q."""
 
     @staticmethod
     @abstractmethod
     def attend_lse(
         q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, and the logarithm of each softmax's sum, (batch, heads, new) fp32: parts join by it."""
+        """The same, and the log-sum-exp of each softmax, (batch, heads, new) fp32, by which parts are combined."""
 
 
 @cache
 def kernels() -> dict[str, type[Attention]]:
-    """Every kernel, by name."""
+    """All kernels by name."""
     return Registry(Attention, "kvmem.engines.graph.attention", "attention kernel").classes()
 
 
@@ -73,17 +70,17 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
     known = kernels()
     if name != AUTO and name not in known:
         raise ConfigError(f"Unknown attention {name!r}. {did_you_mean(name, [AUTO, *known])}")
-    asked = list(known) if name == AUTO else [name]
-    reasons = {kernel: known[kernel].why_not(device, dtype, head_dim) for kernel in asked}
-    usable = [kernel for kernel in asked if reasons[kernel] is None]
+    candidates = list(known) if name == AUTO else [name]
+    reasons = {kernel: known[kernel].why_not(device, dtype, head_dim) for kernel in candidates}
+    usable = [kernel for kernel in candidates if reasons[kernel] is None]
     if not usable:
-        told = "; ".join(f"{kernel}: {reason}" for kernel, reason in reasons.items())
-        raise ConfigError(f"attention={name} does not run here ({told}). Use attention=auto.")
+        why = "; ".join(f"{kernel}: {reason}" for kernel, reason in reasons.items())
+        raise ConfigError(f"attention={name} does not run here ({why}). Use attention=auto.")
     return max(usable, key=lambda kernel: known[kernel].speed)
 
 
-# Custom operators, so that a compiled layer calls the kernel as it is and does not look inside. They take a buffer as
-# it lies: of a transposed one that it has written to, the compiler would pass a copy.
+# Custom operators, so that a compiled layer calls the kernel without tracing it. They take a buffer in its own layout:
+# of a transposed buffer that it has written to, the compiler would pass a copy.
 @torch.library.custom_op("kvmem::attend", mutates_args=())
 def attend(
     q: torch.Tensor,

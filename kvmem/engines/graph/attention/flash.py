@@ -1,7 +1,7 @@
-"""The FlashAttention that torch brings along: any CUDA device from Ampere on, lengths on the device.
+"""The FlashAttention that comes with torch: any CUDA device from Ampere on, lengths on the device.
 
-The operator is the one under torch.nn.attention.varlen, called by its own name because the public function takes
-`seqused_k` from torch 2.13 on only. Dao, "FlashAttention-2", 2023.
+Calls the operator under torch.nn.attention.varlen directly, because the public function takes `seqused_k` only from
+torch 2.13 on. Dao, "FlashAttention-2", 2023.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kvmem.engines.graph.attention.base import Attention
 
 
 class Flash(Attention):
-    """The operator wants the rows of several sequences one behind the other, so of those it is given a copy."""
+    """The operator needs the rows of several sequences concatenated, so it gets a copy of them."""
 
     name: ClassVar[str] = "torch_flash"
     speed: ClassVar[int] = 1

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention: everywhere, with an explicit mask."""
+"""torch's scaled_dot_product_attention, which runs everywhere, with an explicit mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvmem.engines.graph.attention.base import Attention
 
 
 class SDPA(Attention):
-    """On a CPU over the rows that hold tokens; on a GPU, where the host does not know the length, over all of them."""
+    """On a CPU, only over rows that hold tokens. On a GPU, where the host does not know the length, over all rows."""
 
     name: ClassVar[str] = "sdpa"
     speed: ClassVar[int] = 0
@@ -31,7 +31,7 @@ class SDPA(Attention):
         plan: torch.Tensor | None = None,
     ) -> torch.Tensor:
         k_BKTD, v_BKTD = _with_tokens(k_BKTD, v_BKTD, lengths_B)
-        whole = causal and k_BKTD.shape[2] == q_BSHD.shape[1]  # nothing before them: a plain causal mask will do
+        whole = causal and k_BKTD.shape[2] == q_BSHD.shape[1]  # nothing before them, so a plain causal mask is enough
         out_BHSD = F.scaled_dot_product_attention(
             q_BSHD.transpose(1, 2),
             k_BKTD,
@@ -66,7 +66,7 @@ def _with_tokens(
 
 
 def _mask(q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool) -> torch.Tensor:
-    """True where a query sees a row, (batch, 1, new or 1, rows)."""
+    """True where a query attends to a row: (batch, 1, new or 1, rows)."""
     new, at_T = q_BSHD.shape[1], torch.arange(k_BKTD.shape[2], device=q_BSHD.device)
     if not causal:
         return at_T < lengths_B[:, None, None, None]
