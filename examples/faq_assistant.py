@@ -1,8 +1,9 @@
-"""A FAQ assistant: answers from a folder of text files, and gets faster as the scheduler learns which it needs.
+"""A FAQ assistant: answers from a folder of text files, and gets faster as the scheduler learns which it needs often.
 
     python examples/faq_assistant.py examples/faq < examples/faq_questions.txt
 
-A question a line. Each answer's time to first token stands beside that of the same prompt with nothing cached.
+Reads one question per line. Prints each answer with its time to first token, beside that of the same prompt without a
+cache.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from kvmem import KVCacheMemory, KVCacheMemoryConfig, TextualMemoryItem
-from kvmem.cache import dynamic_cache
-from kvmem.cache.dynamic_cache import CacheView
-from kvmem.scheduler.scheduler import MemScheduler
+from kvmem import KVCacheMemory, KVCacheMemoryConfig, MemScheduler, TextualMemoryItem
+from kvmem.cache import CacheView, dynamic_cache
 
 LLM = {"backend": "huggingface", "config": {"model_name_or_path": "smollm2-135m"}}
 
@@ -25,14 +24,14 @@ def words(text: str) -> set[str]:
 
 
 def closest(question: str, memories: list[TextualMemoryItem]) -> TextualMemoryItem:
-    """The text that shares most words with the question, rare words counting more. Your retrieval goes here."""
+    """The text that shares most words with the question; rare words count more. Put your own retrieval here."""
     texts = [words(memory.memory) for memory in memories]
     worth = {word: 1 / sum(word in text for text in texts) for word in set().union(*texts)}
     return max(zip(memories, texts, strict=True), key=lambda pair: sum(worth[w] for w in words(question) & pair[1]))[0]
 
 
 def answer(scheduler: MemScheduler, question: str, cache: CacheView, length: int = 24) -> tuple[str, float]:
-    """The answer, of `length` tokens at most, and the milliseconds until its first one."""
+    """An answer of at most `length` tokens, and the milliseconds until its first token."""
     started = time.perf_counter()
     tokens = scheduler.backend.stream(question, cache, length)
     text = next(tokens).text
@@ -47,14 +46,14 @@ def main(folder: Path) -> None:
     with MemScheduler(memory, "benefit_per_byte", {"ram": 1 << 30}) as scheduler:
         for question in filter(None, map(str.strip, sys.stdin)):
             text = closest(question, memories)
-            nothing = dynamic_cache.empty_view(scheduler.index.tokens(text), scheduler.backend.model_config)
-            _, direct_ms = answer(scheduler, question, nothing, length=1)
+            no_cache = dynamic_cache.empty_view(scheduler.index.tokens(text), scheduler.backend.model_config)
+            _, direct_ms = answer(scheduler, question, no_cache, length=1)
             with scheduler.view([text]) as cache:
-                place = "KV" if cache.get_seq_length() else "text"
-                said, ttft_ms = answer(scheduler, question, cache)
+                form = "KV" if cache.get_seq_length() else "text"
+                reply, ttft_ms = answer(scheduler, question, cache)
             scheduler.observe(text, question)
-            scheduler.tick()  # between two questions here; scheduler.start() does it in a thread of its own
-            print(f"{question}\n{said}\n[{text.id} as {place}: {ttft_ms:.0f} ms, without memory: {direct_ms:.0f} ms]\n")
+            scheduler.tick()  # here between two questions; scheduler.start() does it in a background thread
+            print(f"{question}\n{reply}\n[{text.id} as {form}: {ttft_ms:.0f} ms, without memory: {direct_ms:.0f} ms]\n")
 
 
 if __name__ == "__main__":
