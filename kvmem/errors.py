@@ -51,6 +51,14 @@ class ModelChangedError(FingerprintError):
     """An open model was changed: its weights or adapters are not those that stored memories were built with."""
 
 
+class CacheInUseError(KVMemError, RuntimeError):
+    """A cache view is already growing by another answer."""
+
+
+class StoredCacheError(KVMemError, ValueError):
+    """A stored cache was changed from outside and does not hold its memory any more."""
+
+
 class MergeError(KVMemError, ValueError):
     """A merge strategy does not support these items or this model."""
 

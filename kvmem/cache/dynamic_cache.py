@@ -7,7 +7,8 @@ the model silently ignores it, so every cache is built in this module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
@@ -16,8 +17,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvmem.cache.fingerprint import ModelFingerprint
 from kvmem.cache.items import MemoryTokens
-from kvmem.cache.layers import KV, CopyOnWriteLayer, PatchedLayer, TransferLayer
-from kvmem.errors import FingerprintError, ModelError
+from kvmem.cache.layers import KV, CopyOnWriteLayer, PatchedLayer, SlidingLayer, StoredLayer, TransferLayer
+from kvmem.errors import CacheInUseError, FingerprintError, ModelError
 
 
 class CacheView(DynamicCache):
@@ -32,6 +33,23 @@ class CacheView(DynamicCache):
     fingerprint: ModelFingerprint | None = None
     """The model that the view is for; None if unknown."""
 
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Inside the block no other answer may use the view: an answer grows it.
+
+        Raises CacheInUseError if another thread, or an unfinished stream, is using it.
+        """
+        me = object()
+        if self.__dict__.setdefault("_user", me) is not me:  # one operation: two threads can't both succeed
+            raise CacheInUseError(
+                "This view is in use by another answer, on another thread or in a stream that is not finished. Every "
+                "answer at a time needs a view of its own: call get_cache for each; it copies nothing."
+            )
+        try:
+            yield
+        finally:
+            del self.__dict__["_user"]
+
 
 CacheT = TypeVar("CacheT", bound=DynamicCache)
 
@@ -41,9 +59,10 @@ def _empty(config: PreTrainedConfig, kind: type[CacheT]) -> CacheT:
     cache = kind(config=config)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            if kind is CacheView:
-                cache.layers[i] = CopyOnWriteLayer()
-        elif type(layer) is not DynamicSlidingWindowLayer:
+            cache.layers[i] = CopyOnWriteLayer() if kind is CacheView else StoredLayer()
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[i] = SlidingLayer(layer.sliding_window)
+        else:
             raise ModelError(
                 f"{config.model_type} has a layer of kind {type(layer).__name__}, whose state is not a list of keys "
                 "and values. Supported: full and sliding-window attention."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 KV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each (batch, kv_heads, tokens, head_dim)."""
@@ -14,7 +14,32 @@ INITIAL_HEADROOM_TOKENS = 64
 """Free tokens behind the prompt in a copy-on-write layer's first buffer."""
 
 
-class TransferLayer(DynamicLayer):
+def _forget(layer: DynamicLayer) -> None:
+    """Drops the layer's tensors before transformers' `reset`, which up to 5.18 overwrites them with zeros in place."""
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+
+
+class StoredLayer(DynamicLayer):
+    """A layer of a stored memory with full attention. `reset` leaves its tensors unchanged."""
+
+    def reset(self) -> None:
+        _forget(self)
+        super().reset()
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """A layer with a sliding window, of a stored memory or a view. `reset` leaves its tensors unchanged.
+
+    It needs no copy on write: an update replaces its tensors by new ones.
+    """
+
+    def reset(self) -> None:
+        _forget(self)
+        super().reset()
+
+
+class TransferLayer(StoredLayer):
     """A layer whose tensors may still be in transfer to a GPU. Call `wait` before a kernel reads them."""
 
     def __init__(self, ready: torch.cuda.Event | None = None) -> None:
@@ -63,6 +88,10 @@ class CopyOnWriteLayer(TransferLayer):
         # `narrow` costs the host half of what a slice does, and eager prefill on a GPU is bound by the host.
         self.keys, self.values = self.buffers[0].narrow(2, 0, end), self.buffers[1].narrow(2, 0, end)
         return self.keys, self.values
+
+    def reset(self) -> None:
+        self.ready, self.buffers, self.headroom = None, None, INITIAL_HEADROOM_TOKENS
+        super().reset()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.wait()

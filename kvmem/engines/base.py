@@ -23,7 +23,7 @@ from kvmem.cache import (
     TextualMemoryItem,
     dynamic_cache,
 )
-from kvmem.errors import ConfigError, FingerprintError, check_kind
+from kvmem.errors import ConfigError, FingerprintError, StoredCacheError, check_kind
 from kvmem.merge import MergeStrategy
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
 from kvmem.registry import Registry
@@ -129,10 +129,11 @@ class Backend(ABC):
         """What the engine injects for one item, or for several through `merge`. Its use does not change the items."""
 
     def check(self, item: KVCacheItem) -> None:
-        """Raises FingerprintError for an item of another model.
+        """Raises FingerprintError for an item of another model, and StoredCacheError for one that was changed.
 
         Compares fingerprints or, if the item has none, the shapes of its tensors.
         """
+        check_whole(item)
         built_by = item.metadata.fingerprint
         if built_by is self.fingerprint:
             return
@@ -146,12 +147,32 @@ class Backend(ABC):
             )
 
     def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
-        """Writes all items to one file, in the format of its suffix. Raises StorageError if it can't be written."""
+        """Writes all items to one file, in the format of its suffix.
+
+        Raises StorageError if it can't be written, and StoredCacheError for an item that was changed.
+        """
+        for item in items:
+            check_whole(item)
         storage.for_filename(path.name).dump(path, items)
 
     def read(self, path: Path) -> list[KVCacheItem]:
         """Reads all items of a file. Raises StorageError, or FingerprintError for items of another model."""
         return storage.for_filename(path.name).load(path, self.fingerprint, self.model_config, self.device)
+
+
+def check_whole(item: KVCacheItem) -> None:
+    """Raises StoredCacheError if the stored cache does not hold the item's tokens any more.
+
+    A model that is given `item.kv_cache` itself grows it. An item without tensors here (a prefix on a server), or whose
+    token ids are not known yet, passes.
+    """
+    held, tokens = item.kv_cache.get_seq_length(), item.metadata.token_count
+    if held and tokens and held != tokens:
+        raise StoredCacheError(
+            f"The cache of item {item.kv_cache_id} holds {held} tokens, and its memory has {tokens}: a model or a crop "
+            "changed it. Give models the view of get_cache, never item.kv_cache. Extract the memory again, or load it "
+            "from its file."
+        )
 
 
 ENGINES = Registry(Backend, "kvmem.engines", "backend")

@@ -45,6 +45,7 @@ class HFGraphBackend(HFBackend):
 
     name: ClassVar[str] = HFGraphConfig.backend
     config_class: ClassVar[type] = HFGraphConfig
+    grows_views: ClassVar[bool] = False
 
     def __init__(
         self, loaded: loading.Loaded, template: TemplateKind = "chat", config: GraphConfig | None = None

@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,6 +43,8 @@ class HFBackend(MeasuredBackend):
 
     name: ClassVar[str] = HFConfig.backend
     config_class: ClassVar[type] = HFConfig
+    grows_views: ClassVar[bool] = True
+    """Whether an answer grows the view that it is given, so that one view can serve one answer at a time."""
 
     def __init__(self, loaded: loading.Loaded, template: TemplateKind = "chat") -> None:
         self.model = loaded.model
@@ -232,14 +234,15 @@ class HFBackend(MeasuredBackend):
     ) -> Iterator[int]:
         """The token ids of an answer to a prompt that is already split, up to an end token."""
         sampler = Sampler(sampling, self.device)
-        logits_V, cache = self.prefill(prompt, kv_cache)
-        for step in range(max_new_tokens):
-            token = sampler.pick(logits_V)
-            if token in self.end_tokens:
-                return
-            yield token
-            if step + 1 < max_new_tokens:
-                logits_V = self.decode_one_token(token, cache)
+        with kv_cache.exclusively() if kv_cache is not None and self.grows_views else nullcontext():
+            logits_V, cache = self.prefill(prompt, kv_cache)
+            for step in range(max_new_tokens):
+                token = sampler.pick(logits_V)
+                if token in self.end_tokens:
+                    return
+                yield token
+                if step + 1 < max_new_tokens:
+                    logits_V = self.decode_one_token(token, cache)
 
     def measure_prefill(self, lengths: Sequence[int]) -> list[float]:
         seconds = []
