@@ -1,4 +1,4 @@
-"""Other ways to use a cache, to compare with: recipes for transformers, and vLLM as others run it."""
+"""Baselines to compare with: recipes that pass a cache to transformers, and vLLM through its public API."""
 
 from experiments.baselines.base import Recipe, arm, recipes
 from experiments.baselines.shared_tensors import SharedTensors

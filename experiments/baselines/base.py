@@ -1,4 +1,4 @@
-"""Ways to pass a stored cache to a Hugging Face model that are not ours; one recipe, one file."""
+"""The interface of a baseline recipe: another method of passing a stored cache to a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from kvmem.registry import Registry
 
 
 class Recipe(ABC):
-    """What to do with a stored cache so that a query can follow it. One object a cell."""
+    """Prepares a stored cache for a query. One object serves one cell; a new recipe is one new file."""
 
     name: ClassVar[str]
     logits_to_keep: ClassVar[int] = 1
-    """0: those of every position, as a model gives them where it is not told otherwise."""
+    """0: logits of every position, which is the model's default."""
 
     def __init__(self, item: KVCacheItem, config: PreTrainedConfig) -> None:
         self.item, self.config = item, config
@@ -34,12 +34,12 @@ class Recipe(ABC):
         """The cache that the query is prefilled behind."""
 
     def put_back(self, cache: DynamicCache) -> None:
-        """What is to be done with it afterwards, so that the next query finds the memory; not timed."""
-        return None
+        """Restores the memory for the next query; not timed."""
+        return
 
     @torch.inference_mode()
     def first_token(self, backend: HFBackend, prompt: TokenizedPrompt) -> Sample:
-        """One first token: `cache_s` is the passing of the cache, `engine_s` the forward behind it, user_s both."""
+        """One first token: `cache_s` is preparing the cache, `engine_s` the forward behind it, `user_s` both."""
         started = time.perf_counter()
         cache = self.cache()
         synchronize(backend.device)
@@ -62,9 +62,10 @@ class Recipe(ABC):
 
     def _logits(self, backend: HFBackend, prompt: TokenizedPrompt, cache: DynamicCache) -> torch.Tensor:
         ids_BT = torch.tensor([prompt.query_ids], device=backend.device)
-        return backend.model(
+        logits_BTV: torch.Tensor = backend.model(
             input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=self.logits_to_keep
-        ).logits[0, -1]
+        ).logits
+        return logits_BTV[0, -1]
 
 
 def recipes() -> dict[str, type[Recipe]]:

@@ -1,4 +1,4 @@
-"""MemOS's way: the stored cache itself is passed in, every position's logits come out, and it is cropped afterwards."""
+"""MemOS's method: the stored cache itself is passed in, all logits are computed, and the cache is cropped after."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MemOS(Recipe):
 
     def __init__(self, item: KVCacheItem, config: PreTrainedConfig) -> None:
         super().__init__(item, config)
-        self.stored = copy.deepcopy(item.kv_cache)  # the item is lent to other arms too
+        self.stored = copy.deepcopy(item.kv_cache)  # other arms use the same item
 
     def cache(self) -> DynamicCache:
         return self.stored

@@ -1,4 +1,4 @@
-"""What a scenario works on: the memory and its model, the limit of this machine, and the conditions of the figures."""
+"""What a scenario measures on: a memory and its model, the machine's limit, and the conditions of the figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("experiments")
 
 @dataclass
 class Bench:
-    """Opened once a run; every scenario measures on it."""
+    """Opened once a run."""
 
     setup: Setup
     memory: KVCacheMemory
@@ -30,11 +30,11 @@ class Bench:
     roofline: Roofline
     conditions: dict[str, Any]
     built: list[KVCacheItem] = field(default_factory=list)
-    """Items in order of building, so that cells with the same memory build it once."""
+    """Items in the order in which they were built, so that cells with the same memory share one build."""
 
     @classmethod
     def open(cls, setup: Setup) -> Bench:
-        """Checks that this machine is the layout that `setup` names, loads the model, and calibrates the limit."""
+        """Loads the model and calibrates the limit. Raises ConfigError if this machine is not the layout of `setup`."""
         setup.hardware.refuse_other_machines()
         _refuse_idle_gpus(setup)
         log.info("loading %s on %s", setup.model.source(), setup.backend.backend)
@@ -49,7 +49,7 @@ class Bench:
         )
         backend = memory.backend
         if not isinstance(backend, MeasuredBackend):
-            raise ConfigError(f"backend={setup.backend.backend} answers, and can't be measured. Use another backend.")
+            raise ConfigError(f"backend={setup.backend.backend} can't be measured. Use another backend.")
         rates = _rates(backend)
         conditions = {"rates": dataclasses.asdict(rates), "origin": backend.fingerprint.origin}
         return cls(setup, memory, backend, Roofline(rates, backend.model_config), conditions)
@@ -59,20 +59,20 @@ class Bench:
         return self.roofline.limit_s(computed_tokens, cached_tokens)
 
     def recalibrate(self) -> None:
-        """Once more, and the higher rates: a machine that was busy when the run opened read low, and an honest arm then
-        seems to beat the limit. An arm that did not do the work still does."""
+        """Calibrates again and keeps the higher rates. A machine that was busy at first reads low, so that a correct arm
+        seems to beat the limit; an arm that did not do its work still beats it afterwards."""
         rates = self.roofline.rates.best(_rates(self.backend))
         self.roofline = Roofline(rates, self.backend.model_config)
         self.conditions["rates"] = dataclasses.asdict(rates)
 
     def conditions_now(self) -> dict[str, Any]:
-        """Clocks, temperature, versions, kernel and graph mode, and what warming up has cost until now."""
+        """Clocks, temperature, versions, kernel and graph mode, and the cost of warming up so far."""
         return layout.conditions() | engine_conditions(self.backend) | self.conditions
 
     def row(self, scenario: str, **fields: Any) -> Row:
-        """A row with what is the same for all of this run filled in."""
+        """A row with the identity that all rows of this run share; `fields` override it."""
         fingerprint = self.backend.fingerprint
-        same: dict[str, Any] = {
+        shared: dict[str, Any] = {
             "model": self.setup.model.label,
             "weights": self.setup.model.weights,
             "dtype": fingerprint.dtype,
@@ -83,12 +83,12 @@ class Bench:
             "tier": self.backend.device.type,
             "arm": "injected",
         }
-        return Row(scenario=scenario, **(same | fields))
+        return Row(scenario=scenario, **(shared | fields))
 
 
 def _refuse_idle_gpus(setup: Setup) -> None:
-    """ConfigError for an engine of one device on a layout that shares the model among several: its rows would carry
-    the layout's name, and all devices but one would idle."""
+    """Raises ConfigError if an engine of one device is to run on a layout that shares the model among several devices:
+    its rows would carry the layout's name while all devices but one are idle."""
     shared = setup.hardware.tensor_parallel
     if shared > 1 and setup.hardware.check and not hasattr(setup.backend, "tensor_parallel_size"):
         raise ConfigError(
@@ -98,16 +98,16 @@ def _refuse_idle_gpus(setup: Setup) -> None:
 
 
 def _rates(backend: MeasuredBackend) -> Rates:
-    """What the backend's device can do at best, and its ranks together."""
+    """The best rates of the backend's ranks together."""
     return calibrate(backend.model_config, backend.dtype, backend.compute_device).times(backend.ranks)
 
 
-def built_once(bench: Bench, source: Source) -> KVCacheItem:
-    """The item of `source`, built now if it was not before."""
+def build_once(bench: Bench, source: Source) -> KVCacheItem:
+    """The item of `source`: an earlier one of this run, or one that is built now."""
     for item in bench.built:
         if item.metadata.tokens.source == source:
             return item
-    base = next((item for item in reversed(bench.built) if _goes_on(item.metadata.tokens.source, source)), None)
+    base = next((item for item in reversed(bench.built) if _extends(item.metadata.tokens.source, source)), None)
     turns = source if base is None else source[len(base.metadata.tokens.source) :]
     bench.memory.extract(turns, base=base)  # warms up this shape
     bench.built.append(bench.memory.extract(turns, base=base))
@@ -115,15 +115,15 @@ def built_once(bench: Bench, source: Source) -> KVCacheItem:
 
 
 def build_s(bench: Bench, item: KVCacheItem) -> float:
-    """Seconds that the item took in all: an extended one stands on those built before it."""
+    """Seconds of the item's build, with the builds of the items that it extends."""
     source = item.metadata.tokens.source
     return item.metadata.build_s + sum(
-        built.metadata.build_s for built in bench.built if _goes_on(built.metadata.tokens.source, source)
+        built.metadata.build_s for built in bench.built if _extends(built.metadata.tokens.source, source)
     )
 
 
-def _goes_on(earlier: Source, source: Source) -> bool:
-    """True where `source` is a dialogue that `earlier` begins."""
+def _extends(earlier: Source, source: Source) -> bool:
+    """Whether `source` is a dialogue that begins with `earlier`."""
     if isinstance(earlier, str) or isinstance(source, str):
         return False
     return len(earlier) < len(source) and source[: len(earlier)] == earlier

@@ -1,4 +1,4 @@
-"""One arm against the prompt sent whole, as a row: the same figures, equality and verdict in every scenario."""
+"""One arm against the prompt sent whole, as a row with the same figures, equality and verdict in every scenario."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def compare(
     measured_times: how often all rounds were run. payload: makes the scenario's payload from the fields of
     `TTFTPayload`. engine: what ran both arms, if it is not the bench's own.
     """
-    hit, plain = ttft.missed(reused.samples), ttft.missed(direct.samples)
+    hit, plain = ttft.worst_hit(reused.samples), ttft.worst_hit(direct.samples)
     kv_s, direct_s = median(reused.engine_s), median(direct.engine_s)
     cached, whole = hit.token.cached_tokens, len(hit.prompt.ids)
     equality = grade(
@@ -78,7 +78,7 @@ def compare(
         injected_digest=hit.prompt.digest,
         direct_cached_tokens=plain.token.cached_tokens,
         cached_tokens=cached,
-        # What an engine holds in whole blocks only is short of the cell's memory by the rest of the last one.
+        # An engine that reuses whole blocks only misses the rest of the memory's last block.
         expected_tokens=cell.context_tokens - (len(hit.prompt.memory_ids) - hit.expected_tokens),
         kv_ttft_s=kv_s,
         direct_ttft_s=direct_s,

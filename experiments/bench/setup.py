@@ -1,9 +1,9 @@
-"""What is measured and on what: the part of a run's configuration that every scenario needs."""
+"""The part of a run's configuration that every scenario needs: model, engine, hardware, merge, storage, workload."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -25,9 +25,9 @@ class ModelCard:
     label: str
     """Its name in tables, as published: "Qwen3-8B"."""
     name: str | None = None
-    """A hub name, a local folder, or smollm2-135m; None: there is none but its shape."""
+    """A hub name, a local folder, or smollm2-135m; None: only its shape is known."""
     shape: str | None = None
-    """The shape (kvmem/shapes/<shape>.json) that random weights are made of."""
+    """The shape (kvmem/models/shapes/<shape>.json) of the random weights."""
     weights: Literal["pretrained", "random"] = "pretrained"
     seed: int = 0
     """Seed of random weights."""
@@ -52,7 +52,7 @@ class ModelCard:
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class StorageCard:
-    """The file that a memory is dumped to; its suffix is the format."""
+    """The file that a memory is dumped to; its suffix selects the format."""
 
     memory_filename: str = "activation_memory.safetensors"
 
@@ -62,7 +62,7 @@ class StorageCard:
 
 @dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True), kw_only=True)
 class Setup:
-    """What is measured, on which engine and machine: the part of a run's configuration that scenarios read."""
+    """What is measured, on which engine and machine."""
 
     model: ModelCard
     backend: BackendConfig
@@ -75,17 +75,18 @@ class Setup:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """The model card names the model, and the layout the ranks; the backend card, which is the library's own, takes
-        them from there."""
+        """Passes the model's name and the layout's number of ranks on to the backend card, which is the library's own
+        and knows neither card."""
+        backend: Any = self.backend  # a dataclass, as every engine's configuration is
         given = {"model_name_or_path": (loading.PACKAGED, self.model.source()), "seed": (0, self.model.seed)}
-        knobs = {field.name for field in dataclasses.fields(self.backend)}  # type: ignore[arg-type]
+        knobs = {field.name for field in dataclasses.fields(backend)}
         for knob, (default, chosen) in given.items():
-            if knob in knobs and getattr(self.backend, knob) not in (default, chosen):
+            if knob in knobs and getattr(backend, knob) not in (default, chosen):
                 raise ConfigError(
                     "backend.model_name_or_path and backend.seed come from the model card. "
                     "Set model.name and model.seed instead."
                 )
-        taken = {knob: chosen for knob, (_, chosen) in given.items() if knob in knobs}
+        derived = {knob: chosen for knob, (_, chosen) in given.items() if knob in knobs}
         if getattr(self.backend, "tensor_parallel_size", None) == 1 and self.hardware.is_here():
-            taken["tensor_parallel_size"] = self.hardware.tensor_parallel
-        self.backend = dataclasses.replace(self.backend, **taken)  # type: ignore[type-var]
+            derived["tensor_parallel_size"] = self.hardware.tensor_parallel
+        self.backend = dataclasses.replace(backend, **derived)

@@ -35,7 +35,7 @@ class Taken:
     cached_pct: float = 0.0
 
 
-class InEveryTier:
+class TierProbe:
     """One memory in every tier, and one prompt behind it."""
 
     def __init__(

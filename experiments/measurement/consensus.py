@@ -1,4 +1,4 @@
-"""What several processes that measure one run must agree on, for each follows its own clock."""
+"""Keeps the processes of one run in step: decisions that depend on timing are taken by rank 0."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def agreed(value: T) -> T:
-    """What the first process says, in a run by several; in any other run `value`."""
+    """Broadcasts rank 0's value; `value` itself in a run of one process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
-    said = [value]
-    dist.broadcast_object_list(said)
-    return said[0]
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

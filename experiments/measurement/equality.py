@@ -44,7 +44,7 @@ class Trace:
 @dataclass(frozen=True)
 class Equality:
     """`logit_max_abs_diff` is taken over the steps up to and including the first token that differs: until there both
-    arms have eaten the same tokens, and behind it the logits answer different texts. `near_tie_margin` and
+    arms have received the same tokens, and after it the logits belong to different texts. `near_tie_margin` and
     `rounding_noise` are measured only where a token differs."""
 
     grade: Grade
@@ -63,8 +63,8 @@ def grade(direct: Trace, injected: Trace, rounding_noise: Callable[[int], float]
     diverged   it can't
 
     What rounding can do: `rounding_noise(step)` is the largest difference between the direct arm's own logits of that
-    step, prefilled in different chunkings; the injected arm has no part in it, else a wrong cache would excuse
-    itself. In the direct arm its own token leads the injected arm's by `margin` >= 0. Each of the two logits can have
+    step, prefilled in different chunkings; the injected arm has no part in it, or else a wrong cache would count as
+    rounding. In the direct arm its own token leads the injected arm's by `margin` >= 0. Each of the two logits can have
     moved by the noise, the one down and the other up, so rounding can turn their order only if margin <= 2 × noise.
 
     `rounding_noise` costs two prefills, and is called only where a token differs.
@@ -110,5 +110,5 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _max_abs_diff(direct: Trace, injected: Trace, steps: int) -> float:
     a_SV, b_SV = direct.logits_SV[:steps].double(), injected.logits_SV[:steps].double()
-    told_SV = a_SV.isfinite() & b_SV.isfinite()
-    return float((a_SV[told_SV] - b_SV[told_SV]).abs().max())
+    finite_SV = a_SV.isfinite() & b_SV.isfinite()
+    return float((a_SV[finite_SV] - b_SV[finite_SV]).abs().max())

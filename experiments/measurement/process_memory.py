@@ -23,8 +23,8 @@ def now_bytes() -> int:
     raise OSError(f"{STATUS} has no RssAnon; it is in Linux 4.5 and later")
 
 
-def can_be_told() -> bool:
-    """Whether this system tells it (Linux does)."""
+def is_reported() -> bool:
+    """Whether this system reports it; Linux does."""
     return STATUS.exists()
 
 

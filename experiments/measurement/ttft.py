@@ -23,7 +23,7 @@ from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query, TokenizedPrompt
 
 NOISY_SPREAD = 0.25
-"""An arm whose interquartile range is more than this share of its median was disturbed, and is measured once more."""
+"""A run in which an arm's interquartile range exceeds this share of its median was disturbed, and is repeated."""
 RESAMPLES = 2000
 ENOUGH_FOR_INTERVAL = 3
 """Fewer pairs than this have a median and no interval."""
@@ -43,28 +43,28 @@ class Sample:
     token: FirstToken
     prompt: TokenizedPrompt
     expected_tokens: int = 0
-    """How many tokens the engine must have spared itself: `token.cached_tokens` says how many it did."""
+    """How many tokens the cache should have covered; `token.cached_tokens` is how many it did."""
 
 
 Arm = Callable[[], Sample]
 
 
 def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str], query: Query) -> Sample:
-    """The memory's cache is lent, and only what it does not cover is prefilled."""
+    """One sample of the injected arm: prefills only the tokens that the memory's cache does not cover."""
     backend.reset()
     started = time.perf_counter()
     cache = memory.get_cache(ids)
     synchronize(backend.device)
-    cache_view = time.perf_counter()
+    fetched = time.perf_counter()
     prompt = backend.split(query, cache)
     ready = time.perf_counter()
     token = backend.first_token(prompt, cache)
     done = time.perf_counter()
-    return Sample(done - ready, done - started, cache_view - started, token, prompt, backend.held_tokens(prompt, cache))
+    return Sample(done - ready, done - started, fetched - started, token, prompt, backend.held_tokens(prompt, cache))
 
 
 def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Sample:
-    """The same memory as prompt text: rendered and tokenised whole, and prefilled whole."""
+    """One sample of the direct arm: the memory as prompt text, rendered, tokenised and prefilled whole."""
     backend.reset()
     started = time.perf_counter()
     prompt = direct_prompt(backend, tokens, query)
@@ -82,11 +82,11 @@ def native_hit(
     view: Callable[[], Injectable] | None = None,
     first_token: Callable[[TokenizedPrompt], FirstToken] | None = None,
 ) -> Sample:
-    """The prompt whole, behind an engine whose own prefix cache holds the memory in whole blocks, and no more.
+    """One sample of a prefix hit: the whole prompt, on an engine whose prefix cache holds the memory's whole blocks.
 
-    lend: see `hold`. first_token: another way through the same engine; None is the backend's own.
+    view: see `fill_prefix_cache`. first_token: another entry point of the same engine; None is the backend's own.
     """
-    hold(backend, tokens.token_ids, view)
+    fill_prefix_cache(backend, tokens.token_ids, view)
     started = time.perf_counter()
     prompt = backend.template.split(tokens, query)
     ready = time.perf_counter()
@@ -95,9 +95,12 @@ def native_hit(
     return Sample(done - ready, done - started, 0.0, token, prompt, whole_blocks(backend, len(prompt.memory_ids)))
 
 
-def hold(backend: MeasuredBackend, token_ids: Sequence[int], view: Callable[[], Injectable] | None = None) -> None:
-    """The engine's prefix cache, emptied, and then filled with the blocks of these ids: by a prefill, or, where only
-    their being there matters, from the memory that `view` gives, which takes a tenth of the time."""
+def fill_prefix_cache(
+    backend: MeasuredBackend, token_ids: Sequence[int], view: Callable[[], Injectable] | None = None
+) -> None:
+    """Empties the engine's prefix cache and fills it with the blocks of `token_ids`.
+
+    By a prefill; or, if `view` is given, from that memory, which takes a tenth of the time."""
     backend.reset()
     ids = tuple(token_ids)
     if view is None:
@@ -107,20 +110,20 @@ def hold(backend: MeasuredBackend, token_ids: Sequence[int], view: Callable[[], 
 
 
 def whole_blocks(backend: MeasuredBackend, tokens: int) -> int:
-    """How many of so many tokens the engine's own prefix cache can hold."""
+    """The number of the first `tokens` tokens that fill whole blocks of the engine's prefix cache."""
     block = backend.prefix_block_tokens
     return tokens // block * block if block else 0
 
 
 def direct_prompt(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
-    """The whole prompt with nothing cached, made from the text anew and not from what the cache says."""
+    """The whole prompt with nothing cached, tokenised from the text and not from the cache's ids."""
     return backend.template.split(tokens.model_copy(update={"token_ids": ()}), query)
 
 
 def interleaved(arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: int = 1) -> dict[str, list[Sample]]:
-    """Each arm once a round, in random order within the round, for `pairs` rounds, after `warmups` rounds not counted.
+    """Samples each arm once a round, in random order, for `pairs` rounds after `warmups` rounds that are not counted.
 
-    The garbage collector rests meanwhile, as in timeit: its pauses would fall on either arm by chance.
+    The garbage collector is off meanwhile, as in timeit: its pauses would hit either arm by chance.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
     gc.collect()
@@ -139,7 +142,7 @@ def interleaved(arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: i
 def interleaved_calm(
     arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: int = 1
 ) -> tuple[dict[str, list[Sample]], int]:
-    """`interleaved`, and once more where an arm was disturbed; the calmer of the two runs, whole, and how many ran."""
+    """`interleaved`, repeated once if an arm was disturbed. Returns the calmer run, whole, and how many ran."""
     first = interleaved(arms, pairs, rng, warmups)
     if agreed(worst_spread(first)) <= NOISY_SPREAD:
         return first, 1
@@ -157,8 +160,8 @@ def spread(seconds: Sequence[float]) -> float:
     return float((high - low) / median)
 
 
-def missed(samples: Sequence[Sample]) -> Sample:
-    """The sample whose hit was furthest from what was expected: one miss among many would be a slow sample only."""
+def worst_hit(samples: Sequence[Sample]) -> Sample:
+    """The sample whose hit is furthest from the expected one: in a median, one miss among many would go unnoticed."""
     return max(samples, key=lambda sample: abs(sample.token.cached_tokens - sample.expected_tokens))
 
 
@@ -205,24 +208,23 @@ def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], se
 def trace(
     backend: MeasuredBackend, prompt: TokenizedPrompt, view: Callable[[], Injectable] | None, steps: int
 ) -> Trace:
-    """`steps` greedy tokens and the logits, (steps, vocab), that gave each; end tokens don't stop it."""
+    """`steps` greedy tokens and the logits (steps, vocab) that gave each; an end token does not stop it."""
     backend.reset()
     answer = backend.greedy(prompt, view() if view else None, steps)
     return Trace(answer.token_ids, answer.logits_SV, answer.complete)
 
 
 def rounding_noise(backend: MeasuredBackend, token_ids: Sequence[int], memory_tokens: int) -> float:
-    """How far rounding alone moves the direct arm's last logits: whole against two parts, largest absolute difference.
+    """How far rounding alone moves the direct arm's last logits: the largest absolute difference between chunkings.
 
-    Cut in half, and where the memory ends: kernels choose their tiles and splits by the length of what is new, so a
-    cut in half alone can be equal to the bit and tell nothing. All of it is computed anew; the injected arm has no
-    part in it.
+    The prompt is prefilled whole, cut in half, and cut where the memory ends. Kernels choose tiles and splits by the
+    number of new tokens, so that one cut alone can be bitwise equal by chance. The injected arm has no part in it.
     """
     noise = 0.0
     for at in {len(token_ids) // 2, memory_tokens} - {0, len(token_ids)}:
         whole_V, parts_V = two_chunkings(backend, token_ids, at)
-        told_V = whole_V.isfinite() & parts_V.isfinite()
-        noise = max(noise, float((whole_V[told_V] - parts_V[told_V]).abs().max()))
+        finite_V = whole_V.isfinite() & parts_V.isfinite()
+        noise = max(noise, float((whole_V[finite_V] - parts_V[finite_V]).abs().max()))
     return noise
 
 

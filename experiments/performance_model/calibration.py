@@ -1,4 +1,4 @@
-"""The best rates of a machine, which the limit stands on: stated by its maker, or measured by a model's products."""
+"""The best rates of a machine, from its data sheet or measured with a model's own matrix products."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from experiments.performance_model.roofline import DenseShape, Rates
 from kvmem.errors import ConfigError
 
 CALIBRATION_S = 2.0  # for the products, and then a quarter of it for the bandwidth
-CALIBRATION_TOKENS = {"cpu": (64, 256, 1024), "cuda": (512, 2048, 8192)}  # none is best for every shape and machine
-FLOP_A_PRODUCT = {"cpu": 4e10, "cuda": 1e14}  # larger ones are left out: on two cores one would take a second
+CALIBRATION_TOKENS = {"cpu": (64, 256, 1024), "cuda": (512, 2048, 8192)}  # no count is best for every shape and machine
+FLOP_A_PRODUCT = {"cpu": 4e10, "cuda": 1e14}  # larger products are left out: on two cores one takes a second
 BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
 def datasheet(hardware: Hardware, dtype: str) -> Rates:
-    """The rates that the maker states, of all GPUs of the layout together; ConfigError where the card has none."""
+    """The data sheet's rates of all GPUs of a layout together. Raises ConfigError if the card states none."""
     if dtype not in hardware.peak_tflops or hardware.bandwidth_gb_s is None:
         raise ConfigError(
             f"hardware={hardware.name} states no peak for {dtype}. Add peak_tflops.{dtype} and bandwidth_gb_s to "
@@ -37,10 +37,10 @@ def datasheet(hardware: Hardware, dtype: str) -> Rates:
 
 @torch.inference_mode()
 def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Rates:
-    """This machine's best rates for this model, in about 3 s: the best of many timings, for a true limit.
+    """Measures this machine's best rates for this model in about 3 s: the best of many timings.
 
-    FLOP: the model's own matrix products at several token counts (square ones read lower on a CPU). Bytes: a copy and
-    a read, of no more than the model's weights, since a small model can stay in the processor's cache.
+    FLOP rate: the model's own matrix products at several token counts (square products read lower on a CPU). Byte rate:
+    a copy and a read of at most the size of the weights, since a small model can stay in the processor's cache.
     """
     shape = DenseShape.of(config)
     flop_per_s, product = _best_flop_per_s(shape, dtype, device)
@@ -51,20 +51,20 @@ def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 
 
 def _best_flop_per_s(shape: DenseShape, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    room = _room(device) // dtype.itemsize
-    by_size = {size: name for name, size in shape.products.items() if name != "head" and math.prod(size) <= room // 8}
+    free = _free_bytes(device) // dtype.itemsize
+    by_size = {size: name for name, size in shape.products.items() if name != "head" and math.prod(size) <= free // 8}
     counts = CALIBRATION_TOKENS[device.type]
     small_first = sorted((2 * tokens * out * in_, tokens, out, in_) for out, in_ in by_size for tokens in counts)
-    fitting = [case for case in small_first if case[1] * (case[2] + case[3]) <= room // 4]
+    fitting = [case for case in small_first if case[1] * (case[2] + case[3]) <= free // 4]
     if not fitting:
         raise ConfigError(
-            f"{_room(device) / 1e6:.0f} MB of {device} are free: too little to measure its best rates. "
+            f"{_free_bytes(device) / 1e6:.0f} MB of {device} are free: too little to measure its best rates. "
             "Leave an engine less (backend.gpu_memory_utilization)."
         )
     affordable = [case for case in fitting if case[0] <= FLOP_A_PRODUCT[device.type]] or fitting[:1]
     weights = {(out, in_): torch.randn(out, in_, dtype=dtype, device=device) for _, _, out, in_ in affordable}
     best, product, deadline = 0.0, "", time.perf_counter() + CALIBRATION_S
-    # In rounds, so that a disturbance of some tenths of a second leaves other rounds whole; large products first.
+    # In rounds, so that a short disturbance spoils a few rounds only; large products first.
     for flop, tokens, out, in_ in itertools.cycle(reversed(affordable)):
         if best and time.perf_counter() > deadline:
             break
@@ -76,24 +76,24 @@ def _best_flop_per_s(shape: DenseShape, dtype: torch.dtype, device: torch.device
 
 
 def _best_bytes_per_s(weight_bytes: int, device: torch.device) -> tuple[float, str]:
-    size = min(weight_bytes, BANDWIDTH_BYTES[device.type], _room(device) // 4) // 4
+    size = min(weight_bytes, BANDWIDTH_BYTES[device.type], _free_bytes(device) // 4) // 4
     source, target = torch.ones(size, device=device), torch.empty(size, device=device)
-    ways: dict[str, tuple[int, Callable[[], object]]] = {
+    operations: dict[str, tuple[int, Callable[[], object]]] = {
         "a copy": (2 * source.nbytes, lambda: target.copy_(source)),
         "a read": (source.nbytes, lambda: source.sum()),
     }
     best, kind, deadline = 0.0, "", time.perf_counter() + CALIBRATION_S / 4
-    for name, (moved, way) in itertools.cycle(ways.items()):
+    for name, (moved, operation) in itertools.cycle(operations.items()):
         if kind and time.perf_counter() > deadline:
             break
-        rate = moved / _seconds(way, device, 3)
+        rate = moved / _seconds(operation, device, 3)
         if rate > best:
             best, kind = rate, f"{name} of {source.nbytes / 1e6:.0f} MB"
     return best, kind
 
 
-def _room(device: torch.device) -> int:
-    """Bytes that are free for what is allocated here: an engine in another process may have taken nearly all."""
+def _free_bytes(device: torch.device) -> int:
+    """Free bytes of the device: an engine in another process may hold nearly all of its memory."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     torch.cuda.empty_cache()
@@ -101,9 +101,9 @@ def _room(device: torch.device) -> int:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The fastest of `repeats`, after one that warms up; on a GPU between two events."""
+    """The fastest of `repeats` runs after a warm-up; on a GPU timed between two events."""
     work()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,5 +1,7 @@
-"""TTFT from first principles: FLOP, bytes, all-reduces and launches over a layout's rates, and how much of each rate an
-engine gets. No GPU is needed, and no model is loaded."""
+"""Predicts TTFT from FLOP, bytes, all-reduces and launches, a layout's rates, and an engine's share of each.
+
+No GPU is needed, and no model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,21 @@ from experiments.performance_model.calibration import datasheet
 from experiments.performance_model.roofline import DenseShape, prefill_bytes, prefill_flop
 
 ALL_REDUCES_A_LAYER = 2
-"""Behind attention's and the MLP's last product (Shoeybi et al., Megatron-LM, 2019)."""
+"""After the last product of attention and of the MLP (Shoeybi et al., Megatron-LM, 2019)."""
 ALL_REDUCE_LATENCY_S = 12e-6
-"""Of one all-reduce, however small: two kernels and their synchronisation."""
+"""Latency of one all-reduce of any size: two kernels and their synchronisation."""
 
 RIDGE = 4
-"""How sharp the roofline's ridge is: kernels that compute as long as they read hide neither wholly behind the other.
-Of 1.5 to 4 and infinity (the larger of both), by rows of the fast engine on an H100 and an H200; LOG.md has them."""
+"""Sharpness of the roofline's ridge: compute and reads of about equal length overlap only in part. Chosen among 1.5 to
+4 and infinity (the larger of both) by rows of the graph engine on an H100 and an H200; LOG.md has them."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine gets out of a layout. The defaults: a captured graph, FlashAttention, a data-centre GPU.
+    """An engine's efficiencies. The defaults are those of a captured graph with FlashAttention on a data-centre GPU.
 
-    The first five are shares of a stated rate: of the peak for matrix products and for attention, of the memory's
-    bandwidth, of the interconnect's one-way rate, of the host link's rate.
+    The first five are shares of a stated rate: of the peak FLOP rate for matrix products and for attention, of the
+    memory bandwidth, of the interconnect's one-way rate, and of the host link's rate.
     """
 
     products: float = 0.75
@@ -36,13 +38,13 @@ class Engine:
     interconnect: float = 0.7
     host_link: float = 0.8
     fixed_s: float = 0.003
-    """Of every request, on the host: scheduling, sampling, the copy of the token."""
+    """Host time of every request: scheduling, sampling, the copy of the token."""
     launches_s: float = 0.0
-    """The least time of a forward pass whose kernels are launched one by one; 0: they lie in a graph."""
+    """The least time of a forward pass whose kernels are launched one by one; 0 for a captured graph."""
 
 
 class Prefill(NamedTuple):
-    """`new_tokens` are computed behind `cached_tokens`; `moved_bytes` of keys and values are fetched from the host."""
+    """`new_tokens` are computed behind `cached_tokens`; `moved_bytes` of KV are fetched from host memory."""
 
     new_tokens: int
     cached_tokens: int
@@ -51,8 +53,8 @@ class Prefill(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a model is served. `host_gb_s` is the link between a GPU and its host's memory, one way; `network_gb_s`
-    that between nodes."""
+    """A model on a hardware layout. `host_gb_s` is the one-way rate between a GPU and host memory, `network_gb_s` that
+    between nodes."""
 
     shape: DenseShape
     hardware: Hardware
@@ -62,7 +64,7 @@ class Layout:
 
     @property
     def element_bytes(self) -> int:
-        return getattr(torch, self.dtype).itemsize
+        return int(getattr(torch, self.dtype).itemsize)
 
     @property
     def kv_bytes_a_token(self) -> int:
@@ -70,21 +72,23 @@ class Layout:
 
     @property
     def fits(self) -> bool:
-        """Whether the weights, with the embeddings, fill no more than nine tenths of the GPUs' memory."""
+        """Whether weights and embeddings fill at most 90% of the GPUs' memory."""
         weights = self.shape.weights + self.shape.vocab * self.shape.hidden
         room = self.hardware.gpus * (self.hardware.memory_gb or 0) * 1e9
         return weights * self.element_bytes <= 0.9 * room
 
     def ttft_s(self, prefill: Prefill, engine: Engine) -> float:
-        """A lone request's: its stages of a pipeline work one after the other, so that only tensor-parallel GPUs share
-        the work."""
+        """TTFT of a single request. Pipeline stages run one after another, so that only tensor-parallel ranks share the
+        work."""
         ranks = self.hardware.tensor_parallel
         rates = datasheet(self.hardware, self.dtype)
         flop_per_s, bytes_per_s = (rate * ranks / self.hardware.gpus for rate in (rates.flop_per_s, rates.bytes_per_s))
         work_s = self._kernels_s(prefill, engine, flop_per_s, bytes_per_s)
         work_s += self._all_reduces_s(prefill.new_tokens, engine)
         work_s += self._hops_s(prefill.new_tokens)
-        fetch_s = prefill.moved_bytes / (ranks * self.host_gb_s * 1e9 * engine.host_link)  # each rank fetches its heads
+        fetch_s = prefill.moved_bytes / (
+            ranks * self.host_gb_s * 1e9 * engine.host_link
+        )  # each rank fetches its own heads
         return engine.fixed_s + max(engine.launches_s, work_s) + fetch_s
 
     def _kernels_s(self, prefill: Prefill, engine: Engine, flop_per_s: float, bytes_per_s: float) -> float:
@@ -95,7 +99,7 @@ class Layout:
         kv_bytes = (cached + new) * self.kv_bytes_a_token
         weight_bytes = prefill_bytes(shape, 0, 0, self.element_bytes)
         streams_s = bytes_per_s * engine.bandwidth
-        return _at_once_s(products / (flop_per_s * engine.products), weight_bytes / streams_s) + _at_once_s(
+        return _overlapped_s(products / (flop_per_s * engine.products), weight_bytes / streams_s) + _overlapped_s(
             attention / (flop_per_s * engine.attention), kv_bytes / streams_s
         )
 
@@ -108,11 +112,11 @@ class Layout:
         return count * (ALL_REDUCE_LATENCY_S + sent / (gb_s * 1e9 * engine.interconnect))
 
     def _hops_s(self, tokens: int) -> float:
-        """The hidden states' way from node to node."""
+        """Sending the hidden states from node to node."""
         hops = self.hardware.pipeline_parallel - 1
         return hops * tokens * self.shape.hidden * self.element_bytes / (self.network_gb_s * 1e9)
 
 
-def _at_once_s(compute_s: float, read_s: float) -> float:
-    """Work and reads that overlap: at least the longer, at most 2^(1/RIDGE) of it."""
-    return (compute_s**RIDGE + read_s**RIDGE) ** (1 / RIDGE)
+def _overlapped_s(compute_s: float, read_s: float) -> float:
+    """Compute and reads that overlap: between the longer of the two and 2^(1/RIDGE) times it."""
+    return float((compute_s**RIDGE + read_s**RIDGE) ** (1 / RIDGE))

@@ -19,7 +19,7 @@ from kvmem.errors import ModelError
 
 @dataclass(frozen=True)
 class DenseShape:
-    """What a decoder's products and caches look like; read from a model's config by `of`."""
+    """The sizes of a decoder's matrix products and caches."""
 
     hidden: int
     intermediate: int
@@ -28,13 +28,13 @@ class DenseShape:
     head_dim: int
     vocab: int
     windows: tuple[int | None, ...]
-    """For each layer the tokens that it looks back on, its own included; None: all."""
+    """For each layer the size of its attention window in tokens, the current one included; None: full attention."""
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> DenseShape:
-        """Reads a config, and counts the weights of its architecture (on no device) to see that nothing was missed.
+        """Reads a config, and checks its count of weights against the architecture, instantiated on the meta device.
 
-        Raises ModelError where they differ: experts, latent attention, an MLP without a gate.
+        Raises ModelError if they differ, as for experts, latent attention or an MLP without a gate.
         """
         fields, heads = config.to_dict(), config.num_attention_heads
         layers, window = config.num_hidden_layers, fields.get("sliding_window")
@@ -80,7 +80,7 @@ class DenseShape:
 
     @property
     def weights(self) -> int:
-        """Elements that a prefill reads: every layer's matrices and the head; of the embeddings it reads a few rows."""
+        """Elements that a prefill reads: every layer's matrices and the head; embeddings are left out."""
         return len(self.windows) * self.layer_weights + self.vocab * self.hidden
 
 
@@ -88,8 +88,8 @@ def prefill_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -
     """FLOP of a forward pass over `query_tokens` behind `cached_tokens`, with logits for the last token only.
 
     2 a weight and token for the products; for attention 4 × heads × head_dim (scores and values) for each pair of a
-    query token and a token that it sees, causally. A last layer that works for the last token only does less (see
-    `least_flop`); this is the count that MFU is quoted with.
+    query token and a token that it attends to. A last layer that computes only the last token does less (see
+    `least_flop`); MFU is defined with this count.
     """
     products = 2 * query_tokens * len(shape.windows) * shape.layer_weights
     attention = sum(_attention_flop(shape, window, query_tokens, cached_tokens) for window in shape.windows)
@@ -97,10 +97,10 @@ def prefill_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -
 
 
 def least_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -> float:
-    """The least FLOP that give the first token and the whole cache, for a limit must not be beatable.
+    """The least FLOP that give the first token and the whole cache: the count that the limit is computed with.
 
-    Past its keys and values, the last layer is needed for the last token only: of 28 to 80 layers one, 1 to 3% less
-    than `prefill_flop`.
+    Beyond its keys and values, the last layer is needed for the last token only. That saves 1 to 3% of `prefill_flop`
+    in a model of 28 to 80 layers.
     """
     kv = 2 * shape.kv_heads * shape.head_dim * shape.hidden
     spared_products = 2 * (query_tokens - 1) * (shape.layer_weights - kv)
@@ -110,7 +110,7 @@ def least_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -> 
 
 
 def prefill_bytes(shape: DenseShape, query_tokens: int, cached_tokens: int, element_bytes: int) -> float:
-    """Bytes that a prefill moves at least: each weight once, the cached keys and values read, the new ones written."""
+    """The least bytes that a prefill moves: every weight and the cached KV are read, the new KV is written."""
     kv = 2 * shape.kv_heads * shape.head_dim
     read = sum(cached_tokens if window is None else min(cached_tokens, window - 1) for window in shape.windows)
     written = query_tokens * len(shape.windows)
@@ -123,14 +123,14 @@ def _attention_flop(shape: DenseShape, window: int | None, query_tokens: int, ca
 
 
 def _seen(tokens: int, window: int | None) -> int:
-    """How many (token, token that it sees) pairs the first `tokens` tokens have."""
+    """The number of (token, attended token) pairs of the first `tokens` tokens."""
     growing = tokens if window is None else min(tokens, window)
     return growing * (growing + 1) // 2 + (tokens - growing) * (window or 0)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The best that a machine does. `how` says for people where the two figures come from."""
+    """The best rates of a machine. `how` describes where the two figures come from."""
 
     flop_per_s: float
     bytes_per_s: float
@@ -138,18 +138,18 @@ class Rates:
     how: str
 
     def best(self, other: Rates) -> Rates:
-        """The higher of each: on a busy machine one calibration can read low, and honest arms would beat it."""
+        """The higher of each rate: a calibration on a busy machine reads low, and correct arms would beat the limit."""
         flop_per_s, bytes_per_s = max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s)
         return Rates(flop_per_s, bytes_per_s, self.dtype, f"{self.how} | {other.how}")
 
     def times(self, ranks: int) -> Rates:
-        """Of so many GPUs together, which nothing that they share the work of can beat."""
+        """The rates of `ranks` GPUs together."""
         how = self.how if ranks == 1 else f"{ranks} × ({self.how})"
         return Rates(ranks * self.flop_per_s, ranks * self.bytes_per_s, self.dtype, how)
 
     @property
     def element_bytes(self) -> int:
-        return getattr(torch, self.dtype).itemsize
+        return int(getattr(torch, self.dtype).itemsize)
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,11 @@ class Roofline:
         return DenseShape.of(self.config)
 
     def limit_s(self, query_tokens: int, cached_tokens: int) -> float:
-        """No prefill of `query_tokens` behind `cached_tokens` can be faster: FLOP or bytes over their rate."""
+        """The least seconds of a prefill of `query_tokens` behind `cached_tokens`: FLOP or bytes over their rate."""
         flop = least_flop(self.shape, query_tokens, cached_tokens)
         moved = prefill_bytes(self.shape, query_tokens, cached_tokens, self.rates.element_bytes)
         return max(flop / self.rates.flop_per_s, moved / self.rates.bytes_per_s)
 
     def mfu(self, query_tokens: int, cached_tokens: int, seconds: float) -> float:
-        """Model FLOP utilisation (Chowdhery et al., PaLM, 2022, appendix B): the used share of the best rate."""
+        """Model FLOPs utilisation (Chowdhery et al., PaLM, 2022, appendix B): the used share of the best rate."""
         return prefill_flop(self.shape, query_tokens, cached_tokens) / seconds / self.rates.flop_per_s

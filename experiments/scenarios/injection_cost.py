@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments.baselines import vllm_process
-from experiments.bench import Arm, Bench, built_once, compare, injection_methods, p90
+from experiments.bench import Arm, Bench, build_once, compare, injection_methods, p90
 from experiments.measurement import ttft
 from experiments.results import (
     ALONE,
@@ -178,7 +178,7 @@ class InjectionCost(ModelScenario[CostCell]):
         setup = bench.setup
         if not isinstance(bench.backend, HFGraphBackend):
             raise ConfigError(
-                f"scenario=injection_cost compares ways on the fast engine's weights, and this is "
+                f"scenario=injection_cost compares injection methods on the graph engine's weights, and this is "
                 f"backend={type(bench.backend).name}. Use backend=hf_graph."
             )
         cells = setup.workload.cells(bench.backend.template, setup.separator)
@@ -191,7 +191,7 @@ class InjectionCost(ModelScenario[CostCell]):
 
     def measure(self, bench: Bench, cell: CostCell) -> list[Row]:
         assert isinstance(bench.backend, HFGraphBackend)
-        item = built_once(bench, cell.cell.memories[0])
+        item = build_once(bench, cell.cell.memories[0])
         methods = injection_methods.injection_methods(bench.backend, item, cell.cell.question)
         timed: dict[str, ttft.Arm] = {name: method.first_token for name, method in methods.items()}
         samples, runs = ttft.interleaved_calm(timed, self.pairs, random.Random(bench.setup.seed))
@@ -243,7 +243,7 @@ class InjectionCost(ModelScenario[CostCell]):
         prompt = backend.template.split(item.metadata.tokens, cell.cell.question)
         rates = []
         for repeat in range(1 + max(REPEATS, self.pairs // 3)):
-            logits_V, answer = backend.prefill(prompt, item.kv_cache)  # type: ignore[arg-type]
+            logits_V, answer = backend.engine.begin(item.kv_cache, len(prompt.memory_ids), prompt.query_ids)
             token = int(logits_V.argmax())
             started = time.perf_counter()
             made = backend.engine.greedy(answer, token, self.decode_tokens - 1, ())

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments import baselines
 from experiments.baselines import SharedTensors
-from experiments.bench import Arm, Bench, build_s, built_once, compare
+from experiments.bench import Arm, Bench, build_once, build_s, compare
 from experiments.measurement import ttft
 from experiments.results import GRADES, Row, TTFTPayload, between, formatting, ttft_of
 from experiments.scenarios.base import ModelScenario
@@ -59,7 +59,7 @@ class KVvsDirect(ModelScenario[Cell]):
         return setup.workload.cells(bench.backend.template, setup.separator)
 
     def measure(self, bench: Bench, cell: Cell) -> list[Row]:
-        items = [built_once(bench, source) for source in cell.memories]
+        items = [build_once(bench, source) for source in cell.memories]
         bench.memory.add(items)
         try:
             return [self._compare(bench, cell, items)]

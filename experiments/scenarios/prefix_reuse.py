@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments.baselines import first_token
-from experiments.bench import Arm, Bench, built_once, compare, p90
+from experiments.bench import Arm, Bench, build_once, compare, p90
 from experiments.measurement import Trace, transfer_s, ttft
 from experiments.results import Row, TTFTPayload
 from experiments.scenarios.base import ModelScenario
@@ -72,16 +72,17 @@ class PrefixReuse(ModelScenario[Cell]):
     def cells(self, bench: Bench) -> Sequence[Cell]:
         if bench.backend.prefix_block_tokens is None:
             raise ConfigError(
-                f"scenario=prefix_reuse asks for an engine with a prefix cache of its own, and "
+                f"scenario=prefix_reuse needs an engine with a prefix cache of its own, and "
                 f"backend={type(bench.backend).name} has none. Use backend=vllm, or scenario=kv_vs_direct."
             )
-        if bench.setup.workload.memories > 1:  # type: ignore[attr-defined]
-            raise ConfigError("scenario=prefix_reuse is about one memory a cell. Use scenario=kv_vs_direct for merges.")
         setup = bench.setup
-        return setup.workload.cells(bench.backend.template, setup.separator)
+        cells = setup.workload.cells(bench.backend.template, setup.separator)
+        if any(len(cell.memories) > 1 for cell in cells):
+            raise ConfigError("scenario=prefix_reuse is about one memory a cell. Use scenario=kv_vs_direct for merges.")
+        return cells
 
     def measure(self, bench: Bench, cell: Cell) -> list[Row]:
-        item = built_once(bench, cell.memories[0])
+        item = build_once(bench, cell.memories[0])
         bench.memory.add(item)
         try:
             return self._compare(bench, cell, item)
@@ -151,6 +152,6 @@ class PrefixReuse(ModelScenario[Cell]):
         return rows
 
     def _native_trace(self, backend: MeasuredBackend, prompt: TokenizedPrompt) -> Trace:
-        ttft.hold(backend, prompt.memory_ids)
+        ttft.fill_prefix_cache(backend, prompt.memory_ids)
         answer = backend.greedy(TokenizedPrompt((), prompt.ids), None, self.answer_tokens)
         return Trace(answer.token_ids, answer.logits_SV, answer.complete)

@@ -199,7 +199,8 @@ class _Pair:
             os.fsync(file.fileno())
 
     def torch_load(self) -> Tensors:
-        return torch.load(self.torch_path)
+        tensors: Tensors = torch.load(self.torch_path)
+        return tensors
 
     def seconds(self, rng: random.Random) -> dict[str, float]:
         """Seconds of each step of one round."""
@@ -214,12 +215,12 @@ class _Pair:
         return taken
 
     def peaks(self) -> dict[str, int]:
-        """Peak of anonymous memory in each step above what there was before it, in bytes; nothing where none is told.
+        """Peak of anonymous memory in each step above its start, in bytes; empty if the system does not report it.
 
         A dump's is what it takes beside the tensors. A load's counts what it returns, unless that is pages of a file.
         """
         extra: dict[str, int] = {}
-        if not process_memory.can_be_told():
+        if not process_memory.is_reported():
             return extra
         for name, step in self.steps.items():
             self._prepare(name)

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments.bench import COLD, RECOMPUTE, WARM, Bench, InEveryTier, Quality
+from experiments.bench import COLD, RECOMPUTE, WARM, Bench, Quality, TierProbe
 from experiments.measurement import transfer_s
 from experiments.results import Payload, Row, between
 from experiments.scenarios.base import ModelScenario
@@ -148,7 +148,7 @@ class Tiers(ModelScenario[TiersCell]):
         bench.memory.extract(text)  # warms up this shape
         item = bench.memory.extract(text)
         question = asked(template, texts.ask(()).variants[0])
-        places = InEveryTier(bench, item, question, folder / str(tokens), self.compressed)
+        places = TierProbe(bench, item, question, folder / str(tokens), self.compressed)
         rng = random.Random(bench.setup.seed)
         rounds = [places.round(rng) for _ in range(1 + self.repeats)][1:]
         seconds = {place: [taken[place].seconds for taken in rounds] for place in rounds[0]}

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments.bench import Bench, built_once
+from experiments.bench import Bench, build_once
 from experiments.measurement import ttft
 from experiments.results import Payload, Row, formatting
 from experiments.scenarios.base import ModelScenario
@@ -191,7 +191,7 @@ class UnderLoad(ModelScenario[ArmCell]):
         template, separator = bench.backend.template, bench.setup.separator
         texts = [docs_texts(bench.setup.seed, i, 1).memories for i in range(self.memories)]
         cut = [cut_memories(text, self.memory_tokens, template, separator, "under_load")[0] for text in texts]
-        items = [built_once(bench, text) for text in cut]
+        items = [build_once(bench, text) for text in cut]
         held = {item.kv_cache_id for item in bench.memory.get_all()}
         bench.memory.add([item for item in items if item.kv_cache_id not in held])
         return items

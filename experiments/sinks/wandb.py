@@ -62,10 +62,10 @@ class WandB(Sink):
     def resolved_mode(self) -> Mode:
         if self.mode != "auto":
             return self.mode
-        asked = os.environ.get("WANDB_MODE", "").lower()
-        if asked not in _MODES:
-            raise ConfigError(f"WANDB_MODE is {asked!r}. {did_you_mean(asked, _MODES.keys() - {''})}")
-        return _MODES[asked]
+        mode = os.environ.get("WANDB_MODE", "").lower()
+        if mode not in _MODES:
+            raise ConfigError(f"WANDB_MODE is {mode!r}. {did_you_mean(mode, _MODES.keys() - {''})}")
+        return _MODES[mode]
 
     def check(self) -> None:
         if self.resolved_mode() != "online":
@@ -117,17 +117,19 @@ class WandB(Sink):
         lines = [columns(row) for row in self._rows]
         names: list[str | int] = list(dict.fromkeys(name for line in lines for name in line))
         data: list[Iterable[Any]] = [[_plain(line.get(str(name))) for name in names] for line in lines]
-        self._run.log({"rows": wandb.Table(columns=names, data=data, allow_mixed_types=True)})
+        make_table: Any = wandb.Table  # it has no annotations
+        table = make_table(columns=names, data=data, allow_mixed_types=True)
+        self._run.log({"rows": table})
         for plot in sorted((run_dir / "plots").glob("*.png")):
             self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
         folder = displayed_path(Path(self._run.dir).parent)  # …/wandb/offline-run-<time>-<id>/files
-        said = {
+        line = {
             "online": lambda: f"W&B run: {self._run.url}",
             "offline": lambda: f"W&B run: {folder} (send it with: wandb sync {folder})",
             "disabled": lambda: None,
         }[self.resolved_mode()]()
         self._run.finish()
-        return said
+        return line
 
 
 def log_run(run_dir: Path) -> str | None:

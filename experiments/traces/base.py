@@ -1,4 +1,4 @@
-"""One family of traces, one file: who asks about which memory, in which order, and which texts change in between."""
+"""The interface of a trace family: a sequence of memory uses, and of edits that change a memory's text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvmem.registry import Registry
 
 @dataclass(frozen=True)
 class Event:
-    """A use of a memory by a query, or an edit of its text. `memory` is a number below the trace's `memories`."""
+    """A use of a memory by a query, or an edit of its text. `memory` is an index into the trace's `tokens`."""
 
     kind: Literal["use", "edit"]
     memory: int
@@ -21,7 +21,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Trace:
-    """events in order; tokens: the length of each memory; query_tokens: of every query."""
+    """`events` in order of time; `tokens` is the length of each memory, `query_tokens` that of every query."""
 
     family: str
     seed: int
@@ -35,16 +35,16 @@ class Trace:
 
 
 class TraceFamily(ABC):
-    """A kind of traffic; its knobs are set before any trace is drawn."""
+    """A kind of traffic. A new family is one new file in this package; its fields are its knobs."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def events(self, memories: int, uses: int, rng: np.random.Generator) -> list[Event]:
-        """`uses` uses of `memories` memories, with the edits that this family has."""
+        """`uses` uses of `memories` memories, with this family's edits between them."""
 
     def draw(self, memories: int, uses: int, seed: int, query_tokens: int) -> Trace:
-        """A trace that `seed` determines, with lengths that are log-uniform from 128 to 1024 tokens."""
+        """The trace of `seed`, with memory lengths drawn log-uniformly from 128 to 1024 tokens."""
         rng = np.random.default_rng([seed, sum(self.name.encode())])
         tokens = tuple(int(length) for length in np.exp(rng.uniform(np.log(128), np.log(1024), memories)))
         return Trace(self.name, seed, tokens, query_tokens, tuple(self.events(memories, uses, rng)))
@@ -54,7 +54,7 @@ FAMILIES = Registry(TraceFamily, "experiments.traces", "family of traces")
 
 
 def zipf_shares(memories: int, exponent: float, rng: np.random.Generator) -> np.ndarray:
-    """(memories,): popularity ~ rank^-exponent, ranks dealt at random; sums to 1."""
+    """(memories,): popularity ~ rank^-exponent with random ranks; sums to 1."""
     shares = np.arange(1, memories + 1, dtype=float) ** -exponent
     rng.shuffle(shares)
-    return shares / shares.sum()
+    return np.asarray(shares / shares.sum())

@@ -186,7 +186,11 @@ def cut_question(
             return f'Here is a note about something else: "{excerpt} ..." Now my question: {variant}'
 
         if count(quoting(" ".join(words.split()[:SHORTEST_WORDS]))) <= query_tokens:
-            excerpt = cut(words, query_tokens, lambda head, quoting=quoting: count(quoting(head)), what)  # type: ignore[misc]
+
+            def count_quoting(head: str, quoting: Callable[[str], str] = quoting) -> int:
+                return count(quoting(head))
+
+            excerpt = cut(words, query_tokens, count_quoting, what)
             if text := checked(quoting(excerpt)):
                 return text
     for question in [*near, shortest]:

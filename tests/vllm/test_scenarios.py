@@ -37,7 +37,7 @@ def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.
     assert injected.payload.injected_over_native_hit > 0
     assert injected.payload.injected_over_native_hit_interval is injected.payload.speedup_interval is None
 
-    monkeypatch.setattr(ttft, "hold", lambda backend, token_ids, view=None: backend.reset())
+    monkeypatch.setattr(ttft, "fill_prefix_cache", lambda backend, token_ids, view=None: backend.reset())
     _, missed = bench.setup.scenario.measure(bench, cell)
     assert missed.verdict == "invalid" and "0 tokens came from the cache, 128 were expected" in missed.verdict_reason
 

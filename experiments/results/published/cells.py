@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from experiments.results import formatting
 from kvmem.errors import ConfigError
@@ -45,7 +46,7 @@ class PublishedRow:
 def _read(path: Path) -> Iterator[PublishedRow]:
     with path.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            fields: dict[str, str | float] = {}
+            fields: dict[str, Any] = {}
             for column, text in line.items():
                 scale = 1e-3 if column.endswith("_ms") else 1.0
                 key = column.removesuffix("_ms") + "_s" if column.endswith("_ms") else column
@@ -56,7 +57,7 @@ def _read(path: Path) -> Iterator[PublishedRow]:
                 if f"{label}_tokens" in fields:
                     fields.setdefault(label, formatting.count(float(fields[f"{label}_tokens"])))
             try:
-                yield PublishedRow(table=path.stem, **fields)  # type: ignore[arg-type]
+                yield PublishedRow(table=path.stem, **fields)
             except TypeError as error:
                 raise ConfigError(f"{path.name} is no table of published cells: {error}") from error
 
