@@ -59,7 +59,7 @@ class Bench:
         return self.roofline.limit_s(computed_tokens, cached_tokens)
 
     def recalibrate(self) -> None:
-        """Calibrates again and keeps the higher rates. A machine that was busy at first reads low, so that a correct arm
+        """Calibrates again and keeps the higher rates. A machine that was busy at first reads low: a correct arm
         seems to beat the limit; an arm that did not do its work still beats it afterwards."""
         rates = self.roofline.rates.best(_rates(self.backend))
         self.roofline = Roofline(rates, self.backend.model_config)
