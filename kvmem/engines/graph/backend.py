@@ -55,7 +55,9 @@ class HFGraphBackend(HFBackend):
         self.attention = self.engine.kernel
 
     @classmethod
-    def open(cls, config: HFGraphConfig, template: TemplateKind = "chat") -> HFGraphBackend:  # type: ignore[override]
+    def open(  # type: ignore[override] # each engine opens its own kind of configuration
+        cls, config: HFGraphConfig, template: TemplateKind = "chat"
+    ) -> HFGraphBackend:
         return cls(cls.loaded(config), template, config)
 
     def adopt_model(self) -> None:
