@@ -23,6 +23,9 @@ def _forget(layer: DynamicLayer) -> None:
 class StoredLayer(DynamicLayer):
     """A layer of a stored memory with full attention. `reset` leaves its tensors unchanged."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def reset(self) -> None:
         _forget(self)
         super().reset()
