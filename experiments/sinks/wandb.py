@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -123,11 +123,12 @@ class WandB(Sink):
         for plot in sorted((run_dir / "plots").glob("*.png")):
             self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
         folder = displayed_path(Path(self._run.dir).parent)  # …/wandb/offline-run-<time>-<id>/files
-        line = {
+        messages: dict[str, Callable[[], str | None]] = {
             "online": lambda: f"W&B run: {self._run.url}",
             "offline": lambda: f"W&B run: {folder} (send it with: wandb sync {folder})",
             "disabled": lambda: None,
-        }[self.resolved_mode()]()
+        }
+        line = messages[self.resolved_mode()]()
         self._run.finish()
         return line
 
