@@ -80,7 +80,7 @@ class KVCacheMemory:
             check_kind("What add stores", item, KVCacheItem, way_out="extract and from_textual_memory make items.")
             if item.kv_cache_id in self._items or item.kv_cache_id in incoming:
                 raise DuplicateMemoryError(
-                    f"The id {item.kv_cache_id} is already stored. Delete it first, or extract anew."
+                    f"The id {item.kv_cache_id} is already stored. Delete it first, or extract again."
                 )
             self.backend.check(item)
             incoming[item.kv_cache_id] = item

@@ -1,4 +1,4 @@
-"""An assert only states what is so: under `python -O` it is left out, and nothing may change."""
+"""An assert has no side effect, because `python -O` removes it."""
 
 from __future__ import annotations
 

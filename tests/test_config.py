@@ -62,13 +62,13 @@ def test_a_merge_is_a_strategy_or_its_name(merge):
         ({"extractor_llm": {"backend": "huggingface"}}, "config"),
     ],
 )
-def test_what_is_wrong_is_named_with_what_is_near(fields, sentence):
+def test_an_error_names_the_wrong_value_and_the_nearest_known_one(fields, sentence):
     with pytest.raises(ConfigError) as refused:
         KVCacheMemoryConfig(**{"extractor_llm": LLM, **fields})
     assert sentence in str(refused.value)
 
 
-def test_every_finding_is_told_at_once():
+def test_all_findings_are_reported_at_once():
     with pytest.raises(ConfigError) as refused:
         KVCacheMemoryConfig(extractor_llm=LLM, templat="chat", separatr=" ")
     assert "Did you mean template?" in str(refused.value) and "Did you mean separator?" in str(refused.value)
@@ -107,7 +107,7 @@ def test_the_examples_in_the_errors_docstrings():
 
 @pytest.mark.parametrize("leads", ["../memory.safetensors", "a/../../memory.pickle", "{tmp_path}/memory.safetensors"])
 def test_a_filename_that_leads_out_of_its_folder_is_refused(leads, tmp_path):
-    """It wrote there, over what was there."""
+    """It must not overwrite a file outside the folder."""
     there = tmp_path / "memory.safetensors"
     there.write_text("kept")
     with pytest.raises(ConfigError, match=r"memory_filename .* is not a file below the folder .*Give a name such as"):

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
-# Parts of names that stand for a reader's own.
+# Parts of names that are placeholders for the reader's own.
 EXAMPLES = ("my_merge", "my_package", "<")
 # Not in a checkout: made by setting up, building or running.
 MADE = ("outputs/<", "outputs/A", "outputs/sweeps/")

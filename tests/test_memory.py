@@ -94,18 +94,18 @@ def test_extract_with_base_prefills_only_the_new_turns(memory, qwen3, base_sourc
     assert counts == [base.metadata.token_count, longer.metadata.token_count - base.metadata.token_count]
     assert same_bits(base, before)
     earlier = base_source if isinstance(base_source, list) else [{"role": "system", "content": base_source}]
-    anew = memory.extract([*earlier, *MORE])
-    assert longer.metadata.tokens == anew.metadata.tokens and longer.kv_cache_id != base.kv_cache_id
-    for (keys, values), (keys_anew, values_anew) in zip(
-        layers_of(longer.kv_cache), layers_of(anew.kv_cache), strict=True
+    rebuilt = memory.extract([*earlier, *MORE])
+    assert longer.metadata.tokens == rebuilt.metadata.tokens and longer.kv_cache_id != base.kv_cache_id
+    for (keys, values), (rebuilt_keys, rebuilt_values) in zip(
+        layers_of(longer.kv_cache), layers_of(rebuilt.kv_cache), strict=True
     ):
-        assert torch.allclose(keys, keys_anew, rtol=0, atol=1e-4)
-        assert torch.allclose(values, values_anew, rtol=0, atol=1e-4)
-    assert longer.metadata.kv_bytes == anew.metadata.kv_bytes
+        assert torch.allclose(keys, rebuilt_keys, rtol=0, atol=1e-4)
+        assert torch.allclose(values, rebuilt_values, rtol=0, atol=1e-4)
+    assert longer.metadata.kv_bytes == rebuilt.metadata.kv_bytes
 
 
 @pytest.mark.parametrize("family_name", ["qwen3", "mistral"])  # mistral's one kv head makes every view contiguous
-def test_extract_with_base_stores_no_room_to_spare(tiny, family_name):
+def test_extract_with_base_stores_no_unused_space(tiny, family_name):
     memory = memory_on(tiny(family_name))
     item = memory.extract(MORE, base=memory.extract(TURNS))
     assert bytes_held(item) == item.metadata.kv_bytes
@@ -140,7 +140,7 @@ def test_extract_a_mixture_is_refused(memory, mixed):
         memory.extract(mixed)
 
 
-def test_extract_base_wants_turns(memory):
+def test_extract_with_base_requires_turns(memory):
     base = memory.extract(TURNS)
     for text in ("a text", ["a text"]):
         with pytest.raises(PromptError, match="base extends"):
@@ -197,7 +197,7 @@ def test_add_is_all_or_nothing_on_another_models_item(stored):
     assert [item.kv_cache_id for item in memory.get_all()] == ids
 
 
-def test_delete_is_idempotent_and_says_how_many_went(stored):
+def test_delete_is_idempotent_and_returns_the_number_deleted(stored):
     memory, ids = stored
     assert memory.delete([ids[0], "no such id", ids[0]]) == 1
     assert memory.delete(ids[0]) == 0
@@ -206,7 +206,7 @@ def test_delete_is_idempotent_and_says_how_many_went(stored):
     assert memory.delete_all() == 0 and memory.get_all() == []
 
 
-def test_a_view_cache_outlives_its_item(stored, qwen3):
+def test_a_view_outlives_its_item(stored, qwen3):
     memory, ids = stored
     expected = qwen3.generate("Why?", memory.get_cache(ids[0]), 8)
     cache = memory.get_cache(ids[0])
@@ -320,8 +320,8 @@ def test_sliding_window_answers_as_the_prompt(sliding):
         assert bytes_held(item) == item.metadata.kv_bytes  # not the tokens that have left the window
 
 
-def test_sliding_window_that_has_moved_on_is_prefilled_anew_and_says_so(sliding):
-    """A shell that has grown can't go back: its window has dropped what the next query would see."""
+def test_sliding_window_that_has_moved_on_is_prefilled_again_and_says_so(sliding):
+    """A view that has grown can't be cropped: its window has dropped tokens that the next query needs."""
     memory = memory_on(sliding)
     text, query = pairs(1, characters=400, seed=6)[0]
     item = memory.extract(text)

@@ -1,4 +1,4 @@
-"""The wheel holds the library alone, and works where nothing else of this checkout is."""
+"""The wheel holds the library alone, and works without the rest of the checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls with a wrong kind, a wrong model or a missing id: an error of ours that says so, and nothing is changed."""
+"""Calls with a wrong kind, a wrong model or a missing id: an error of kvmem that says so, and nothing changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHER_FAMILIES = ["qwen2", "llama", "mistral"]  # another head size; more layers
 
 
 @pytest.mark.parametrize("given", [None, 3, {"role": "user", "content": "x"}, {TEXT}, iter([TEXT])], ids=kind)
-def test_extract_of_what_is_no_text(stored, given):
+def test_extract_of_anything_but_a_text(stored, given):
     with pytest.raises(PromptError, match=f"extract takes a text.* got a {type(given).__name__}"):
         stored.extract(given)
 
@@ -31,25 +31,25 @@ def test_extract_of_what_is_no_text(stored, given):
 @pytest.mark.parametrize(
     "turn", [{"role": "user", "content": None}, {"role": 1, "content": "x"}, b"x", ["x"]], ids=kind
 )
-def test_extract_of_what_is_no_turn(stored, turn):
+def test_extract_of_anything_but_a_turn(stored, turn):
     with pytest.raises(PromptError, match="A turn is"):
         stored.extract([turn])
 
 
 @pytest.mark.parametrize("base", ["an id", 3, DynamicCache()], ids=kind)
-def test_extract_behind_what_is_no_item(stored, base):
+def test_extract_with_a_base_that_is_not_an_item(stored, base):
     with pytest.raises(ArgumentError, match=f"base has to be KVCacheItem or None, not {type(base).__name__}"):
         stored.extract(TURNS, base=base)
 
 
 @pytest.mark.parametrize("given", [None, 3, TEXT, {"memory": TEXT}, [TextualMemoryItem(memory=TEXT)]], ids=kind)
-def test_from_textual_memory_of_what_is_none(stored, given):
+def test_from_textual_memory_of_anything_but_a_text_memory(stored, given):
     with pytest.raises(ArgumentError, match=r"Give TextualMemoryItem\(memory=text\)"):
         stored.from_textual_memory(given)
 
 
 @pytest.mark.parametrize("source", [3, ["x"], [{"role": "user"}]], ids=kind)
-def test_build_of_what_is_no_source(qwen3, source):
+def test_build_of_anything_but_a_source(qwen3, source):
     with pytest.raises(PromptError, match=r"A memory is a text|A turn is"):
         qwen3.build(source)
 
@@ -60,14 +60,14 @@ def test_build_of_what_is_no_source(qwen3, source):
 @pytest.mark.parametrize(
     "given", [None, 3, "text", ["x"], [None], DynamicCache(), TextualMemoryItem(memory=TEXT)], ids=kind
 )
-def test_add_of_what_is_no_item(stored, given):
+def test_add_of_anything_but_an_item(stored, given):
     if isinstance(given, DynamicCache):
         given = stored.get_all()[0].kv_cache  # which can be gone through, layer by layer
     with pytest.raises(ArgumentError, match=r"What add stores has to be KVCacheItem, not .* extract"):
         stored.add(given)
 
 
-def test_add_is_all_or_nothing_where_one_is_no_item(stored):
+def test_add_is_all_or_nothing_if_one_is_not_an_item(stored):
     with pytest.raises(ArgumentError, match="not str"):
         stored.add([stored.extract(OTHER), "x"])
 
@@ -81,12 +81,12 @@ def test_an_item_of_wrong_parts_can_not_be_made(stored, part):
 
 
 @pytest.mark.parametrize("family_name", OTHER_FAMILIES)
-@pytest.mark.parametrize("told", [True, False], ids=["told", "unverified"])
-def test_add_of_another_models_item(stored, tiny, family_name, told):
+@pytest.mark.parametrize("verified", [True, False], ids=["verified", "unverified"])
+def test_add_of_another_models_item(stored, tiny, family_name, verified):
     item = memory_on(tiny(family_name)).extract(OTHER)
-    if not told:
+    if not verified:
         item.metadata = item.metadata.model_copy(update={"fingerprint": None})
-    expected = "architecture:" if told else r"(layers|kv_heads|head_dim): \d+ here, \d+ there"
+    expected = "architecture:" if verified else r"(layers|kv_heads|head_dim): \d+ here, \d+ there"
     with pytest.raises(FingerprintError, match=f"Item {item.kv_cache_id} .*{expected}.* Extract it again"):
         stored.add(item)
 
@@ -96,19 +96,19 @@ def test_add_of_another_models_item(stored, tiny, family_name, told):
 
 @pytest.mark.parametrize("ids", NO_IDS, ids=kind)
 @pytest.mark.parametrize("verb", ["get_by_ids", "get_cache", "delete"])
-def test_what_is_no_id(stored, verb, ids):
+def test_anything_but_an_id(stored, verb, ids):
     with pytest.raises(ArgumentError, match=f"An id that {verb} takes has to be str, not .* kv_cache_id"):
         getattr(stored, verb)(ids)
 
 
 @pytest.mark.parametrize("verb", ["get", "get_by_ids", "get_cache", "delete"])
-def test_an_item_is_no_id(stored, verb):
+def test_an_item_is_not_an_id(stored, verb):
     with pytest.raises(ArgumentError, match=r"has to be str, not KVCacheItem. An item's id is its kv_cache_id"):
         getattr(stored, verb)(stored.get_all()[0])
 
 
 @pytest.mark.parametrize("id_", [None, 3, ["id"], {}], ids=kind)
-def test_get_of_what_is_no_id(stored, id_):
+def test_get_of_anything_but_an_id(stored, id_):
     with pytest.raises(ArgumentError, match="has to be str"):
         stored.get(id_)
 
@@ -127,13 +127,13 @@ def test_get_cache_of_an_unknown_id(stored, missing):
 def test_get_cache_of_a_text_memorys_id_names_its_items(qwen3):
     memory = memory_on(qwen3)
     memory.add([memory.from_textual_memory(TextualMemoryItem(id="hours", memory=text)) for text in (TEXT, OTHER)])
-    told = [f"hours is a text memory's id, and its item is {item.kv_cache_id}." for item in memory.get_all()]
+    hints = [f"hours is a text memory's id, and its item is {item.kv_cache_id}." for item in memory.get_all()]
     with pytest.raises(UnknownMemoryError) as refused:
         memory.get_cache("hours")
-    assert str(refused.value) == f"Not stored: hours. Stored: 2 items, see get_all(). {' '.join(told)}"
+    assert str(refused.value) == f"Not stored: hours. Stored: 2 items, see get_all(). {' '.join(hints)}"
 
 
-def test_delete_of_an_unknown_id_is_no_error_and_says_so(stored):
+def test_delete_of_an_unknown_id_returns_zero(stored):
     assert stored.delete("no-such-id") == stored.delete(["no-such-id"]) == stored.delete([]) == 0
 
 
@@ -142,7 +142,7 @@ def test_delete_of_an_unknown_id_is_no_error_and_says_so(stored):
 
 @pytest.mark.parametrize("folder", NO_FOLDERS, ids=kind)
 @pytest.mark.parametrize("verb", ["dump", "load"])
-def test_what_is_no_folder(stored, verb, folder):
+def test_anything_but_a_folder(stored, verb, folder):
     with pytest.raises(ArgumentError, match="A folder has to be str or PathLike, not"):
         getattr(stored, verb)(folder)
 

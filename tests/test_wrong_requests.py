@@ -1,4 +1,4 @@
-"""An engine asked with another model's cache, or with what is no cache, query or number: refused, nothing changed."""
+"""Requests with another model's cache, or with arguments of a wrong type, are refused, and nothing changes."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def test_a_cache_of_the_same_model_in_another_backend_is_taken(qwen3, graph):
     assert qwen3.generate("Why?", view_by(graph, OTHER), 8) == expected
 
 
-def test_another_models_item_is_not_view(backend, tiny):
+def test_an_item_of_another_model_gets_no_view(backend, tiny):
     item = memory_on(tiny("qwen2")).extract(OTHER)
     config = memory_on(backend).config
     with pytest.raises(FingerprintError, match=f"Item {item.kv_cache_id} was built by another model"):
         backend.view([item], config.merge, config.separator)
 
 
-def test_an_item_without_tensors_is_not_view(qwen3):
-    """A prefix on a server, say."""
+def test_an_item_without_tensors_gets_no_view(qwen3):
+    """For example a prefix on a server."""
     item = memory_on(qwen3).extract(OTHER)
     config = memory_on(qwen3).config
     bare = KVCacheItem(DynamicCache(), item.metadata)
@@ -75,7 +75,7 @@ def test_an_item_without_tensors_is_not_view(qwen3):
 
 
 @pytest.mark.parametrize("what", ["item", "its cache", "its id", "ids", "tuple", "a file"])
-def test_what_is_no_view_cache(stored, backend, what):
+def test_anything_but_a_view(stored, backend, what):
     item = stored.get_all()[0]
     given = {
         "item": item,
@@ -90,7 +90,7 @@ def test_what_is_no_view_cache(stored, backend, what):
             answer("Why?", given)
 
 
-def test_what_vllm_can_not_inject(stored, qwen3):
+def test_caches_that_vllm_can_not_inject(stored, qwen3):
     cache = stored.get_cache(stored.get_all()[0].kv_cache_id)
     with pytest.raises(ArgumentError, match="What vLLM injects has to be FileHandle, not CacheView"):
         split_behind(qwen3.template, "Why?", cache)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def test_what_vllm_can_not_inject(stored, qwen3):
     ids=kind,
 )
 @pytest.mark.parametrize("behind", [True, False], ids=["behind a memory", "behind nothing"])
-def test_what_is_no_query(stored, backend, query, behind):
+def test_anything_but_a_query(stored, backend, query, behind):
     cache = view_by(backend, TEXT) if behind else None
     for answer in (backend.generate, backend.stream):
         with pytest.raises(PromptError, match=r"A query is a text or a list of chat turns|A turn is"):
@@ -120,7 +120,7 @@ def test_what_is_no_query(stored, backend, query, behind):
 
 
 @pytest.mark.parametrize("tokens", [None, "3", 2.5])
-def test_max_new_tokens_that_is_no_number(backend, tokens):
+def test_max_new_tokens_that_is_not_a_number(backend, tokens):
     for answer in (backend.generate, backend.stream):
         with pytest.raises(ArgumentError, match=r"max_new_tokens has to be .* whole number"):
             answer("Why?", None, tokens)
@@ -134,7 +134,7 @@ def test_max_new_tokens_below_one(backend, tokens):
 
 
 @pytest.mark.parametrize("sampling", [0.7, "greedy", {"temperature": 1.0}], ids=kind)
-def test_what_is_no_sampling(backend, sampling):
+def test_anything_but_sampling(backend, sampling):
     for answer in (backend.generate, backend.stream):
         with pytest.raises(ArgumentError, match=r"Give Sampling\(temperature=...\)"):
             answer("Why?", None, 3, sampling)
@@ -151,10 +151,10 @@ def test_answer_batch_of_wrong_kinds(graph, tiny):
         graph.answer_batch(["Why?"], cache, 3, {"temperature": 1.0})
 
 
-def test_a_refused_call_leaves_the_view_cache_to_the_next(stored, backend):
-    cache, anew = view_by(backend, TEXT), view_by(backend, TEXT)
+def test_a_refused_call_leaves_the_view_usable(stored, backend):
+    cache, unused = view_by(backend, TEXT), view_by(backend, TEXT)
     with pytest.raises(ArgumentError):
         backend.generate("Why?", cache, "8")
     with pytest.raises(PromptError):
         backend.generate(3, cache, 8)
-    assert backend.generate("Why?", cache, 8, Sampling()) == backend.generate("Why?", anew, 8)
+    assert backend.generate("Why?", cache, 8, Sampling()) == backend.generate("Why?", unused, 8)

@@ -191,7 +191,7 @@ def test_a_view_works_with_the_methods_of_transformers(stored_item, qwen3, use):
     with torch.no_grad():
         for _ in range(2):
             qwen3.model(torch.tensor([[3, 4]]), past_key_values=cache)
-    for keys, values in layers_of(cache):  # as much as a user can do to a shell that has grown
+    for keys, values in layers_of(cache):  # what a user can do to a view that has grown
         keys.zero_()
         values.zero_()
     assert same_bits(item, before)

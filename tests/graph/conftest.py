@@ -1,4 +1,4 @@
-"""The fast engine beside eager Hugging Face on the same weights."""
+"""Fixtures: the fast engine, and eager Hugging Face on the same weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.tiny import SHAPES, loaded, memory_on
 
 
 @dataclass(frozen=True)
-class TierStore:
+class Setting:
     """Where and how the engine runs. `tolerance`: how far its logits may be from eager Hugging Face's."""
 
     device: str
@@ -29,51 +29,56 @@ class TierStore:
     shape: str = SHAPES["qwen3"]
 
 
-PLACES = {
-    "cpu": TierStore("cpu", torch.float32, "auto", 1e-4),
-    "gpu-fp32": TierStore("cuda", torch.float32, "sdpa", 1e-3, compile="none"),
-    "gpu-bf16-torch_flash": TierStore("cuda", torch.bfloat16, "torch_flash", 0.04, compile="none"),
-    "gpu-bf16-fastest": TierStore("cuda", torch.bfloat16, "auto", 0.2, shape="tiny_heads128"),
-    "gpu-bf16-fastest-heads32": TierStore("cuda", torch.bfloat16, "auto", 0.04, compile="none"),
-    "gpu-bf16-fastest-heads64": TierStore("cuda", torch.bfloat16, "auto", 0.15, shape="tiny_heads64", compile="none"),
+SETTINGS = {
+    "cpu": Setting("cpu", torch.float32, "auto", 1e-4),
+    "gpu-fp32": Setting("cuda", torch.float32, "sdpa", 1e-3, compile="none"),
+    "gpu-bf16-torch_flash": Setting("cuda", torch.bfloat16, "torch_flash", 0.04, compile="none"),
+    "gpu-bf16-fastest": Setting("cuda", torch.bfloat16, "auto", 0.2, shape="tiny_heads128"),
+    "gpu-bf16-fastest-heads32": Setting("cuda", torch.bfloat16, "auto", 0.04, compile="none"),
+    "gpu-bf16-fastest-heads64": Setting("cuda", torch.bfloat16, "auto", 0.15, shape="tiny_heads64", compile="none"),
 }
 """The tiny model's logits have a standard deviation of 0.16, and 0.03 of bf16's rounding; those of tiny_heads128 0.32
-and 0.13, of tiny_heads64 0.28 and 0.08. Graphs are captured in all places on a GPU. FlashAttention 3, the fastest, is
-built for heads of 64 and up, and fills up those of 32."""
+and 0.13, of tiny_heads64 0.28 and 0.08. Graphs are captured in all settings on a GPU. FlashAttention 3, the fastest,
+is built for heads of 64 and up, and pads those of 32."""
 
 Open = Callable[..., HFGraphBackend]
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.gpu] if name != "cpu" else []) for name in PLACES],
+    params=[pytest.param(name, marks=[pytest.mark.gpu] if name != "cpu" else []) for name in SETTINGS],
 )
-def place(request: pytest.FixtureRequest) -> TierStore:
+def setting(request: pytest.FixtureRequest) -> Setting:
     if request.param != "cpu" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    return PLACES[request.param]
+    return SETTINGS[request.param]
 
 
 @pytest.fixture(scope="module")
-def eager(place: TierStore) -> HFBackend:
+def eager(setting: Setting) -> HFBackend:
     """Eager Hugging Face, a tiny Qwen3."""
-    return HFBackend(weights(place, place.shape))
+    return HFBackend(weights(setting, setting.shape))
 
 
 @pytest.fixture(scope="module")
-def open_engine(place: TierStore) -> Open:
+def open_engine(setting: Setting) -> Open:
     """Opens the fast engine on the weights of `eager`, with the given knobs."""
 
-    def open_(shape: str = place.shape, **knobs: object) -> HFGraphBackend:
-        given = {"attention": place.attention, "capacity_tokens": 2048, "pad_to": 8, "compile": place.compile} | knobs
-        return HFGraphBackend(weights(place, shape), "chat", GraphConfig(**given))
+    def open_(shape: str = setting.shape, **knobs: object) -> HFGraphBackend:
+        given = {
+            "attention": setting.attention,
+            "capacity_tokens": 2048,
+            "pad_to": 8,
+            "compile": setting.compile,
+        } | knobs
+        return HFGraphBackend(weights(setting, shape), "chat", GraphConfig(**given))
 
     return open_
 
 
-def weights(place: TierStore, shape: str) -> Loaded:
+def weights(setting: Setting, shape: str) -> Loaded:
     made = loaded(shape)
-    return replace(made, model=made.model.to(place.device, place.dtype))
+    return replace(made, model=made.model.to(setting.device, setting.dtype))
 
 
 def stored(backend: HFBackend, text: str) -> tuple[KVCacheMemory, KVCacheItem]:
@@ -85,6 +90,6 @@ def stored(backend: HFBackend, text: str) -> tuple[KVCacheMemory, KVCacheItem]:
 
 
 def prompt_of(held: int, new: int, seed: int = 0) -> TokenizedPrompt:
-    """Token ids at random: `held` of a memory, `new` behind it."""
+    """Random token ids: `held` of a memory, and `new` after it."""
     ids = torch.randint(1000, 40000, (held + new,), generator=torch.Generator().manual_seed(seed)).tolist()
     return TokenizedPrompt(tuple(ids[:held]), tuple(ids[held:]))

@@ -21,7 +21,7 @@ CLOSE = {torch.float32: {"atol": 2e-5, "rtol": 2e-5}, torch.bfloat16: {"atol": 0
 
 
 def products(device: str, dtype: torch.dtype) -> None:
-    """Rows and columns that no block divides, one block, several blocks."""
+    """Rows and columns that are not multiples of a block; one block; several blocks."""
     for rows, cols, biased in itertools.product((2, 37), (72, 1024, 2050), (False, True)):
         x, norm, added = _random(cols, device, dtype), _random(cols, device, dtype), _random(rows, device, dtype)
         weight = (_random((2 * rows, cols), device, torch.float32) / cols**0.5).to(dtype)
@@ -38,7 +38,7 @@ def products(device: str, dtype: torch.dtype) -> None:
 
 
 def heads(device: str, dtype: torch.dtype) -> None:
-    """One token and several, head sizes that are no power of two, with the heads' normalisation and without."""
+    """One token and several, head sizes that are not a power of two, with the heads' normalisation and without."""
     count, kv_count, rows, held = 4, 2, 40, 7
     for new, size, normed in itertools.product((1, 5, 17), (64, 96), (False, True)):
         qkv = _random((1, new, (count + 2 * kv_count) * size), device, dtype)
@@ -66,7 +66,7 @@ def a_token(device: str, family: str) -> None:
     ends: list[tuple[torch.Tensor, ...]] = []
     for fused in (False, True):
         run = ModelRunner(model, "sdpa", 32, "none", fused)
-        run.head = run.head[:64]  # of a whole vocabulary the interpreter makes minutes
+        run.head = run.head[:64]  # with a whole vocabulary the interpreter takes minutes
         buffer = Buffer(len(run.layers), 32, run.shape.kv_heads, run.shape.head_dim, model.dtype, model.device)
         run(torch.tensor([0, 8, *ids[:8]], device=device), buffer)
         _, logits_V = run(torch.tensor([8, 1, ids[8]], device=device), buffer)

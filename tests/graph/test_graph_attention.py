@@ -38,7 +38,7 @@ def test_kernels_agree_with_sdpa(kernel):
             assert torch.equal(planned, kernels()[kernel].attend(q, k, v, at, True))
 
 
-def test_attention_by_its_parts_is_attention(place):
+def test_attention_by_its_parts_is_attention(setting):
     """Both kernel calls of SDPA agree, and parts joined by their sums are the whole."""
     sdpa = kernels()["sdpa"]
     torch.manual_seed(0)
@@ -55,9 +55,9 @@ def test_attention_by_its_parts_is_attention(place):
     torch.testing.assert_close(first * share + rest * (1 - share), whole, atol=1e-5, rtol=1e-5)
 
 
-def test_a_kernel_that_does_not_run_here_is_refused(open_engine, place):
+def test_a_kernel_that_does_not_run_here_is_refused(open_engine, setting):
     with pytest.raises(ConfigError, match="Did you mean sdpa"):
         open_engine(attention="spda")
-    if place.device == "cpu":
+    if setting.device == "cpu":
         with pytest.raises(ConfigError, match=r"attention=fa3 does not run here \(fa3: needs a Hopper GPU"):
             open_engine(attention="fa3")

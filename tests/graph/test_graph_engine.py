@@ -36,42 +36,42 @@ def along(fast, eager, prompt, cache, tokens):
 
 
 @pytest.mark.parametrize("new", [1, 2, 8, 63, 64, 65, 127, 128, 129, 160, 167, 168, 169])
-def test_lengths_about_a_buckets_edge(open_engine, eager, place, new):
+def test_lengths_about_a_buckets_edge(open_engine, eager, setting, new):
     fast = open_engine()
     prompt = prompt_of(0, new)
-    assert along(fast, eager, prompt, None, 3) < place.tolerance
+    assert along(fast, eager, prompt, None, 3) < setting.tolerance
 
 
 @pytest.mark.parametrize("new", [1, 7, 8, 9, 64, 65, 167, 168])
-def test_lengths_behind_a_memory(open_engine, eager, place, new):
+def test_lengths_behind_a_memory(open_engine, eager, setting, new):
     fast = open_engine()
     memory, item = stored(fast, TEXTS[0])
     held = item.metadata.tokens.token_ids
     prompt = type(prompt_of(0, 1))(held, prompt_of(0, new).query_ids)
     cache = memory.get_cache(item.kv_cache_id)
-    before = copy_of(item) if place.dtype == torch.float32 else None
+    before = copy_of(item) if setting.dtype == torch.float32 else None
     for _ in range(2):  # the second finds the memory in place
-        assert along(fast, eager, prompt, cache, 3) < place.tolerance
+        assert along(fast, eager, prompt, cache, 3) < setting.tolerance
     assert before is None or same_bits(item, before)
 
 
-def test_one_graph_serves_every_memory(open_engine, eager, place):
+def test_one_graph_serves_every_memory(open_engine, eager, setting):
     fast = open_engine()
     memory, first = stored(fast, TEXTS[0])
     second = memory.extract(TEXTS[1][:200])
     memory.add(second)
     for item in (first, second, first, second):
-        assert same_answer(fast, memory, item, eager) < place.tolerance
+        assert same_answer(fast, memory, item, eager) < setting.tolerance
 
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
-def test_memories_in_turn(open_engine, eager, place, buffers):
+def test_memories_in_turn(open_engine, eager, setting, buffers):
     fast = open_engine(buffers=buffers)
     memory, first = stored(fast, TEXTS[0])
     items = [first, *memory.extract(TEXTS[1:])]
     memory.add(items[1:])
     for i in (0, 1, 0, 2, 3, 3, 1, 0, 2):
-        assert same_answer(fast, memory, items[i], eager, tokens=3) < place.tolerance
+        assert same_answer(fast, memory, items[i], eager, tokens=3) < setting.tolerance
     assert len(fast.engine.slots) <= buffers
 
 
@@ -88,30 +88,30 @@ def test_a_memory_in_place_is_not_copied_again(open_engine):
     assert buffer.place(other.kv_cache, 10) == 10
 
 
-def test_a_shortened_prefix_leaves_the_memory_usable(open_engine, eager, place):
+def test_a_shortened_prefix_leaves_the_memory_usable(open_engine, eager, setting):
     """A query that breaks the prefix overwrites the memory's last rows in the buffer: they are placed again."""
     fast = open_engine(buffers=1)
     memory, item = stored(fast, TEXTS[0])
     ids = item.metadata.tokens.token_ids
     shortened = type(prompt_of(0, 1))(ids[:-6], prompt_of(0, 20).query_ids)
-    assert along(fast, eager, shortened, memory.get_cache(item.kv_cache_id), 2) < place.tolerance
-    assert same_answer(fast, memory, item, eager) < place.tolerance
+    assert along(fast, eager, shortened, memory.get_cache(item.kv_cache_id), 2) < setting.tolerance
+    assert same_answer(fast, memory, item, eager) < setting.tolerance
 
 
 def test_answers_take_turns_in_one_buffer(open_engine):
-    """Streams advanced token by token in turn: each takes its rows along when another sits down."""
+    """Streams advanced token by token in turn: the rows of one are saved when another takes the buffer."""
     fast = open_engine(buffers=1)
     memory, item = stored(fast, TEXTS[0])
     other = memory.extract(TEXTS[1])
     memory.add(other)
-    asked = [(QUERY, item), ("Why?", item), (QUERY, other), ("Name one exception.", None)]
+    requests = [(QUERY, item), ("Why?", item), (QUERY, other), ("Name one exception.", None)]
 
     def view(of):
         return None if of is None else memory.get_cache(of.kv_cache_id)
 
-    alone = [fast.generate(query, view(of), 12).token_ids for query, of in asked]
-    streams = [fast.stream(query, view(of), 12) for query, of in asked]
-    together: list[list[int]] = [[] for _ in asked]
+    alone = [fast.generate(query, view(of), 12).token_ids for query, of in requests]
+    streams = [fast.stream(query, view(of), 12) for query, of in requests]
+    together: list[list[int]] = [[] for _ in requests]
     for _ in range(12):
         for answer, stream in zip(together, streams, strict=True):
             answer += [token.id for token in [next(stream, None)] if token is not None]

@@ -1,4 +1,4 @@
-"""The fast engine answers as Hugging Face does, for every covered family; items go from one to the other."""
+"""The fast engine answers as Hugging Face does, for every covered family; each engine uses the other's items."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_pairs_on_smollm2(smollm2):
     check_pairs(on_the_engine(smollm2), pairs(2, characters=400))
 
 
-def test_items_go_from_one_engine_to_the_other(tiny, tmp_path):
+def test_an_engine_uses_the_items_of_the_other(tiny, tmp_path):
     hf, fast = tiny("llama"), on_the_engine(tiny("llama"))
     assert fast.fingerprint == hf.fingerprint
     text, query = pairs(1, characters=500, seed=3)[0]
@@ -49,7 +49,7 @@ def test_items_go_from_one_engine_to_the_other(tiny, tmp_path):
         other.delete_all()
 
 
-def test_dialogue_goes_on_behind_its_base(tiny):
+def test_a_dialogue_continues_after_its_base(tiny):
     hf, fast = tiny("qwen3"), on_the_engine(tiny("qwen3"))
     turns = [
         {"role": role, "content": text[:200]}
@@ -66,7 +66,7 @@ def test_dialogue_goes_on_behind_its_base(tiny):
 
 
 def test_hugging_face_runs_on_the_same_weights(qwen3):
-    """Its weights are views of the engine's: the model is as it was, and nothing is held twice."""
+    """Its weights are views of the engine's: the model is as it was, and nothing is stored twice."""
     before = qwen3.generate("Why?", max_new_tokens=8)
     fast = on_the_engine(qwen3)
     assert qwen3.generate("Why?", max_new_tokens=8) == before == fast.generate("Why?", max_new_tokens=8)
@@ -86,8 +86,8 @@ def test_the_backend_opens_by_its_name():
     assert memory.backend.attention == "sdpa"
 
 
-def test_weights_that_lie_in_one_memory_in_another_order_are_told_apart():
-    """A loader may read a file into one stretch: queries, values, keys, say, which are not the engine's order."""
+def test_weights_that_lie_in_one_memory_in_another_order_are_distinguished():
+    """A loader may read a file into one allocation, in another order than the engine's: queries, values, keys."""
     eager, reordered = HFBackend(loaded("tiny")), loaded("tiny")
     for layer in reordered.model.get_decoder().layers:
         parts = [layer.self_attn.q_proj.weight, layer.self_attn.v_proj.weight, layer.self_attn.k_proj.weight]

@@ -1,4 +1,4 @@
-"""Models that the straight pass does not compute rightly are refused by name."""
+"""Models that the fast engine does not compute correctly are refused by name."""
 
 from __future__ import annotations
 

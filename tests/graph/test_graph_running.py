@@ -13,7 +13,7 @@ from experiments.measurement.engine_adapters import engine_conditions
 from kvmem.engines.graph.backend import HFGraphBackend
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.errors import CapacityError
-from tests.graph.conftest import PLACES, prompt_of, stored, weights
+from tests.graph.conftest import SETTINGS, prompt_of, stored, weights
 from tests.graph.test_graph_engine import QUERY, TEXTS, along
 from tests.helpers.tiny import QUESTIONS
 
@@ -47,11 +47,11 @@ def test_beyond_the_capacity_is_refused_with_the_knob(open_engine):
         fast.answer_batch(["Why?"], memory.get_cache(item.kv_cache_id), 100)
     with pytest.raises(CapacityError, match="capacity_tokens=100"):
         memory.extract(TEXTS[1])
-    assert fast.first_token(prompt_of(0, 100)).cached_tokens == 0  # the last row is as good as any
+    assert fast.first_token(prompt_of(0, 100)).cached_tokens == 0  # the last row is usable too
 
 
-def test_a_batch_has_as_much_room_as_one_answer(open_engine):
-    """Of an answer's tokens the last takes no row: it is read, and nothing follows it."""
+def test_a_batch_has_the_capacity_of_one_answer(open_engine):
+    """The last token of an answer takes no row, because nothing is computed after it."""
     fast = open_engine(capacity_tokens=100)
     memory, item = stored(fast, TEXTS[0][:150])
     cache_view = memory.get_cache(item.kv_cache_id)
@@ -71,10 +71,10 @@ def test_no_prefill_of_no_tokens_is_warmed_up(tokens):
 
 
 @pytest.mark.slow
-def test_compiled_for_all_lengths_at_once(open_engine, eager, place):
+def test_compiled_for_all_lengths_at_once(open_engine, eager, setting):
     """On a CPU too, where it takes a C++ compiler: one compilation serves every length, answers stay the
     same, and the compiled code makes no copy of a buffer."""
-    if place.device != "cpu":
+    if setting.device != "cpu":
         pytest.skip("every other test on a GPU compiles")
     torch._dynamo.reset()
     fast = open_engine(compile="all_lengths")
@@ -85,7 +85,7 @@ def test_compiled_for_all_lengths_at_once(open_engine, eager, place):
     assert not [line for source in code for line in source.splitlines() if "empty" in line and rows in line]
     for new in (9, 30, 64, 65):
         prompt = type(prompt_of(0, 1))(item.metadata.tokens.token_ids, prompt_of(0, new).query_ids)
-        assert along(fast, eager, prompt, memory.get_cache(item.kv_cache_id), 2) < place.tolerance
+        assert along(fast, eager, prompt, memory.get_cache(item.kv_cache_id), 2) < setting.tolerance
     frames = torch._dynamo.utils.counters["frames"]["ok"]
     assert frames <= 6  # of any length and of one token, each as an inner and as the last layer
 
@@ -103,7 +103,7 @@ def test_decoding_ahead_is_decoding_step_by_step(open_engine):
     tokens = fast.engine.greedy(answer, first, 23, {stop})
     assert [first, *tokens] == streamed[: streamed.index(stop)]
     assert answer.length == length + 1 + len(tokens)  # what was computed beyond the end token does not count
-    # and it can go on from there as if nothing had been computed ahead
+    # and decoding continues from there as if nothing had been computed ahead
     again = fast.decode_one_token(stop, answer)
     assert int(again.argmax()) == streamed[streamed.index(stop) + 1]
 
@@ -126,7 +126,7 @@ def test_lengths_to_warm_are_ready_in_every_buffer(open_engine):
     assert ready["graphs"] == 8 and ready["seconds"] > 0  # two lengths, one token, decoding; in two buffers
     fast.generate("Why?", None, 4)
     fast.prefill(prompt_of(0, 20))
-    assert engine_conditions(fast)["warm_up"]["graphs"] in (8, 9)  # the question may be longer
+    assert engine_conditions(fast)["warm_up"]["graphs"] in (8, 9)  # the query may be longer
 
 
 @pytest.mark.gpu
@@ -136,8 +136,10 @@ def test_a_model_on_the_second_gpu():
         pytest.skip(f"{torch.cuda.device_count()} GPUs are here, and this needs 2")
     answers = []
     for device in ("cuda:0", "cuda:1"):
-        place = replace(PLACES["gpu-bf16-fastest"], device=device)
-        fast = HFGraphBackend(weights(place, place.shape), "chat", GraphConfig(capacity_tokens=2048, compile="none"))
+        setting = replace(SETTINGS["gpu-bf16-fastest"], device=device)
+        fast = HFGraphBackend(
+            weights(setting, setting.shape), "chat", GraphConfig(capacity_tokens=2048, compile="none")
+        )
         memory, item = stored(fast, TEXTS[0])
         answers.append([fast.generate(query, memory.get_cache(item.kv_cache_id), 12) for query in QUESTIONS])
         assert {slot.buffer.layers[0][0].device for slot in fast.engine.slots} == {torch.device(device)}
@@ -145,9 +147,9 @@ def test_a_model_on_the_second_gpu():
 
 
 @pytest.mark.slow
-def test_batches_of_any_size_run_compiled(open_engine, place):
-    """At its limit of compilations torch would run what is written, and be slow without a word."""
-    if place.device != "cpu":
+def test_batches_of_any_size_run_compiled(open_engine, setting):
+    """At its limit of compilations torch would run uncompiled code, which is slow, without a warning."""
+    if setting.device != "cpu":
         pytest.skip("the same on a CPU, where it takes less")
     torch._dynamo.reset()
     fast = open_engine(compile="all_lengths")

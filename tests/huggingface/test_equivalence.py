@@ -13,37 +13,37 @@ NEW_TOKENS = 32
 LOGITS_TOLERANCE = 1e-4
 
 
-def check_pairs(backend: HFBackend, asked: list[tuple[str, str]]) -> None:
+def check_pairs(backend: HFBackend, text_query_pairs: list[tuple[str, str]]) -> None:
     memory = memory_on(backend)
-    items = memory.extract([text for text, _ in asked])
+    items = memory.extract([text for text, _ in text_query_pairs])
     memory.add(items)
     stored = [copy_of(item) for item in items]
 
     # The direct arm shares nothing with ours: transformers renders, tokenises, prefills and decodes.
     prompts, direct, bare = [], [], []
-    for text, query in asked:
+    for text, query in text_query_pairs:
         turns = [{"role": "system", "content": text}, {"role": "user", "content": query}]
         encoded = backend.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
         prompts.append(tuple(encoded["input_ids"]))
         direct.append(greedy_by_transformers(backend, prompts[-1], NEW_TOKENS))
         bare.append(list(backend.generate(query, max_new_tokens=4).token_ids))
 
-    shuffled = random.Random(1).sample(range(len(asked)), len(asked))
-    for order in (range(len(asked)), shuffled):
+    shuffled = random.Random(1).sample(range(len(text_query_pairs)), len(text_query_pairs))
+    for order in (range(len(text_query_pairs)), shuffled):
         for i in order:
             cache = memory.get_cache([items[i].kv_cache_id])
-            prompt = backend.split(asked[i][1], cache)
+            prompt = backend.split(text_query_pairs[i][1], cache)
             assert prompt.ids == prompts[i]
             assert len(prompt.memory_ids) == items[i].metadata.token_count  # else nothing was injected
             logits_V, _ = backend.prefill(prompt, cache)
             assert (logits_V - last_logits(backend, prompt.ids)).abs().max() < LOGITS_TOLERANCE
-            answer = backend.generate(asked[i][1], memory.get_cache(items[i].kv_cache_id), NEW_TOKENS)
+            answer = backend.generate(text_query_pairs[i][1], memory.get_cache(items[i].kv_cache_id), NEW_TOKENS)
             assert list(answer.token_ids) == direct[i], f"pair {i}"
     assert all(same_bits(item, before) for item, before in zip(items, stored, strict=True))
 
     # The test has power only if an answer depends on its memory.
-    told = sum(answer[: len(without)] != without for answer, without in zip(direct, bare, strict=True))
-    assert told >= len(asked) / 2
+    changed = sum(answer[: len(without)] != without for answer, without in zip(direct, bare, strict=True))
+    assert changed >= len(text_query_pairs) / 2
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

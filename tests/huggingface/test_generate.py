@@ -17,7 +17,7 @@ TEXT, QUERY = pairs(1, characters=300, seed=21)[0]
 
 @pytest.fixture(scope="module")
 def view(qwen3):
-    """Gives a fresh lent cache of one memory at each call."""
+    """Returns a new view of one memory at each call."""
     memory = memory_on(qwen3)
     item = memory.extract(TEXT)
     memory.add(item)
@@ -37,7 +37,7 @@ def test_sampled_with_a_seed_is_repeatable_and_differs_by_seed(qwen3, view):
     torch.manual_seed(1)
     first = ask(3)
     torch.manual_seed(2)
-    torch.rand(5)  # the global generator has no part in it
+    torch.rand(5)  # the global generator does not affect it
     assert ask(3) == first
     assert len({ask(seed).token_ids for seed in range(5)}) == 5
 
@@ -88,7 +88,7 @@ def test_stream_is_generate_token_by_token(qwen3, view, sampling):
 
 
 def test_stream_holds_back_half_a_character(qwen3):
-    """A hot answer of random weights has, now and then, a token that ends inside a character."""
+    """At a high temperature, random weights sometimes give a token that ends inside a character."""
     for seed in range(60):
         sampling = Sampling(temperature=4.0, seed=seed)
         streamed = list(qwen3.stream("Name it.", None, 40, sampling))

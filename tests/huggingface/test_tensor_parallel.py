@@ -22,12 +22,12 @@ from tests.helpers.hf_ranks import NEW_TOKENS, RANDOM, answers, first_logits
 from tests.helpers.tiny import loaded, memory_on, pairs
 
 ROOT = Path(__file__).parents[2]
-ASKED = [list(pair) for pair in pairs(3, 900, seed=5)]
+PAIRS = [list(pair) for pair in pairs(3, 900, seed=5)]
 MERGE = "RopeShift"
 
 
 def two_ranks(folder: Path, device: str) -> None:
-    order = {"model": str(folder / "model"), "folder": str(folder), "pairs": ASKED, "merge": MERGE}
+    order = {"model": str(folder / "model"), "folder": str(folder), "pairs": PAIRS, "merge": MERGE}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -51,19 +51,19 @@ def test_tensor_parallel_memories_move_between_one_process_and_two(device: str, 
     model.model.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
     alone = memory_on(HFBackend.open(HFConfig(str(tmp_path / "model"), device=device, dtype="float32")), merge=MERGE)
-    alone.add([alone.extract(text) for text, _ in ASKED])
+    alone.add([alone.extract(text) for text, _ in PAIRS])
     alone.dump(tmp_path / "of one")
     (tmp_path / "taken" / alone.config.memory_filename).mkdir(parents=True)
-    items, at_one = alone.get_all(), answers(alone, ASKED)
-    whole = [[{"role": "system", "content": text}, {"role": "user", "content": query}] for text, query in ASKED]
+    items, at_one = alone.get_all(), answers(alone, PAIRS)
+    whole = [[{"role": "system", "content": text}, {"role": "user", "content": query}] for text, query in PAIRS]
     direct = [alone.backend.generate(turns, None, NEW_TOKENS).token_ids for turns in whole]
 
     two_ranks(tmp_path, device)
-    told = [json.loads((tmp_path / f"rank {rank}.json").read_text()) for rank in range(2)]
-    assert told[0] == told[1]
-    one = told[0]
+    results = [json.loads((tmp_path / f"rank {rank}.json").read_text()) for rank in range(2)]
+    assert results[0] == results[1]
+    one = results[0]
     assert alone.backend.fingerprint.difference(ModelFingerprint(**one["fingerprint"])) is None
-    assert one["heads"] == [1] * len(ASKED) and alone.backend.fingerprint.kv_heads == 2
+    assert one["heads"] == [1] * len(PAIRS) and alone.backend.fingerprint.kv_heads == 2
     assert one["bytes"] == [item.metadata.kv_bytes for item in items]
     assert "nowhere" in one["not everywhere"]
     assert one["refused"] == "StorageError" and "has hf_ranks" in one["not planned for"]
@@ -74,16 +74,16 @@ def test_tensor_parallel_memories_move_between_one_process_and_two(device: str, 
     random = KVCacheMemory(
         KVCacheMemoryConfig(extractor_llm={"backend": "huggingface", "config": RANDOM | {"device": device}})
     )
-    whose, logits = one["random"]
-    assert random.backend.fingerprint.difference(ModelFingerprint(**whose)) is None
+    fingerprint, logits = one["random"]
+    assert random.backend.fingerprint.difference(ModelFingerprint(**fingerprint)) is None
     assert first_logits(random) == pytest.approx(logits, abs=1e-5) and max(logits) - min(logits) > 0.01
 
     alone.load(tmp_path / "of two")
     assert [item.kv_cache_id for item in alone.get_all()] == one["ids"]
-    for mine, theirs in zip(items, alone.get_all(), strict=True):
-        torch.testing.assert_close(layers_of(theirs.kv_cache), layers_of(mine.kv_cache), rtol=1e-4, atol=1e-4)
-    assert at_one[: len(ASKED)] == direct and len(set(at_one)) == len(at_one)
-    for others in (one["built"], one["injected"], answers(alone, ASKED)):
+    for built, read in zip(items, alone.get_all(), strict=True):
+        torch.testing.assert_close(layers_of(read.kv_cache), layers_of(built.kv_cache), rtol=1e-4, atol=1e-4)
+    assert at_one[: len(PAIRS)] == direct and len(set(at_one)) == len(at_one)
+    for others in (one["built"], one["injected"], answers(alone, PAIRS)):
         assert [tuple(answer) for answer in others] == at_one
 
 

@@ -18,7 +18,7 @@ from tests.helpers.tiny import SHAPES, loaded
 
 
 def test_a_slow_first_prefill_is_not_a_sample(qwen3: HFBackend) -> None:
-    """Libraries that are loaded at the first use, kernels that are compiled: it is no measure of any later prefill."""
+    """The first prefill loads libraries and compiles kernels, so its time says nothing about later ones."""
     waited: list[float] = []
 
     def first_is_slow(*_: object) -> None:
@@ -36,7 +36,7 @@ def test_a_slow_first_prefill_is_not_a_sample(qwen3: HFBackend) -> None:
 
 
 def test_costs_are_the_engines_own() -> None:
-    """Not those of transformers' forward pass, where the engine has another."""
+    """They are not those of transformers' forward pass if the engine has another one."""
     fast = HFGraphBackend(loaded(SHAPES["qwen3"]), "chat", GraphConfig(capacity_tokens=400))
     forward_passes: list[object] = []
     hook = fast.model.register_forward_pre_hook(lambda *_: forward_passes.append(None))
@@ -48,7 +48,7 @@ def test_costs_are_the_engines_own() -> None:
     assert costs.prefill_s(384) > 0 and costs.kv_bytes_a_token == fast.fingerprint.kv_bytes(1)
 
 
-def test_an_engine_with_little_room_says_that_costs_need_more_lengths() -> None:
+def test_an_engine_with_a_short_window_says_that_costs_need_more_lengths() -> None:
     fast = HFGraphBackend(loaded(SHAPES["qwen3"]), "chat", GraphConfig(capacity_tokens=200))
     with pytest.raises(ConfigError, match="got 2"):
         Costs.measured(fast)

@@ -19,16 +19,16 @@ LINE = re.compile(r"\[(\w+) as (text|KV): (\d+) ms, without memory: (\d+) ms\]")
 def test_the_faq_assistant_gets_faster_as_it_learns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = (ROOT / "examples/faq_questions.txt").read_text().splitlines()
-    questions = "\n".join(asked[:3] + asked[4:6])  # those on repairs, and no more, for each takes seconds
+    lines = (ROOT / "examples/faq_questions.txt").read_text().splitlines()
+    questions = "\n".join(lines[:3] + lines[4:6])  # only those about repairs, because each takes seconds
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(ROOT / "examples/faq")])
     monkeypatch.setattr(sys, "stdin", io.StringIO(questions))
-    runpy.run_path(str(EXAMPLE), run_name="__main__")  # in this process: its imports are half of a short run's time
+    runpy.run_path(str(EXAMPLE), run_name="__main__")  # in this process, because imports are half of a short run
     printed = capsys.readouterr().out
-    told = [(text, place, int(ms), int(direct_ms)) for text, place, ms, direct_ms in LINE.findall(printed)]
-    assert len(told) == len(questions.splitlines()) and "59 euros" in printed
-    of_repairs = [place for text, place, _, _ in told if text == "repairs"]
+    answers = [(text, form, int(ms), int(direct_ms)) for text, form, ms, direct_ms in LINE.findall(printed)]
+    assert len(answers) == len(questions.splitlines()) and "59 euros" in printed
+    of_repairs = [form for text, form, _, _ in answers if text == "repairs"]
     assert of_repairs[0] == "text" and of_repairs[-1] == "KV", "nothing is built before it was used"
     assert of_repairs == sorted(of_repairs, key=["text", "KV"].index), "and what is hot stays"
-    hits = [(ms, direct_ms) for _, place, ms, direct_ms in told if place == "KV"]
+    hits = [(ms, direct_ms) for _, form, ms, direct_ms in answers if form == "KV"]
     assert len(hits) >= 3 and median(ms / direct_ms for ms, direct_ms in hits) < 0.6

@@ -1,4 +1,4 @@
-"""Memories that are used together become one joined item where that pays; the answers stay what they were."""
+"""Memories that are used together become one joined item where that saves time; the answers stay the same."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_groups_survive_a_restart(qwen3: HFBackend, tmp_path: Path) -> None:
 
 
 def test_any_orders_and_edits_answer_as_text(qwen3: HFBackend) -> None:
-    """Three memories in random orders of one to three, now and then edited, with room for about two of them."""
+    """Three memories in random orders of one to three, sometimes edited, with a budget for about two of them."""
     chance = random.Random(0)
     now = list(MEMORIES[:3])
     scheduler = scheduler_on(qwen3, ram=2 * qwen3.build(MEMORIES[0].memory).metadata.kv_bytes)
@@ -168,7 +168,7 @@ def test_it_is_joined_only_where_that_pays() -> None:
 
 
 def test_a_head_is_built_again_where_loading_its_group_does_not_pay_for_it(qwen3: HFBackend, tmp_path: Path) -> None:
-    """A disk where a load pays for just the tokens that it brings, so a group's never for its first memory alone."""
+    """On this disk a load saves time only if all its tokens are used: no group is loaded for its first memory alone."""
     a_token = kv_bytes_a_token(qwen3)
     costs = Costs(0.02, 1.2e-3, 0.0, a_token, {"disk": 8e-4 / a_token})
     scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"disk": 1 << 30}, tmp_path, costs)
@@ -189,7 +189,7 @@ def test_a_head_is_built_again_where_loading_its_group_does_not_pay_for_it(qwen3
     scheduler.close()
 
 
-def test_orders_are_counted_apart_and_no_more_than_so_many() -> None:
+def test_orders_are_counted_separately_up_to_a_limit() -> None:
     groups = Groups()
     for _ in range(MIN_USES_TOGETHER - 1):
         assert groups.used(["a", "b", "c"]) == []
@@ -209,6 +209,6 @@ def test_orders_are_counted_apart_and_no_more_than_so_many() -> None:
     assert again.state() == groups.state() and again.members == groups.members
 
 
-def test_no_memory_is_no_use(qwen3: HFBackend) -> None:
+def test_an_empty_list_of_memories_is_not_counted_as_a_use(qwen3: HFBackend) -> None:
     with pytest.raises(UnknownMemoryError, match="No text memory is given"):
         scheduler_on(qwen3).observe([], QUERY)

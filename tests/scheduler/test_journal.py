@@ -1,4 +1,4 @@
-"""The state's file: one process at a time, and nothing lost between a snapshot and the events after it."""
+"""The journal: one process at a time, and nothing is lost between a snapshot and the events after it."""
 
 from __future__ import annotations
 

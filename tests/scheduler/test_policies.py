@@ -1,4 +1,4 @@
-"""Policies, planner and simulator, on traffic made here."""
+"""Policies, planner and simulator, on generated traffic."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_plans_keep_budgets_and_state_goes_through_json(
 
 
 @pytest.mark.parametrize("family", [Steady(), Drifting(), Bursts()], ids=lambda family: family.name)
-def test_nobody_beats_the_bound(family: TraceFamily) -> None:
+def test_no_policy_beats_the_bound(family: TraceFamily) -> None:
     trace = family.draw(30, 400, 2000, 64)
     assert trace == family.draw(30, 400, 2000, 64) and trace.uses == 400
     budget = sum(trace.tokens) * COSTS.kv_bytes_a_token // 5
@@ -81,7 +81,7 @@ def test_nobody_beats_the_bound(family: TraceFamily) -> None:
         )
 
 
-def test_costs_are_found_again() -> None:
+def test_the_fit_recovers_the_costs() -> None:
     samples = [(new, behind, COSTS.prefill_s(new, behind)) for new in (16, 64, 512) for behind in (0, 700)]
     fitted = Costs.fitted(samples, 100)
     assert np.allclose([fitted.base_s, fitted.token_s, fitted.pair_s], [COSTS.base_s, COSTS.token_s, COSTS.pair_s])

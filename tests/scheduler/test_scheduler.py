@@ -26,7 +26,7 @@ MEMORIES = [TextualMemoryItem(id=f"m{i}", memory=memory) for i, (memory, _) in e
 
 
 def scheduler_on(backend: HFBackend, folder: Path | None = None, ram: int = 1 << 30, **fields: object) -> MemScheduler:
-    """A scheduler whose prices are fixed, so that what it decides does not hang on this machine's load."""
+    """A scheduler whose prices are fixed, so that its decisions do not depend on this machine's load."""
     costs = Costs(0.001, 1e-4, 0.0, kv_bytes_a_token(backend))
     budget = {"ram": ram} if folder is None else {"ram": ram, "disk": 1 << 30}
     return MemScheduler(memory_on(backend), "benefit_per_byte", budget, folder, costs, **fields)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def test_edited_text_is_never_served_from_old_kv(qwen3: HFBackend) -> None:
     assert scheduler.index.tiers() == {} and scheduler.items.used_bytes()["ram"] == 0
     answer = scheduler.answer(QUERY, [edited], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
-    scheduler.tick()  # still hot: built anew, from the new text
+    scheduler.tick()  # still hot: built again, from the new text
     again = scheduler.answer(QUERY, [edited], 8)
     assert again.cached_tokens > 50 and again.token_ids == answer.token_ids
 
@@ -98,8 +98,8 @@ def test_a_text_edited_within_its_reuse_time_is_not_promoted(qwen3: HFBackend) -
     assert "is text. not worth its bytes" in scheduler.explain("m0") and "11 edits" in scheduler.explain("m0")
 
 
-def test_edit_during_a_build_calls_it_off(qwen3: HFBackend) -> None:
-    """The build stands aside for a running request; meanwhile its text changes."""
+def test_an_edit_during_a_build_cancels_it(qwen3: HFBackend) -> None:
+    """The build waits for a running request; meanwhile its text changes."""
     scheduler = scheduler_on(qwen3)
     use(scheduler, MEMORIES[0], 6)
     edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
@@ -111,7 +111,7 @@ def test_edit_during_a_build_calls_it_off(qwen3: HFBackend) -> None:
             ticking.join(0.001)
         scheduler.update(edited)
         ticking.join(10)
-        assert not ticking.is_alive()  # called off while the request still runs
+        assert not ticking.is_alive()  # cancelled while the request still runs
     assert moves == [] and scheduler.cancelled_builds == 1 and scheduler.builds == 0
     assert scheduler.items.ids() == [] and scheduler.failures == {}
     scheduler.tick()
@@ -119,7 +119,7 @@ def test_edit_during_a_build_calls_it_off(qwen3: HFBackend) -> None:
     assert answer.cached_tokens > 50 and answer.token_ids == as_text(qwen3, edited)
 
 
-def test_a_build_stands_aside_for_a_request(qwen3: HFBackend) -> None:
+def test_a_build_waits_for_a_request(qwen3: HFBackend) -> None:
     scheduler = scheduler_on(qwen3)
     use(scheduler, MEMORIES[0], 6)
     with scheduler.gate.request():
@@ -156,7 +156,7 @@ def test_a_failed_build_leaves_the_memory_as_text(qwen3: HFBackend) -> None:
     assert [move.memory_id for move in scheduler.tick()] == ["long"] and scheduler.failures == {}
 
 
-def test_budget_holds_and_the_more_useful_stays(qwen3: HFBackend) -> None:
+def test_the_budget_is_kept_and_the_more_useful_memory_stays(qwen3: HFBackend) -> None:
     longest = max(len(qwen3.template.memory_tokens(memory.memory).token_ids) for memory in MEMORIES)
     size = longest * kv_bytes_a_token(qwen3)
     scheduler = scheduler_on(qwen3, ram=2 * size)
@@ -234,7 +234,7 @@ def test_damaged_kv_is_answered_as_text(qwen3: HFBackend, tmp_path: Path) -> Non
 
 
 def test_in_the_background_answers_and_edits_stay_right(qwen3: HFBackend, tmp_path: Path) -> None:
-    """4 threads ask and edit while the scheduler builds, moves and evicts in its own; every answer is its text's."""
+    """4 threads query and edit while the scheduler's thread builds, moves and evicts; every answer is its text's."""
     texts = {f"m{i}": [TextualMemoryItem(id=f"m{i}", memory=MEMORIES[j].memory) for j in (i, i + 3)] for i in range(3)}
     right = {memory.memory: as_text(qwen3, memory, 4) for memories in texts.values() for memory in memories}
     size = max(len(qwen3.template.memory_tokens(text).token_ids) for text in right) * kv_bytes_a_token(qwen3)
@@ -260,8 +260,8 @@ def test_in_the_background_answers_and_edits_stay_right(qwen3: HFBackend, tmp_pa
     assert not wrong and any(cached) and scheduler.planner.table.now == 100
 
 
-def test_a_load_slower_than_prefilling_is_not_done(qwen3: HFBackend, tmp_path: Path) -> None:
-    """The same memory on the same disk, told to be slow and to be fast; the answer is the same."""
+def test_a_load_slower_than_prefilling_is_skipped(qwen3: HFBackend, tmp_path: Path) -> None:
+    """The same memory on a disk that is declared slow, then fast; the answer is the same."""
     served = {}
     for name, load_s_a_byte in (("slow", 1.0), ("fast", 1e-12)):
         costs = Costs(0.001, 1e-4, 0.0, kv_bytes_a_token(qwen3), {"disk": load_s_a_byte})
@@ -276,7 +276,7 @@ def test_a_load_slower_than_prefilling_is_not_done(qwen3: HFBackend, tmp_path: P
     assert served["slow"].token_ids == served["fast"].token_ids
 
 
-def test_a_text_without_an_id_is_told_what_is_wanted(qwen3: HFBackend) -> None:
+def test_the_error_for_a_text_without_an_id_names_the_type(qwen3: HFBackend) -> None:
     scheduler = scheduler_on(qwen3)
     for given in ["a plain text"], "a plain text":
         with pytest.raises(ArgumentError, match=r"not str. Give TextualMemoryItem\(id="):
@@ -301,16 +301,16 @@ def test_a_with_block_closes_and_starts_nothing(qwen3: HFBackend, tmp_path: Path
     with pytest.raises(ClosedError):
         scheduler.observe(MEMORIES[0], QUERY)
     with pytest.raises(ClosedError), scheduler:
-        raise AssertionError("a closed one is not entered")
+        raise AssertionError("a closed scheduler is not entered")
     with pytest.raises(ZeroDivisionError), scheduler_on(qwen3, tmp_path) as again:
         assert again.index.texts["m0"].memory == MEMORIES[0].memory, "its state was written"
         again.update(MEMORIES[1])
         raise ZeroDivisionError
-    scheduler_on(qwen3, tmp_path).close()  # the folder was handed back
+    scheduler_on(qwen3, tmp_path).close()  # the folder was unlocked
 
 
 def test_a_state_that_can_not_be_written_locks_no_folder(qwen3: HFBackend, tmp_path: Path) -> None:
-    """Leaving told of the state, and the disk tier stayed this process's until it ended."""
+    """Closing reports the state's error and still releases the lock of the disk tier."""
     state = tmp_path / "state.json"
     with pytest.raises(StorageError, match=r"state\.json"), scheduler_on(qwen3, tmp_path):
         state.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""MemScheduler called with wrong kinds, values or ids: an error of ours, and what was observed stays as it was."""
+"""MemScheduler called with wrong kinds, values or ids: an error of kvmem, and what was observed stays as it was."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ NO_QUERIES: list[Any] = [None, 3, b"x", "", [], ["x"], [{"role": "user"}], [{"ro
 
 @pytest.fixture
 def observed(qwen3, tmp_path):
-    """A scheduler that has seen one memory once; what a wrong call must leave as it is."""
+    """A scheduler that has seen one memory once. A wrong call must not change it."""
     scheduler = scheduler_on(qwen3, tmp_path)
     scheduler.observe(FIRST, QUERY)
     scheduler.tick()
     before = scheduler.explain("m0"), scheduler.planner.state()
     yield scheduler
-    scheduler.tick()  # nothing is left of a refused call for this to fall over
+    scheduler.tick()  # a refused call leaves nothing behind that makes this fail
     assert (scheduler.explain("m0"), scheduler.planner.state()) == before
     assert list(scheduler.index.texts.values()) == [FIRST] and not scheduler.failures
     scheduler.close()
 
 
 @pytest.mark.parametrize("given", NO_MEMORIES, ids=kind)
-def test_what_is_no_text_memory(observed, given):
+def test_anything_but_a_text_memory(observed, given):
     calls = (
         lambda: observed.observe(given, QUERY),
         lambda: observed.update(given),
@@ -47,7 +47,7 @@ def test_what_is_no_text_memory(observed, given):
 
 
 @pytest.mark.parametrize("query", NO_QUERIES, ids=kind)
-def test_what_is_no_query(observed, query):
+def test_anything_but_a_query(observed, query):
     with pytest.raises(PromptError, match=r"A query is|The query is empty|A turn is"):
         observed.observe(MEMORIES[1], query)
     with pytest.raises(PromptError, match=r"A query is|The query is empty|A turn is"):
@@ -61,7 +61,7 @@ def test_an_answer_of_no_tokens(observed, tokens):
 
 
 @pytest.mark.parametrize("id_", [None, 3, [], FIRST], ids=kind)
-def test_explain_of_what_is_no_id(observed, id_):
+def test_explain_of_anything_but_an_id(observed, id_):
     with pytest.raises(ArgumentError, match="has to be str"):
         observed.explain(id_)
     with pytest.raises(UnknownMemoryError, match="Never observed: m9"):
@@ -82,7 +82,7 @@ def test_start_twice_is_refused(observed):
 
 @pytest.mark.parametrize("given", [FIRST, iter([FIRST]), (FIRST,)], ids=["alone", "iterator", "tuple"])
 def test_one_memory_alone_and_an_iterator_are_taken(qwen3, given):
-    """An iterator was used up by its check, and left a use of nothing that the next tick fell over."""
+    """The check of an iterator must not exhaust it, which would record an empty use."""
     scheduler = scheduler_on(qwen3)
     assert scheduler.answer(QUERY, given, 8).token_ids == as_text(qwen3, FIRST)
     scheduler.tick()

@@ -76,7 +76,7 @@ def test_a_body_with_all_regions_damaged_is_refused_without_a_deadlock(tmp_path:
     wrong = Regions(len(body), SMALL, (_regions(body).digests[0], *(bytes(16),) * 499))
     for _ in range(30):
         with pytest.raises(DamagedFileError):
-            _within(60, lambda: _staged(tmp_path / "f", body, wrong, [(0, len(body))]))
+            within(60, lambda: _staged(tmp_path / "f", body, wrong, [(0, len(body))]))
 
 
 def test_a_file_truncated_during_the_read_is_refused(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def _same_when_staged(path: Path, items: list[KVCacheItem]) -> None:
     assert all(stored.same_tensors(cache, item.kv_cache) for cache, item in zip(caches, items, strict=True))
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
+def within(seconds: float, work: Callable[[], T]) -> T:
     """What `work` returns or raises. Fails after so many seconds, and leaves the thread running."""
     outcome: list[T | BaseException] = []
 

@@ -60,15 +60,15 @@ def test_a_retry_sends_one_request_to_a_store_that_is_down(qwen3: HFBackend, lin
 def test_a_file_that_can_not_be_deleted_counts_in_the_budget(qwen3: HFBackend, tmp_path: Path) -> None:
     """In a tier for one item, none fits until the old bytes are deleted. A folder in its place prevents that."""
     first, second = (qwen3.build(memory.memory) for memory in MEMORIES[:2])
-    room = max(first.metadata.kv_bytes, second.metadata.kv_bytes)
-    items = TieredCache(qwen3, {"disk": room}, tmp_path)
+    budget = max(first.metadata.kv_bytes, second.metadata.kv_bytes)
+    items = TieredCache(qwen3, {"disk": budget}, tmp_path)
     items.put(first, "disk")
     path = DiskStore.file_of(tmp_path, first.kv_cache_id)
     path.unlink()
     path.mkdir()  # which no unlink removes
     assert items.drop(first.kv_cache_id) and items.ids() == []
     assert items.used_bytes() == {"disk": first.metadata.kv_bytes}
-    with pytest.raises(BudgetError, match=f"has {room - first.metadata.kv_bytes} left"):
+    with pytest.raises(BudgetError, match=f"has {budget - first.metadata.kv_bytes} left"):
         items.put(second, "disk")
     items.pending_deletes.retry()
     assert list(items.pending_deletes) == [("disk", first.kv_cache_id)]

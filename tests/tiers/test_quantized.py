@@ -34,7 +34,7 @@ def built(qwen3: HFBackend) -> list[KVCacheItem]:
 
 def payload_bytes(path: Path) -> int:
     with safetensors.safe_open(path, "pt") as file:
-        return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 - it is no dictionary
+        return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 - it is not a dictionary
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -130,16 +130,16 @@ def test_a_scheduler_explains_and_counts_quantized_memories(qwen3: HFBackend, tm
     costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(qwen3))
     tokens = max(len(qwen3.template.memory_tokens(memory.memory).token_ids) for memory in MEMORIES[:2])
     sizes = TieredCache(qwen3, {"disk_int8": GB}, tmp_path / "sizes")
-    room = 2 * sizes.size("disk_int8", tokens)
-    assert room < 2 * tokens * kv_bytes_a_token(qwen3), "less than the two take unquantized"
-    scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"disk_int8": room}, tmp_path, costs)
+    budget = 2 * sizes.size("disk_int8", tokens)
+    assert budget < 2 * tokens * kv_bytes_a_token(qwen3), "less than the two take unquantized"
+    scheduler = MemScheduler(memory_on(qwen3), "benefit_per_byte", {"disk_int8": budget}, tmp_path, costs)
     exact = [scheduler.answer(QUERY, [memory], 8) for memory in MEMORIES[:2]]
     for memory in MEMORIES[:2]:
         use(scheduler, memory, 8)
     while scheduler.tick():
         pass
     assert scheduler.index.tiers() == {"m0": "disk_int8", "m1": "disk_int8"}
-    assert scheduler.items.used_bytes()["disk_int8"] <= room
+    assert scheduler.items.used_bytes()["disk_int8"] <= budget
     for memory, before in zip(MEMORIES[:2], exact, strict=True):
         answer = scheduler.answer(QUERY, [memory], 8)
         assert before.lossy == "" and answer.lossy == "int8" and answer.cached_tokens > 50

@@ -131,14 +131,14 @@ def test_accounting_is_exact(
         for step, index, disk in steps:
             item, tier = built[index], "disk" if disk else "ram"
             size = nbytes(item.kv_cache)
-            room = budgets[tier] - sum(nbytes(built[i].kv_cache) for i, at in where.items() if at == tier)
+            free = budgets[tier] - sum(nbytes(built[i].kv_cache) for i, at in where.items() if at == tier)
             if step == "drop":
                 assert items.drop(item.kv_cache_id) == (where.pop(index, None) is not None)
             elif step == "use" and index in where:
                 with items.use(item.kv_cache_id) as used:
                     assert same_bits(used, copy_of(item))
             elif (step == "put") != (index in where) and step in ("put", "move"):
-                if where.get(index) != tier and size > room:
+                if where.get(index) != tier and size > free:
                     with pytest.raises(BudgetError):
                         items.put(item, tier) if step == "put" else items.move(item.kv_cache_id, tier)
                 else:

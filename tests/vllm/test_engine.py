@@ -273,7 +273,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(engine: VLLMBackend) -> 
             file_path(engine.store.folder, name)
 
 
-def test_a_build_asks_once_before_it_is_sent_and_can_be_cancelled(engine: VLLMBackend) -> None:
+def test_a_build_calls_between_layers_once_before_it_is_sent_and_can_be_cancelled(engine: VLLMBackend) -> None:
     calls: list[int] = []
     item = engine.build(TEXTS[0][:400], between_layers=lambda: calls.append(1))
     assert calls == [1] and item.metadata.token_count > 0

@@ -1,4 +1,4 @@
-"""Pinned memories stay while requests evict others, by the engine's own count; pins leave room for requests."""
+"""Pinned memories stay while requests evict others, by the engine's own count; pins leave blocks for requests."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_an_item_that_can_not_be_pinned_is_a_named_error(engine: VLLMBackend, me
     engine.reset()  # nothing is left pinned
 
 
-def test_pins_leave_room_for_requests_and_preempted_answers_are_equal(
+def test_pins_leave_blocks_for_requests_and_preempted_answers_are_equal(
     engine: VLLMBackend, memory: KVCacheMemory, filler: KVCacheItem
 ) -> None:
     total = engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1

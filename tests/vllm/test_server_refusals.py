@@ -31,7 +31,7 @@ def test_no_server_there_names_the_address_and_how_to_start_one(connect: Connect
         connect(base_url=nowhere)
 
 
-def test_another_address_of_the_server_is_no_api(connect: Connect, url: str) -> None:
+def test_an_address_of_the_server_that_is_not_its_api(connect: Connect, url: str) -> None:
     with pytest.raises(ServerError, match=r"no such address.*base_url ends with /v1"):
         connect(base_url=url.removesuffix("/v1"))
 

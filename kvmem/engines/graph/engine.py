@@ -157,13 +157,13 @@ class Engine:
         Each step is launched before the token of the previous step is read, so the GPU does not wait for the host.
         """
         with self.turn():
-            room = min(most, self.config.capacity_tokens - sequence.length)
+            most_new = min(most, self.config.capacity_tokens - sequence.length)
             step = self._decoding(sequence, token)
-            on_host = torch.empty(room, dtype=torch.long, pin_memory=self.device.type == "cuda")
+            on_host = torch.empty(most_new, dtype=torch.long, pin_memory=self.device.type == "cuda")
             tokens: list[int] = []
             launched: list[torch.cuda.Event] = []
-            for i in range(room + 1):
-                if i < room:
+            for i in range(most_new + 1):
+                if i < most_new:
                     on_host[i : i + 1].copy_(step(), non_blocking=True)
                     if self.device.type == "cuda":
                         launched.append(torch.cuda.Event())
@@ -175,8 +175,8 @@ class Engine:
                 if int(on_host[i - 1]) in ends:
                     break
                 tokens.append(int(on_host[i - 1]))
-            sequence.length += min(len(tokens) + 1, room)
-            if len(tokens) == room < most:
+            sequence.length += min(len(tokens) + 1, most_new)
+            if len(tokens) == most_new < most:
                 self._check_room(sequence.length + 1)
             return tokens
 

@@ -60,7 +60,7 @@ class EngineAnswer:
     report: Report | None
     """The connector's report, if the request gave it an order."""
     logprobs: tuple[dict[int, float], ...] | None = None
-    """For each token, log-probabilities by token id, if the request asked for them."""
+    """For each token, log-probabilities by token id, if they were requested."""
 
     @property
     def text_ids(self) -> tuple[int, ...]:

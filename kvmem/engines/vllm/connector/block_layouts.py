@@ -85,7 +85,7 @@ class CPUPacked(Layout):
         if key not in self.unpacking:
             if max(self.block_size, head_dim) > MOST_ENTRIES:
                 raise EngineError(
-                    f"Entries of blocks of {self.block_size} tokens with heads of {head_dim} can't be told apart: "
+                    f"Entries of blocks of {self.block_size} tokens with heads of {head_dim} can't be distinguished: "
                     f"{MOST_ENTRIES} is the most. Use block_size=128."
                 )
             packed_from = torch.zeros(self.block_size * head_dim, dtype=torch.long)
