@@ -1,7 +1,8 @@
 # Each target sets itself up: a virtual environment in .venv, remade when pyproject.toml changes.
 #
 #   make run        measures on SmolLM2-135M: a table, plots, report.html and an offline W&B run below outputs/
-#   make test       lints, type-checks, and runs the tests (with the documentation and the wheel); TESTS, WORKERS
+#   make test       lints, type-checks, and runs the tests (with the documentation and the wheel), those of the caches
+#                   once more with the oldest supported transformers; TESTS, WORKERS
 #   make lint       ruff (rules and format), and mypy in strict mode
 #   make docs       builds the documentation into site/, strictly; `make docs-serve` shows it at http://127.0.0.1:8000
 #   make coverage   the tests with line coverage; slower than `make test`
@@ -31,6 +32,8 @@ READY := $(VENV)/.ready
 VLLM_READY := $(VENV)/.vllm
 RAY_READY := $(VENV)/.ray
 TRITON_READY := $(VENV)/.triton
+OLDEST := $(VENV)/oldest-transformers
+OLDEST_READY := $(OLDEST)/.ready
 PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: run test coverage lint format docs docs-serve hooks setup clean
@@ -38,8 +41,9 @@ PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m py
 run: setup $(if $(filter vllm,$(BACKEND)),$(VLLM_READY))
 	$(BIN)/python -m experiments.run $(if $(BACKEND),backend=$(BACKEND)) $(if $(filter vllm,$(BACKEND)),experiment=vllm_prefix_reuse) $(ARGS)
 
-test: lint $(VLLM_READY) $(RAY_READY) $(TRITON_READY)
+test: lint $(VLLM_READY) $(RAY_READY) $(TRITON_READY) $(if $(TESTS),,$(OLDEST_READY))
 	$(PYTEST) $(TESTS)
+	$(if $(TESTS),,PYTHONPATH=$(OLDEST) $(PYTEST) tests/cache)
 
 coverage: $(VLLM_READY) $(RAY_READY) $(TRITON_READY)
 	$(PYTEST) --cov --cov-report=term $(TESTS)
@@ -90,6 +94,11 @@ $(RAY_READY): $(READY)
 $(TRITON_READY): $(READY)
 	$(BIN)/python -m pip install "triton>=3.4; sys_platform == 'linux'"
 	touch $(TRITON_READY)
+
+# What the library relies on inside transformers' caches is tested with the oldest supported version too.
+$(OLDEST_READY): $(READY)
+	$(BIN)/python -m pip install --upgrade --no-deps --target $(OLDEST) transformers==5.16.0 "huggingface-hub>=1.5,<2"
+	touch $(OLDEST_READY)
 
 COMMA := ,
 
