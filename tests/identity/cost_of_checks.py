@@ -1,6 +1,6 @@
 """What the check of an open model costs an answer: python -m tests.identity.cost_of_checks.
 
-Prints the microseconds of one check, and the share that an answer's checks have of a 40 ms answer. An answer checks twice:
+Prints the microseconds of one check, and the share of a 40 ms answer that its checks take. An answer checks twice:
 in `get_cache` and in `generate`.
 """
 
