@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvmem.cache.fingerprint import ModelFingerprint
 from kvmem.cache.items import MemoryTokens
-from kvmem.cache.layers import KV, CopyOnWriteLayer, PatchedLayer, SlidingLayer, StoredLayer, TransferLayer
+from kvmem.cache.layers import KV, CopyOnWriteLayer, PatchedLayer, SlidingView, TransferLayer
 from kvmem.errors import CacheInUseError, FingerprintError, ModelError
 
 
@@ -59,9 +59,11 @@ def _empty(config: PreTrainedConfig, kind: type[CacheT]) -> CacheT:
     cache = kind(config=config)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[i] = CopyOnWriteLayer() if kind is CacheView else StoredLayer()
+            if kind is CacheView:
+                cache.layers[i] = CopyOnWriteLayer()
         elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[i] = SlidingLayer(layer.sliding_window)
+            if kind is CacheView:
+                cache.layers[i] = SlidingView(layer.sliding_window)
         else:
             raise ModelError(
                 f"{config.model_type} has a layer of kind {type(layer).__name__}, whose state is not a list of keys "

@@ -20,19 +20,8 @@ def _forget(layer: DynamicLayer) -> None:
     layer.is_initialized = False
 
 
-class StoredLayer(DynamicLayer):
-    """A layer of a stored memory with full attention. `reset` leaves its tensors unchanged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def reset(self) -> None:
-        _forget(self)
-        super().reset()
-
-
-class SlidingLayer(DynamicSlidingWindowLayer):
-    """A layer with a sliding window, of a stored memory or a view. `reset` leaves its tensors unchanged.
+class SlidingView(DynamicSlidingWindowLayer):
+    """A layer of a view with a sliding window. `reset` leaves the shared tensors unchanged.
 
     It needs no copy on write: an update replaces its tensors by new ones.
     """
@@ -42,7 +31,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         super().reset()
 
 
-class TransferLayer(StoredLayer):
+class TransferLayer(DynamicLayer):
     """A layer whose tensors may still be in transfer to a GPU. Call `wait` before a kernel reads them."""
 
     def __init__(self, ready: torch.cuda.Event | None = None) -> None:
@@ -94,6 +83,7 @@ class CopyOnWriteLayer(TransferLayer):
 
     def reset(self) -> None:
         self.ready, self.buffers, self.headroom = None, None, INITIAL_HEADROOM_TOKENS
+        _forget(self)
         super().reset()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
