@@ -17,7 +17,8 @@ SLOWER_THAN_ANY = Rates(1e15, 1e15, "float32", "a limit that no arm of a test re
 
 
 def bench_on(engine: VLLMBackend, *overrides: str) -> Bench:
-    config = compose.validate(compose.compose(["backend=vllm", "sink=none", *overrides]))
+    chosen = [] if any(override.startswith("scenario=") for override in overrides) else ["scenario=prefix_reuse"]
+    config = compose.validate(compose.compose(["backend=vllm", "sink=none", *chosen, *overrides]))
     memory = on_engine(engine)
     return Bench(config, memory, engine, Roofline(SLOWER_THAN_ANY, engine.model_config), engine_conditions(engine))
 

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from kvmem import storage
 from kvmem.cache import KV, KVCacheItem, Source, TextualMemoryItem, dynamic_cache
-from kvmem.engines.base import BetweenLayers
+from kvmem.engines.base import Backend, BetweenLayers
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.huggingface.config import DTYPES, HFConfig
 from kvmem.errors import ConfigError, KVMemError
@@ -105,11 +105,12 @@ class HFRanksBackend(HFBackend):
 
     def write(self, path: Path, items: Sequence[KVCacheItem]) -> None:
         """Each rank sends its heads to the first one, which writes. Returns, or raises, on all ranks."""
+        self.guard.verify()  # on every rank: the hash gathers each weight from all
         whole = [self._with(item, [self._gathered(pair) for pair in _layers(item)]) for item in items]
         failed: KVMemError | OSError | None = None
         if self.rank == 0:
             try:
-                super().write(path, whole)
+                Backend.write(self, path, whole)
             except (KVMemError, OSError) as error:
                 failed = error
         self._raise_any(failed)
@@ -119,6 +120,7 @@ class HFRanksBackend(HFBackend):
 
         Returns, or raises, on all ranks: the file may be missing on another node.
         """
+        self.guard.verify()
         items: list[KVCacheItem] = []
         failed: KVMemError | OSError | None = None
         try:
