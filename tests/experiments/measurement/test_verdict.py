@@ -45,7 +45,7 @@ def test_a_sound_cell_is_ok() -> None:
 
 
 def test_a_merge_counts_as_work_of_the_direct_arm() -> None:
-    """Four memories of 1,024 tokens in all on a CPU, by RopeShift. Without the merge the ratio is 1.12, near the noise."""
+    """Four memories of 1,024 tokens in all on a CPU, by RopeShift. Without the merge the ratio is 1.12: noise."""
     assert validate_cell(**SOUND | {"build_s": 0.5}).verdict == "invalid"
     assert validate_cell(**SOUND | {"build_s": 0.5, "merge_s": 0.14}).verdict == "ok"
     reason = validate_cell(**SOUND | {"build_s": 0.5, "merge_s": 0.12}).reason
