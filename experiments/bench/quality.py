@@ -56,5 +56,5 @@ def nll(backend: HFBackend, item: KVCacheItem) -> float | None:
 
 
 def _view(backend: HFBackend, item: KVCacheItem) -> dynamic_cache.CacheView:
-    config, told = backend.model_config, item.metadata
-    return dynamic_cache.view_of(item.kv_cache, told.tokens, config, told.lossy, backend.fingerprint)
+    config, metadata = backend.model_config, item.metadata
+    return dynamic_cache.view_of(item.kv_cache, metadata.tokens, config, metadata.lossy, backend.fingerprint)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from experiments.traces import Outcome, Trace
-from experiments.workloads import QUESTIONS, asked, cut_memories, docs_text
+from experiments.workloads import QUESTIONS, as_query, cut_memories, docs_text
 from kvmem import KVCacheMemory, TextualMemoryItem
 from kvmem.cache import dynamic_cache
 from kvmem.engines.huggingface import HFBackend
@@ -110,7 +110,7 @@ class _Texts:
         return self._texts[number]
 
     def question(self, number: int, use: int) -> str:
-        return asked(self._backend.template, QUESTIONS[self._topics[number]][use % 2])
+        return as_query(self._backend.template, QUESTIONS[self._topics[number]][use % 2])
 
     def _cut(self, number: int) -> TextualMemoryItem:
         head = f"Page {number}, revision {self._edits[number]}. "

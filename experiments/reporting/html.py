@@ -134,7 +134,7 @@ def cell(row: Row) -> CellView:
         )
         for arm, times in arms
     ]
-    asked = row.payload if isinstance(row.payload, AnswerPayload) else None
+    answered = row.payload if isinstance(row.payload, AnswerPayload) else None
     parts = [labels.label(row, "context"), labels.label(row, "query")]
     sizes = f"{formatting.count(row.context_tokens)} tokens of memory, {formatting.count(row.query_tokens)} of query"
     sizes_told = "" if all(part.replace(",", "").isdigit() for part in parts) else f"{' / '.join(parts)}: "
@@ -148,9 +148,9 @@ def cell(row: Row) -> CellView:
         labels.shown_speedup(row),
         figures,
         bars,
-        asked.question if asked else None,
-        asked.truth if asked else None,
-        asked.answers if asked else {},
+        answered.question if answered else None,
+        answered.truth if answered else None,
+        answered.answers if answered else {},
         ttft.speedup_interval if ttft else None,
     )
 

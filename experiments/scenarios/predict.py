@@ -184,7 +184,7 @@ class Predict(Scenario[Paper, Table]):
     )
 
     def open(self, setup: Setup) -> Paper:
-        found = fit_engine(list(self._points()), setup.seed) if self.fit_from else None
+        found = fit_engine(list(self.measured_points()), setup.seed) if self.fit_from else None
         return Paper(setup, found.engine if found else Engine(), found)
 
     def cells(self, bench: Paper) -> Sequence[Table]:
@@ -201,7 +201,7 @@ class Predict(Scenario[Paper, Table]):
     def failed(self, bench: Paper, cell: Table, error: str) -> Row:
         return _row(None, "", GIVEN, scenario=cell.label, status="failed", error=error)
 
-    def _points(self) -> Iterator[Point]:
+    def measured_points(self) -> Iterator[Point]:
         for folder in self.fit_from:
             for row in read_run(Path(folder)).rows:
                 if row.status == "done" and row.verdict == "ok":
@@ -320,7 +320,7 @@ class Predict(Scenario[Paper, Table]):
         )
 
     def _layout(self, model: str, card: Hardware, dtype: str = verdict.PUBLISHED_DTYPE) -> Layout:
-        return Layout(_shape(model.lower()), card, dtype, self.host_gb_s, self.network_gb_s)
+        return Layout(shape_of(model.lower()), card, dtype, self.host_gb_s, self.network_gb_s)
 
     def _card(self, name: str) -> Hardware:
         path = layout.CARDS / f"{name}.yaml"
@@ -334,12 +334,12 @@ class Predict(Scenario[Paper, Table]):
 
 
 @cache
-def _shape(name: str) -> DenseShape:
+def shape_of(name: str) -> DenseShape:
     return DenseShape.of(loading.shape_config(name))  # counts the weights of a whole architecture: tenths of a second
 
 
-def _error_pct(predicted: float, told: float) -> float:
-    return 100 * (predicted / told - 1)
+def _error_pct(predicted: float, published: float) -> float:
+    return 100 * (predicted / published - 1)
 
 
 def _distribution(errors_pct: Sequence[float]) -> dict[str, Any]:

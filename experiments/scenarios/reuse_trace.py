@@ -170,8 +170,8 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         self._costs = costs
         budget = int(self.replay_budget_share * sum(real.trace.tokens) * costs.kv_bytes_a_token)
         policy = policy_classes()[OURS]()
-        told = simulate(real.trace, policy, {"ram": budget}, costs, real.planning, self.tick_every)
-        differs = disagreement(real.outcome, told)
+        simulated = simulate(real.trace, policy, {"ram": budget}, costs, real.planning, self.tick_every)
+        differs = disagreement(real.outcome, simulated)
         hits = real.outcome.hits
         wrong = f"{hits - real.same_first_tokens} of {hits} hits began with another token than the whole prompt"
         worst = max(differs, key=lambda name: differs[name])
@@ -194,7 +194,7 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
             self._row(
                 bench,
                 OURS,
-                payload([told], run="simulated", differs=differs, costs=vars(costs)),
+                payload([simulated], run="simulated", differs=differs, costs=vars(costs)),
                 "ok" if differs[worst] <= AGREEMENT else "invalid",
                 f"{apart} from the replay",
                 conditions,
@@ -285,13 +285,13 @@ def _payload(outcomes: Sequence[Outcome], **figures: Any) -> ReuseTracePayload:
     )
 
 
-def disagreement(real: Outcome, told: Outcome) -> dict[str, float]:
+def disagreement(real: Outcome, simulated: Outcome) -> dict[str, float]:
     """By which share each figure of the simulation differs from the replay's."""
     pairs = {
-        "the sum of TTFT": (real.ttft_s.sum(), told.ttft_s.sum()),
-        "the seconds saved": (real.saved_s, told.saved_s),
-        "the seconds of builds": (real.build_s, told.build_s),
-        "the tokens hit": (real.hit_tokens, told.hit_tokens),
+        "the sum of TTFT": (real.ttft_s.sum(), simulated.ttft_s.sum()),
+        "the seconds saved": (real.saved_s, simulated.saved_s),
+        "the seconds of builds": (real.build_s, simulated.build_s),
+        "the tokens hit": (real.hit_tokens, simulated.hit_tokens),
     }
     return {name: float(abs(b - a) / abs(a)) if a else float(bool(b)) for name, (a, b) in pairs.items()}
 

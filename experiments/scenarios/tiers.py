@@ -19,7 +19,7 @@ from experiments.bench import COLD, RECOMPUTE, WARM, Bench, Quality, TierProbe
 from experiments.measurement import transfer_s
 from experiments.results import Payload, Row, between
 from experiments.scenarios.base import ModelScenario
-from experiments.workloads import asked, cut_memories, docs_texts
+from experiments.workloads import as_query, cut_memories, docs_texts
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
 from kvmem.scheduler import Costs
@@ -147,7 +147,7 @@ class Tiers(ModelScenario[TiersCell]):
         (text,) = cut_memories(texts.memories, tokens, template, bench.setup.separator, "scenario")
         bench.memory.extract(text)  # warms up this shape
         item = bench.memory.extract(text)
-        question = asked(template, texts.ask(()).variants[0])
+        question = as_query(template, texts.ask(()).variants[0])
         places = TierProbe(bench, item, question, folder / str(tokens), self.compressed)
         rng = random.Random(bench.setup.seed)
         rounds = [places.round(rng) for _ in range(1 + self.repeats)][1:]
@@ -220,13 +220,13 @@ class Tiers(ModelScenario[TiersCell]):
         for row in rows:
             if isinstance(row.payload, TiersPayload):
                 over.setdefault(row.arm, []).append(row.payload.over_resident)
-        told = ", ".join(
+        multiples = ", ".join(
             f"{place} ({between(values)})"
             for place, values in over.items()
             if place != RECOMPUTE and set(values) != {1.0}
         )
-        anew = f"; prefilled anew ({between(over[RECOMPUTE])})" if RECOMPUTE in over else ""
-        return f"Time to the first token, as a multiple of a memory's in the fastest tier: {told}{anew}."
+        recomputed = f"; prefilled anew ({between(over[RECOMPUTE])})" if RECOMPUTE in over else ""
+        return f"Time to the first token, as a multiple of a memory's in the fastest tier: {multiples}{recomputed}."
 
 
 @plain_dataclass(frozen=True)

@@ -17,7 +17,7 @@ from experiments.bench import Bench, build_once
 from experiments.measurement import ttft
 from experiments.results import Payload, Row, formatting
 from experiments.scenarios.base import ModelScenario
-from experiments.workloads import asked, cut_memories, docs_texts
+from experiments.workloads import as_query, cut_memories, docs_texts
 from kvmem.cache import KVCacheItem
 from kvmem.engines.vllm import Arrival, Served, VLLMBackend
 from kvmem.errors import ConfigError, KVMemError
@@ -40,7 +40,7 @@ class ArmCell:
 
 
 @plain_dataclass(frozen=True)
-class Asked:
+class PlannedRequest:
     """One request before an arm takes it: when it comes, which memory it asks, and its question as text."""
 
     at_s: float
@@ -196,7 +196,7 @@ class UnderLoad(ModelScenario[ArmCell]):
         bench.memory.add([item for item in items if item.kv_cache_id not in held])
         return items
 
-    def _requests(self, bench: Bench, rate: float) -> list[Asked]:
+    def _requests(self, bench: Bench, rate: float) -> list[PlannedRequest]:
         """The same requests for every arm; each question has a number, so that no two share more than the memory."""
         rng = np.random.default_rng(bench.setup.seed)
         popularity = 1.0 / np.arange(1, self.memories + 1) ** self.zipf_exponent
@@ -205,7 +205,9 @@ class UnderLoad(ModelScenario[ArmCell]):
         asks = [docs_texts(bench.setup.seed, i, 1).ask(()).variants[-1] for i in range(self.memories)]
         template = bench.backend.template
         return [
-            Asked(float(at), int(memory), asked(template, f"{random.Random(n).randrange(10**6)}: {asks[memory]}"))
+            PlannedRequest(
+                float(at), int(memory), as_query(template, f"{random.Random(n).randrange(10**6)}: {asks[memory]}")
+            )
             for n, (at, memory) in enumerate(zip(at_s, chosen, strict=True))
         ]
 

@@ -94,7 +94,7 @@ class WandB(Sink):
                 mode=mode,
                 dir=run_dir,
                 config=config,
-                **_place_in_sweep(run_dir, config),
+                **place_in_sweep(run_dir, config),
                 settings=wandb.Settings(
                     silent=True, console="off", x_disable_stats=True, disable_git=True, init_timeout=INIT_TIMEOUT_S
                 ),
@@ -154,7 +154,7 @@ def _plain(value: Any) -> str | int | float | bool | None:
     return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
 
 
-def _place_in_sweep(run_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
+def place_in_sweep(run_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
     """A job of a sweep is one of its group, and has the same id however often it is started, so that it goes on.
 
     Under one of W&B's agents the id is the agent's.

@@ -64,7 +64,7 @@ def _tokens_only(tokens: MemoryTokens) -> KVCacheItem:
     return KVCacheItem(DynamicCache(), KVCacheMetadata(tokens=tokens, build_s=0.0, kv_bytes=0, fingerprint=None))
 
 
-def asked(template: PromptTemplate, question: str) -> str:
+def as_query(template: PromptTemplate, question: str) -> str:
     """The question as the template wants it: `plain` has no turns, so the text itself must part memory and question."""
     return question if template.kind == "chat" else f"\n\nQuestion: {question}\nAnswer:"
 
@@ -126,7 +126,7 @@ def cut_memories(
 
     All but the last are cut at a word near their share; the last one makes the sum exact.
     """
-    probe = asked(template, "What is it?")
+    probe = as_query(template, "What is it?")
     done: tuple[str, ...] = ()
     for i, text in enumerate(texts):
         share = context_tokens * (i + 1) // len(texts)
@@ -156,13 +156,13 @@ def cut_question(
 
     def count(question: str) -> int:
         if question not in counted:
-            counted[question] = len(template.split(tokens, asked(template, question)).query_ids)
+            counted[question] = len(template.split(tokens, as_query(template, question)).query_ids)
         return counted[question]
 
     def checked(question: str) -> str | None:
-        prompt = template.split(tokens, asked(template, question))
+        prompt = template.split(tokens, as_query(template, question))
         exact = (len(prompt.memory_ids), len(prompt.query_ids)) == (context_tokens, query_tokens)
-        return asked(template, question) if exact else None
+        return as_query(template, question) if exact else None
 
     what = f"{what}.query_tokens={query_tokens}"
     shortest = min(variants, key=len)

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from experiments.workloads.base import Cell, Workload
-from experiments.workloads.cut import asked, held
+from experiments.workloads.cut import as_query, held
 from kvmem.errors import ConfigError
 from kvmem.prompt import PromptTemplate
 
@@ -120,7 +120,7 @@ def _cells(
         texts = tuple(record.text for record in group)
         tokens = held(template, texts, separator)
         for question in questions:
-            text = asked(template, question.text)
+            text = as_query(template, question.text)
             prompt = template.split(tokens, text)
             yield Cell(
                 context="+".join(record.label for record in group),

@@ -1,6 +1,6 @@
 """A throw-away Slurm on this machine: root, no systemd, all files in one folder; two GPUs that are character devices.
 
-slurmdbd with MariaDB, since without accounting a killed job is noticed only after minutes.
+It runs slurmdbd with MariaDB: without accounting, a killed job is noticed only after minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GPUS = 2
 
 
 def why_not() -> str | None:
-    """What is missing for a Slurm here; None: nothing."""
+    """What is missing to start Slurm on this machine; None if nothing is."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"no {', '.join(missing)}: apt-get install slurm-wlm munge slurmdbd mariadb-server"
@@ -32,7 +32,7 @@ def why_not() -> str | None:
 
 @dataclass
 class Slurm:
-    """`ports`: of slurmctld, slurmd, slurmdbd and MariaDB, free ones."""
+    """`ports`: free ports for slurmctld, slurmd, slurmdbd and MariaDB."""
 
     folder: Path
     ports: list[int]
@@ -74,7 +74,7 @@ class Slurm:
         _until(lambda: self.ask("sinfo", "-h", "-p", "main", "-o", "%t") == "idle", "a node that is idle")
 
     def ask(self, *command: str) -> str | None:
-        """What a client prints; None where it fails or does not answer."""
+        """The output of a client command; None if it fails or does not answer."""
         try:
             done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=10, check=False)
         except subprocess.TimeoutExpired:
@@ -133,7 +133,7 @@ class Slurm:
 
 
 def start(folder: Path) -> Slurm:
-    """A Slurm that takes jobs: partition `main`, and `high`, whose jobs have those of `main` queued again."""
+    """A running Slurm with the partitions `main` and `high`; jobs of `high` preempt and requeue those of `main`."""
     sockets = [socket.socket() for _ in range(4)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))

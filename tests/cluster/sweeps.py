@@ -23,11 +23,11 @@ COMMAND = (
     "scenario.answer_tokens=2",
     "sink=none",
 )
-"""Two amounts of host memory; two models are for the test to name, and vary more slowly."""
+"""Two amounts of host memory. The test names two models, which vary more slowly."""
 
 
 def start(folder: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:
-    """The sweep's command with `more`, running in `folder`; its output is one text."""
+    """The sweep's command with `more`, running in `folder`; stdout and stderr are joined."""
     env = os.environ | env | {"PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.run", "-m", *more, *COMMAND],
@@ -40,7 +40,7 @@ def start(folder: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str
 
 
 def sweep_folder(folder: Path) -> Path | None:
-    """The one sweep that was started in `folder`; None: not begun."""
+    """The one sweep that was started in `folder`; None if it has not begun."""
     found = list(folder.glob("outputs/sweeps/kv_vs_direct-*"))
     assert len(found) <= 1, "the same command makes one folder"
     return found[0] if found else None
@@ -61,7 +61,7 @@ def writer(run_dir: Path) -> int | None:
 
 
 def jobs_in(output: str) -> dict[int, str]:
-    """Index in the sweep -> the cluster's name of the job that a command submitted for it."""
+    """The cluster's job name for each index in the sweep, read from a command's output."""
     return {int(index): job for job, index in re.findall(r"^job (\w+): #(\d+)", output, re.M)}
 
 
@@ -75,7 +75,7 @@ def finished(run_dir: Path) -> bool:
 
 
 def is_whole(sweep: Path) -> list[Row]:
-    """Every row of the sweep, each cell of each job once and measured; and all of them in the joined table."""
+    """Returns the rows. Checks that each cell of each job has one measured row, and the joined table has all."""
     rows = [row for job in range(4) for row in read_rows(sweep / str(job))]
     assert [row.query_tokens for row in rows] == QUERIES * 4
     assert {row.status for row in rows} == {"done"}

@@ -1,4 +1,4 @@
-"""A layout that no job can be is refused before one is queued: no cluster is needed to learn so."""
+"""A layout that a job can't have is refused before any job is queued; this needs no cluster."""
 
 from __future__ import annotations
 

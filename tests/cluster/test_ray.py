@@ -1,4 +1,4 @@
-"""A sweep through a real Ray here: one job is killed, the others finish, and the same command does the rest."""
+"""A sweep on a real local Ray: one job is killed, the others finish, and the same command runs the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KILLED = 2
 
 @pytest.fixture
 def sweep_on_ray() -> Iterator[tuple[str, ...]]:
-    """A Ray of each command's own: two jobs at a time, and none is started again by Ray itself."""
+    """Overrides that start a separate Ray for each command: two jobs at a time, and no retries by Ray."""
     pytest.importorskip("ray", reason="no Ray here: pip install 'kvmem[ray]'")
     pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="pip install --no-deps hydra-ray-launcher==1.2.2")
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: a socket's path has 108 bytes at most
@@ -38,7 +38,7 @@ def test_a_sweep_survives_a_job_that_dies(sweep_on_ray: tuple[str, ...], tmp_pat
     first = start(tmp_path, {}, *sweep_on_ray)
     before = ""
     while not before:
-        assert first.poll() is None, "no row to lose"
+        assert first.poll() is None, "the run ended before its job was killed"
         time.sleep(0.02)
         if (sweep := sweep_folder(tmp_path)) is not None:
             before = rows_text(sweep / str(KILLED))

@@ -1,4 +1,4 @@
-"""A sweep through a real Slurm: a job killed, one out of memory, one preempted; and what the same command does then."""
+"""A sweep on a real Slurm: one job is killed, one runs out of memory, one is preempted; then the command runs again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREEMPTED, OUT_OF_MEMORY, KILLED, SIBLING = range(4)
 @pytest.mark.slurm
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_sweep_survives_what_clusters_do(a_slurm: Slurm, tmp_path: Path) -> None:
+def test_a_sweep_survives_killed_and_preempted_jobs(a_slurm: Slurm, tmp_path: Path) -> None:
     first = start(tmp_path, a_slurm.env, *SWEEP)
     before = _disturb(a_slurm, tmp_path, first)
     output, _ = first.communicate()
@@ -27,10 +27,10 @@ def test_a_sweep_survives_what_clusters_do(a_slurm: Slurm, tmp_path: Path) -> No
     assert sweep is not None and first.returncode == 1, output
     jobs = jobs_in(output)
     shown = {index: a_slurm.ask("scontrol", "show", "job", job) or "" for index, job in jobs.items()}
-    assert all("TresPerNode=gres:gpu:1" in told for told in shown.values()), shown
+    assert all("TresPerNode=gres:gpu:1" in job_text for job_text in shown.values()), shown
     assert "Restarts=0" not in shown[PREEMPTED] and "JobState=COMPLETED" in shown[PREEMPTED], shown
-    told = "".join(path.read_text() for path in (sweep / ".submitit" / jobs[OUT_OF_MEMORY]).glob("*.err"))
-    assert "exceeded memory limit" in told and "JobState=COMPLETED" not in shown[OUT_OF_MEMORY], told
+    reported = "".join(path.read_text() for path in (sweep / ".submitit" / jobs[OUT_OF_MEMORY]).glob("*.err"))
+    assert "exceeded memory limit" in reported and "JobState=COMPLETED" not in shown[OUT_OF_MEMORY], reported
     assert "JobState=FAILED" in shown[KILLED] and "JobState=COMPLETED" in shown[SIBLING], shown
     assert [finished(sweep / str(job)) for job in range(4)] == [True, False, False, True]
     assert "2 of 4 jobs finished" in output and "not finished: 1, 2" in output

@@ -1,4 +1,4 @@
-"""The example notebook runs from its first cell to its last, and a run from Python is the command line's."""
+"""The example notebook runs from its first cell to its last, and a run from Python equals one from the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "ms injected" in printed and "'Reprefill'" in printed and "report.html" in printed
 
 
-def test_overrides_and_a_typed_config_are_the_same_run(tmp_path: Path) -> None:
+def test_overrides_and_a_typed_config_give_the_same_run(tmp_path: Path) -> None:
     (by_name,) = run_experiment("model=tiny", "sink=none", *CELL, out=tmp_path / "overrides")
     config = RunConfig(
         model=ModelCard(label="tiny", shape="tiny", weights="random"),
@@ -50,10 +50,12 @@ def test_overrides_and_a_typed_config_are_the_same_run(tmp_path: Path) -> None:
     assert (typed.model, typed.context_tokens, typed.equality) == (by_name.model, 64, by_name.equality)
     hashes = [json.loads((tmp_path / one / "DONE.json").read_text())["config_hash"] for one in ("overrides", "typed")]
     assert hashes[0] == hashes[1]
-    assert run_experiment(config, out=tmp_path / "overrides") == [by_name]  # finished: its rows are read again
+    assert run_experiment(config, out=tmp_path / "overrides") == [
+        by_name
+    ]  # the run is finished, so its rows are only read
 
 
-def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean tiny"):
         run_experiment("model=tinny", out=tmp_path / "no")
     with pytest.raises(ArgumentError, match="one RunConfig, or overrides"):

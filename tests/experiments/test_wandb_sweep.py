@@ -15,7 +15,7 @@ from experiments import wandb_sweep
 from experiments.config import compose
 from experiments.config.compose import CONF
 from experiments.execution import checkpoint, sweep
-from experiments.sinks.wandb import _place_in_sweep
+from experiments.sinks.wandb import place_in_sweep
 from kvmem.errors import ConfigError
 
 OVERRIDES = (
@@ -27,7 +27,7 @@ OVERRIDES = (
 )
 
 
-def test_an_agents_job_is_the_sweeps_own(tmp_path: Path) -> None:
+def test_an_agents_job_runs_in_the_sweeps_folder(tmp_path: Path) -> None:
     file = yaml.safe_load(wandb_sweep.sweep_file(OVERRIDES))
     ((name, numbers),) = file["parameters"].items()
     assert (file["method"], file["project"], numbers) == ("grid", "kvmem", {"values": [0, 1]})
@@ -45,15 +45,15 @@ def test_an_agents_job_is_the_sweeps_own(tmp_path: Path) -> None:
     assert list((tmp_path / folder / "1" / "wandb").glob("offline-run-*"))
 
 
-def test_an_agent_names_its_run_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_chooses_the_id_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = tmp_path / "outputs/sweeps/x-0123/1"
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
-    assert _place_in_sweep(job, {})["id"] == "x-0123-1"
+    assert place_in_sweep(job, {})["id"] == "x-0123-1"
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
-    assert _place_in_sweep(job, {}) == {"group": "x-0123", "job_type": ""}
+    assert place_in_sweep(job, {}) == {"group": "x-0123", "job_type": ""}
 
 
-def test_online_is_said_unless_a_mode_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_mode_is_online_unless_one_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert wandb_sweep.main(["experiment=smoke", "seed=0,1"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["command"][-2:] == ["seed=0,1", "sink.mode=online"]
 
@@ -62,17 +62,19 @@ def test_online_is_said_unless_a_mode_is(capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "reason"),
     [(["sink=none"], "Leave sink=wandb"), (["job=2", "seed=0,1"], "2 jobs, 0 to 1"), (["modle=tiny"], "Did you mean")],
 )
-def test_what_no_agent_can_run(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_that_no_agent_can_run_is_refused(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert wandb_sweep.main(arguments) == 2
     assert reason in capsys.readouterr().err
 
 
-def test_a_wrong_job_is_found_when_the_file_is_made() -> None:
+def test_a_wrong_job_is_found_when_the_file_is_written() -> None:
     with pytest.raises(ConfigError, match="Did you mean tiny"):
         wandb_sweep.sweep_file(["model=tiny,tinny"])
 
 
-def test_a_sweep_over_experiments_has_a_folder_that_hydra_can_be_told() -> None:
+def test_the_folder_of_a_sweep_over_experiments_is_a_valid_override() -> None:
     overrides = ["experiment=smoke,vllm_ttft_table", "model=tiny"]
     folder = sweep.folder_of(overrides)
     assert folder.name.startswith("smoke-vllm_ttft_table-")

@@ -31,7 +31,7 @@ def request(folder: str, **fields: object) -> vllm_process.Request:
 
 
 @pytest.mark.slow
-def test_cold_hit_and_decoding(tmp_path: Path) -> None:
+def test_a_cold_prompt_a_prefix_hit_and_decoding(tmp_path: Path) -> None:
     config = loading.shape_config("qwen3-0.6b")
     config.num_hidden_layers, config.vocab_size, config.architectures = 1, 49152, ["Qwen3ForCausalLM"]
     config.layer_types = config.layer_types[:1]
@@ -46,6 +46,6 @@ def test_cold_hit_and_decoding(tmp_path: Path) -> None:
     assert reply.cell(512, 32) is reply.cells[1] and reply.cell(512, 33) is None
 
 
-def test_a_failure_is_an_error_with_its_last_lines(tmp_path: Path) -> None:
+def test_a_failure_raises_an_error_with_the_last_lines_of_the_output(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"vLLM's process failed: .*"):
         vllm_process.measure_in_process(request(str(tmp_path / "nothing")), timeout_s=100)

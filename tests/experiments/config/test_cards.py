@@ -1,4 +1,4 @@
-"""Configuration: every card is its class's name card, and what is misspelled fails before anything loads."""
+"""Configuration: every card lists the knobs of its class, and a misspelling fails before a model loads."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from kvmem.models import loading
 
 ROOT = CONF.parent
 CLASS_GROUPS = ("backend", "hardware", "merge", "model", "scenario", "sink", "storage", "workload")
-"""Their cards are name cards of classes; the other groups' cards set knobs of these."""
+"""Each card of these groups names a class; the cards of the other groups set knobs of these."""
 CARDS = sorted(path for group in CLASS_GROUPS for path in (CONF / group).glob("*.yaml"))
 DATA_GROUPS = {"model", "hardware"}
-"""Their cards describe one thing each, and may leave out what is not known."""
+"""Each card of these groups describes one model or machine, and may leave out what is not known."""
 NOT_DEFAULT = {("storage", "pickle")}
 
 
@@ -42,7 +42,7 @@ def card_id(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", CARDS, ids=card_id)
-def test_card_is_what_its_class_says(path: Path) -> None:
+def test_a_card_matches_its_class(path: Path) -> None:
     card: dict[str, Any] = resolved(compose.compose([f"{path.parent.name}={path.stem}"]))[path.parent.name]
     cls = get_class(card["_target_"])
     knobs = {field.name for field in dataclasses.fields(cls) if field.init}
@@ -123,7 +123,7 @@ def test_a_sweep_is_checked_to_its_last_job() -> None:
         check(["--multirun", "model=smollm2_135m", "seed=1,two"])
 
 
-def test_a_sweeps_own_params_are_expanded_and_can_be_overridden() -> None:
+def test_the_params_of_a_sweep_are_expanded_and_can_be_overridden() -> None:
     three = expand(["experiment=hf_ttft_table", "model.weights=random"])
     assert [validate(compose.compose(job)).model.label for job in three] == ["Qwen3-8B", "Qwen3-32B", "Qwen2.5-72B"]
     one = expand(["experiment=hf_ttft_table", "model=tiny"])
@@ -153,7 +153,7 @@ def test_the_command_ends_with_status_2_and_no_traceback(arguments: list[str], t
 
 
 @pytest.mark.parametrize("arguments", [["model=null"], ["-m", "sink=null", "seed=0,1"]], ids=["job", "sweep"])
-def test_a_group_that_is_set_to_null_is_refused(arguments: list[str]) -> None:
+def test_a_group_set_to_null_is_refused(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"Got NoneType\. Give each group one of its choices, which --help lists"):
         check(arguments)
 
@@ -167,7 +167,7 @@ def test_help_lists_every_group_and_choice(tmp_path: Path) -> None:
     assert "hardware/gpu" not in shown and "mode/quick" not in shown
 
 
-def test_a_layout_is_its_gpus_data_sheet_and_how_many_there_are() -> None:
+def test_a_layout_combines_its_gpus_data_sheet_and_their_number() -> None:
     h100 = yaml.safe_load((CONF / "hardware/gpu/h100.yaml").read_text())
     layout = resolved(compose.compose(["hardware=h100x4"]))["hardware"]
     assert h100.items() <= layout.items() and (layout["gpus"], layout["tensor_parallel"]) == (4, 4)
@@ -175,7 +175,7 @@ def test_a_layout_is_its_gpus_data_sheet_and_how_many_there_are() -> None:
     assert "gpu" not in choices("hardware") and "h100x4" in choices("hardware")
 
 
-def test_an_engine_does_not_choose_the_scenario_and_an_experiment_does() -> None:
+def test_an_experiment_chooses_the_scenario_and_an_engine_does_not() -> None:
     alone, experiment = (resolved(compose.compose([one])) for one in ("backend=vllm", "experiment=vllm_prefix_reuse"))
     assert alone["scenario"]["_target_"].endswith(".KVvsDirect")
     assert alone | {"backend": None} == resolved(compose.compose([])) | {"backend": None}
@@ -197,7 +197,7 @@ def test_every_scenario_and_workload_has_a_quick_and_a_debug_mode(scenario: str,
     assert debug["model"]["shape"] == "tiny" and debug["model"]["weights"] == "random"
 
 
-def test_a_mode_cuts_an_experiment_and_a_knob_that_is_given_wins() -> None:
+def test_a_mode_shortens_an_experiment_and_an_explicit_knob_wins() -> None:
     quick = resolved(compose.compose(["experiment=vllm_prefix_reuse", "mode=quick", "scenario.answer_tokens=6"]))
     assert (quick["scenario"]["pairs"], quick["scenario"]["answer_tokens"]) == (2, 6)
     assert quick["workload"]["context_tokens"] == [128] and quick["sink"]["_target_"].endswith(".NoSink")
@@ -212,7 +212,7 @@ PARAMETERS = {
     "llama-3.1-8b": 8_030_261_248,
     "smollm2-135m": 134_515_008,
 }
-"""As published with each model's weights."""
+"""The published parameter count of each model."""
 
 
 @pytest.mark.parametrize("shape", PARAMETERS)

@@ -1,4 +1,4 @@
-"""One cell of every conf/experiment/*.yaml, for real, at a tiny shape; and what a run leaves and how it ends."""
+"""One cell of every conf/experiment/*.yaml, on a tiny model; and the files and the exit status of a run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_one_cell_of_experiment(experiment: str, tmp_path: Path) -> None:
 def test_a_cell_that_raises_becomes_a_failed_row_and_the_run_ends_with_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it; it is put back behind this test
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it; monkeypatch restores it after this test
     knobs = ["workload.context_tokens=[9000,256]", "workload.query_tokens=[32]", "scenario.pairs=2"]
     monkeypatch.setattr(sys, "argv", ["run", "model=tiny", "sink=none", f"hydra.run.dir={tmp_path}", *knobs])
     assert runner.main() == runner.NOT_ALL_VALID
@@ -67,7 +67,7 @@ def test_a_cell_that_raises_becomes_a_failed_row_and_the_run_ends_with_status_1(
     assert "9000/32: failed: kvmem.errors.PromptError" in capsys.readouterr().out
 
 
-def test_what_makes_a_run_fail() -> None:
+def test_conditions_that_make_a_run_fail() -> None:
     diverged = ttft_row(equality="diverged")
     assert runner.problems([ttft_row()], exact=True) == []
     assert "PromptError" in runner.problems([failed_row()], exact=False)[0]

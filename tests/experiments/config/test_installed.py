@@ -1,4 +1,4 @@
-"""A strategy of a user's own: an installed package provides it through an entry point, and a run chooses it by name."""
+"""A user's own strategy: an installed package provides it through an entry point, and a run chooses it by name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RUN = ("model=tiny", "model.weights=random", "mode=quick", "workload.memories=2"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the package is installed into."""
+    """The folder into which the package is installed."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     (source / "pyproject.toml").write_text(PROJECT)
     (source / "my_merges.py").write_text(MODULE)

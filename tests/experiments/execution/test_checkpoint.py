@@ -1,4 +1,4 @@
-"""A run that was cut short goes on where it was; another configuration, or another process, is refused."""
+"""An interrupted run continues where it stopped; another configuration, or a second process, is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
-def test_only_what_is_missing_is_measured_again(tmp_path: Path) -> None:
+def test_only_missing_cells_are_measured(tmp_path: Path) -> None:
     here = [*KNOBS, TWO_CELLS, "hydra.run.dir=run"]
     run(tmp_path, *here)
     rows_file, done_file = tmp_path / "run/rows.jsonl", tmp_path / "run/DONE.json"
@@ -39,7 +39,7 @@ def test_only_what_is_missing_is_measured_again(tmp_path: Path) -> None:
     done = json.loads(done_file.read_text())
     assert done["finished"] and len(done["cells"]) == 2
 
-    # as a kill in the middle of the second cell's line leaves it
+    # the state after a kill while the second cell's line is written
     rows_file.write_text(first + second[: len(second) // 2])
     done_file.write_text(json.dumps(done | {"cells": done["cells"][:1], "finished": False}))
     again = run(tmp_path, *here)
@@ -65,7 +65,7 @@ def test_a_failed_cell_is_tried_again_and_its_row_replaced(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("left", [0, 1, None], ids=["none", "one", "no file"])
-def test_a_finished_cell_whose_row_is_lost_is_finished_no_more(tmp_path: Path, left: int | None) -> None:
+def test_a_finished_cell_whose_row_is_lost_is_measured_again(tmp_path: Path, left: int | None) -> None:
     lines = [ttft_row(context, conditions={"cell": f"{context}/32"}).to_json() + "\n" for context in (64, 96)]
     with checkpoint.opened(tmp_path, {"seed": 0}) as done:
         done.finish("64/32")
@@ -90,8 +90,8 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_rows_without_a_ledger_are_not_written_over(tmp_path: Path) -> None:
-    """Such as a run of an older kvmem left, or one whose DONE.json was not copied along with it."""
+def test_rows_without_a_ledger_are_not_overwritten(tmp_path: Path) -> None:
+    """An older version leaves such a run, or a copy without DONE.json."""
     rows = ttft_row().to_json() + "\n"
     (tmp_path / "rows.jsonl").write_text(rows)
     with pytest.raises(ConfigError, match=r"holds rows, but no DONE\.json"), checkpoint.opened(tmp_path, {"seed": 0}):
@@ -118,13 +118,13 @@ def test_the_same_command_finds_its_sweep_and_another_one_does_not() -> None:
 
 
 @pytest.mark.parametrize("plus", ["", "++"])
-def test_a_folder_that_is_chosen_is_the_one_that_hydra_takes(plus: str) -> None:
+def test_hydra_uses_the_chosen_sweep_folder(plus: str) -> None:
     folder = sweep.folder_of(["model=tiny", "seed=0,1", plus + "hydra.sweep.dir='my runs/${hydra.job.name}'"])
     assert folder == Path("my runs/run")
 
 
 def moved(cards: dict[str, Any], module: str) -> dict[str, Any]:
-    """The same cards, as if their classes lay in another module."""
+    """The same cards with their classes in another module."""
     paths = {key: f"{module}.{card['_target_'].rpartition('.')[2]}" for key, card in cards.items() if is_card(card)}
     inside = {key: card | {"_target_": paths[key]} if key in paths else card for key, card in cards.items()}
     return inside | {"_target_": f"{module}.RunConfig"}
@@ -134,7 +134,7 @@ def is_card(card: object) -> bool:
     return isinstance(card, dict) and "_target_" in card
 
 
-def test_a_class_may_move_and_what_is_configured_may_not() -> None:
+def test_the_hash_ignores_where_a_class_lies_and_depends_on_its_knobs() -> None:
     cards = compose.resolved(compose.compose(["model=tiny", "merge=ropeshift"]))
     assert checkpoint.config_hash(moved(cards, "kvmem.elsewhere")) == checkpoint.config_hash(cards)
     for other in ("merge=naive_concat", "model.seed=1", "hardware.tensor_parallel=2"):
@@ -146,7 +146,7 @@ BEGUN_BEFORE = ("model=tiny", "scenario.pairs=2", "seed=0,1")
 
 
 def begun_before(folder: Path) -> None:
-    """A sweep's folder as a version left it whose hashes held the paths of classes, and whose cards knew no mode."""
+    """The sweep folder of an older version, whose hashes held the paths of classes, and whose cards had no `mode`."""
     for number, job in enumerate(compose.expand(BEGUN_BEFORE)):
         composed = compose.compose(job)
         cards = moved(compose.resolved(composed), "experiments.config")
@@ -173,13 +173,13 @@ def test_a_sweep_that_an_older_version_began_is_continued(tmp_path: Path, monkey
         pass
 
 
-def test_an_override_may_name_what_only_its_job_knows() -> None:
+def test_an_override_may_interpolate_a_value_of_its_job() -> None:
     jobs = compose.expand(["seed=3,4", "workload.seed=${seed}", "hydra.sweep.subdir=job_${hydra.job.num}"])
     assert [job[-1] for job in jobs] == ["hydra.sweep.subdir=job_${hydra.job.num}"] * 2
     assert [compose.compose(job).workload.seed for job in jobs] == [3, 4]
 
 
-def test_the_jobs_of_a_sweep_may_be_called_anything(tmp_path: Path) -> None:
+def test_the_jobs_of_a_sweep_may_have_any_name(tmp_path: Path) -> None:
     for name in ("job_0", "job_1"):
         (tmp_path / name).mkdir()
         with checkpoint.opened(tmp_path / name, {"seed": 0}) as done:
@@ -192,7 +192,7 @@ def test_the_jobs_of_a_sweep_may_be_called_anything(tmp_path: Path) -> None:
     ]
 
 
-def test_a_sweep_is_joined(tmp_path: Path) -> None:
+def test_a_finished_sweep_has_a_joined_report(tmp_path: Path) -> None:
     done = run(tmp_path, "-m", *KNOBS, "workload.context_tokens=[64]", "seed=0,1", "launcher=joblib")
     (folder,) = (tmp_path / "outputs/sweeps").iterdir()
     assert "2 of 2 jobs finished" in done.stdout

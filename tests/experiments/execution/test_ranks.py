@@ -1,4 +1,4 @@
-"""`backend=hf_ranks`: one command measures on several processes, and outlives the death of one of them."""
+"""`backend=hf_ranks`: one command measures on several processes, and can be continued after one of them is killed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def kill_rank(run: subprocess.Popen[str], rank: str) -> None:
     one.send_signal(signal.SIGKILL)
 
 
-def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = started(folder)
     assert first.stdout is not None
@@ -56,13 +56,13 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(tmp_path: Path)
         if line.startswith("[2/3]"):
             kill_rank(first, "1")
             break
-    told = first.stdout.read()
+    output = first.stdout.read()
     assert first.wait() == 1
-    assert "rank 1 with status -9" in told and "ranks.log" in told and "Traceback" not in told
+    assert "rank 1 with status -9" in output and "ranks.log" in output and "Traceback" not in output
 
     again = started(folder)
-    told, _ = again.communicate()
-    assert "1 of 3 cells were finished before" in told
+    output, _ = again.communicate()
+    assert "1 of 3 cells were finished before" in output
     rows = read_run(folder).rows
     assert sorted(row.query_tokens for row in rows) == [16, 24, 40]
     for row in rows:
@@ -71,14 +71,16 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (("hardware.tensor_parallel=1",), "hardware=local has tensor_parallel=1"),
         (("scenario=storage",), "scenario=storage measures an engine of one process, and backend=hf_ranks is 2"),
     ],
 )
-def test_what_ranks_can_not_measure_is_refused_before_any_starts(overrides: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_run_that_ranks_cannot_measure_is_refused_before_any_rank_starts(
+    overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         ranks.needed(validate(compose([*TWO, *overrides])))
 
 

@@ -1,4 +1,4 @@
-"""The layouts: every card is sound, and a machine that is another one is refused before anything loads."""
+"""The layouts: every card is valid, and a machine that does not match is refused before a model loads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_card_is_named_after_its_file_and_is_what_hydra_composes(path: Pat
         hardware.refuse(node(hardware.gpu, hardware.gpus // hardware.nodes))
 
 
-def test_a_machine_that_is_not_the_layout_is_refused_with_the_way_out() -> None:
+def test_a_machine_that_is_not_the_layout_is_refused_with_a_remedy() -> None:
     for machine in (LAPTOP, node("NVIDIA H100 PCIe", 4), node("NVIDIA H100 80GB HBM3", 3)):
         with pytest.raises(ConfigError) as refused:
             card("h100x4").refuse(machine)
@@ -46,7 +46,7 @@ def test_a_machine_that_is_not_the_layout_is_refused_with_the_way_out() -> None:
         assert "hardware=local" in str(refused.value) and "hardware.check=false" in str(refused.value)
 
 
-def test_little_host_memory_is_refused() -> None:
+def test_too_little_host_memory_is_refused() -> None:
     hardware = Hardware(name="fat", gpu="NVIDIA H200", gpus=1, host_memory_gb=2000)
     with pytest.raises(ConfigError, match="2000 GB of memory"):
         hardware.refuse(node("NVIDIA H200", 1))
@@ -71,15 +71,15 @@ def test_parallelism_that_does_not_fill_the_layout_is_refused() -> None:
         Hardware(name="lame", gpu="NVIDIA H100", gpus=4, tensor_parallel=2)
 
 
-def test_the_machine_is_told_with_what_a_figure_depends_on() -> None:
+def test_conditions_report_the_machine_and_all_that_a_figure_depends_on() -> None:
     machine = inspect()
     assert machine.cpu and machine.cores >= 1 and machine.memory_gb > 0.5
-    told = json.loads(json.dumps(conditions(), allow_nan=False))
-    assert {"kvmem", "torch", "transformers", "python", "commit", "threads", "machine", "gpus"} <= told.keys()
-    assert len(told["gpus"]) == len(machine.gpus)
+    reported = json.loads(json.dumps(conditions(), allow_nan=False))
+    assert {"kvmem", "torch", "transformers", "python", "commit", "threads", "machine", "gpus"} <= reported.keys()
+    assert len(reported["gpus"]) == len(machine.gpus)
 
 
-def test_the_commit_of_this_checkout() -> None:
+def test_commit_is_that_of_this_checkout() -> None:
     if (CARDS.parents[1] / ".git").exists():
         found = commit()
         assert found is not None and len(found.rstrip("+")) == 12

@@ -1,4 +1,4 @@
-"""What a measurement asks of each engine, found by the engine's class."""
+"""The adapters that a measurement finds by an engine's class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fast() -> HFGraphBackend:
     return HFGraphBackend(loaded(SHAPES["qwen3"]), "chat", GraphConfig(capacity_tokens=512))
 
 
-def test_two_chunkings_are_the_same_prompt(qwen3: HFBackend, fast: HFGraphBackend) -> None:
+def test_both_chunkings_give_the_same_prompt(qwen3: HFBackend, fast: HFGraphBackend) -> None:
     ids = tuple(range(100, 160))
     right_V = last_logits(qwen3, ids)
     for backend in (qwen3, fast):
@@ -35,7 +35,7 @@ def test_conditions_name_what_the_figures_depend_on(qwen3: HFBackend, fast: HFGr
     assert of_graph["warm_up"] == {"seconds": 0.0, "graphs": 0, "graph_bytes": 0}
 
 
-def test_vllm_has_its_own() -> None:
+def test_vllm_has_its_own_adapter() -> None:
     assert two_chunkings.dispatch(VLLMBackend) is not two_chunkings.dispatch(MeasuredBackend)
     assert engine_conditions.dispatch(VLLMBackend) is not engine_conditions.dispatch(MeasuredBackend)
 

@@ -32,22 +32,22 @@ def test_an_answer_is_bitwise_equal_to_its_copy(steps: int, vocab: int, seed: in
 @pytest.mark.parametrize("other", [answer([1.0, 0.5], [2.0, 0.25]), answer([1.0, 0.0], [2.0, 0.0])])
 def test_equal_tokens_with_other_logits(other: Trace) -> None:
     equality = grade(answer([1.0, 0.0], [2.0, -0.0]), other, never)
-    assert equality.grade == "tokens"  # the second: -0.0 is not 0.0 to the bit
+    assert equality.grade == "tokens"  # the second has -0.0, whose bits are not those of 0.0
     assert equality.logit_max_abs_diff == max(
         0.0, float((other.logits_SV - torch.tensor([[1, 0], [2, 0]])).abs().max())
     )
 
 
-def test_equal_values_of_another_dtype_are_not_bitwise() -> None:
+def test_equal_values_of_another_dtype_are_not_graded_bitwise() -> None:
     assert grade(answer([1.0, 0.0]), answer([1.0, 0.0], dtype=torch.bfloat16), never).grade == "tokens"
 
 
 @pytest.mark.parametrize(("noise", "expected"), [(0.25, "near_tie"), (0.24, "diverged"), (0.0, "diverged")])
 def test_a_near_tie_is_within_twice_the_noise_of_the_direct_arm(noise: float, expected: str) -> None:
-    asked: list[int] = []
+    checked: list[int] = []
 
     def rounding_noise(step: int) -> float:
-        asked.append(step)
+        checked.append(step)
         return noise
 
     direct = answer([0.0, 9.0, 0.0], [1.0, 0.5, 0.0], [9.0, 0.0, 0.0])
@@ -55,12 +55,12 @@ def test_a_near_tie_is_within_twice_the_noise_of_the_direct_arm(noise: float, ex
     equality = grade(direct, injected, rounding_noise)
     assert (equality.grade, equality.first_difference, equality.near_tie_margin) == (expected, 1, 0.5)
     assert equality.rounding_noise == noise
-    assert equality.logit_max_abs_diff == 1.0  # step 2 answers another text, and does not count
-    assert asked == [1]
+    assert equality.logit_max_abs_diff == 1.0  # step 2 follows a different token, and does not count
+    assert checked == [1]
 
 
 @given(st.integers(0, 999), st.floats(1e-3, 1.0))
-def test_what_moves_each_logit_by_no_more_than_the_noise_never_diverges(seed: int, noise: float) -> None:
+def test_a_change_of_each_logit_within_the_noise_never_diverges(seed: int, noise: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     direct_SV = torch.randn(4, 6, dtype=torch.float64, generator=generator) * noise
     moved_SV = direct_SV + (2 * torch.rand(4, 6, dtype=torch.float64, generator=generator) - 1) * noise

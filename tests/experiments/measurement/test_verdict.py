@@ -1,4 +1,4 @@
-"""The verdict: every rule fails for its own reason, and the published rows that are known to fail do."""
+"""The verdict: every rule fails for its own reason, and the published rows that are known to fail do fail."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def test_a_sound_cell_is_ok() -> None:
     verdict = validate_cell(**SOUND)
     assert (verdict.verdict, verdict.reason) == ("ok", "")
     assert validate_cell(**SOUND | {"equality": "near_tie"}).verdict == "ok"
-    assert validate_cell(**SOUND | {"build_s": 0.64}).verdict == "ok"  # direct is 1.19 times the two
+    assert validate_cell(**SOUND | {"build_s": 0.64}).verdict == "ok"  # the direct time is 1.19 times their sum
 
 
-def test_a_merge_is_work_that_the_direct_arm_does_too() -> None:
-    """Four memories of 1,024 tokens in all on a CPU, by RopeShift: 1.12 without the merge, close to what is noise."""
+def test_a_merge_counts_as_work_of_the_direct_arm() -> None:
+    """Four memories of 1,024 tokens in all on a CPU, by RopeShift. Without the merge the ratio is 1.12: noise."""
     assert validate_cell(**SOUND | {"build_s": 0.5}).verdict == "invalid"
     assert validate_cell(**SOUND | {"build_s": 0.5, "merge_s": 0.14}).verdict == "ok"
     reason = validate_cell(**SOUND | {"build_s": 0.5, "merge_s": 0.12}).reason
@@ -65,7 +65,7 @@ def test_every_reason_is_listed() -> None:
     assert verdict.reason.count("; ") == 3
 
 
-def test_divergence_is_the_price_of_a_merge_that_is_not_exact() -> None:
+def test_divergence_is_accepted_for_a_merge_that_is_not_exact() -> None:
     verdict = validate_cell(**SOUND | {"equality": "diverged", "exact": False})
     assert verdict.verdict == "ok"
     assert "the price of this merge" in verdict.reason
@@ -81,7 +81,7 @@ def failing(rule: str) -> set[tuple[str, str, str, str]]:
 
 
 def test_published_rows_that_beat_the_hardware() -> None:
-    """2,000 + 4,000 tokens in 99 ms is the known one; nothing but 72B on 4 × H800 beats its hardware."""
+    """2,000 + 4,000 tokens in 99 ms is the known case; only the rows of 72B on 4 × H800 beat their hardware."""
     found = failing("limit")
     assert ("Qwen2.5-72B", "H800 (4 GPUs)", "2,000", "4,000") in found
     assert {(model, hardware) for model, hardware, _, _ in found} == {("Qwen2.5-72B", "H800 (4 GPUs)")}

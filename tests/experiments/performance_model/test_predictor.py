@@ -1,4 +1,4 @@
-"""The predictor: every published cell, what it is worth on measured ones, and its lengths and fleets."""
+"""The predictor: every published cell, the error on measured cells, break-even lengths and fleets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiments.performance_model.roofline import Roofline
 from experiments.results import published
 from experiments.results.row import Row
 from experiments.results.run_dir import read_run
-from experiments.scenarios.predict import Predict, _shape
+from experiments.scenarios.predict import Predict, shape_of
 from kvmem.errors import ConfigError
 from kvmem.models import loading
 from tests.helpers.rows import ttft_row
@@ -29,11 +29,11 @@ ENGINE = Engine()
 
 
 def layout(model: str = "qwen3-8b", hardware: str = "h100") -> Layout:
-    return Layout(_shape(model), read_card(CARDS / f"{hardware}.yaml"))
+    return Layout(shape_of(model), read_card(CARDS / f"{hardware}.yaml"))
 
 
 def fitted_on(name: str, seed: int = 0) -> Fit:
-    return fit_engine(list(Predict(fit_from=[str(REFERENCE / name)])._points()), seed)
+    return fit_engine(list(Predict(fit_from=[str(REFERENCE / name)]).measured_points()), seed)
 
 
 @pytest.mark.parametrize(("new", "cached"), [(167, 583), (953, 6064), (7017, 0), (1, 100_000)])
@@ -46,7 +46,7 @@ def test_no_prediction_beats_the_limit(new: int, cached: int, hardware: str) -> 
     assert here.ttft_s(Prefill(new, cached), ENGINE) > limit.limit_s(new, cached)
 
 
-def test_a_pipeline_does_not_hasten_one_request_and_more_ranks_do() -> None:
+def test_more_ranks_speed_up_one_request_and_a_pipeline_does_not() -> None:
     direct = Prefill(4000, 0)
     times = {name: layout("qwen2.5-72b", name).ttft_s(direct, ENGINE) for name in ("h800x2", "h800x4", "4090x16")}
     assert times["h800x4"] < times["h800x2"] < times["4090x16"]
@@ -55,7 +55,7 @@ def test_a_pipeline_does_not_hasten_one_request_and_more_ranks_do() -> None:
     assert times["4090x16"] > one_node.ttft_s(direct, ENGINE)
 
 
-def test_a_fit_finds_the_engine_that_made_the_rows() -> None:
+def test_a_fit_recovers_the_engine_that_made_the_rows() -> None:
     truth = Engine(products=0.6, attention=0.3, bandwidth=0.7, fixed_s=0.005)
     rows: list[Row] = []
     for context in (500, 2000, 6000):
@@ -78,8 +78,8 @@ def test_a_fit_finds_the_engine_that_made_the_rows() -> None:
     assert found.engine.fixed_s == pytest.approx(0.005, rel=0.1)
 
 
-def test_a_memory_that_no_block_held_is_predicted_as_computed() -> None:
-    """A valid row of an engine that reuses whole blocks may have reused none: a memory shorter than one."""
+def test_a_memory_shorter_than_a_block_is_predicted_as_computed() -> None:
+    """An engine that reuses only whole blocks reuses nothing of a memory that is shorter than a block."""
     cold, hit = (points_of(ttft_row(12, 200, cached_tokens=cached), layout())[0] for cached in (0, 12))
     assert (cold.prefill, hit.prefill) == (Prefill(212, 0), Prefill(200, 12))
 
@@ -94,7 +94,7 @@ def test_vllms_other_cells_are_predicted_within_30_percent(name: str) -> None:
 
 
 def test_the_fast_engines_other_cells_are_predicted_within_15_percent() -> None:
-    """By the seed that scenario=predict takes. Its arms: behind a memory, and all of the text as prompt."""
+    """With the seed of scenario=predict. The arms: the query behind a memory, and the whole text as prompt."""
     found = fitted_on("injection_cost_qwen3_8b_h100", 0)
     assert {point.arm for point in found.held_out} == {"direct", "in place + graph"}
     assert not {p.cell for p in found.fitted} & {p.cell for p in found.held_out}
@@ -108,7 +108,7 @@ def test_a_fit_needs_cells_and_a_layout_with_rates() -> None:
         fitted_on("default_smollm2_cpu")
 
 
-def test_where_loading_begins_to_pay() -> None:
+def test_the_break_even_length_of_loading() -> None:
     resident, host, slow = Tier("GPU", None, 0.0), Tier("host", 55, 2e-5), Tier("far", 0.01, 1.0)
     tokens = break_even_tokens(layout(), ENGINE, host, 167)
     assert tokens is not None and tokens > 1
@@ -118,7 +118,7 @@ def test_where_loading_begins_to_pay() -> None:
     assert break_even_tokens(layout(), ENGINE, slow, 167) is None
 
 
-def test_a_fleet_of_memories() -> None:
+def test_the_needs_of_a_fleet() -> None:
     knobs = dict(requests_per_s=100.0, memories=1000, memory_tokens=6064, query_tokens=167)
     far = Tier("network", 12.5, 1e-3)
     half = size_fleet(layout(), ENGINE, far, local_share=0.5, **knobs)  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def test_a_plan_on_a_layout_that_does_not_hold_the_model_is_refused(tmp_path: Pa
     assert all("qwen2.5-72b does not fit hardware=h100" in row.error for row in refused)
 
 
-def test_a_figure_that_is_no_number_costs_its_cell_and_not_the_run(tmp_path: Path) -> None:
+def test_a_nan_fails_its_cell_and_not_the_run(tmp_path: Path) -> None:
     class OneNaN(Predict):
         def measure(self, bench: Any, cell: Any) -> list[Row]:
             rows = super().measure(bench, cell)
@@ -168,7 +168,7 @@ def test_the_scenario_names_all_published_cells_and_needs_no_model(tmp_path: Pat
 
 
 def test_a_fit_on_one_model_and_gpu_predicts_another_model_on_another_gpu() -> None:
-    unseen = list(Predict(fit_from=[str(REFERENCE / "injection_cost_qwen3_32b_h200")])._points())
+    unseen = list(Predict(fit_from=[str(REFERENCE / "injection_cost_qwen3_32b_h200")]).measured_points())
     assert len(unseen) == 8
     for seed in range(4):
         assert max(map(abs, fitted_on("injection_cost_qwen3_8b_h100", seed).errors(unseen))) < 0.15

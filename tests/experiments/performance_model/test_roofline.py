@@ -1,4 +1,4 @@
-"""The limit against counts made in other ways: the modules of real architectures, loops, and published figures."""
+"""The limit against independent counts: the modules of real architectures, loops, and published figures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SHAPES = st.builds(
 )
 TOKENS = st.integers(1, 20)
 SMOLLM2 = Roofline(H100, loading.shape_config("smollm2-135m"))
-assert SMOLLM2.shape  # read once, outside of what hypothesis times
+assert SMOLLM2.shape  # read once, outside the time that hypothesis measures
 
 
 @pytest.mark.parametrize("cell", H100_LIMIT_MS)
@@ -54,7 +54,8 @@ def test_the_limits_of_qwen3_8b_on_an_h100(cell: tuple[int, int]) -> None:
     roofline = Roofline(H100, loading.shape_config("qwen3-8b"))
     limit_ms = 1e3 * roofline.limit_s(query_tokens, context_tokens)
     assert limit_ms == pytest.approx(H100_LIMIT_MS[cell], rel=0.03)
-    assert limit_ms <= H100_LIMIT_MS[cell] + 0.01  # ours spares the last layer's work, theirs counts it
+    # our count leaves out work of the last layer that the published count includes
+    assert limit_ms <= H100_LIMIT_MS[cell] + 0.01
     whole_ms = 1e3 * max(
         prefill_flop(roofline.shape, query_tokens, context_tokens) / H100.flop_per_s,
         prefill_bytes(roofline.shape, query_tokens, context_tokens, 2) / H100.bytes_per_s,
@@ -75,7 +76,7 @@ def test_every_shape_is_covered(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny_llama"])
-def test_the_flop_of_a_forward_pass_are_what_torch_counts(shape: str) -> None:
+def test_the_flop_of_a_forward_pass_equal_those_that_torch_counts(shape: str) -> None:
     """With logits for one token; torch counts attention without causality, so the products are compared."""
     config = loading.shape_config(shape)
     config._attn_implementation = "eager"
@@ -85,7 +86,7 @@ def test_the_flop_of_a_forward_pass_are_what_torch_counts(shape: str) -> None:
     dense = DenseShape.of(config)
     square = 4 * dense.heads * dense.head_dim * 40 * 40 * len(dense.windows)
     triangle = 4 * dense.heads * dense.head_dim * 40 * 41 // 2 * len(dense.windows)
-    # Of what torch counts beside these there is the rotation's table, one product of head_dim / 2 a token.
+    # Beside these torch counts the table of the rotary embedding: one product of head_dim / 2 for each token.
     assert counted.get_total_flops() - square + triangle == pytest.approx(
         prefill_flop(dense, 40), abs=2 * 40 * dense.head_dim
     )
@@ -97,7 +98,7 @@ def seen_by_loop(window: int | None, query_tokens: int, cached_tokens: int) -> i
 
 
 @given(SHAPES, TOKENS, st.integers(0, 20))
-def test_attention_sees_what_a_loop_over_the_tokens_sees(
+def test_attention_counts_match_a_loop_over_the_tokens(
     shape: DenseShape, query_tokens: int, cached_tokens: int
 ) -> None:
     products = 2 * query_tokens * len(shape.windows) * shape.layer_weights + 2 * shape.vocab * shape.hidden
@@ -106,7 +107,7 @@ def test_attention_sees_what_a_loop_over_the_tokens_sees(
 
 
 @given(SHAPES, TOKENS, TOKENS)
-def test_a_prefill_in_two_parts_is_the_whole_and_never_less_than_the_least(
+def test_a_prefill_in_two_parts_does_the_same_work_and_is_never_faster(
     shape: DenseShape, first: int, second: int
 ) -> None:
     head = 2 * shape.vocab * shape.hidden
@@ -121,7 +122,7 @@ def test_the_limit_grows_with_both_lengths(query_tokens: int, cached_tokens: int
     limit_s = SMOLLM2.limit_s(query_tokens, cached_tokens)
     assert limit_s <= SMOLLM2.limit_s(query_tokens + 1, cached_tokens)
     assert limit_s < SMOLLM2.limit_s(query_tokens, cached_tokens + 1)
-    assert 0 < SMOLLM2.mfu(query_tokens, 0, limit_s) < 1.1  # whole work over the least work's time
+    assert 0 < SMOLLM2.mfu(query_tokens, 0, limit_s) < 1.1  # the whole work over the time of the least work
 
 
 def test_a_window_bounds_what_is_read() -> None:
@@ -142,8 +143,8 @@ def test_a_dtype_without_a_peak_is_refused() -> None:
         datasheet(H800X4, "float32")
 
 
-def test_calibration_reads_rates_that_the_products_reach() -> None:
-    """On whatever machine this is: sane figures, and a limit that a prefill of the very model does not beat."""
+def test_calibration_measures_plausible_rates() -> None:
+    """On any machine: plausible rates, and a limit that a prefill of the same model does not beat."""
     config = loading.shape_config("tiny")
     rates = calibrate(config, torch.float32, torch.device("cpu"))
     assert 1e8 < rates.flop_per_s < 1e14 and 1e8 < rates.bytes_per_s < 1e13
@@ -165,6 +166,6 @@ def test_the_best_of_two_calibrations() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_calibration_on_a_gpu_stays_below_what_its_maker_states() -> None:
+def test_calibration_on_a_gpu_stays_below_the_stated_peak() -> None:
     rates = calibrate(loading.shape_config("qwen3-8b"), torch.bfloat16, torch.device("cuda"))
     assert 10e12 < rates.flop_per_s < 2500e12 and 200e9 < rates.bytes_per_s < 9e12

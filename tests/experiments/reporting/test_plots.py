@@ -1,4 +1,4 @@
-"""The plots: written, not blank, and drawn from whatever rows there are."""
+"""The plots: written, not blank, and drawn from any rows."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_rows_without_a_ttft_have_no_plots(tmp_path):
     assert plots.write_plots([], tmp_path / "plots") == []
 
 
-def test_one_panel_a_query_length():
+def test_each_query_length_has_a_panel():
     titles = [axes.get_title("left") for axes in plots.draw(grid())["ttft"].axes]
     assert titles == ["32-token query", "64-token query", "128-token query"]
 
 
-def test_heat_map_says_why_a_cell_has_no_speedup():
+def test_the_heat_map_gives_the_reason_for_a_missing_speedup():
     rows = grid()
     rows[0], rows[1] = invalid_row(context_tokens=256), failed_row(context_tokens=256, query_tokens=64)
     texts = [text.get_text() for text in plots.draw(rows)["speedup"].axes[0].texts]
@@ -55,13 +55,13 @@ def test_heat_map_says_why_a_cell_has_no_speedup():
 
 
 @pytest.mark.parametrize("text", ["costs $x^{ and $y", "$\\frac$"])
-def test_labels_are_text_and_no_formulas(text, tmp_path):
+def test_labels_are_text_not_formulas(text, tmp_path):
     rows = [ttft_row(model=text, context_label=text, query_label=text), ttft_row(128, model=text)]
     assert len(plots.write_plots(rows, tmp_path)) == 2
     assert text.encode() in plots.svg(plots.draw(rows)["speedup"], LIGHT)
 
 
-def test_svg_is_the_same_twice_and_follows_the_theme():
+def test_svg_is_reproducible_and_follows_the_theme():
     first, again = (plots.svg(plots.draw(grid(), DARK)["ttft"], DARK) for _ in range(2))
     assert first == again
     assert DARK.injected.encode() in first and LIGHT.injected.encode() not in first

@@ -1,4 +1,4 @@
-"""The report: of one run, of several, of a killed one; and the page in a real browser."""
+"""The report: of one run, of several runs, and of a killed run; and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_run_gets_table_plots_and_page(tmp_path):
     assert str(escape(failed_row().error)) in page
 
 
-def test_joined_runs_say_which_run_a_row_is_of(tmp_path):
+def test_joined_runs_name_the_run_of_each_row(tmp_path):
     runs = [_run(tmp_path / "day" / "one", grid()), _run(tmp_path / "day" / "two", [published_row(), storage_row()])]
     out = tmp_path / "joined"
     assert report.main([*map(str, runs), "--out", str(out)]) == 0
@@ -45,20 +45,20 @@ def test_joined_runs_say_which_run_a_row_is_of(tmp_path):
     assert "15 rows" not in table and "11 rows: 11 ok" in table
 
 
-def test_joined_runs_whose_paths_end_alike_are_told_apart(tmp_path):
+def test_joined_runs_whose_paths_end_alike_have_different_names(tmp_path):
     runs = [_run(tmp_path / machine / "sweep" / "0", grid()[:1]) for machine in ("one", "two")]
     table = report.write_joined(runs, tmp_path / "joined").with_name("table.md").read_text()
     assert table.count("one/sweep/0") == table.count("two/sweep/0") == 1
 
 
-def test_killed_run_keeps_its_rows_and_counts_the_cut_line(tmp_path):
+def test_a_killed_run_keeps_its_rows_and_counts_the_truncated_line(tmp_path):
     run = _run(tmp_path / "a", grid()[:4], tail=ttft_row().to_json()[:300])
     assert len(report.read_run(run).rows) == 4
     page = report.write_report(run).read_text()
     assert "1 line of rows.jsonl could not be read and is left out" in page
 
 
-def test_killed_before_its_first_row(tmp_path):
+def test_a_run_killed_before_its_first_row_has_an_empty_report(tmp_path):
     assert "No row yet" in report.write_report(_run(tmp_path / "a", [])).read_text()
 
 
@@ -69,7 +69,7 @@ def test_rows_without_a_speed_up_are_headed_by_their_question(tmp_path):
     assert re.search(r"<h1[^>]*>No speed-up to show", report.write_report(_run(tmp_path / "b", [unjudged])).read_text())
 
 
-def test_a_folder_that_is_no_run_is_a_friendly_error(tmp_path, capsys):
+def test_a_folder_without_rows_is_a_clear_error(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "is no run: it has no rows.jsonl" in capsys.readouterr().err
 
@@ -83,7 +83,7 @@ def test_rows_of_another_version_are_refused(tmp_path):
             report.read_run(run)
 
 
-def test_rows_of_a_scenario_that_there_is_not_are_refused(tmp_path):
+def test_rows_of_an_unknown_scenario_are_refused(tmp_path):
     """The name in a row is looked up among the scenarios, never imported as a module."""
     run = _run(tmp_path / "a", [replace(storage_row(), scenario="os.path")])
     with pytest.raises(ConfigError, match=r"Unknown scenario 'os\.path'"):
@@ -100,7 +100,7 @@ def test_log_sends_rows_to_wandb_offline(tmp_path, monkeypatch, capsys):
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_page_escapes_what_models_and_files_say(tmp_path):
+def test_page_escapes_the_text_of_models_and_files(tmp_path):
     evil = "</p><script>alert(1)</script>"
     answers = {"injected": evil, "direct": evil}
     row = ttft_row(model=evil, verdict_reason=evil, question=evil, answers=answers)
@@ -108,7 +108,7 @@ def test_page_escapes_what_models_and_files_say(tmp_path):
     assert "<script" not in page and str(escape(evil)) in page
 
 
-def test_page_fetches_nothing(tmp_path):
+def test_page_makes_no_requests(tmp_path):
     page = report.write_report(_run(tmp_path / "a", grid())).read_text()
     sources = re.findall(r'(?:src|srcset|href)="([^"]{0,20})', page)
     assert sources and all(source.startswith("data:") for source in sources)
@@ -152,7 +152,7 @@ def test_page_in_a_browser(tmp_path, browser):
     hidden = ttft_of(invalid_row(query_tokens=96))
     assert hidden is not None and formatting.percent(hidden.speedup_pct) not in text
 
-    for width in (1280, 390):  # only the tables and plots scroll sideways, inside of their own boxes
+    for width in (1280, 390):  # only tables and plots scroll sideways, each in its own box
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
@@ -164,7 +164,7 @@ def test_page_in_a_browser(tmp_path, browser):
     assert len(grounds) == 2
 
 
-def test_a_run_without_a_whole_row_keeps_its_table_and_is_an_error(tmp_path, capsys):
+def test_a_run_without_a_complete_row_keeps_its_table_and_is_an_error(tmp_path, capsys):
     run = _run(tmp_path / "a", [], tail=ttft_row().to_json()[:300])
     (run / "table.md").write_text("as it was")
     assert report.main([str(run)]) == 2
@@ -172,7 +172,7 @@ def test_a_run_without_a_whole_row_keeps_its_table_and_is_an_error(tmp_path, cap
     assert (run / "table.md").read_text() == "as it was"
 
 
-def test_a_place_that_can_not_be_written_is_one_line(tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path, capsys):
     run = _run(tmp_path / "a", grid())
     (tmp_path / "file").write_text("")
     assert report.main([str(run), "--out", str(tmp_path / "file" / "below")]) == 2
@@ -180,7 +180,7 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "answer"),
     [
         ("injection_cost_qwen3_32b_h200", "1.32 to 1.78 × the least that this machine needs, 0.706 to 0.939 × vLLM"),
         ("injection_cost_qwen3_32b_h200", "the same memory as prompt text takes 1.58 to 23.9 × as long."),
@@ -191,14 +191,14 @@ def test_a_place_that_can_not_be_written_is_one_line(tmp_path, capsys):
         ("prefix_reuse_qwen3_8b_h100", ""),
     ],
 )
-def test_a_scenario_answers_its_question_in_a_sentence(name, told):
+def test_a_scenario_answers_its_question_in_a_sentence(name, answer):
     rows = report.read_run(Path(__file__).parents[3] / "outputs/reference" / name).rows
     sentence = findings.answer(rows)
-    assert told in sentence and bool(told) == bool(sentence)
+    assert answer in sentence and bool(answer) == bool(sentence)
 
 
 def test_a_report_is_written_where_the_row_that_an_answer_needs_is_invalid():
-    """For each arm in turn: no answer, or a shorter one."""
+    """Makes each arm's row invalid in turn: the report then has no answer, or a shorter one."""
     for name in ("injection_cost_qwen3_32b_h200", "tiers_qwen3_8b_h100", "storage_cpu", "reuse_trace_smollm2_cpu"):
         rows = report.read_run(Path(__file__).parents[3] / "outputs/reference" / name).rows
         for arm in dict.fromkeys(row.arm for row in rows):

@@ -1,4 +1,4 @@
-"""The tables: golden Markdown, published neighbours, and what may not be shown."""
+"""The tables: golden Markdown, published rows beside ours, and figures that must not be shown."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_units_doctests():
     ],
 )
 def test_golden_table(name, rows):
-    """A deliberate change of the table is committed as the new golden file, so that a reviewer sees both."""
+    """Commit a deliberate change of a table as its new golden file, so that a reviewer sees both."""
     assert tables.markdown(rows) == (GOLDEN / f"{name}.md").read_text(encoding="utf-8")
 
 
@@ -85,7 +85,7 @@ def test_published_row_stands_below_ours_with_hardware_not_stated():
     assert "hardware not stated" in theirs["Verdict"]
 
 
-def test_every_published_cell_is_read():
+def test_all_published_cells_are_read():
     by_table = {row.table for row in published.tables()}
     assert by_table == {path.stem for path in Path(published.__file__).parent.glob("*.csv")}
     vllm = published.beside("Qwen2.5-72B", "500", "1,000")
@@ -93,7 +93,7 @@ def test_every_published_cell_is_read():
     assert vllm[0].direct_ttft_s == pytest.approx(2.50626)
 
 
-def test_a_new_published_table_edits_no_list(tmp_path):
+def test_a_new_published_table_is_found_by_itself(tmp_path):
     (tmp_path / "new.csv").write_text(
         "model,hardware,context,query,context_tokens,query_tokens,kv_ttft_ms,direct_ttft_ms,speedup_pct\n"
         "M,one GPU,long,short,100,10,5,50,90\n"
@@ -106,20 +106,20 @@ def test_a_new_published_table_edits_no_list(tmp_path):
         published.tables(tmp_path)
 
 
-def test_what_differs_is_a_column_and_what_is_shared_a_caption():
+def test_conditions_that_differ_are_columns_and_shared_ones_are_in_the_caption():
     rows = [ttft_row(), dataclasses.replace(ttft_row(), merge="RopeShift", memories=4)]
     table = tables.tables(rows)[0]
     assert "Merge" in table.columns and "Memories" in table.columns
     assert "merge" not in table.caption and "hardware cpu, 2 cores" in table.caption
 
 
-def test_a_table_cell_stays_one_cell():
+def test_text_with_separators_stays_in_one_cell():
     text = tables.markdown([invalid_row(verdict_reason="a|b\n<script>")])
     (line,) = [line for line in text.splitlines() if "invalid:" in line]
     assert "a\\|b \\<script>" in line
 
 
-def test_what_markdown_would_make_of_a_label_is_left_out():
+def test_markdown_in_a_label_is_escaped():
     text = tables.markdown([ttft_row(model="[a](http://b) ~~c~~ &lt;")])
     assert "| \\[a](http://b) \\~\\~c\\~\\~ \\&lt; |" in text
 
@@ -140,6 +140,6 @@ def test_console_shows_every_figure_in_80_columns():
     )
 
 
-def test_no_rows_is_an_empty_table():
+def test_no_rows_give_an_empty_table():
     assert tables.tables([]) == []
     assert tables.markdown([]) == "0 rows: 0 ok, 0 invalid, 0 failed.\n"

@@ -1,4 +1,4 @@
-"""Every injection method, in one run: what its rows say, and what they are drawn as."""
+"""Every injection method, in one run: the fields of its rows, and their plot."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_rows_of_a_cell(bench):
     assert "over_limit" in plots.draw(rows)
 
 
-def test_every_method_answers_alike_and_leaves_the_memory_as_it_is(bench):
+def test_every_method_gives_the_same_answer_and_leaves_the_memory_unchanged(bench):
     (cell, *_) = bench.setup.scenario.cells(bench)
     item = bench.memory.extract(cell.cell.memories[0])
     before = copy_of(item)
@@ -66,7 +66,7 @@ def test_every_method_answers_alike_and_leaves_the_memory_as_it_is(bench):
     assert {"memos", "deepcopy", "shared tensors", arms.DIRECT, arms.IN_PLACE} <= methods.keys()
     direct = methods[arms.DIRECT].trace(6)
     for name, method in methods.items():
-        for _ in range(2):  # the second finds the memory as the first did
+        for _ in range(2):  # the second answer finds the memory unchanged
             token = method.first_token().token
             assert name == arms.ALONE or token.id == direct.token_ids[0]
         if method.trace is not None:
@@ -74,14 +74,14 @@ def test_every_method_answers_alike_and_leaves_the_memory_as_it_is(bench):
     assert same_bits(item, before)
 
 
-def test_conditions_tell_what_warming_up_has_cost_until_now(bench):
+def test_conditions_report_the_cost_of_warming_up_so_far(bench):
     warm_up = bench.backend.engine.warm_up
     before = bench.conditions_now()["warm_up"]["seconds"]
     warm_up.seconds += 1.5
     assert bench.conditions_now()["warm_up"]["seconds"] == before + 1.5
 
 
-def test_another_engine_is_refused(bench):
+def test_an_engine_other_than_hf_graph_is_refused(bench):
     other = Bench.open(compose.validate(compose.compose(TINY)))
     with pytest.raises(ConfigError, match="Use backend=hf_graph"):
         other.setup.scenario.cells(other)

@@ -1,4 +1,4 @@
-"""The scenario on a bench of its own: what happens when the limit was read wrongly."""
+"""The scenario when calibration has measured the hardware's rates too low or too high."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from experiments.results import ttft_of
 
 KNOBS = ["experiment=smoke", "sink=none", "hardware.check=false", "scenario.pairs=3"]
 FAR_TOO_LOW = 1e3
-"""FLOP and bytes a second: any arm beats the limit that follows."""
+"""FLOP and bytes a second: so low that every arm beats the limit."""
 
 
-def test_a_limit_that_was_read_too_low_is_calibrated_again() -> None:
+def test_a_limit_calibrated_too_low_is_calibrated_again() -> None:
     config = compose.validate(compose.compose(KNOBS))
     bench = Bench.open(config)
     rates = dataclasses.replace(bench.roofline.rates, flop_per_s=FAR_TOO_LOW, bytes_per_s=FAR_TOO_LOW)
@@ -43,7 +43,7 @@ def test_recalibrating_keeps_the_higher_of_each_rate() -> None:
 
 @pytest.mark.parametrize("memories", [1, 2])
 def test_the_merge_counts_as_work_of_the_direct_arm(memories: int) -> None:
-    """0.9 s direct, beside 0.3 s of building, 0.1 s injected, and 0.5 s of a fetch or a merge."""
+    """The direct arm takes 0.9 s; the build 0.3 s, the injected arm 0.1 s, and a fetch or a merge 0.5 s."""
     config = compose.validate(compose.compose([*KNOBS, f"workload.memories={memories}", "merge=ropeshift"]))
     bench = Bench.open(config)
     (cell,) = config.scenario.cells(bench)

@@ -1,4 +1,4 @@
-"""The reuse_trace scenario at a tiny size: what is played is what is simulated, and a user's own trace is read."""
+"""The reuse_trace scenario at a tiny size: the replay agrees with the simulation, and a user's own trace is read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on() -> Bench:
     return Bench.open(compose.validate(compose.compose(TINY)))
 
 
-def test_the_replay_does_what_the_simulator_says_and_every_policy_has_its_row(on: Bench) -> None:
+def test_the_replay_agrees_with_the_simulator_and_every_policy_has_a_row(on: Bench) -> None:
     scenario = on.setup.scenario
     assert isinstance(scenario, ReuseTrace)
     cells = scenario.cells(on)
@@ -45,7 +45,11 @@ def test_the_replay_does_what_the_simulator_says_and_every_policy_has_its_row(on
     replayed, simulated = scenario.measure(on, cells[0])
     assert replayed.verdict == "ok" and replayed.equality == "tokens"
     assert replayed.payload.builds > 0 and replayed.payload.hit_pct > 20
-    for name in ("hit_pct", "builds", "moved_bytes"):  # seconds of a tiny model are mostly noise, decisions are not
+    for name in (
+        "hit_pct",
+        "builds",
+        "moved_bytes",
+    ):  # the times of a tiny model are mostly noise; the decisions are not
         assert getattr(replayed.payload, name) == getattr(simulated.payload, name)
     assert len(replayed.payload.samples) > 40
 
@@ -64,12 +68,12 @@ def test_without_costs_nothing_is_simulated(on: Bench) -> None:
         scenario.measure(on, scenario.cells(on)[1])
 
 
-def test_a_family_that_there_is_not() -> None:
+def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(ConfigError, match="Did you mean steady"):
         compose.validate(compose.compose(["scenario=reuse_trace", "scenario.replay_family=stedy"]))
 
 
-def test_a_users_own_trace(qwen3: HFBackend, tmp_path: Path) -> None:
+def test_a_users_own_trace_is_read(qwen3: HFBackend, tmp_path: Path) -> None:
     lines = [
         {"memory": "faq", "text": "The shop opens at nine. The shop closes at six."},
         {"memory": "terms", "tokens": 300},
@@ -88,7 +92,7 @@ def test_a_users_own_trace(qwen3: HFBackend, tmp_path: Path) -> None:
     ("line", "error"),
     [("{", "line 2"), ('{"memory": "b", "tokns": 3}', "line 2"), ('{"memory": "b"}', "no line of 'b' has tokens")],
 )
-def test_a_trace_that_is_none(qwen3: HFBackend, tmp_path: Path, line: str, error: str) -> None:
+def test_an_invalid_trace_is_refused(qwen3: HFBackend, tmp_path: Path, line: str, error: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"memory": "a", "tokens": 9}\n' + line)
     with pytest.raises(ConfigError, match=error):
@@ -99,8 +103,8 @@ def test_a_trace_that_is_none(qwen3: HFBackend, tmp_path: Path, line: str, error
 
 def test_figures_of_the_comparison() -> None:
     real = Outcome(np.array([1.0, 1.0]), 4.0, 2.0, 1, 10, 20, 1, 0)
-    told = Outcome(np.array([1.0, 1.1]), 3.0, 2.0, 1, 10, 20, 1, 0)
-    differs = disagreement(real, told)
+    simulated = Outcome(np.array([1.0, 1.1]), 3.0, 2.0, 1, 10, 20, 1, 0)
+    differs = disagreement(real, simulated)
     assert differs["the seconds saved"] == 0.25 and differs["the sum of TTFT"] == pytest.approx(0.05)
     ours, other = np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.5])
     told_behind = behind(ours, {"lfu": other, "lru": ours - 1, "tinylfu": ours + np.array([0.0, 1.0, 2.0])})

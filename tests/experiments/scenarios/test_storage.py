@@ -1,4 +1,4 @@
-"""The storage scenario at a tiny size: both formats, what a row says, and what its memory figures can see."""
+"""The storage scenario at a tiny size: both formats, the fields of a row, and what the memory figures include."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bench(tmp_path: Path, *overrides: str) -> Bench:
 
 
 @pytest.mark.parametrize("name", ["safetensors", "pickle"])
-def test_a_row_says_what_each_side_took(tmp_path: Path, name: str) -> None:
+def test_a_row_has_the_times_of_both_formats(tmp_path: Path, name: str) -> None:
     on = bench(tmp_path, f"storage={name}")
     (cell,) = on.setup.scenario.cells(on)
     (row,) = on.setup.scenario.measure(on, cell)
@@ -38,10 +38,10 @@ def test_a_row_says_what_each_side_took(tmp_path: Path, name: str) -> None:
     samples = (figures.dump_all_s, figures.torch_save_all_s, figures.load_all_s, figures.torch_load_all_s)
     assert [len(seconds) for seconds in samples] == [2, 2, 2, 2]
     assert tables.tables([row])
-    assert list(tmp_path.iterdir()) == [], "its files are gone"
+    assert list(tmp_path.iterdir()) == [], "the scenario removes its files"
 
 
-def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_tensors_make_the_row_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on = bench(tmp_path)
     (cell,) = on.setup.scenario.cells(on)
     load = SafetensorsFile.load
@@ -56,7 +56,7 @@ def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch:
     assert (row.verdict, row.equality) == ("invalid", "diverged")
 
 
-def test_the_peak_sees_memory_that_is_gone_at_the_end() -> None:
+def test_the_peak_counts_memory_that_is_freed_before_the_end() -> None:
     def work() -> str:
         del_me = torch.ones(64 * MB, dtype=torch.uint8)
         for _ in range(20):

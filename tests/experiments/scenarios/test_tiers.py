@@ -1,7 +1,8 @@
-"""The tiers scenario at a tiny size: a row for each place, and figures that add up."""
+"""The tiers scenario at a tiny size: a row for each tier, and figures that add up."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ from experiments.execution.runner import problems
 from experiments.measurement import page_cache
 from experiments.reporting import tables
 from experiments.scenarios.tiers import Length, break_even_tokens
+from kvmem.cache import KVCacheItem
 from kvmem.scheduler.cost_model import Costs
 from kvmem.tiers.tiered_cache import TieredCache
 
 TINY = ["model=tiny", "model.weights=random", "scenario=tiers", "scenario.repeats=2", "hardware.check=false"]
 
 
-def test_a_row_for_each_place(tmp_path: Path) -> None:
+def test_each_tier_has_a_row(tmp_path: Path) -> None:
     overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[64,256]"]
     on = Bench.open(compose.validate(compose.compose(overrides)))
     (cell,) = on.setup.scenario.cells(on)
@@ -36,13 +38,15 @@ def test_a_row_for_each_place(tmp_path: Path) -> None:
         assert (int8.payload.lossy, int4.payload.lossy) == ("int8", "int4")
         assert {int8.equality, int4.equality}.isdisjoint({"bitwise", None})
         off = [abs(row.payload.nll - resident.payload.nll) for row in (int8, int4)]
-        assert all(0 < moved < 2 for moved in off)  # which moves more is chance: errors of either sign, random weights
-    assert not problems(rows, exact=True), "a loss that is told is no failure"
-    assert tables.tables(rows) and list(tmp_path.iterdir()) == [], "its files are gone"
+        assert all(
+            0 < moved < 2 for moved in off
+        )  # which of the two moves more is chance: the errors have either sign, and the weights are random
+    assert not problems(rows, exact=True), "a reported loss is not a failure"
+    assert tables.tables(rows) and list(tmp_path.iterdir()) == [], "the scenario removes its files"
 
 
-def test_short_memories_in_bf16_are_larger_compressed(tmp_path: Path) -> None:
-    """72 tokens take two groups of 64: there is room for them all the same."""
+def test_a_short_bf16_memory_is_larger_when_quantized(tmp_path: Path) -> None:
+    """72 tokens take two groups of 64; the tier still has room for them."""
     overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[72,80]", "backend.dtype=bfloat16"]
     on = Bench.open(compose.validate(compose.compose(overrides)))
     (cell,) = on.setup.scenario.cells(on)
@@ -55,12 +59,13 @@ def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch:
     on = Bench.open(compose.validate(compose.compose(overrides)))
     put = TieredCache.put
 
-    def changed(self: TieredCache, item, tier: str) -> None:
-        put(self, item, tier)
+    def put_changed(self: TieredCache, item: KVCacheItem, tier: str) -> None:
+        stored = copy.deepcopy(item)
         if tier == "ram":
-            self._places["ram"].read(item.kv_cache_id).kv_cache.layers[0].keys.view(-1)[0] += 1
+            stored.kv_cache.layers[0].keys.view(-1)[0] += 1
+        put(self, stored, tier)
 
-    monkeypatch.setattr(TieredCache, "put", changed)
+    monkeypatch.setattr(TieredCache, "put", put_changed)
     (cell,) = on.setup.scenario.cells(on)
     rows = on.setup.scenario.measure(on, cell)
     assert {row.verdict for row in rows} == {"invalid"} and "the tensors from ram" in rows[0].verdict_reason
@@ -76,7 +81,7 @@ def test_a_dropped_file_is_not_in_the_page_cache(tmp_path: Path) -> None:
 
 
 def test_the_break_even_is_where_the_lines_cross() -> None:
-    costs = Costs(0.01, 0.001, 0.0, 100)  # a memory's tokens are saved at 1 ms each
+    costs = Costs(0.01, 0.001, 0.0, 100)  # each of a memory's tokens saves 1 ms
 
     def length(tokens: int, fixed_s: float, token_s: float) -> Length:
         seconds = {"ram": [0.05], "disk": [0.05 + fixed_s + token_s * tokens], "recompute": [0.05 + tokens * 0.001]}

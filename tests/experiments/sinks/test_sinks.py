@@ -1,4 +1,4 @@
-"""Sinks: rows.jsonl as the truth, and an offline W&B run read back with W&B's own reader."""
+"""Sinks: rows.jsonl as the record, and an offline W&B run read back with W&B's own reader."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No login, no settings, and an empty home folder, whose path is returned."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    for folder in ("CACHE", "DATA", "ARTIFACT", "CONFIG"):  # set by the sink where they are not: undo that afterwards
+    for folder in (
+        "CACHE",
+        "DATA",
+        "ARTIFACT",
+        "CONFIG",
+    ):  # the sink sets those that are not set; this undoes it afterwards
         monkeypatch.setenv(f"WANDB_{folder}_DIR", "")
         monkeypatch.delenv(f"WANDB_{folder}_DIR")
     home = tmp_path / "home"
@@ -119,7 +124,7 @@ def test_wandb_offline_run_holds_what_rows_jsonl_holds(tmp_path: Path, no_accoun
     assert list(no_account.rglob("*")) == []  # nothing was written to the home folder
 
 
-def test_a_killed_runs_rows_are_sent_afterwards(tmp_path: Path) -> None:
+def test_the_rows_of_a_killed_run_can_be_sent_later(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     write(JSONL(), run_dir)
     with (run_dir / "rows.jsonl").open("a") as file:
@@ -144,13 +149,15 @@ def test_a_killed_runs_rows_are_sent_afterwards(tmp_path: Path) -> None:
         ("online", "offline", "online"),
     ],
 )
-def test_mode(card: Any, variable: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mode_comes_from_the_card_or_the_environment(
+    card: Any, variable: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if variable is not None:
         monkeypatch.setenv("WANDB_MODE", variable)
     assert WandB(mode=card).resolved_mode() == expected
 
 
-def test_misspelled_mode_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelled_mode_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "ofline")
     with pytest.raises(ConfigError, match="Did you mean offline"):
         WandB().check()
@@ -169,7 +176,7 @@ print(sink.close(Path(".")))
 @pytest.mark.parametrize("stdin", ["terminal", "closed"])
 @pytest.mark.parametrize("mode", ["auto", "online"])
 def test_never_asks_for_a_login(stdin: str, mode: str, tmp_path: Path) -> None:
-    """Without an account: offline goes through, online is an error of ours; neither waits for an answer."""
+    """Without an account: offline works, and online raises a ConfigError; neither waits for input."""
     terminal, end = pty.openpty()
     env = os.environ | {"PYTHONPATH": str(Path(wandb.__file__).parents[2])}
     if mode == "online":

@@ -31,7 +31,7 @@ from kvmem.prompt.template import PromptTemplate, TemplateKind
 SEPARATOR = "\n\n"
 EXAMPLES = Path(__file__).parents[3] / "examples" / "files"
 
-# A template with its own BOS, a header before every turn and an end behind it.
+# A template with its own BOS, a header before every turn and an end marker after it.
 HEADED_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
@@ -92,7 +92,7 @@ def chat(tokenizers: dict[str, PreTrainedTokenizerBase]) -> PromptTemplate:
 
 
 def split_counts(template: PromptTemplate, cell: Cell) -> tuple[int, int]:
-    """The cell's two halves, tokenised again from its texts alone."""
+    """The cell's two halves, tokenised again from its texts."""
     prompt = template.split(held(template, cell.memories, SEPARATOR), cell.question)
     return len(prompt.memory_ids), len(prompt.query_ids)
 
@@ -159,10 +159,12 @@ def test_every_target_is_met_or_refused_with_its_counts(
 def test_cut_keeps_the_head_of_the_text(target: int) -> None:
     text = docs_text("for", "0")
     head = cut(text, target, lambda candidate: len(candidate.split()), "words")
-    assert len(head.split()) == target and text.startswith(head)  # a word is a count, so no filler is needed
+    assert len(head.split()) == target and text.startswith(
+        head
+    )  # the count is the number of words, so no filler is needed
 
 
-def test_a_target_out_of_reach_names_the_counts(chat: PromptTemplate) -> None:
+def test_an_unreachable_target_raises_an_error_with_the_counts(chat: PromptTemplate) -> None:
     with pytest.raises(PromptError, match=r"workload\.context_tokens=2.*already take \d+\. Ask for \d+ or more"):
         PythonDocs(context_tokens=[2]).cells(chat, SEPARATOR)
     with pytest.raises(PromptError, match=r"workload\.query_tokens=4.*already take \d+\. Ask for \d+ or more"):
@@ -171,7 +173,7 @@ def test_a_target_out_of_reach_names_the_counts(chat: PromptTemplate) -> None:
         cut("five words and no more", 500, lambda text: len(text.split()), "words")
 
 
-def test_seed_decides_the_text(chat: PromptTemplate) -> None:
+def test_the_seed_determines_the_text(chat: PromptTemplate) -> None:
     for kind in (PythonDocs, Faq):
         first, again, other = (kind(seed=seed, max_cells=1).cells(chat, SEPARATOR) for seed in (1, 1, 2))
         assert first == again
@@ -198,7 +200,7 @@ def test_labels_are_names_for_three_lengths_and_counts_otherwise() -> None:
 
 
 @pytest.mark.parametrize("workload", [PythonDocs(max_cells=2), Faq(max_cells=2), Published(max_cells=2)])
-def test_max_cells_keeps_the_first(chat: PromptTemplate, workload: Workload) -> None:
+def test_max_cells_keeps_the_first_cells(chat: PromptTemplate, workload: Workload) -> None:
     assert len(workload.cells(chat, SEPARATOR)) == 2
 
 
@@ -246,7 +248,7 @@ def test_dialogue_extends_turn_by_turn(chat: PromptTemplate, topic: str, system:
     assert (cells[0].memories[0][0] == {"role": "system", "content": system}) is (system is not None)
 
 
-def test_dialogue_needs_turns_and_a_template_with_turns(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+def test_a_dialogue_needs_a_template_with_turns(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     assert len(TRIP) == len(DEBUGGING) == 10
     with pytest.raises(ValidationError, match=r"turns=10: .* has 9"):
         Dialogue(turns=10)
@@ -288,7 +290,7 @@ def test_files_joins_memories_and_reads_truth(chat: PromptTemplate, tmp_path: Pa
         ("d.jsonl", b'{"memory": " "}\n', r"d\.jsonl, line 1 has no text under 'memory'"),
     ],
 )
-def test_files_that_cannot_be_read_are_named(
+def test_an_unreadable_file_is_named_in_the_error(
     chat: PromptTemplate, tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
