@@ -117,6 +117,8 @@ def _uri(svg: bytes) -> str:
 def cell(row: Row) -> CellView:
     """A row as a block of the page: every figure that it has, in words and units."""
     own = row.payload.figures() if row.payload else {}
+    if row.verdict != "ok":  # a speed-up is shown only where the verdict stands behind it
+        own = {key: value for key, value in own.items() if not key.startswith("speedup")}
     values = {name: getattr(row, name) for name in _OF_THE_ROW} | own
     named = {key: value for key, value in values.items() if value is not None and not isinstance(value, str)}
     figures = [

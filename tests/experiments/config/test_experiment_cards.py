@@ -12,7 +12,8 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import run as runner
+from experiments import execution as runner
+from experiments import run as command_line
 from experiments.config.compose import CONF, compose, validate
 from experiments.results.row import Row
 from experiments.results.run_dir import read_rows
@@ -59,11 +60,11 @@ def test_a_cell_that_raises_becomes_a_failed_row_and_the_run_ends_with_status_1(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it; monkeypatch restores it after this test
     knobs = ["workload.context_tokens=[9000,256]", "workload.query_tokens=[32]", "scenario.pairs=2"]
     monkeypatch.setattr(sys, "argv", ["run", "model=tiny", "sink=none", f"hydra.run.dir={tmp_path}", *knobs])
-    assert runner.main() == runner.NOT_ALL_VALID
+    assert command_line.main() == runner.NOT_ALL_VALID
     too_long, good = read_rows(tmp_path)
     assert too_long.status == "failed" and too_long.context_tokens == 9000
     assert "PromptError: A text of 9000 tokens does not fit the model's 8192 positions" in too_long.error
-    assert good.status == "done" and good.kv_ttft_s is not None
+    assert good.status == "done" and good.payload is not None and good.payload.figures()["kv_ttft_s"] is not None
     assert "9000/32: failed: kvmem.errors.PromptError" in capsys.readouterr().out
 
 

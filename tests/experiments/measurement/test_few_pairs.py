@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from experiments import run as runner
+from experiments import execution as runner
 from experiments.config.compose import compose, validate
 from experiments.measurement import ttft
 from experiments.reporting import plots, tables
