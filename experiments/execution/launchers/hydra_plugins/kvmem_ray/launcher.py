@@ -71,7 +71,8 @@ class LayoutRayLauncher(PatientLauncher):
 
         index, task = job
         try:
-            return ray.get(task)
+            returned: JobReturn = ray.get(task)
         except ray.exceptions.RayError as error:
             reason = " ".join(str(error).split())
             raise JobDied(f"job {task.task_id().hex()} (#{index}) ended as {type(error).__name__}: {reason}") from error
+        return returned
