@@ -61,12 +61,12 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
         self.larger_window = "raise max_model_len"
         self.ranks = config.tensor_parallel_size
         self.store = FileStore(Path(config.store_dir) if config.store_dir else None)
-        self.llm = launch.start(
+        self.llm, connector = launch.start(
             config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint, self.own_weights
         )
         self.attention = attention_of(self.llm)
         self.prefix_block_tokens = block_tokens_of(self.llm)
-        self.loop = EngineLoop(self.llm, {token for token in end_tokens if token is not None})
+        self.loop = EngineLoop(self.llm, connector, {token for token in end_tokens if token is not None})
         self.pins = Pins(self.loop, self.store, self.check_length)
         self.serving = OpenLoop(self, self.loop)
         self.benchmarking = Benchmarking(self, self.reset, self.prefix_block_tokens)

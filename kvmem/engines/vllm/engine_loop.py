@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from kvmem.engines.vllm import process
 from kvmem.engines.vllm.connector import REPORT, UNPIN, Report
 from kvmem.engines.vllm.requests import EngineAnswer, EngineRequest
 from kvmem.errors import EngineError
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 
 class EngineLoop:
-    """The step loop of one engine. It runs one batch at a time: whoever uses it holds `lock` until the batch ends."""
+    """The step loop of one engine. It runs one batch at a time: whoever uses it holds `lock` until the batch ends.
 
-    def __init__(self, llm: LLM, end_tokens: Collection[int]) -> None:
+    The engines of a process take turns step by step. An engine is closed when its loop is no longer used.
+    """
+
+    def __init__(self, llm: LLM, connector: KVConnectorBase_V1 | None, end_tokens: Collection[int]) -> None:
+        """connector: the KV connector that `llm` has in this process; None if its workers are other processes."""
         self.llm = llm
+        self.connector = connector
+        weakref.finalize(self, process.close, llm, connector).atexit = False  # at exit, vLLM closes its engines
         self.end_tokens = sorted(end_tokens)
         self.lock = threading.RLock()
         self.pins_to_release: list[str] = []
@@ -40,7 +49,8 @@ class EngineLoop:
                     yield output
         finally:
             if unfinished:
-                self.llm.llm_engine.abort_request(list(unfinished))
+                with process.running(self.connector):
+                    self.llm.llm_engine.abort_request(list(unfinished))
 
     def add(self, request: EngineRequest, stream: bool = False) -> None:
         """Adds a request to those that the engine's next steps run. With `stream`, each output has the new tokens only,
@@ -67,11 +77,13 @@ class EngineLoop:
             extra_args={"kv_transfer_params": transfer} if transfer else None,
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         )
-        self.llm.llm_engine.add_request(request.id, prompt, params)
+        with process.running(self.connector):
+            self.llm.llm_engine.add_request(request.id, prompt, params)
 
     def step(self) -> list[RequestOutput]:
         """One step of the engine. Returns what it generated."""
-        outputs: list[RequestOutput] = self.llm.llm_engine.step()
+        with process.running(self.connector):
+            outputs: list[RequestOutput] = self.llm.llm_engine.step()
         return outputs
 
     def reset_prefix_cache(self) -> None:
@@ -80,7 +92,9 @@ class EngineLoop:
             if self.pins_to_release:  # a request of one token carries them, with a salt that no other has
                 release = EngineRequest((0,), 1, past_end=True)
                 list(self.run([replace(release, salt=release.id)]))
-            if not self.llm.reset_prefix_cache():
+            with process.running(self.connector):
+                emptied = self.llm.reset_prefix_cache()
+            if not emptied:
                 raise EngineError("The engine's prefix cache can't be emptied while a request uses it. Let it finish.")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from kvmem.cache import ModelFingerprint
 from kvmem.engines.huggingface import DTYPES
-from kvmem.engines.vllm import worker_weights
+from kvmem.engines.vllm import process, worker_weights
 from kvmem.engines.vllm.config import VLLMConfig
 from kvmem.engines.vllm.connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER, check_version
 from kvmem.errors import ConfigError, EngineError
@@ -19,6 +19,7 @@ from kvmem.models import loading
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 CPU_KV_CACHE_GIB = 1.0
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 16
@@ -64,8 +65,9 @@ def start(
     store: Path,
     fingerprint: ModelFingerprint,
     own_weights: bool = False,
-) -> LLM:
-    """An engine that takes token ids only, because kvmem tokenizes prompts itself.
+) -> tuple[LLM, KVConnectorBase_V1 | None]:
+    """An engine that takes token ids only, because kvmem tokenizes prompts itself; and its KV connector in this
+    process, None if its workers are other processes.
 
     own_weights: the engine's workers make seeded random weights, and `model_folder` holds a config only.
     Raises EngineError, with vLLM's reason, if the engine does not start, and ConfigError if its blocks can't hold a
@@ -94,28 +96,30 @@ def start(
     if own_weights:
         optional |= {"load_format": "dummy", "worker_extension_cls": worker_weights.EXTENSION}
     try:
-        llm = LLM(
-            model=model_folder,
-            skip_tokenizer_init=True,
-            dtype=str(dtype).removeprefix("torch."),
-            max_model_len=window,
-            tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
-            enable_prefix_caching=True,
-            disable_log_stats=True,
-            seed=0,
-            # Off, as on a CPU anyway: with it, vLLM 0.24 schedules a request's next step before it learns that a load
-            # failed, and does not undo that step.
-            async_scheduling=False,
-            kv_transfer_config=KVTransferConfig(**transfer_config(store, fingerprint)),
-            **optional,
-        )
+        with process.running(None):
+            llm = LLM(
+                model=model_folder,
+                skip_tokenizer_init=True,
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=window,
+                tensor_parallel_size=config.tensor_parallel_size,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
+                enable_prefix_caching=True,
+                disable_log_stats=True,
+                seed=0,
+                # Off, as on a CPU anyway: with it, vLLM 0.24 schedules a request's next step before it learns that a
+                # load failed, and does not undo that step.
+                async_scheduling=False,
+                kv_transfer_config=KVTransferConfig(**transfer_config(store, fingerprint)),
+                **optional,
+            )
+            connector = process.current_connector()
     except ValueError as error:
         raise EngineError(f"vLLM refuses to start: {error}") from error
     if own_weights:
         llm.collective_rpc("fill_with_random_weights", args=(config.seed,))
-    return llm
+    return llm, connector
 
 
 def _check_budget(
