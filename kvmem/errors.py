@@ -83,6 +83,10 @@ class DamagedFileError(StorageError):
     """A file is truncated, altered, or not in the format that its suffix says."""
 
 
+class ChangedFileError(DamagedFileError):
+    """A file was overwritten or cut off after it was loaded, and stored tensors are mapped from it."""
+
+
 class UnsafeFileError(StorageError):
     """A pickle names something that is not on the allow-list. No code in it was run."""
 

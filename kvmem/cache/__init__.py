@@ -22,6 +22,7 @@ from kvmem.cache.items import (
     TextualSource,
 )
 from kvmem.cache.layers import KV
+from kvmem.cache.mapped_files import MappedFile
 from kvmem.cache.model_state import ModelWatch
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "CacheView",
     "KVCacheItem",
     "KVCacheMetadata",
+    "MappedFile",
     "MemoryTokens",
     "Message",
     "ModelFingerprint",

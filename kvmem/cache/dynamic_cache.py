@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvmem.cache.fingerprint import ModelFingerprint
 from kvmem.cache.items import MemoryTokens
 from kvmem.cache.layers import KV, CopyOnWriteLayer, PatchedLayer, SlidingView, TransferLayer
+from kvmem.cache.mapped_files import MappedFile, files_of
 from kvmem.errors import CacheInUseError, FingerprintError, ModelError
 
 
@@ -52,6 +54,9 @@ class CacheView(DynamicCache):
 
 
 CacheT = TypeVar("CacheT", bound=DynamicCache)
+
+_files: WeakKeyDictionary[DynamicCache, tuple[MappedFile, ...]] = WeakKeyDictionary()
+"""The files that the tensors of a cache are mapped from. Beside the caches, which are pickled as they are."""
 
 
 def _empty(config: PreTrainedConfig, kind: type[CacheT]) -> CacheT:
@@ -93,6 +98,8 @@ def from_layers(layers: Sequence[KV], config: PreTrainedConfig, tokens: int | No
     """
     cache = _empty(config, DynamicCache)
     _fill(cache, layers, max(keys.shape[-2] for keys, _ in layers) if tokens is None else tokens)
+    if files := files_of(tensor for pair in layers for tensor in pair):
+        _files[cache] = files
     return cache
 
 
@@ -116,8 +123,18 @@ def patched(layers: Sequence[KV], at_S: torch.Tensor) -> DynamicCache:
     return cache
 
 
+def check_files(cache: DynamicCache) -> None:
+    """Raises ChangedFileError if a file that tensors of the cache are mapped from changed after it was loaded."""
+    for file in _files.get(cache, ()):
+        file.check()
+
+
 def layers_of(cache: DynamicCache) -> list[KV]:
-    """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied. Waits for transfers."""
+    """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied. Waits for transfers.
+
+    Raises ChangedFileError as `check_files`.
+    """
+    check_files(cache)
     for layer in cache.layers:
         if isinstance(layer, TransferLayer):
             layer.wait()
@@ -155,8 +172,10 @@ def view_of(
 ) -> CacheView:
     """A view that shares the tensors of `cache`; growing, cropping or reordering it leaves `cache` unchanged.
 
-    Raises FingerprintError if `cache` has another number of layers than the model of `config`.
+    Raises FingerprintError if `cache` has another number of layers than the model of `config`, and ChangedFileError as
+    `check_files`.
     """
+    check_files(cache)
     view = _empty(config, CacheView)
     if len(cache.layers) != len(view.layers):
         raise FingerprintError(
@@ -167,6 +186,8 @@ def view_of(
     for layer, stored in zip(view.layers, cache.layers, strict=True):
         if isinstance(layer, TransferLayer) and isinstance(stored, TransferLayer):
             layer.ready = stored.ready
+    if cache in _files:
+        _files[view] = _files[cache]
     view.tokens, view.lossy, view.fingerprint = tokens, lossy, fingerprint
     return view
 

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ import torch
 import xxhash
 from transformers import PreTrainedConfig
 
-from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
+from kvmem.cache import KVCacheItem, MappedFile, ModelFingerprint, dynamic_cache
 from kvmem.errors import DamagedFileError, StorageError
 from kvmem.storage import manifest, parallel_read
 from kvmem.storage.atomic_write import HashingWriter, replacing, write_all
@@ -87,13 +85,13 @@ class SafetensorsFile(Storage):
     ) -> list[KVCacheItem]:
         with _opened(path) as file:
             header = read_header(file, path)
-            mapping = _map(file) if header.regions is None or device.type == "cpu" else None
-            if mapping is not None and header.regions is None:
-                _check_whole_file(memoryview(mapping), path)
+            mapped = _mapped(file, header, path) if header.regions is None else None  # verifies the header too
             contents = manifest.from_json(header.manifest, path)
             manifest.check_model(contents, fingerprint, path)
-            if mapping is not None:
-                tensors = _mapped_tensors(mapping, header, device, path)
+            if mapped is None and device.type == "cpu":
+                mapped = _mapped(file, header, path)
+            if mapped is not None:
+                tensors = _mapped_tensors(mapped, header, device)
             else:
                 tensors = read_tensors(file, header, [entry.layers for entry in contents.items], device, path)
         items = []
@@ -277,25 +275,22 @@ def _opened(path: Path) -> Iterator[io.FileIO]:
         raise StorageError(f"{path} can't be read ({error}). Dump a memory there, or give another folder.") from error
 
 
-def _map(file: io.FileIO) -> mmap.mmap:
-    """The whole file, mapped copy-on-write. The mapping lives as long as a tensor uses it."""
-    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    mapping.madvise(mmap.MADV_WILLNEED)
-    return mapping
+def _mapped(file: io.FileIO, header: Header, path: Path) -> MappedFile:
+    """The whole file, mapped and verified."""
+
+    def verify(data: memoryview) -> None:
+        if header.regions is None:
+            _check_whole_file(data, path)
+        else:
+            header.regions.check_all(data[header.body_at :], path)
+
+    return MappedFile.verified(file.fileno(), path, verify)
 
 
-def _mapped_tensors(mapping: mmap.mmap, header: Header, device: torch.device, path: Path) -> dict[str, torch.Tensor]:
-    """All tensors by name, verified: views of the mapping on a CPU, else copies on `device`."""
-    if header.regions is not None:
-        header.regions.check_all(memoryview(mapping)[header.body_at :], path)
-    return {
-        name: torch.frombuffer(
-            mapping,
-            dtype=DTYPES[entry["dtype"]],
-            count=math.prod(entry["shape"]),
-            offset=header.body_at + entry["data_offsets"][0],
-        )
-        .view(entry["shape"])
-        .to(device)
-        for name, entry in header.tensors.items()
-    }
+def _mapped_tensors(mapped: MappedFile, header: Header, device: torch.device) -> dict[str, torch.Tensor]:
+    """All tensors by name: views of the mapping on a CPU, else copies on `device`."""
+    tensors = {}
+    for name, entry in header.tensors.items():
+        at = header.body_at + entry["data_offsets"][0]
+        tensors[name] = mapped.tensor(DTYPES[entry["dtype"]], entry["shape"], at).to(device)
+    return tensors

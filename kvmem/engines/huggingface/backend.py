@@ -166,12 +166,15 @@ class HFBackend(MeasuredBackend):
         """The last token's logits, (vocab,), and the state that decoding extends: here a cache of the whole prompt.
 
         If `kv_cache` holds `prompt.memory_ids`, only `prompt.query_ids` are computed. Without a cache, or if it can't
-        be cropped to them, all are.
+        be cropped to them, all are. Raises ChangedFileError if the file that the memory is mapped from changed.
         """
         cache: DynamicCache | None = kv_cache
         if cache is None or not dynamic_cache.crop(cache, len(prompt.memory_ids)):
             cache = DynamicCache(config=self.model_config)
-        return prefill(self.model, prompt.ids[cache.get_seq_length() :], cache), cache
+        dynamic_cache.check_files(cache)
+        logits_V = prefill(self.model, prompt.ids[cache.get_seq_length() :], cache)
+        dynamic_cache.check_files(cache)  # from here on the view has copies of what it read
+        return logits_V, cache
 
     def first_token(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> FirstToken:
         logits_V, _ = self.prefill(prompt, kv_cache)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvmem.cache import KV, ModelFingerprint, dynamic_cache
-from kvmem.engines.vllm.connector.protocol import file_path
-from kvmem.errors import StorageError
+from kvmem.engines.vllm.connector.protocol import FileState, file_path, file_state
 from kvmem.storage import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 PINNED_BYTES, PAGEABLE_BYTES = 8 << 30, 1 << 30
 """Default size: in pinned memory for a GPU engine; less for a CPU engine, as the page cache holds its files too."""
-
-FileState = tuple[str, int, int]
-"""A file's name, inode and time of change."""
 
 
 @dataclass
@@ -49,11 +45,7 @@ class HostCache:
         Raises StorageError for a missing or damaged file, and FingerprintError for a file of another model.
         """
         path = file_path(self.folder, name)
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise StorageError(f"{path} can't be read ({error}). The memory it held was deleted.") from error
-        key = (name, stat.st_ino, stat.st_mtime_ns)
+        key = file_state(path)
         if key not in self.opened:
             for old in [old for old in self.opened if old[0] == name or not (self.folder / old[0]).exists()]:
                 del self.opened[old]

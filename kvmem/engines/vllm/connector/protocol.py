@@ -80,6 +80,19 @@ def file_path(folder: Path, name: str) -> Path:
     return folder / name
 
 
+FileState = tuple[str, int, int, int, int]
+"""A file's name, inode, size and times of change."""
+
+
+def file_state(path: Path) -> FileState:
+    """What differs after the file was replaced or changed. Raises StorageError if it is missing."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise StorageError(f"{path} can't be read ({error}). Its memory was deleted, or never saved.") from error
+    return path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 def report_name(name: str) -> str:
     """The file that the report `name` is written to. It never has the name of a memory's file."""
     return f"{name}.report"

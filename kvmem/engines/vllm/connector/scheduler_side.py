@@ -20,8 +20,10 @@ from kvmem.engines.vllm.connector.protocol import (
     REPORT_TO,
     SAVE,
     UNPIN,
+    FileState,
     Report,
     file_path,
+    file_state,
     report_name,
 )
 from kvmem.errors import StorageError
@@ -98,7 +100,7 @@ class SchedulerSide:
         """Orders of running requests, by request id."""
         self.loads: list[Transfer] = []
         """Loads of the next step."""
-        self.file_token_ids: dict[tuple[str, int, int], tuple[int, ...]] = {}
+        self.file_token_ids: dict[FileState, tuple[int, ...]] = {}
         """Token ids of files, by name, inode and time of change."""
 
     def on_new_request(self, request: Request) -> None:
@@ -226,11 +228,7 @@ class SchedulerSide:
     def _token_ids_of(self, name: str) -> tuple[int, ...]:
         """The token ids of a file, read from its header once for each state of the file."""
         path = file_path(self.folder, name)
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise StorageError(f"{path} can't be read ({error}). Its memory was deleted, or never saved.") from error
-        key = (name, stat.st_ino, stat.st_mtime_ns)
+        key = file_state(path)
         if key not in self.file_token_ids:
             self.file_token_ids = {other: ids for other, ids in self.file_token_ids.items() if other[0] != name}
             self.file_token_ids[key] = read_token_ids(path)
