@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pydantic
@@ -13,6 +14,9 @@ from kvmem.engines import Backend, backend_class
 from kvmem.errors import ConfigError, config_error
 from kvmem.merge import MergeStrategy, strategy
 from kvmem.prompt import TemplateKind
+
+
+NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
 
 
 class ExtractorLLM(BaseModel):
@@ -31,7 +35,8 @@ class KVCacheMemoryConfig(BaseModel):
     """The engine, as `extractor_llm={"backend": "huggingface", "config": {"model_name_or_path": …}}`, and the prompt.
 
     memory_filename: its suffix picks the file format. merge: a strategy or its name. template: `chat` or `plain`.
-    separator: the text between merged memories. Raises ConfigError for an unknown key, naming the nearest known one,
+    separator: the text between merged memories. namespace: only memories of the same namespace are found, listed,
+    merged, loaded and deleted; their files are in a folder of that name. Raises ConfigError for an unknown key, naming the nearest known one,
     and for a bad value.
     """
 
@@ -42,6 +47,7 @@ class KVCacheMemoryConfig(BaseModel):
     merge: MergeStrategy = Field(default_factory=lambda: strategy("Reprefill"))
     template: TemplateKind = "chat"
     separator: str = "\n\n"
+    namespace: str = ""
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -66,6 +72,16 @@ class KVCacheMemoryConfig(BaseModel):
         if not isinstance(value, str | MergeStrategy):
             raise ValueError(f"merge is {value!r}. Give a strategy or its name, or leave it out for Reprefill.")
         return strategy(value) if isinstance(value, str) else value
+
+    @field_validator("namespace")
+    @classmethod
+    def _safe_namespace(cls, value: str) -> str:
+        if value and not NAMESPACE.fullmatch(value):
+            raise ValueError(
+                f"The namespace is {value!r}. Give letters, digits, '.', '_', '-' or '@', at most 100, and a letter or "
+                "a digit first: it names a folder. For other names, give a hash of them."
+            )
+        return value
 
     @field_validator("memory_filename")
     @classmethod

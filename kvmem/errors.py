@@ -43,6 +43,10 @@ class DuplicateMemoryError(KVMemError, ValueError):
     """An id is already stored."""
 
 
+class NamespaceError(KVMemError, ValueError):
+    """An item belongs to another namespace than the memory that should keep, extend or load it."""
+
+
 class FingerprintError(KVMemError, ValueError):
     """A cache was built by another model, tokenizer or template than the one in use."""
 

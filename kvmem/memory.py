@@ -10,7 +10,15 @@ from typing import Any, overload
 from kvmem.cache import KVCacheItem, Message, TextualMemoryItem
 from kvmem.config import KVCacheMemoryConfig
 from kvmem.engines import Backend, Injectable
-from kvmem.errors import ArgumentError, DuplicateMemoryError, PromptError, StorageError, UnknownMemoryError, check_kind
+from kvmem.errors import (
+    ArgumentError,
+    DuplicateMemoryError,
+    NamespaceError,
+    PromptError,
+    StorageError,
+    UnknownMemoryError,
+    check_kind,
+)
 from kvmem.prompt import with_ids_from_text
 
 AN_ID = "An item's id is its kv_cache_id."
@@ -18,6 +26,8 @@ AN_ID = "An item's id is its kv_cache_id."
 
 class KVCacheMemory:
     """Text memories as KV caches: built once, stored by id, and injected into every query.
+
+    All its items have the namespace of its configuration. Items of other namespaces are refused.
 
     Verbs: extract, add, get, get_by_ids, get_all, get_cache, delete, delete_all, dump, load, from_textual_memory.
     """
@@ -29,6 +39,7 @@ class KVCacheMemory:
         self.config = config
         llm = config.extractor_llm
         self.backend = backend or llm.backend_class().open(llm.config, config.template)
+        self.namespace = config.namespace
         self._items: dict[str, KVCacheItem] = {}
 
     @overload
@@ -42,14 +53,14 @@ class KVCacheMemory:
 
         base: an item of earlier turns. `text` is then the turns that follow them, and only those are prefilled.
         Raises PromptError for an empty text, a text longer than the model's positions (naming both lengths), and
-        anything that is neither text nor turns; ArgumentError or FingerprintError if `base` is not an item of this
-        model.
+        anything that is neither text nor turns; ArgumentError, FingerprintError or NamespaceError if `base` is not an
+        item of this model and namespace.
         """
         check_kind("base", base, KVCacheItem, type(None), way_out="Give the item that extract made of earlier turns.")
         if isinstance(text, str):
             if base is not None:
                 raise PromptError("base extends earlier turns by chat turns. Give a list of messages, not a text.")
-            return self.backend.build(text)
+            return self.backend.build(text, namespace=self.namespace)
         if not isinstance(text, list | tuple):
             raise PromptError(
                 f"extract takes a text, a list of texts, or a list of chat turns, and got a {type(text).__name__}."
@@ -59,20 +70,22 @@ class KVCacheMemory:
         if all(isinstance(entry, str) for entry in text):
             if base is not None:
                 raise PromptError("base extends earlier turns by chat turns. Give messages, not texts.")
-            return [self.backend.build(entry) for entry in text]
+            return [self.backend.build(entry, namespace=self.namespace) for entry in text]
         turns = tuple(_checked_turn(entry) for entry in text)
         if base is None:
-            return self.backend.build(turns)
+            return self.backend.build(turns, namespace=self.namespace)
+        self._check_namespace(base)
         self.backend.check(base)
         earlier = base.metadata.tokens.source
         if isinstance(earlier, str):
             earlier = ({"role": "system", "content": earlier},)
-        return self.backend.build((*earlier, *turns), base=base)
+        return self.backend.build((*earlier, *turns), base=base, namespace=self.namespace)
 
     def add(self, memories: KVCacheItem | Iterable[KVCacheItem]) -> None:
         """Stores one item or several, all or none.
 
-        Raises DuplicateMemoryError or FingerprintError, naming the id, and ArgumentError for anything but items.
+        Raises DuplicateMemoryError, NamespaceError or FingerprintError, naming the id, and ArgumentError for anything
+        but items.
         """
         items = [memories] if isinstance(memories, KVCacheItem) else _listed(memories)
         incoming: dict[str, KVCacheItem] = {}
@@ -82,6 +95,7 @@ class KVCacheMemory:
                 raise DuplicateMemoryError(
                     f"The id {item.kv_cache_id} is already stored. Delete it first, or extract again."
                 )
+            self._check_namespace(item)
             self.backend.check(item)
             incoming[item.kv_cache_id] = item
         self._items = self._items | incoming
@@ -145,9 +159,11 @@ class KVCacheMemory:
     def dump(self, dir: str | Path) -> Path:
         """Writes all items atomically to `<dir>/<memory_filename>`. Creates the folder. Returns the path.
 
+        With a namespace, the path is `<dir>/<namespace>/<memory_filename>`.
+
         Raises StorageError if it can't be written; an earlier file is then unchanged.
         """
-        path = _folder(dir) / self.config.memory_filename
+        path = self._path(dir)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -156,18 +172,39 @@ class KVCacheMemory:
         return path
 
     def load(self, dir: str | Path) -> int:
-        """Replaces all items by those of `<dir>/<memory_filename>`. Returns how many there are.
+        """Replaces all items by those of the file that `dump` writes. Returns how many there are.
 
-        Raises StorageError or FingerprintError with the reason; the memory is then unchanged.
+        What another program wrote (MemOS's pickles) states no namespace, and gets this memory's. Raises StorageError,
+        FingerprintError or NamespaceError with the reason; the memory is then unchanged.
         """
-        items = self.backend.read(_folder(dir) / self.config.memory_filename)
+        path = self._path(dir)
+        items = self.backend.read(path)
+        for item in items:
+            if item.metadata.fingerprint is None and not item.metadata.namespace:
+                item.metadata = item.metadata.model_copy(update={"namespace": self.namespace})
+            self._check_namespace(item, f"{path}: ")
         self._items = {item.kv_cache_id: item for item in items}
         return len(items)
 
     def from_textual_memory(self, mem: TextualMemoryItem) -> KVCacheItem:
         """Builds an item whose source keeps the text memory's id and metadata. Raises as `extract`; stores nothing."""
         check_kind("A text memory", mem, TextualMemoryItem, way_out="Give TextualMemoryItem(memory=text).")
-        return self.backend.build(mem.memory, textual_memory=mem)
+        return self.backend.build(mem.memory, textual_memory=mem, namespace=self.namespace)
+
+    def _path(self, dir: str | Path) -> Path:
+        return _folder(dir) / self.namespace / self.config.memory_filename
+
+    def _check_namespace(self, item: KVCacheItem, where: str = "") -> None:
+        """Raises NamespaceError for an item of another namespace. `where` starts the message."""
+        theirs = item.metadata.namespace
+        if theirs != self.namespace:
+            named = [
+                f"the namespace {name!r}" if name else "the default namespace" for name in (theirs, self.namespace)
+            ]
+            raise NamespaceError(
+                f"{where}Item {item.kv_cache_id} belongs to {named[0]}, and this memory is for {named[1]}. Extract the "
+                "text again here, or use a memory whose config names the item's namespace."
+            )
 
 
 def _checked_turn(entry: object) -> Message:

@@ -98,6 +98,8 @@ class KVCacheMetadata(BaseModel):
 
     It is written to a file only if it is set. An older version of kvmem refuses a file that has it.
     """
+    namespace: str = Field(default="", exclude_if=lambda name: not name)
+    """The namespace of the memory that the item belongs to; "" for the default one. In a file as `lossy`."""
 
     @property
     def token_count(self) -> int:

@@ -56,6 +56,8 @@ class FileHandle:
     tokens: MemoryTokens
     file: StoredFile | None
     salt: str | None = None
+    namespace: str = ""
+    """The namespace of the memories: the engine's blocks are shared within one namespace only."""
 
 
 Injectable = CacheView | FileHandle
@@ -95,8 +97,11 @@ class Backend(ABC):
         textual_memory: TextualMemoryItem | None = None,
         base: KVCacheItem | None = None,
         between_layers: BetweenLayers | None = None,
+        namespace: str = "",
     ) -> KVCacheItem:
         """Prefills `source` into a new item. With `base`, computes only the tokens that `base` does not hold.
+
+        namespace: the item's. An engine with a prefix cache of its own shares its blocks within one namespace only.
 
         between_layers: called in this thread before each layer is computed, after the device has finished the layer
         before it. It may block, so that requests of other threads go first, and it may raise BuildCancelled, which ends

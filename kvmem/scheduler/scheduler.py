@@ -55,6 +55,7 @@ class MemScheduler:
     ) -> None:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). The tiers `disk_int8` and `disk_int4`
         are lossy, and answers say so. folder: for the state and the disk tiers; None: the state ends with the process.
+        With a namespace, a folder of that name in it is used, and likewise at the URL of the cold tier.
         costs: prefill and load times; None: measured now. max_builds: at most so many builds in a tick. cold: the URL
         of the cold tier.
 
@@ -79,6 +80,9 @@ class MemScheduler:
                 f"MemScheduler needs the backend huggingface or hf_graph, and has {type(memory.backend).name}."
             )
         self.backend = memory.backend
+        if namespace := memory.config.namespace:  # its state and its KV apart from those of other namespaces
+            folder = None if folder is None else Path(folder) / namespace
+            cold = None if cold is None else f"{cold.rstrip('/')}/{namespace}"
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         check_budgets(budget)
         costs = costs or Costs.measured(self.backend)

@@ -84,8 +84,9 @@ class HFBackend(MeasuredBackend):
         textual_memory: TextualMemoryItem | None = None,
         base: KVCacheItem | None = None,
         between_layers: BetweenLayers | None = None,
+        namespace: str = "",
     ) -> KVCacheItem:
-        return self.build_tokens(self.template.memory_tokens(source), textual_memory, base, between_layers)
+        return self.build_tokens(self.template.memory_tokens(source), textual_memory, base, between_layers, namespace)
 
     def build_tokens(
         self,
@@ -93,6 +94,7 @@ class HFBackend(MeasuredBackend):
         textual_memory: TextualMemoryItem | None = None,
         base: KVCacheItem | None = None,
         between_layers: BetweenLayers | None = None,
+        namespace: str = "",
     ) -> KVCacheItem:
         """As `build`, for tokens that are already known, such as those of several texts joined."""
         self.guard.check()
@@ -112,6 +114,7 @@ class HFBackend(MeasuredBackend):
                 fingerprint=self.fingerprint,
                 textual_memory=_textual_source(textual_memory),
                 lossy=base.metadata.lossy if base is not None else "",
+                namespace=namespace,
             ),
         )
 

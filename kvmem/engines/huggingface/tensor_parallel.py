@@ -90,10 +90,11 @@ class HFRanksBackend(HFBackend):
         textual_memory: TextualMemoryItem | None = None,
         base: KVCacheItem | None = None,
         between_layers: BetweenLayers | None = None,
+        namespace: str = "",
     ) -> KVCacheItem:
         """As `HFBackend.build`, but raises ConfigError for `between_layers`: ranks would wait at different layers."""
         self.check_builds_in_one_step(between_layers)
-        item = super().build(source, textual_memory, base)
+        item = super().build(source, textual_memory, base, namespace=namespace)
         metadata = item.metadata.model_copy(update={"kv_bytes": self.ranks * item.metadata.kv_bytes})
         kv_cache_id, metadata = self._from_first((item.kv_cache_id, metadata))  # the same on all ranks
         return KVCacheItem(item.kv_cache, metadata, kv_cache_id)

@@ -96,6 +96,7 @@ class FileInjectingEngine(Backend):
         textual_memory: TextualMemoryItem | None = None,
         base: KVCacheItem | None = None,
         between_layers: BetweenLayers | None = None,
+        namespace: str = "",
     ) -> KVCacheItem:
         """Prefills `source` into a new item, whose file the connector writes; with `base`, only the tokens behind it.
 
@@ -108,7 +109,7 @@ class FileInjectingEngine(Backend):
         """
         tokens = self.template.memory_tokens(source)
         self.check_length(len(tokens.token_ids), BUILD_TOKENS)
-        manifest = new_manifest(tokens, self.fingerprint, textual_memory)
+        manifest = new_manifest(tokens, self.fingerprint, textual_memory, namespace)
         if between_layers is not None:
             between_layers()
         store = self.store
@@ -303,7 +304,7 @@ class FileInjectingEngine(Backend):
 
 
 def new_manifest(
-    tokens: MemoryTokens, fingerprint: ModelFingerprint, textual_memory: TextualMemoryItem | None
+    tokens: MemoryTokens, fingerprint: ModelFingerprint, textual_memory: TextualMemoryItem | None, namespace: str
 ) -> ItemManifest:
     """The manifest of a file that is still to be saved; `build_s` is 0 until the build ends."""
     count = len(tokens.token_ids)
@@ -316,5 +317,6 @@ def new_manifest(
         kv_bytes=fingerprint.kv_bytes(count),
         fingerprint=fingerprint,
         textual_memory=source,
+        namespace=namespace,
     )
     return ItemManifest(kv_cache_id=str(uuid.uuid4()), cache_tokens=count, layers=fingerprint.layers, metadata=metadata)
