@@ -15,7 +15,6 @@ from kvmem.errors import ConfigError, config_error
 from kvmem.merge import MergeStrategy, strategy
 from kvmem.prompt import TemplateKind
 
-
 NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
 
 
@@ -36,8 +35,9 @@ class KVCacheMemoryConfig(BaseModel):
 
     memory_filename: its suffix picks the file format. merge: a strategy or its name. template: `chat` or `plain`.
     separator: the text between merged memories. namespace: only memories of the same namespace are found, listed,
-    merged, loaded and deleted; their files are in a folder of that name. Raises ConfigError for an unknown key, naming the nearest known one,
-    and for a bad value.
+    merged, loaded and deleted; their files are in a folder of that name.
+
+    Raises ConfigError for an unknown key, naming the nearest known one, and for a bad value.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
