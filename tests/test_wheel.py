@@ -46,7 +46,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     interpreter = folder / "bin" / "python"
     command = [sys.executable, "-m", "pip", "--python", str(interpreter)]
     command += ["install", "--quiet", "--no-index", "--no-deps", str(wheel)]
-    subprocess.run(command, check=True, capture_output=True)
+    # Away from the checkout, whose kvmem.egg-info would count as an installed kvmem.
+    subprocess.run(command, check=True, capture_output=True, cwd=folder, env=_outside())
     packages = subprocess.run(
         [str(interpreter), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         check=True,
@@ -57,11 +58,14 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return interpreter
 
 
+def _outside() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
 def run(python: Path, program: str, folder: Path) -> str:
     """What a program prints in `folder`; -P and no PYTHONPATH keep the checkout off its path."""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [str(python), "-P", "-c", program], cwd=folder, env=env, capture_output=True, text=True, check=False
+        [str(python), "-P", "-c", program], cwd=folder, env=_outside(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
