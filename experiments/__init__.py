@@ -1,6 +1,6 @@
-"""Experiments: what injecting memories saves, measured, with a verdict on every figure.
+"""Experiments measure what injecting memories saves. Every figure has a verdict.
 
-`python -m experiments.run` is the command line, `run_experiment` the same from Python:
+`python -m experiments.run` is the command line. `run_experiment` does the same from Python:
 
     from experiments import run_experiment
     rows = run_experiment("model=tiny", "mode=quick")
@@ -18,7 +18,7 @@ __all__ = ["RunConfig", "run_experiment"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use, so that `import experiments.hardware` needs neither Hydra's cards nor an engine."""
+    """Imports on first use, so that `import experiments.hardware` loads neither Hydra nor an engine."""
     if name == "RunConfig":
         from experiments.config import RunConfig
 

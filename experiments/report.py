@@ -1,6 +1,6 @@
-"""python -m experiments.report RUN [RUN...]: the table, the plots and the page of a run, or of several joined.
+"""python -m experiments.report RUN [RUN...]: writes the table, the plots and the page of one or several runs.
 
-Everything is made from rows.jsonl again, so that a killed run has its report too.
+Everything is computed from rows.jsonl, so a killed run has a report too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ JOINED = Path("outputs/joined")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report",
-        description="Writes table.md, plots/ and report.html of a run, or of several runs joined.",
+        description="Writes table.md, plots/ and report.html for a run, or for several runs together.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a sweep's")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: the run's folder, or {JOINED}")
@@ -31,12 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = chosen.out or (JOINED if len(chosen.runs) > 1 else chosen.runs[0])
         if empty := [run for run in runs if not read_run(run).rows]:
             raise ConfigError(
-                f"{', '.join(map(str, empty))}: rows.jsonl holds no whole row. The run ended before its first cell, "
-                "or the file was cut off. The run's own command goes on with it."
+                f"{', '.join(map(str, empty))}: rows.jsonl holds no complete row. The run ended before its first cell, "
+                "or the file is truncated. Repeat the run's command to continue it."
             )
         print(write_report(out) if runs == [out] else write_joined(runs, out))
         if chosen.log:
-            from experiments.sinks import log_run  # not needed, nor imported, without --log
+            from experiments.sinks import log_run  # only --log needs it
 
             for run_dir in runs:
                 if line := log_run(run_dir):

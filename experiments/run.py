@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.config import command_line, compose
 from experiments.execution import (
     NOT_ALL_VALID,
-    WAYS_OUT_OF_A_FULL_GPU,
+    OUT_OF_MEMORY_ADVICE,
     WRONG_COMMAND,
     JobFailed,
     log,
@@ -31,7 +31,7 @@ from kvmem.errors import ConfigError, KVMemError
 
 @hydra.main(config_path=str(compose.CONF), config_name="config", version_base=compose.VERSION_BASE)
 def job(config: DictConfig) -> None:
-    """One job, in the folder that Hydra made for it."""
+    """Runs one job, in the folder that Hydra created for it."""
     here = HydraConfig.get()
     tracebacks = bool(config.get("tracebacks"))
     try:
@@ -42,7 +42,7 @@ def job(config: DictConfig) -> None:
         settings = {str(key): value for key, value in logging.items()}
         rows = run_job(chosen, run_dir, compose.resolved(config), here.overrides.task, settings)
     except torch.OutOfMemoryError as error:
-        reason = f"{str(error).partition(' Including ')[0]} {WAYS_OUT_OF_A_FULL_GPU}"
+        reason = f"{str(error).partition(' Including ')[0]} {OUT_OF_MEMORY_ADVICE}"
         log.error("error: %s", reason, exc_info=tracebacks)
         _end(here.mode, JobFailed(NOT_ALL_VALID, reason), error)
     except KVMemError as error:
@@ -50,14 +50,14 @@ def job(config: DictConfig) -> None:
         status = WRONG_COMMAND if isinstance(error, ConfigError) else NOT_ALL_VALID
         _end(here.mode, JobFailed(status, str(error)), error)
     if found := problems(rows, chosen.merge.exact):
-        log.error("error: %d of %d rows can't be trusted:\n  %s", len(found), len(rows), "\n  ".join(found))
+        log.error("error: %d of %d rows are not valid:\n  %s", len(found), len(rows), "\n  ".join(found))
         _end(here.mode, JobFailed(NOT_ALL_VALID, "; ".join(found)))
 
 
 def _end(mode: RunMode | None, failed: JobFailed, cause: Exception | None = None) -> NoReturn:
-    """Raises `failed` in a job of a sweep, for the launcher to pass on.
+    """Raises `failed` in a job of a sweep, so that the launcher can report it.
 
-    A single run exits instead: Hydra would print a line of its own for an exception.
+    A single run exits instead, because Hydra prints a line of its own for an exception.
     """
     failed.__cause__ = cause
     if mode is RunMode.RUN:
@@ -66,7 +66,7 @@ def _end(mode: RunMode | None, failed: JobFailed, cause: Exception | None = None
 
 
 def main() -> int:
-    """Checks every job of the command line before the first one loads a model, then lets Hydra run them."""
+    """Checks every job of the command line before the first one loads a model, then lets Hydra run the jobs."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on, instead of printing them and exiting
     try:

@@ -1,7 +1,7 @@
 """A sweep for W&B's agents: python -m experiments.wandb_sweep OVERRIDES > sweep.yaml, then `wandb sweep sweep.yaml`.
 
-W&B's server gives each agent the number of a job. The job's folder is the one that `python -m experiments.run -m` with
-the same overrides gives it, so either continues what the other began.
+W&B's server gives each agent the number of a job. The job has the same folder as under `python -m experiments.run -m`
+with the same overrides, so each command continues a sweep that the other one started.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ ONLINE = "sink.mode=online"
 def sweep_file(overrides: Sequence[str]) -> str:
     """The YAML of a sweep over all jobs of `overrides`.
 
-    Raises ConfigError if a job is wrong, or its rows would not reach W&B.
+    Raises ConfigError if the configuration of a job is wrong, or if its sink is not W&B.
     """
     compose.check(command_line.read(["-m", *overrides]))
     jobs = compose.expand(overrides)
     config = compose.validate(compose.compose(jobs[0]))
     if not isinstance(config.sink, WandB):
-        raise ConfigError("W&B's agents report to W&B, and this sink is another. Leave sink=wandb.")
+        raise ConfigError("W&B's agents need sink=wandb, and this configuration has another sink. Use sink=wandb.")
     online = [] if config.sink.mode != "auto" else [ONLINE]
     return yaml.safe_dump(
         {
             "name": sweep.folder_of(overrides).name,
             "project": config.sink.project,
             **({"entity": config.sink.entity} if config.sink.entity else {}),
-            "program": "experiments/wandb_sweep.py",  # required, and shown on W&B's page
+            "program": "experiments/wandb_sweep.py",  # W&B requires it and shows it on the sweep's page
             "method": "grid",
             "parameters": {JOB: {"values": list(range(len(jobs)))}},
             "command": ["${env}", "python", "-m", "experiments.wandb_sweep", "${args_no_hyphens}", *overrides, *online],
@@ -48,7 +48,7 @@ def sweep_file(overrides: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the sweep file. With `job=N` first, as an agent calls it, becomes the run of that job instead."""
+    """Prints the sweep file. If the first argument is `job=N`, as an agent passes it, runs that job instead."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_COMMAND
     command = [sys.executable, "-m", "experiments.run", *jobs[int(number)], f"hydra.run.dir={folder}"]
-    os.execv(sys.executable, command)  # the agent's signals then reach the run
+    os.execv(sys.executable, command)  # replaces this process, so that the agent's signals reach the run
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a command line, overrides or Python to a validated `RunConfig`."""
+"""Turns a command line, overrides or Python objects into a validated `RunConfig`."""
 
 from experiments.config.schema import RunConfig
 

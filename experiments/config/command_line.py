@@ -1,7 +1,7 @@
-"""Hydra's own reading of a command line. The only file that imports from `hydra._internal`.
+"""Parses a command line with Hydra's own parser. The only file that imports from `hydra._internal`.
 
 `hydra.main` reads `sys.argv` with a parser that Hydra does not export. Every job of a command line is validated before
-the first one loads a model, so the command line has to be read before `hydra.main` reads it, and by the same parser.
+the first one loads a model, so the command line is parsed before `hydra.main` runs, by the same parser.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ class CommandLine:
 
     overrides: list[str]
     multirun: bool
-    """The jobs of a sweep (-m), not one job."""
+    """-m: run all jobs of a sweep, not one job."""
     help: bool
-    """Show this program's help."""
+    """--help: show this program's help."""
     cfg: bool
-    """Show the configuration of the job."""
+    """--cfg: show the configuration of the job."""
     info: bool
-    """Show how the configuration is composed."""
+    """--info: show how the configuration is composed."""
     hydra_only: bool
-    """Show Hydra's help, or complete a word in a shell."""
+    """Show Hydra's help, or complete a word for the shell."""
     other_config: bool
-    """Compose from another folder or root card than conf/config.yaml."""
+    """The root card is not conf/config.yaml: --config-dir, --config-path or --config-name."""
 
     @property
     def runs(self) -> bool:
-        """It runs jobs, and does not only show something."""
+        """Whether the command runs jobs, and does not only print something."""
         return not (self.help or self.cfg or self.info or self.hydra_only)
 
 
 def read(arguments: Sequence[str]) -> CommandLine:
-    """Reads the arguments that follow the program's name. Exits with status 2 for a flag that Hydra does not know."""
+    """Parses the arguments that follow the program's name. Exits with status 2 for a flag that Hydra does not know."""
     args = get_args_parser().parse_args(list(arguments))
     return CommandLine(
         overrides=args.overrides,

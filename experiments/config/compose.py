@@ -1,7 +1,7 @@
-"""From overrides to a validated RunConfig, or to one error that names the nearest choice and all choices.
+"""Turns overrides into a validated RunConfig, or raises one error that names the nearest choice and all choices.
 
-Hydra composes the cards; each card is then made into its dataclass, before anything loads. `check` does so for every
-job of a command line, so that a sweep fails before its first job starts.
+Hydra composes the cards. Each card is then instantiated as its dataclass, before any model loads. `check` does this
+for every job of a command line, so a sweep with a wrong job fails before its first job starts.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from kvmem.errors import ConfigError, config_error, did_you_mean
 CONF = Path(__file__).resolve().parents[2] / "conf"
 VERSION_BASE = "1.3"
 JOB_NAME = "run"
-"""Hydra's name of the program, in `python -m experiments.run` and here."""
+"""Hydra's name for the program. It is the same under `python -m experiments.run`."""
 
-plugin_path.extend()  # before Hydra looks for its plugins, which it does once in a process
+plugin_path.extend()  # Hydra looks for its plugins once in a process
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The cards of one job. Raises ConfigError for a key, group or choice that does not exist."""
+    """Composes the cards of one job. Raises ConfigError for a key, group or choice that does not exist."""
     with _hydra():
         return hydra_compose("config", list(overrides))
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The cards as plain data, interpolations resolved. Raises ConfigError where an interpolation has no value."""
+    """The cards as plain data, with interpolations resolved. Raises ConfigError if an interpolation has no value."""
     try:
         cards = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -55,7 +55,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def validate(config: DictConfig) -> RunConfig:
-    """Each card as its dataclass, and all of them as one RunConfig. Raises ConfigError for the first wrong card."""
+    """Instantiates each card, and combines them in one RunConfig. Raises ConfigError for the first wrong card."""
     root = {key: card for key, card in resolved(config).items() if key != "_target_"}
     known = [field.name for field in dataclasses.fields(RunConfig)]
     for key in root:
@@ -69,7 +69,9 @@ def validate(config: DictConfig) -> RunConfig:
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each job of a sweep, in the order of Hydra's own sweeper, whose configured params count.
+    """The overrides of each job of a sweep, in the order of Hydra's own sweeper.
+
+    The parameters that `hydra.sweeper.params` configures are part of the sweep.
 
     >>> expand(["seed=1,2", "merge=ropeshift"])
     [['seed=1', 'merge=ropeshift'], ['seed=2', 'merge=ropeshift']]
@@ -80,9 +82,9 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         choices: dict[str, list[str]] = {}
         for override in _parsed([f"{key}={value}" for key, value in params.items()]) + given:
             if not override.is_hydra_override():
-                choices[override.get_key_element()] = _values(override)  # the last one of a key wins
-    on_hydra = [str(override.input_line) for override in given if override.is_hydra_override()]
-    return [[*job, *on_hydra] for job in itertools.product(*choices.values())]
+                choices[override.get_key_element()] = _values(override)  # the last override of a key wins
+    hydra_overrides = [str(override.input_line) for override in given if override.is_hydra_override()]
+    return [[*job, *hydra_overrides] for job in itertools.product(*choices.values())]
 
 
 def sweep_dir(overrides: Sequence[str]) -> Path:
@@ -92,13 +94,16 @@ def sweep_dir(overrides: Sequence[str]) -> Path:
 
 
 def choices(group: str) -> list[str]:
-    """The choices of a group: the cards in its folder, and what installed packages provide."""
+    """The choices of a group: the cards in its folder, and those of installed packages."""
     with _hydra():
         return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
 
 
 def choices_table() -> str:
-    """Each group with its choices, one in a line, for --help. Subfolders of a group hold parts of cards, no choices."""
+    """Each group with its choices, one group a line, for --help.
+
+    A subfolder of a group holds parts of cards, which are not choices.
+    """
     return "".join(f"{group}: {', '.join(choices(group))}\n" for group in sorted(_groups()))
 
 
@@ -106,12 +111,15 @@ OmegaConf.register_new_resolver("choices", choices_table, replace=True)
 
 
 def check(command: CommandLine) -> None:
-    """Validates every job of a command line, and what a command line only shows. Raises ConfigError for a wrong one."""
+    """Validates every job of a command line, also if the command only prints something.
+
+    Raises ConfigError for the first wrong job.
+    """
     installed.register(CONF)
     if command.hydra_only or command.other_config:
-        return  # cards of other folders are validated by each job
+        return  # each job validates cards of other folders
     if command.help or command.info:
-        compose(command.overrides)  # they show the composed configuration, valid or not
+        compose(command.overrides)  # the command prints the composed configuration, valid or not
         return
     if command.cfg and command.multirun:
         raise ConfigError("-m runs jobs, and --cfg shows one job's configuration. Use one of them.")
@@ -139,9 +147,9 @@ def _card(group: str, card: dict[str, Any]) -> Any:
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """Hydra over conf/ and the installed strategies; its errors become ConfigErrors.
+    """Initializes Hydra with conf/ and the installed strategies, and turns its errors into ConfigErrors.
 
-    In a process of `hydra.main` its Hydra steps aside meanwhile: there can be one at a time.
+    A process has one Hydra at a time. Inside `hydra.main`, its instance is removed and restored afterwards.
     """
     installed.register(CONF)
     current = GlobalHydra.instance()
@@ -161,18 +169,21 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
 
 
 def _composed_for_sweep(overrides: Sequence[Override]) -> DictConfig:
-    """The configuration that all jobs of a sweep share, Hydra's own part included: of the overrides that don't vary."""
+    """The configuration that all jobs of a sweep share, composed from the overrides that do not vary.
+
+    It includes Hydra's own part.
+    """
     shared = [override for override in overrides if override.is_hydra_override() or not override.is_sweep_override()]
     return hydra_compose("config", [str(override.input_line) for override in shared], return_hydra_config=True)
 
 
 def _values(override: Override) -> list[str]:
-    """What a sweep makes of one override: an override for each of its values."""
+    """The overrides that a sweep expands one override into: one for each of its values."""
     key = override.get_key_element()
     if not override.is_sweep_override():
         return [f"{key}={override.get_value_element_as_str()}"]
     if not override.is_discrete_sweep():
-        raise ConfigError(f"{override.input_line}: a sweep needs single values, such as {key}=1,2 or {key}=range(1,3).")
+        raise ConfigError(f"{override.input_line}: a sweep needs a list of values: {key}=1,2 or {key}=range(1,3).")
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
@@ -199,7 +210,7 @@ def _explained(error: HydraException) -> ConfigError:
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.full_key:
         parent = cause.parent_node
         siblings = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-        if cause.full_key == str(cause.key):  # at the root, where the groups are keys too
+        if cause.full_key == str(cause.key):  # at the root, the groups are keys too
             siblings += _groups()
         return ConfigError(f"Unknown key {cause.full_key!r}. {did_you_mean(str(cause.key), _shown(siblings))}")
     return ConfigError(" ".join(line.strip() for line in str(error).splitlines() if "hydra.cc" not in line))

@@ -1,7 +1,7 @@
-"""Strategies of installed packages as choices of Hydra's groups, without a YAML card in conf/.
+"""Makes strategies of installed packages choices of Hydra's groups, without a YAML card in conf/.
 
-A package declares an entry point (kvmem/registry.py). Its name becomes a choice, and the fields of its dataclass become
-knobs: `merge=mean merge.weight=0.5`.
+A package declares an entry point (see kvmem/registry.py). The entry point's name becomes a choice, and the fields of
+its dataclass become knobs: `merge=mean merge.weight=0.5`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Card = dict[str, Any]
 
 @cache
 def register(conf: Path) -> None:
-    """Adds what installed packages provide to the choices of `merge`, `backend` and `storage`.
+    """Adds the strategies of installed packages to the choices of `merge`, `backend` and `storage`.
 
-    Entry points are read once in a process. Raises ConfigError if one can't be imported, or has the name of a card
-    in `conf`.
+    Reads the entry points once in a process. Raises ConfigError if an entry point can't be imported, or has the name of
+    a card in `conf`.
     """
     store = ConfigStore.instance()
     for group, name, card in _cards():
         if (conf / group / f"{name}.yaml").is_file():
             raise ConfigError(
-                f"The choice {group}={name} exists twice: conf/{group}/{name}.yaml, and {card['_target_']} of an "
-                "installed package. Rename its entry point."
+                f"The choice {group}={name} exists twice: as conf/{group}/{name}.yaml, and as {card['_target_']} in an "
+                "installed package. Rename the package's entry point."
             )
         try:
             store.store(name, card, group, provider=card["_target_"].partition(".")[0])
@@ -45,7 +45,7 @@ def register(conf: Path) -> None:
 
 
 def _cards() -> Iterator[tuple[str, str, Card]]:
-    """(group, choice, card) of each strategy of an installed package."""
+    """Yields (group, choice, card) for each strategy of an installed package."""
     for name, strategy in STRATEGIES.installed().items():
         yield "merge", name, _card(strategy)
     for name, engine in ENGINES.installed().items():
@@ -56,7 +56,10 @@ def _cards() -> Iterator[tuple[str, str, Card]]:
 
 
 def _card(cls: type) -> Card:
-    """The card of a class: its path, and the default of each knob; "???", Hydra's "missing", where it has none."""
+    """The card of a class: its import path, and each knob with its default.
+
+    A knob without a default gets "???", which Hydra treats as missing.
+    """
     fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     knobs = {field.name: _default(field) for field in fields if field.init}
     return {"_target_": f"{cls.__module__}.{cls.__qualname__}", **knobs}

@@ -1,4 +1,4 @@
-"""Lets Hydra find this project's launchers, which it takes only from the namespace package `hydra_plugins`."""
+"""Lets Hydra find this project's launchers. Hydra looks for plugins only in the namespace package `hydra_plugins`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ PLUGINS = Path(__file__).resolve().parents[1] / "execution" / "launchers"
 
 
 def extend() -> None:
-    """Adds `PLUGINS` to the import path, and to PYTHONPATH, which the jobs that launchers start inherit.
+    """Adds `PLUGINS` to the import path, and to PYTHONPATH, which the launchers' jobs inherit.
 
-    Call it before Hydra looks for its plugins. A second call changes nothing.
+    Call it before Hydra looks for its plugins. A second call has no effect.
 
     >>> extend()
     >>> str(PLUGINS) in sys.path and os.environ["PYTHONPATH"].split(os.pathsep).count(str(PLUGINS))

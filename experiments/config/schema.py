@@ -14,9 +14,9 @@ from experiments.sinks import Sink
 
 @dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True), kw_only=True)
 class RunConfig(Setup):
-    """A whole run: what is measured (`Setup`), the scenario that measures it, and where its rows go."""
+    """A run: the setup that is measured, the scenario that measures it, and the sink for its rows."""
 
     scenario: Scenario[Any, Any]
     sink: Sink
     tracebacks: bool = False
-    """Log the traceback of what fails, beside its message."""
+    """Log the traceback of an error, not only its message."""

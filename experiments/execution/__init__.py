@@ -1,10 +1,10 @@
-"""Runs a configuration: cell by cell, with checkpoints, as a sweep, on several ranks or a cluster."""
+"""Runs a configuration cell by cell, with checkpoints: as one job, as a sweep, on several ranks or on a cluster."""
 
 from experiments.execution.experiment import run_experiment
 from experiments.execution.ranks import run_job
 from experiments.execution.runner import (
     NOT_ALL_VALID,
-    WAYS_OUT_OF_A_FULL_GPU,
+    OUT_OF_MEMORY_ADVICE,
     WRONG_COMMAND,
     JobFailed,
     log,
@@ -14,7 +14,7 @@ from experiments.execution.runner import (
 
 __all__ = [
     "NOT_ALL_VALID",
-    "WAYS_OUT_OF_A_FULL_GPU",
+    "OUT_OF_MEMORY_ADVICE",
     "WRONG_COMMAND",
     "JobFailed",
     "log",

@@ -1,4 +1,4 @@
-"""What a run's folder says is finished, so that a command continues where a kill, a timeout or a failure stopped it."""
+"""Records which cells of a run are finished, so that the same command continues an interrupted run."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ DONE, LOCK, WRITER = "DONE.json", "LOCK", "WRITER"
 CONFIG = "config.yaml"
 NOT_PART_OF_A_FIGURE = ("sink", "tracebacks")
 FROM_THE_MODEL_CARD = ("model_name_or_path", "seed")
-"""Knobs of a backend that always have the model card's values, which count there."""
+"""Knobs of a backend that repeat the model card. They count as part of the model card only."""
 
 
 def config_hash(resolved: Mapping[str, Any]) -> str:
-    """12 hex digits of a run's configuration: of its cards' classes and knobs.
+    """A hash of a run's configuration, as 12 hex digits. It covers the classes and knobs of the cards.
 
-    A class counts by its own name, so that it may move to another module. What does not change a figure does not count:
-    where rows are sent, and what is logged.
+    A class counts by its name without its module, so a class that moves keeps its hash. The sink and the logging do not
+    count, because they do not change a figure.
 
     >>> config_hash({"merge": {"_target_": "a.Mean"}}) == config_hash({"merge": {"_target_": "b.c.Mean"}, "sink": {}})
     True
     """
     counted = _without_modules({key: card for key, card in resolved.items() if key not in NOT_PART_OF_A_FIGURE})
     if isinstance(counted.get("backend"), dict):
-        counted["backend"] = _as_given(counted["backend"], counted.get("hardware"))
+        counted["backend"] = _without_derived_knobs(counted["backend"], counted.get("hardware"))
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def hash_of_run(run_dir: Path) -> str | None:
-    """`config_hash` of the configuration that a run wrote into its folder, maybe by an older version; None: none."""
+    """`config_hash` of the config.yaml in a run's folder, which may be from an older version; None without a file."""
     path = run_dir / CONFIG
     return config_hash(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
@@ -53,33 +53,37 @@ def _without_modules(value: Any) -> Any:
     return [_without_modules(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _as_given(backend: dict[str, Any], hardware: Any) -> dict[str, Any]:
-    """A backend's card without what it takes from the model and the layout: config.yaml has these values, too."""
-    given = {knob: value for knob, value in backend.items() if knob not in FROM_THE_MODEL_CARD}
+def _without_derived_knobs(backend: dict[str, Any], hardware: Any) -> dict[str, Any]:
+    """A backend's card without the values that come from the model's card and the layout.
+
+    config.yaml holds these values, a composed card does not. Both have the same hash.
+    """
+    own = {knob: value for knob, value in backend.items() if knob not in FROM_THE_MODEL_CARD}
     ranks = hardware.get("tensor_parallel") if isinstance(hardware, dict) else None
-    if "tensor_parallel_size" in given and given["tensor_parallel_size"] == ranks:
-        given["tensor_parallel_size"] = 1
-    return given
+    if "tensor_parallel_size" in own and own["tensor_parallel_size"] == ranks:
+        own["tensor_parallel_size"] = 1
+    return own
 
 
 @dataclass
 class Ledger:
-    """DONE.json of a run's folder: the cells whose rows are all in rows.jsonl.
+    """DONE.json in a run's folder: the cells whose rows are all in rows.jsonl.
 
-    Each row names its cell in `conditions`. Rows of other cells come from one that failed or was interrupted; they are
-    measured again.
+    Each row names its cell in `conditions`. Rows of any other cell come from a failed or interrupted measurement. That
+    cell is measured again.
     """
 
     path: Path
     config_hash: str
     cells: list[str] = field(default_factory=list)
     finished: bool = False
-    """Every cell of the run is in `cells`."""
+    """Whether `cells` holds every cell of the run."""
 
-    def kept(self) -> list[Row]:
-        """The rows of the finished cells; rows.jsonl is cut down to them.
+    def finished_rows(self) -> list[Row]:
+        """Returns the rows of the finished cells, and removes all other rows from rows.jsonl.
 
-        A cell without a row is not finished any more: a machine that crashes may lose what was not on disk yet.
+        A cell without a row no longer counts as finished: its rows were lost if the machine crashed before they were on
+        disk.
         """
         if not self.cells:
             return []
@@ -93,7 +97,7 @@ class Ledger:
         return rows
 
     def finish(self, cell: str) -> None:
-        """Records a cell. Call it when all its rows are in rows.jsonl and none failed."""
+        """Records a cell as finished. Call it once all its rows are in rows.jsonl and none of them failed."""
         self.cells.append(cell)
         self.write()
 
@@ -103,24 +107,24 @@ class Ledger:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run's folder needs no further work."""
+    """Whether every cell of a run is finished."""
     path = run_dir / DONE
     return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
 @contextmanager
 def opened(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[Ledger]:
-    """The folder's ledger, locked for this process; the lock ends with the process.
+    """The folder's ledger, locked for this process. The lock is released when the process ends.
 
-    Raises ConfigError if the folder holds rows of another configuration, or another process is writing to it.
+    Raises ConfigError if the folder holds rows of another configuration, or if another process is writing to it.
     """
     writer = run_dir / WRITER
     try:
-        held = FileLock(run_dir / LOCK).acquire(timeout=0)
+        lock = FileLock(run_dir / LOCK).acquire(timeout=0)
     except Timeout as error:
         name = writer.read_text(encoding="utf-8").strip() if writer.is_file() else "another process"
         raise ConfigError(f"{run_dir} is being written by {name}. Wait for it, or choose another folder.") from error
-    with held:
+    with lock:
         writer.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield _read(run_dir / DONE, config_hash(resolved))
 

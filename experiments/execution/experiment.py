@@ -24,12 +24,15 @@ def run_experiment(*overrides: str, out: str | Path | None = None) -> list[Row]:
 def run_experiment(*what: Any, out: str | Path | None = None) -> list[Row]:
     """Measures every cell of one run and returns its rows.
 
-    `what` is a `RunConfig`, or overrides as on the command line: `run_experiment("model=tiny", "mode=quick")`. `out`
-    is the run's folder; None makes outputs/<date>/<time>/ below the working folder. It gets the same files as a run of
-    the command line, and rows that it already holds are not measured again.
+    `what` is a `RunConfig`, or overrides as on the command line: `run_experiment("model=tiny", "mode=quick")`.
 
-    A cell that fails gives a row with `status="failed"`, and `row.verdict` says which figures can't be trusted. Raises
-    ConfigError for a wrong configuration or a folder of another one, EngineError if the engine can't start.
+    `out` is the run's folder; None creates outputs/<date>/<time>/ in the working directory. The folder gets the same
+    files as a run from the command line. Cells that are finished in it are not measured again.
+
+    A cell that fails gives a row with `status="failed"`. `row.verdict` says whether a figure is valid.
+
+    Raises ConfigError if the configuration is wrong, or if the folder holds rows of another configuration. Raises
+    EngineError if the engine can't start.
     """
     overrides: list[str] = []
     if len(what) == 1 and isinstance(what[0], RunConfig):
@@ -46,7 +49,7 @@ def run_experiment(*what: Any, out: str | Path | None = None) -> list[Row]:
 
 
 def cards_of(config: RunConfig) -> dict[str, Any]:
-    """A configuration as the plain cards that Hydra would compose it from."""
+    """A configuration as plain cards, as Hydra would compose them."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {"_target_": _path(type(config))} | {name: _card(value) for name, value in fields.items()}
 

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
+"""Shows the progress of a run: a progress bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ C = TypeVar("C", bound=Labelled)
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log lines through rich's console, above a running progress bar; never wrapped."""
+    """Prints log lines through rich's console, above a progress bar and without line breaks of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
         rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
-def over(cells: Sequence[C]) -> Iterator[C]:
-    """Yields the cells one by one, and shows how far it is."""
+def track(cells: Sequence[C]) -> Iterator[C]:
+    """Yields the cells one by one, and shows how many are done."""
     if not sys.stdout.isatty():
         for number, cell in enumerate(cells, start=1):
             log.info("[%d/%d] %s", number, len(cells), cell.label)

@@ -1,4 +1,4 @@
-"""One process of a run of several (experiments/execution/ranks.py). torchrun starts it with the path of its order."""
+"""One process of a run on several ranks (see ranks.py). torchrun starts it with the path of a `RankTask` file."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ from omegaconf import OmegaConf
 
 from experiments.config import RunConfig, compose
 from experiments.execution import ranks
-from experiments.execution.runner import measured, named, run
-from experiments.measurement import agreed
+from experiments.execution.runner import cells_by_name, measure_cell, run
+from experiments.measurement import from_rank0
 from kvmem.errors import ConfigError, EngineError, KVMemError
 
 
 def follow(config: RunConfig) -> None:
-    """Measures the cells that rank 0 measures, in step with it. Raises EngineError if a cell fails here alone."""
+    """Measures the cells that rank 0 measures, in step with it.
+
+    Raises EngineError if a cell fails on this rank but not on rank 0, or the other way round.
+    """
     bench = config.scenario.open(config)
-    cells = named(config.scenario.cells(bench))
-    for name in agreed(list(cells)):
-        succeeded = all(row.status == "done" for row in measured(config, bench, cells[name]))
-        if agreed(succeeded) != succeeded:
-            raise EngineError(f"The ranks disagree about the cell {name}: it failed on some of them only.")
+    cells = cells_by_name(config.scenario.cells(bench))
+    for name in from_rank0(list(cells)):
+        succeeded = all(row.status == "done" for row in measure_cell(config, bench, cells[name]))
+        if from_rank0(succeeded) != succeeded:
+            raise EngineError(f"The cell {name} failed on some ranks and succeeded on others.")
 
 
-def main(order: ranks.Order) -> int:
-    """Runs as rank 0, or follows it; returns the exit status."""
-    config = compose.validate(OmegaConf.create(order.resolved))
+def main(task: ranks.RankTask) -> int:
+    """Runs as rank 0, or follows it. Returns the exit status."""
+    config = compose.validate(OmegaConf.create(task.resolved))
     try:
         if os.environ["RANK"] == "0":
-            logging.config.dictConfig(order.logging)
-            run(config, Path(order.run_dir), order.resolved, order.overrides)
+            logging.config.dictConfig(task.logging)
+            run(config, Path(task.run_dir), task.resolved, task.overrides)
         else:
             follow(config)
     except KVMemError as error:
-        ranks.give_up(order.errors, ranks.GivenUp(isinstance(error, ConfigError), str(error)))
+        ranks.report_failure(task.errors, ranks.RankFailure(isinstance(error, ConfigError), str(error)))
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(ranks.Order(**json.loads(Path(sys.argv[1]).read_text()))))
+    sys.exit(main(ranks.RankTask(**json.loads(Path(sys.argv[1]).read_text()))))

@@ -1,7 +1,6 @@
-"""A run whose engine is several processes: torchrun starts them, and all of them measure the same cells in step.
+"""Runs whose engine consists of several processes. torchrun starts them, and all of them measure the same cells.
 
-Rank 0 runs as a single process does. The other ranks keep no rows and write no files, and no decision depends on their
-clocks.
+Rank 0 does what a single process does. The other ranks write no files, and no decision depends on their clocks.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ LOG = "ranks.log"
 
 
 @dataclass(frozen=True)
-class Order:
-    """What each process of a run gets; plain JSON. `errors` is the folder for the reasons of ranks that give up."""
+class RankTask:
+    """The input of each process of a run, as plain JSON. A rank that fails writes why into the folder `errors`."""
 
     run_dir: str
     resolved: dict[str, Any]
@@ -39,8 +38,8 @@ class Order:
 
 
 @dataclass(frozen=True)
-class GivenUp:
-    """Why a process gave up. `is_config`: the configuration is wrong, not the machine."""
+class RankFailure:
+    """Why a rank failed. `is_config` says that the configuration is wrong."""
 
     is_config: bool
     message: str
@@ -55,32 +54,33 @@ def run_job(
 ) -> list[Row]:
     """Measures a configuration in as many processes as its engine needs, and returns the rows.
 
-    `resolved` is the configuration as plain cards. `logging` configures a rank's log (`logging.config.dictConfig`);
-    None leaves Python's default. See `runner.run` for what a run leaves in `run_dir`.
+    `resolved` is the configuration as plain cards. `logging` is rank 0's logging configuration
+    (`logging.config.dictConfig`); None keeps Python's default. `runner.run` says what a run writes into `run_dir`.
     """
-    if (count := needed(config)) > 1 and not checkpoint.is_finished(run_dir):
+    if (count := process_count(config)) > 1 and not checkpoint.is_finished(run_dir):
         return run(count, run_dir, resolved, overrides, logging or {"version": 1})
     return runner.run(config, run_dir, resolved, overrides)
 
 
-def needed(config: RunConfig) -> int:
+def process_count(config: RunConfig) -> int:
     """How many processes the run's engine needs.
 
-    Raises ConfigError if the scenario can't be measured by so many, or this machine is not the layout.
+    Raises ConfigError if the scenario can't be measured by several processes, or if this machine does not match the
+    layout.
     """
     if not isinstance(config.backend, HFRanksConfig):
         return 1
     count = config.backend.tensor_parallel_size
     if count == 1:
         raise ConfigError(
-            f"backend=hf_ranks shares a model among processes, and hardware={config.hardware.name} has "
+            f"backend=hf_ranks divides a model among processes, and hardware={config.hardware.name} has "
             "tensor_parallel=1. Use another layout (hardware=h100x4), set hardware.tensor_parallel, or use "
             "backend=huggingface."
         )
     if not config.scenario.lockstep:
         raise ConfigError(
-            f"scenario={config.scenario.name} measures an engine of one process, and backend=hf_ranks is {count}. "
-            "Use scenario=kv_vs_direct."
+            f"scenario={config.scenario.name} measures an engine of one process, and backend=hf_ranks has {count} "
+            "processes. Use scenario=kv_vs_direct."
         )
     config.hardware.refuse_other_machines()
     return count
@@ -89,12 +89,12 @@ def needed(config: RunConfig) -> int:
 def run(
     count: int, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str], logging: Mapping[str, Any]
 ) -> list[Row]:
-    """The rows of a run by `count` processes of this machine. Raises the error of the first rank that gave up."""
+    """Runs `count` processes on this machine, and returns the rows. Raises the error of the first rank that failed."""
     with tempfile.TemporaryDirectory() as folder:
-        order = Path(folder) / "order.json"
-        order.write_text(json.dumps(asdict(Order(str(run_dir), resolved, list(overrides), dict(logging), folder))))
+        task = Path(folder) / "task.json"
+        task.write_text(json.dumps(asdict(RankTask(str(run_dir), resolved, list(overrides), dict(logging), folder))))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command += ["-m", "experiments.execution.rank_worker", str(order)]
+        command += ["-m", "experiments.execution.rank_worker", str(task)]
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         env = {"OMP_NUM_THREADS": str(max(1, cores() // count))} | os.environ | paths
         with (run_dir / LOG).open("a+", encoding="utf-8") as log:
@@ -107,16 +107,16 @@ def run(
     return list(read_run(run_dir).rows)
 
 
-def give_up(folder: str, why: GivenUp) -> None:
-    """Leaves the reason of this rank in `folder`, for the process that started the ranks."""
-    (Path(folder) / f"rank {int(os.environ['RANK']):04}.json").write_text(json.dumps(asdict(why)))
+def report_failure(folder: str, failure: RankFailure) -> None:
+    """Writes why this rank failed into `folder`, where the process that started the ranks reads it."""
+    (Path(folder) / f"rank {int(os.environ['RANK']):04}.json").write_text(json.dumps(asdict(failure)))
 
 
 def _failure(folder: Path, output: str, log: Path) -> ConfigError | EngineError:
     for path in sorted(folder.glob("rank *.json")):
-        why = GivenUp(**json.loads(path.read_text()))
-        return ConfigError(why.message) if why.is_config else EngineError(why.message)
+        failure = RankFailure(**json.loads(path.read_text()))
+        return ConfigError(failure.message) if failure.is_config else EngineError(failure.message)
     ended = re.findall(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", output)
     raised = re.findall(r"^(?:\[rank\d+\]: *)?([\w.]+Error: .+)$", output, re.MULTILINE)
     reasons = [f"rank {rank} with status {status}" for status, rank in ended] + raised[:1]
-    return EngineError(f"A process of the run ended: {', '.join(reasons)}. Its output is in {log}.")
+    return EngineError(f"A process of the run ended early: {', '.join(reasons)}. Its output is in {log}.")

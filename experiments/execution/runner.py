@@ -1,4 +1,4 @@
-"""Measures the cells of one run and leaves its rows, tables, plots and report in the run's folder."""
+"""Measures the cells of one run, and writes its rows, tables, plots and report into the run's folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from experiments.bench import Bench
 from experiments.config import RunConfig
 from experiments.execution import checkpoint, progress
 from experiments.hardware import layout
-from experiments.measurement import agreed
+from experiments.measurement import from_rank0
 from experiments.reporting import findings, tables, write_report
 from experiments.results import Row, formatting, ttft_of
 from experiments.sinks import JSONL, Sink
@@ -29,16 +29,16 @@ from experiments.sinks import JSONL, Sink
 log = logging.getLogger("experiments")
 
 WRONG_COMMAND, NOT_ALL_VALID = 2, 1
-"""Exit statuses."""
+"""Exit statuses: the command or its configuration is wrong; a row failed or is not valid."""
 ROWS_IN_A_LOG_LINE = 4
-WAYS_OUT_OF_A_FULL_GPU = (
-    "Use a smaller model or a layout of more GPUs, or leave an engine less (backend.gpu_memory_utilization, "
-    "backend.buffers)."
+OUT_OF_MEMORY_ADVICE = (
+    "Use a smaller model or a layout of more GPUs, or let the engine reserve less memory "
+    "(backend.gpu_memory_utilization, backend.buffers)."
 )
 
 
 class JobFailed(Exception):
-    """A job that has logged why it failed. `exit_status` is for the process."""
+    """A job failed and has logged the reason. `exit_status` is the exit status of the process."""
 
     def __init__(self, exit_status: int, reason: str) -> None:
         super().__init__(exit_status, reason)
@@ -46,16 +46,18 @@ class JobFailed(Exception):
 
 
 def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str] = ()) -> list[Row]:
-    """Measures every cell of `config`, leaves rows, tables, plots and report in `run_dir`, and returns the rows.
+    """Measures every cell of `config`, writes rows, tables, plots and report into `run_dir`, and returns the rows.
 
-    `resolved` is the configuration as plain cards. A cell that raises becomes a failed row, and the other cells go on.
-    Rows are written as they come. Cells of the same configuration that are finished in `run_dir` are not measured
+    `resolved` is the configuration as plain cards. A cell that raises becomes a failed row, and the run continues with
+    the next cell. Each row is written as soon as it is measured. Cells that are finished in `run_dir` are not measured
     again.
+
+    Raises ConfigError if `run_dir` holds rows of another configuration, or if another process is writing to it.
     """
     with checkpoint.opened(run_dir, resolved) as done:
-        rows = done.kept()
+        rows = done.finished_rows()
         if done.finished:
-            log.info("%s was finished before", run_dir)
+            log.info("%s is already finished", run_dir)
         else:
             _write_conditions(config, run_dir, resolved, overrides)
             _measure_missing(config, run_dir, resolved, done, rows)
@@ -65,27 +67,27 @@ def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: S
 def _measure_missing(
     config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: checkpoint.Ledger, rows: list[Row]
 ) -> None:
-    """Measures the cells that are not finished, and adds their rows to `rows`."""
+    """Measures the cells that are not finished yet, and appends their rows to `rows`."""
     sinks: list[Sink] = [JSONL(), config.sink]
     for sink in sinks:
         sink.check()
     bench = config.scenario.open(config)
-    cells = named(config.scenario.cells(bench))
+    cells = cells_by_name(config.scenario.cells(bench))
     missing = {name: cell for name, cell in cells.items() if name not in done.cells}
-    agreed(list(missing))
+    from_rank0(list(missing))
     if len(missing) < len(cells):
-        log.info("%d of %d cells were finished before", len(cells) - len(missing), len(cells))
+        log.info("%d of %d cells are already finished", len(cells) - len(missing), len(cells))
     with ExitStack() as closing:
         for sink in sinks:
             sink.open(run_dir, resolved, rows)
             closing.callback(_close, sink, run_dir)
-        for name, cell in zip(missing, progress.over(list(missing.values())), strict=True):
-            found = measured(config, bench, cell)
+        for name, cell in zip(missing, progress.track(list(missing.values())), strict=True):
+            found = measure_cell(config, bench, cell)
             for row in (replace(row, conditions=row.conditions | {"cell": name}) for row in found):
                 rows.append(row)
                 for sink in sinks:
                     sink.write(row)
-            if agreed(all(row.status == "done" for row in found)):
+            if from_rank0(all(row.status == "done" for row in found)):
                 done.finish(name)
         done.finished = len(done.cells) == len(cells)
         done.write()
@@ -99,7 +101,7 @@ def _measure_missing(
 
 
 def problems(rows: Iterable[Row], exact: bool) -> list[str]:
-    """Why a run ends with status 1: each failed cell, invalid verdict, and divergence where the merge is exact."""
+    """The reasons for exit status 1: failed cells, invalid verdicts, and diverged answers of an exact merge."""
     found = []
     for row in rows:
         cell = f"{row.model} {row.scenario} {row.context_tokens}/{row.query_tokens}"
@@ -112,23 +114,23 @@ def problems(rows: Iterable[Row], exact: bool) -> list[str]:
             and (exact or row.memories == 1)
             and not (row.payload and row.payload.may_diverge)
         ):
-            found.append(f"{cell}: the injected arm's answer diverged from the prompt's")
+            found.append(f"{cell}: the injected arm's answer diverged from the direct arm's")
     return found
 
 
-def named(cells: Sequence[Any]) -> dict[str, Any]:
-    """A scenario's cells by the names that they have in a run's folder."""
+def cells_by_name(cells: Sequence[Any]) -> dict[str, Any]:
+    """A scenario's cells by their names in DONE.json."""
     return {f"{number} {cell.label}": cell for number, cell in enumerate(cells)}
 
 
-def measured(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
-    """The rows of one cell; a failed row if it raises."""
+def measure_cell(config: RunConfig, bench: Bench, cell: Any) -> list[Row]:
+    """The rows of one cell, or one failed row if the cell raises."""
     started = time.perf_counter()
     try:
         rows = config.scenario.measure(bench, cell)
         for row in rows:
-            row.to_json()  # a NaN fails this cell here, not the whole run where the row is written
-    except Exception as error:  # a long run keeps its other cells; the row has the traceback
+            row.to_json()  # raises for a NaN here, where it fails one cell, not the run
+    except Exception as error:  # a long run continues with its other cells; the row has the traceback
         log.error("%s failed: %s: %s", cell.label, type(error).__name__, error, exc_info=config.tracebacks)
         return [config.scenario.failed(bench, cell, traceback.format_exc())]
     figures = "; ".join(map(_figures, rows)) if len(rows) <= ROWS_IN_A_LOG_LINE else formatting.plural(len(rows), "row")
@@ -151,7 +153,7 @@ def _close(sink: Sink, run_dir: Path) -> None:
 
 def _write_conditions(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str]) -> None:
     card = dataclasses.asdict(config.backend)  # type: ignore[call-overload]  # each backend config is a dataclass
-    resolved["backend"] |= card  # with what it took from the model and the layout
+    resolved["backend"] |= card  # adds the values that come from the model and the layout
     (run_dir / checkpoint.CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)), encoding="utf-8")
     machine = dataclasses.asdict(layout.inspect())
     environment = {"overrides": list(overrides), "machine": machine, "conditions": layout.conditions()}

@@ -1,6 +1,6 @@
 """Timing, output equality and the verdict: how one figure is taken and judged."""
 
-from experiments.measurement.consensus import agreed
+from experiments.measurement.consensus import from_rank0
 from experiments.measurement.engine_adapters import engine_conditions, two_chunkings
 from experiments.measurement.equality import Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
@@ -12,8 +12,8 @@ __all__ = [
     "Equality",
     "Sample",
     "Trace",
-    "agreed",
     "engine_conditions",
+    "from_rank0",
     "grade",
     "synchronize",
     "transfer_s",

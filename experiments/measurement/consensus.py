@@ -1,4 +1,4 @@
-"""Keeps the processes of one run in step: decisions that depend on timing are taken by rank 0."""
+"""Keeps the ranks of a run in step: rank 0 makes every decision that depends on timing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def agreed(value: T) -> T:
-    """Broadcasts rank 0's value; `value` itself in a run of one process."""
+def from_rank0(value: T) -> T:
+    """Broadcasts rank 0's `value` and returns it on every rank. A run of one process returns its own `value`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     values = [value]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from experiments.measurement.consensus import agreed
+from experiments.measurement.consensus import from_rank0
 from experiments.measurement.engine_adapters import two_chunkings
 from experiments.measurement.equality import Trace
 from kvmem.cache import MemoryTokens
@@ -144,7 +144,7 @@ def interleaved_calm(
 ) -> tuple[dict[str, list[Sample]], int]:
     """`interleaved`, repeated once if an arm was disturbed. Returns the calmer run, whole, and how many ran."""
     first = interleaved(arms, pairs, rng, warmups)
-    if agreed(worst_spread(first)) <= NOISY_SPREAD:
+    if from_rank0(worst_spread(first)) <= NOISY_SPREAD:
         return first, 1
     second = interleaved(arms, pairs, rng, warmups=0)
     return min(first, second, key=worst_spread), 2

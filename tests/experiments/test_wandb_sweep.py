@@ -60,7 +60,7 @@ def test_the_mode_is_online_unless_one_is_given(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [(["sink=none"], "Leave sink=wandb"), (["job=2", "seed=0,1"], "2 jobs, 0 to 1"), (["modle=tiny"], "Did you mean")],
+    [(["sink=none"], "Use sink=wandb"), (["job=2", "seed=0,1"], "2 jobs, 0 to 1"), (["modle=tiny"], "Did you mean")],
 )
 def test_a_sweep_that_no_agent_can_run_is_refused(
     arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]

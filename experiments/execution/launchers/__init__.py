@@ -1,1 +1,1 @@
-"""Where the jobs of a sweep run: Hydra launchers for Slurm and Ray."""
+"""Hydra launchers, which run the jobs of a sweep on Slurm or Ray."""

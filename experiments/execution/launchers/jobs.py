@@ -1,4 +1,4 @@
-"""What the launchers share: each job is submitted by itself, so that one that dies does not end the others."""
+"""The base class of the launchers. It submits each job on its own, so that a job that dies does not end the others."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from kvmem.errors import ConfigError, KVMemError
 if TYPE_CHECKING:
     from experiments.hardware import Resources
 
-plugin_path.extend()  # also in a job's own process
+plugin_path.extend()  # a job's own process needs it too
 
 POLL_S = 10
-"""How often a cluster is asked for the state of all jobs at once."""
+"""Seconds between two queries of the cluster for the state of all jobs."""
 
 SUBMISSION_ERRORS = (OSError, RuntimeError)
-"""What clients raise if a cluster refuses a job; submitit's FailedSubmissionError is a RuntimeError."""
+"""The exceptions of clients if a cluster rejects a job. submitit's FailedSubmissionError is a RuntimeError."""
 RESULT_ERRORS = (OSError, RuntimeError, EOFError, pickle.PickleError, ImportError, AttributeError)
-"""What clients raise for a result that is truncated, or was written by other code."""
+"""The exceptions of clients if a result is truncated, or was written by other code."""
 
 
 class JobDied(Exception):
-    """A job that ended without a result: killed, out of memory, out of time. The message says where to look."""
+    """A job ended without a result: it was killed, or ran out of memory or time. The message says where its log is."""
 
 
-class PatientLauncher(Launcher):
-    """Submits the jobs of a sweep that are not finished, waits for all of them, and returns each one's outcome.
+class PerJobLauncher(Launcher):
+    """Submits each unfinished job of a sweep on its own, waits for all of them, and returns each job's outcome.
 
-    A subclass says how one job is submitted and how its result is read. A job that dies is reported at once.
+    A subclass submits one job and reads its result. A job that dies is reported at once.
     """
 
     config: DictConfig | None
@@ -49,11 +49,11 @@ class PatientLauncher(Launcher):
     task_function: TaskFunction | None
 
     after_interrupt: ClassVar[str]
-    """What happens to jobs whose launcher was interrupted, as a sentence for the user."""
+    """A sentence for the user: what happens to the jobs after Ctrl-C."""
 
     @abstractmethod
     def options(self, config: DictConfig) -> dict[str, Any]:
-        """What one job requests from the cluster. Called for all jobs before one is queued.
+        """What one job requests from the cluster. It is called for all jobs before the first one is queued.
 
         Raises ConfigError if the cluster can't provide it.
         """
@@ -62,14 +62,17 @@ class PatientLauncher(Launcher):
     def submit(
         self, config: DictConfig, overrides: Sequence[str], index: int, options: dict[str, Any]
     ) -> tuple[str, Any]:
-        """Queues one job. Returns the cluster's name for it, and the handle that `result` takes."""
+        """Queues one job. Returns the cluster's name of the job, and a handle for `result`."""
 
     @abstractmethod
     def result(self, job: Any) -> JobReturn:
-        """Waits for a job's end, in a thread of its own, and returns its result. Raises JobDied if it has none."""
+        """Waits until a job ends, and returns its result. Each job has a thread for this call.
+
+        Raises JobDied if the job ended without a result.
+        """
 
     def poll(self, jobs: Sequence[Any]) -> None:
-        """Called every POLL_S seconds while jobs are left, for clusters where one request covers all jobs."""
+        """Called every POLL_S seconds while jobs are running, for clusters where one request covers all jobs."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         from experiments.execution import checkpoint  # not at the top: Hydra imports every plugin at every start
@@ -91,7 +94,7 @@ class PatientLauncher(Launcher):
             except (KVMemError, *SUBMISSION_ERRORS) as error:
                 if not jobs:
                     raise
-                # Jobs that are queued already still have to be waited for.
+                # The jobs that are queued already still run, and this process waits for them.
                 outcomes[index] = _failed(
                     f"#{index} could not be submitted: {type(error).__name__}: {error}", overrides, error
                 )
@@ -105,7 +108,7 @@ class PatientLauncher(Launcher):
             while wait(waiting.values(), POLL_S).not_done:
                 self.poll(list(jobs.values()))
         except KeyboardInterrupt:
-            print(f"{self.after_interrupt} The same command goes on with what is missing.", file=sys.stderr)
+            print(f"{self.after_interrupt} The same command continues the sweep.", file=sys.stderr)
             raise
         outcomes |= {index: outcome.result() for index, outcome in waiting.items()}
         return [outcomes[index] for index in sorted(outcomes)]
@@ -119,7 +122,7 @@ class PatientLauncher(Launcher):
         return config
 
     def _run_here(self, config: DictConfig) -> JobReturn:
-        """Runs a finished job in this process: it only reads its rows again, so it need not wait in a queue."""
+        """Runs a finished job in this process. The job only reads its rows, so it does not need the cluster."""
         assert self.hydra_context is not None and self.task_function is not None
         return run_job(
             hydra_context=self.hydra_context,
@@ -148,14 +151,14 @@ def _failed(reason: str, overrides: Sequence[str], cause: Exception) -> JobRetur
 
 
 def _in_a_thread(function: Callable[..., JobReturn], *arguments: Any) -> Future[JobReturn]:
-    """Runs `function` in a daemon thread, so that Ctrl-C exits at once. An executor's threads would be waited for."""
+    """Runs `function` in a daemon thread, so that Ctrl-C exits at once. Python waits for an executor's threads."""
     future: Future[JobReturn] = Future()
     Thread(target=lambda: future.set_result(function(*arguments)), daemon=True).start()
     return future
 
 
 def resources_of_one_node(config: DictConfig) -> Resources:
-    """What a job's layout requests. Raises ConfigError for a layout of several nodes: a job is one process."""
+    """The resources of a job's layout. Raises ConfigError if the layout has several nodes: a job is one process."""
     from hydra.utils import instantiate
 
     from experiments.hardware import resources_of
@@ -177,9 +180,9 @@ def knobs(config: DictConfig) -> dict[str, Any]:
 
 
 def call_pickled(folder: str, pickled: bytes) -> JobReturn:
-    """Runs a job in a process of its own, maybe on another node, which sees the same `folder`.
+    """Runs a job in the current process, in the working directory `folder`. A node of the cluster calls it.
 
-    `pickled` is a pair of a function and its named arguments.
+    `pickled` is a pickled pair: a function, and its keyword arguments.
     """
     os.chdir(folder)
     function, arguments = pickle.loads(pickled)

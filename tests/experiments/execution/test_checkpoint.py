@@ -43,14 +43,14 @@ def test_only_missing_cells_are_measured(tmp_path: Path) -> None:
     rows_file.write_text(first + second[: len(second) // 2])
     done_file.write_text(json.dumps(done | {"cells": done["cells"][:1], "finished": False}))
     again = run(tmp_path, *here)
-    assert "1 of 2 cells were finished before" in again.stdout
+    assert "1 of 2 cells are already finished" in again.stdout
     assert rows_file.read_text().startswith(first)
     assert [row.context_tokens for row in read_rows(tmp_path / "run")] == [64, 96]
     assert checkpoint.is_finished(tmp_path / "run")
 
     whole = rows_file.read_text()
     third = run(tmp_path, *here)
-    assert "was finished before" in third.stdout and "loading" not in third.stdout
+    assert "is already finished" in third.stdout and "loading" not in third.stdout
     assert rows_file.read_text() == whole
 
 
@@ -75,7 +75,7 @@ def test_a_finished_cell_whose_row_is_lost_is_measured_again(tmp_path: Path, lef
     if left is not None:
         (tmp_path / "rows.jsonl").write_text("".join(lines[:left]) + lines[left][:50])
     with checkpoint.opened(tmp_path, {"seed": 0}) as again:
-        assert [row.context_tokens for row in again.kept()] == [64][: left or 0]
+        assert [row.context_tokens for row in again.finished_rows()] == [64][: left or 0]
         assert again.cells == ["64/32"][: left or 0] and not again.finished
     assert not checkpoint.is_finished(tmp_path)
 
@@ -168,7 +168,7 @@ def test_a_sweep_that_an_older_version_began_is_continued(tmp_path: Path, monkey
     assert sweep.folder_of([*BEGUN_BEFORE, "template=plain"]) != old
     job = compose.expand(BEGUN_BEFORE)[1]
     with checkpoint.opened(old / "1", compose.resolved(compose.compose(job))) as done:
-        assert done.cells == ["64/32"] and [row.context_tokens for row in done.kept()] == [64]
+        assert done.cells == ["64/32"] and [row.context_tokens for row in done.finished_rows()] == [64]
     with pytest.raises(ConfigError, match="another configuration"), checkpoint.opened(old / "1", {"seed": 5}):
         pass
 
@@ -188,7 +188,7 @@ def test_the_jobs_of_a_sweep_may_have_any_name(tmp_path: Path) -> None:
     (tmp_path / "plots").mkdir()
     assert sweep.summary(tmp_path)[:2] == [
         f"1 of 2 jobs finished, in {tmp_path}",
-        "not finished: job_1. The same command goes on with them.",
+        "not finished: job_1. The same command continues them.",
     ]
 
 

@@ -62,7 +62,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(tmp_path: 
 
     again = started(folder)
     output, _ = again.communicate()
-    assert "1 of 3 cells were finished before" in output
+    assert "1 of 3 cells are already finished" in output
     rows = read_run(folder).rows
     assert sorted(row.query_tokens for row in rows) == [16, 24, 40]
     for row in rows:
@@ -75,14 +75,14 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(tmp_path: 
     ("overrides", "message"),
     [
         (("hardware.tensor_parallel=1",), "hardware=local has tensor_parallel=1"),
-        (("scenario=storage",), "scenario=storage measures an engine of one process, and backend=hf_ranks is 2"),
+        (("scenario=storage",), "scenario=storage measures an engine of one process, and backend=hf_ranks has 2"),
     ],
 )
 def test_a_run_that_ranks_cannot_measure_is_refused_before_any_rank_starts(
     overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        ranks.needed(validate(compose([*TWO, *overrides])))
+        ranks.process_count(validate(compose([*TWO, *overrides])))
 
 
 def test_an_engine_of_one_device_is_refused_where_the_layout_shares_a_model(tmp_path: Path) -> None:

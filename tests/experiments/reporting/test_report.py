@@ -168,7 +168,7 @@ def test_a_run_without_a_complete_row_keeps_its_table_and_is_an_error(tmp_path, 
     run = _run(tmp_path / "a", [], tail=ttft_row().to_json()[:300])
     (run / "table.md").write_text("as it was")
     assert report.main([str(run)]) == 2
-    assert "rows.jsonl holds no whole row" in capsys.readouterr().err
+    assert "rows.jsonl holds no complete row" in capsys.readouterr().err
     assert (run / "table.md").read_text() == "as it was"
 
 

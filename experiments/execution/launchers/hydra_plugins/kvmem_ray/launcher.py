@@ -1,7 +1,7 @@
 """hydra-ray-launcher, with two differences.
 
-Each job's resources come from its own layout. A job that is killed, or whose node is lost, is one failed job, and the
-others are waited for.
+Each job's resources come from its own layout. If a job is killed or its node is lost, that job fails, and the launcher
+waits for the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from experiments.execution.launchers.jobs import JobDied, PatientLauncher, call_pickled, knobs, resources_of_one_node
+from experiments.execution.launchers.jobs import JobDied, PerJobLauncher, call_pickled, knobs, resources_of_one_node
 from kvmem.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'kvmem[ray]' && pip install --no-deps hydra-ray-launcher==1.2.2"
 
 
-class LayoutRayLauncher(PatientLauncher):
-    """One Ray task for each job of the sweep, which is one engine."""
+class LayoutRayLauncher(PerJobLauncher):
+    """Runs each job of the sweep, which is one engine, as one Ray task."""
 
     after_interrupt: ClassVar[str] = "The jobs end with this process."
 
@@ -36,7 +36,7 @@ class LayoutRayLauncher(PatientLauncher):
         self.config, self.hydra_context, self.task_function = config, hydra_context, task_function
 
     def options(self, config: DictConfig) -> dict[str, Any]:
-        """ray.remote's options. Those that the card leaves open come from the layout."""
+        """The options of ray.remote. Options that the card leaves null come from the layout."""
         resources = resources_of_one_node(config)
         layout = {
             "num_cpus": resources.cores_per_node,
@@ -49,7 +49,7 @@ class LayoutRayLauncher(PatientLauncher):
     def submit(
         self, config: DictConfig, overrides: Sequence[str], index: int, options: dict[str, Any]
     ) -> tuple[str, Any]:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports to its vendor
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends usage statistics by default
         try:
             import ray
             from hydra_plugins.hydra_ray_launcher._launcher_util import _run_job, start_ray
@@ -62,7 +62,7 @@ class LayoutRayLauncher(PatientLauncher):
             "task_function": self.task_function,
             "singleton_state": Singleton.get_state(),
         }
-        # Pickled here: a worker finds these plugins only once it has imported `call_pickled`.
+        # The call is pickled here, because a worker finds these plugins only after it has imported `call_pickled`.
         task = ray.remote(**options)(call_pickled).remote(os.getcwd(), ray.cloudpickle.dumps((_run_job, call)))
         return task.task_id().hex(), (index, task)
 

@@ -1,7 +1,7 @@
 """hydra-submitit-launcher's Slurm launcher, with two differences.
 
-Each job's resources come from its own layout. A job that is killed, out of memory or out of time is one failed job, and
-the others are waited for.
+Each job's resources come from its own layout. If a job is killed, or runs out of memory or time, that job fails, and
+the launcher waits for the others.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 from omegaconf import DictConfig
 
-from experiments.execution.launchers.jobs import JobDied, PatientLauncher, knobs, resources_of_one_node
+from experiments.execution.launchers.jobs import JobDied, PerJobLauncher, knobs, resources_of_one_node
 
 if TYPE_CHECKING:
     from submitit import SlurmJob
 
-FOR_ANY_CLUSTER = {
+CLUSTER_INDEPENDENT = {
     "timeout_min",
     "cpus_per_task",
     "gpus_per_node",
@@ -29,16 +29,16 @@ FOR_ANY_CLUSTER = {
     "name",
     "stderr_to_stdout",
 }
-"""submitit's parameters for every cluster. The others are Slurm's, and take the prefix slurm_."""
+"""submitit's parameters for every kind of cluster. All others are Slurm's and get the prefix slurm_."""
 
 
-class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
-    """One Slurm job for each job of the sweep, which is one engine."""
+class LayoutSlurmLauncher(PerJobLauncher, SlurmLauncher):
+    """Runs each job of the sweep, which is one engine, as one Slurm job."""
 
-    after_interrupt: ClassVar[str] = "The jobs go on without this process; scancel ends them."
+    after_interrupt: ClassVar[str] = "The jobs continue without this process; scancel ends them."
 
     def options(self, config: DictConfig) -> dict[str, Any]:
-        """submitit's parameters. Those that the card leaves open come from the layout."""
+        """submitit's parameters. Parameters that the card leaves null come from the layout."""
         params = knobs(config)
         del params["array_parallelism"]
         resources = resources_of_one_node(config)
@@ -58,7 +58,7 @@ class LayoutSlurmLauncher(PatientLauncher, SlurmLauncher):
             folder=params.pop("submitit_folder"), cluster="slurm", slurm_max_num_timeout=params.pop("max_num_timeout")
         )
         executor.update_parameters(
-            **{name if name in FOR_ANY_CLUSTER else f"slurm_{name}": value for name, value in params.items()}
+            **{name if name in CLUSTER_INDEPENDENT else f"slurm_{name}": value for name, value in params.items()}
         )
         job = executor.submit(
             self, list(overrides), "hydra.sweep.dir", index, f"job_id_for_{index}", Singleton.get_state()
