@@ -147,7 +147,7 @@ class Tiers(ModelScenario[TiersCell]):
         (text,) = cut_memories(texts.memories, tokens, template, bench.setup.separator, "scenario")
         bench.memory.extract(text)  # warms up this shape
         item = bench.memory.extract(text)
-        question = as_query(template, texts.ask(()).variants[0])
+        question = as_query(template, texts.question_for(()).variants[0])
         places = TierProbe(bench, item, question, folder / str(tokens), self.compressed)
         rng = random.Random(bench.setup.seed)
         rounds = [places.round(rng) for _ in range(1 + self.repeats)][1:]

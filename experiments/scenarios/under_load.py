@@ -202,11 +202,11 @@ class UnderLoad(ModelScenario[ArmCell]):
         popularity = 1.0 / np.arange(1, self.memories + 1) ** self.zipf_exponent
         chosen = rng.choice(self.memories, size=self.requests, p=popularity / popularity.sum())
         at_s = np.cumsum(rng.exponential(1 / rate, size=self.requests))
-        asks = [docs_texts(bench.setup.seed, i, 1).ask(()).variants[-1] for i in range(self.memories)]
+        questions = [docs_texts(bench.setup.seed, i, 1).question_for(()).variants[-1] for i in range(self.memories)]
         template = bench.backend.template
         return [
             PlannedRequest(
-                float(at), int(memory), as_query(template, f"{random.Random(n).randrange(10**6)}: {asks[memory]}")
+                float(at), int(memory), as_query(template, f"{random.Random(n).randrange(10**6)}: {questions[memory]}")
             )
             for n, (at, memory) in enumerate(zip(at_s, chosen, strict=True))
         ]

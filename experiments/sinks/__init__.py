@@ -1,4 +1,4 @@
-"""Where rows go: a JSONL file always, and Weights & Biases or nothing besides."""
+"""Destinations of rows. Every run writes a JSONL file, and by default also sends its rows to Weights & Biases."""
 
 from experiments.sinks.base import Sink
 from experiments.sinks.jsonl import JSONL

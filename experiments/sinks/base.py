@@ -1,4 +1,4 @@
-"""One destination of rows, one file."""
+"""The interface of a sink, a destination of rows. Each sink is one file."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from experiments.results import Row
 
 
 class Sink(ABC):
-    """Takes rows as they are measured: `check`, `open`, `write` once a row, `close`."""
+    """A destination of rows. A run calls `check` and `open`, then `write` for each row, then `close`."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raises ConfigError where this sink can't be written to; asked before any model loads."""
+        """Raises ConfigError if this sink can't be written to. A run calls it before a model loads."""
 
     @abstractmethod
     def open(self, run_dir: Path, config: dict[str, Any], kept: Sequence[Row] = ()) -> None:
-        """`run_dir` is the run's folder, `config` its resolved configuration, `kept` the rows of a resumed run."""
+        """Prepares for writing.
+
+        `run_dir` is the run's folder, `config` its resolved configuration. `kept` holds the rows that an interrupted
+        run has measured already.
+        """
 
     @abstractmethod
     def write(self, row: Row) -> None:
-        """Takes one row; it is safe on disk, or on its way, when this returns."""
+        """Writes one row. When it returns, the row is on disk or handed to the client of a server."""
 
     @abstractmethod
     def close(self, run_dir: Path) -> str | None:
-        """Called once the report is written, or the run was broken off. A line for the user, if there is one to say."""
+        """Called after the report is written, or when the run is interrupted. Returns a line for the user, or None."""

@@ -1,4 +1,4 @@
-"""rows.jsonl: one row a line, flushed as it is written, so that a killed run keeps what it measured."""
+"""rows.jsonl: one row a line. Each row is flushed when it is written, so a killed run keeps its rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.sinks.base import Sink
 
 
 class JSONL(Sink):
-    """Always on: the rows' one source of truth, from which tables, plots and other sinks can be made again."""
+    """The sink of every run. Tables, plots and W&B runs can be created again from its file."""
 
     file: TextIO
 

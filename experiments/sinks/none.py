@@ -1,4 +1,4 @@
-"""Nothing but rows.jsonl, which every run writes."""
+"""No sink besides rows.jsonl, which every run writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.sinks.base import Sink
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class NoSink(Sink):
-    """Takes rows and does nothing with them."""
+    """Ignores all rows."""
 
     def check(self) -> None:
         pass

@@ -1,4 +1,7 @@
-"""Weights & Biases: config, a scalar per metric per cell, a table, and the plots. Offline unless told otherwise."""
+"""Weights & Biases: the configuration, each row's metrics as a step, a table of all rows, and the plots.
+
+The default mode is offline.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ INIT_TIMEOUT_S = 30
 
 
 def metrics(row: Row) -> dict[str, int | float]:
-    """The numbers of a row and its payload, by field; an interval as its two ends."""
+    """The numbers of a row and its payload, by field. An interval gives two numbers, its ends."""
     numbers: dict[str, int | float] = {}
     for name, value in columns(row).items():
         if isinstance(value, (int, float)):
@@ -43,21 +46,21 @@ def metrics(row: Row) -> dict[str, int | float]:
 
 
 def columns(row: Row) -> dict[str, Any]:
-    """The fields of a row, its payload's among them."""
+    """The fields of a row and of its payload, in one dictionary."""
     fields = dataclasses.asdict(row)
     return fields | (fields.pop("payload") or {})
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class WandB(Sink):
-    """Writes to W&B beside rows.jsonl. It never asks for a login, and keeps all its files in the run's folder."""
+    """Sends rows to W&B. It never prompts for a login, and keeps all its files in the run's folder."""
 
     project: str = "kvmem"
     entity: str | None = None
     name: str | None = None
-    """The run's name on W&B; None: W&B makes one up."""
+    """The run's name on W&B; None lets W&B choose one."""
     mode: Literal["auto", "offline", "online", "disabled"] = "auto"
-    """auto: what WANDB_MODE says, else offline."""
+    """auto uses the environment variable WANDB_MODE, or offline if it is not set."""
 
     def resolved_mode(self) -> Mode:
         if self.mode != "auto":
@@ -70,15 +73,15 @@ class WandB(Sink):
     def check(self) -> None:
         if self.resolved_mode() != "online":
             return
-        import wandb  # a second of imports, that sink=none and a misspelled override don't wait for
+        import wandb  # imported here, because it takes a second
 
         try:
             with _no_prompt():
                 wandb.login()
         except wandb.errors.UsageError as error:
             raise ConfigError(
-                "sink.mode=online (or WANDB_MODE) needs a login to W&B, and there is none. Run `wandb login`, set "
-                "WANDB_API_KEY, or use sink.mode=offline and `wandb sync` later."
+                "sink.mode=online (or WANDB_MODE) needs a login to W&B, and you are not logged in. Run `wandb login`, "
+                "set WANDB_API_KEY, or use sink.mode=offline and `wandb sync` later."
             ) from error
 
     def open(self, run_dir: Path, config: dict[str, Any], kept: Sequence[Row] = ()) -> None:
@@ -94,20 +97,20 @@ class WandB(Sink):
                 mode=mode,
                 dir=run_dir,
                 config=config,
-                **place_in_sweep(run_dir, config),
+                **sweep_arguments(run_dir, config),
                 settings=wandb.Settings(
                     silent=True, console="off", x_disable_stats=True, disable_git=True, init_timeout=INIT_TIMEOUT_S
                 ),
             )
         self._rows: list[Row] = []
-        if mode == "online" and not _has_an_agent():  # W&B has them already
+        if mode == "online" and not _has_an_agent():  # W&B has these rows already
             self._rows += kept
             return
         for row in kept:
             self.write(row)
 
     def write(self, row: Row) -> None:
-        """One step of W&B's history a row, called `cell`."""
+        """Logs the row as one step of W&B's history. The step is called `cell`."""
         self._run.log({"cell": len(self._rows)} | metrics(row))
         self._rows.append(row)
 
@@ -134,9 +137,10 @@ class WandB(Sink):
 
 
 def log_run(run_dir: Path) -> str | None:
-    """Sends the rows of a finished or killed run's folder to W&B, as its config.yaml's sink says, or the default one.
+    """Sends the rows of a finished or killed run to W&B.
 
-    Returns the line that says where it went. Raises ConfigError for an online mode without a login.
+    It uses the sink of the run's config.yaml if that is a `WandB`, else the default `WandB()`. Returns a line that says
+    where the W&B run is. Raises ConfigError if the mode is online and there is no login.
     """
     path = run_dir / "config.yaml"
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -154,17 +158,18 @@ def _plain(value: Any) -> str | int | float | bool | None:
     return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
 
 
-def place_in_sweep(run_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """A job of a sweep is one of its group, and has the same id however often it is started, so that it goes on.
+def sweep_arguments(run_dir: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `wandb.init` that put a job of a sweep into the sweep's group; none for a single run.
 
-    Under one of W&B's agents the id is the agent's.
+    A job has the same id each time it starts, so W&B continues its run. Under one of W&B's agents, the agent chooses
+    the id.
     """
     sweep = run_dir.resolve().parent
     if sweep.parent.name != SWEEPS.name:
         return {}
-    question = str(config.get("scenario", {}).get("_target_", "")).rpartition(".")[2]
-    place = {"group": sweep.name, "job_type": question}
-    return place if _has_an_agent() else place | {"id": f"{sweep.name}-{run_dir.name}", "resume": "allow"}
+    scenario = str(config.get("scenario", {}).get("_target_", "")).rpartition(".")[2]
+    group = {"group": sweep.name, "job_type": scenario}
+    return group if _has_an_agent() else group | {"id": f"{sweep.name}-{run_dir.name}", "resume": "allow"}
 
 
 def _has_an_agent() -> bool:
@@ -172,12 +177,13 @@ def _has_an_agent() -> bool:
 
 
 def _keep_files_in(run_dir: Path, config_too: bool) -> None:
-    """W&B's caches go into the run's folder, and it is quiet, where the user's environment does not say otherwise.
+    """Puts W&B's caches into the run's folder and disables its tracing, unless the environment sets these variables.
 
-    Online, its settings stay in the user's home, for they name the server that the user logged in to.
+    `config_too` moves W&B's settings as well. An online run needs the settings in the user's home folder, because they
+    name the server that the user is logged in to.
     """
     folder = run_dir.resolve() / "wandb"
-    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # tracing of calls; once vLLM is there, W&B recommends it
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # where vLLM is installed, W&B recommends it
     for name in ("CACHE", "DATA", "ARTIFACT"):
         os.environ.setdefault(f"WANDB_{name}_DIR", str(folder / name.lower()))
     if config_too:
@@ -186,7 +192,7 @@ def _keep_files_in(run_dir: Path, config_too: bool) -> None:
 
 @contextmanager
 def _no_prompt() -> Iterator[None]:
-    """W&B asks for a login only where the standard input is a terminal."""
+    """Replaces the standard input, because W&B prompts for a login if it is a terminal."""
     stdin = sys.stdin
     with open(os.devnull) as nothing:
         sys.stdin = nothing

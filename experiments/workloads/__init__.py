@@ -1,4 +1,4 @@
-"""Sources of text: one in each file. A workload cuts memories and queries to token counts."""
+"""Workloads: sources of memories and questions, one in each file. Most cut their text to exact token counts."""
 
 from experiments.workloads.base import Cell, Workload
 from experiments.workloads.cut import as_query, cut_memories

@@ -1,4 +1,4 @@
-"""One source of text, one file. A workload gives the cells of a run: memories, a question, and their token counts."""
+"""The interface of a workload. A workload gives the cells of a run: memories, a question, and their token counts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from kvmem.prompt import PromptTemplate
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: `memories` are stored, `question` is asked behind them.
+    """One cell of a run: stored memories, and a question that follows them in the prompt.
 
-    `context_tokens` and `query_tokens` are the two halves of the verified split of the whole prompt, template included.
-    `context` and `query` are labels for the tables ("long", "short"); `truth` is the checkable fact, if there is one.
+    `context_tokens` and `query_tokens` are the lengths of the two parts of the verified split of the whole prompt,
+    template included. `context` and `query` are labels for the tables ("long", "short"). `truth` is the fact that
+    answers the question, if it is known.
     """
 
     context: str
@@ -36,4 +37,7 @@ class Workload(ABC):
 
     @abstractmethod
     def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
-        """Every cell of the run, in order; memories of one cell are joined by `separator` when they are merged."""
+        """Every cell of the run, in order. A merge joins the memories of one cell with `separator`.
+
+        Raises PromptError if a text can't have the wanted token count.
+        """

@@ -1,7 +1,7 @@
 """Cuts natural text to exact token counts, as the template's verified split counts them.
 
-Every count is taken on the whole rendered prompt, because neither a template's own tokens nor those at a seam can be
-told from the text alone. So it works for any tokenizer, and a cell that this file returns has been verified.
+Every count is taken on the whole rendered prompt, because the text alone determines neither the template's own tokens
+nor the tokens where two texts meet. So this works for any tokenizer, and the counts of every cell are verified.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from transformers import DynamicCache
 from kvmem.cache import KVCacheItem, KVCacheMetadata, MemoryTokens, Source
 from kvmem.errors import PromptError
 from kvmem.merge import merged_tokens
-from kvmem.prompt import PromptTemplate, TokenizedPrompt
+from kvmem.prompt import PromptTemplate
 
 Count = Callable[[str], int]
-"""How many tokens of the prompt a text accounts for."""
+"""The number of the prompt's tokens that belong to a text."""
 
 SHORTEST_WORDS = 3
 BASES_TRIED = 8
-"""Cuts at so many word ends below the target are tried before it counts as out of reach."""
+"""How many word ends below the target are tried before the target counts as unreachable."""
 
 QUESTIONS_TRIED = 12
 SEAM_TOKENS = 4
-"""A text's tokens alone and within a prompt differ by no more than this."""
+"""The largest difference between the token counts of a text alone and within a prompt."""
 
-# One token each in most vocabularies, and read on as a phrase; those at the end are for small vocabularies.
+# Most vocabularies have one token for each. The words form a phrase; the entries at the end are for small vocabularies.
 _MEMORY_FILLERS = (" and", " so", " on", " in", " the", " next", " part", " of", " it", " a", " I", ".", ",", " -", "e")
 _QUESTION_FILLERS = (" Thanks", " for", " your", " help", ".", "!", "?", " I", " a", "e")
 
@@ -52,8 +52,8 @@ _TAILS = (
 )
 
 
-def held(template: PromptTemplate, memories: Sequence[Source], separator: str) -> MemoryTokens:
-    """The tokens that the caches of `memories` hold, alone or merged, without building one."""
+def memory_tokens(template: PromptTemplate, memories: Sequence[Source], separator: str) -> MemoryTokens:
+    """The tokens that the cache of `memories`, alone or merged, would hold. It builds no cache."""
     tokens = [template.memory_tokens(memory) for memory in memories]
     if len(tokens) == 1:
         return tokens[0]
@@ -65,30 +65,33 @@ def _tokens_only(tokens: MemoryTokens) -> KVCacheItem:
 
 
 def as_query(template: PromptTemplate, question: str) -> str:
-    """The question as the template wants it: `plain` has no turns, so the text itself must part memory and question."""
+    """The question in the form that the template needs.
+
+    The template `plain` has no turns, so the text itself separates the question from the memory.
+    """
     return question if template.kind == "chat" else f"\n\nQuestion: {question}\nAnswer:"
 
 
 def cut(text: str, target: int, count: Count, what: str, fillers: Sequence[str] = _MEMORY_FILLERS) -> str:
-    """The head of `text`, cut at a word, for which `count` gives exactly `target` tokens.
+    """The beginning of `text`, cut after a word, for which `count` returns exactly `target` tokens.
 
-    Where a word's tokens jump over the target, a few filler words close the gap. Raises PromptError with the counts if
-    the target is below what the shortest text needs, or above what all of `text` gives.
+    If no word ends exactly at the target, the text ends earlier, and a few filler words are added. `what` names the
+    knob in errors. Raises PromptError, with the possible counts, if the target is out of reach.
     """
     ends = [word.end() for word in re.finditer(r"\S+", text)][
         : target + SHORTEST_WORDS + 1
     ]  # a word is a token or more
     if len(ends) < SHORTEST_WORDS:
-        raise PromptError(f"{what}: {len(ends)} words can't be cut to {target} tokens. Give more text.")
+        raise PromptError(f"{what}: {len(ends)} words can't be cut to {target} tokens. Provide a longer text.")
     heads = [text[:end] for end in ends[SHORTEST_WORDS - 1 :]]
     if (least := count(heads[0])) > target:
         raise PromptError(
-            f"{what}: {target} tokens can't be reached, for the template and {SHORTEST_WORDS} words already take "
-            f"{least}. Ask for {least} or more."
+            f"{what}: {target} tokens can't be reached, because the template and {SHORTEST_WORDS} words already take "
+            f"{least}. Choose {least} or more."
         )
     if (most := count(heads[-1])) < target:
         raise PromptError(
-            f"{what}: {target} tokens can't be reached, for all of the text gives {most}. Ask for {most} or less."
+            f"{what}: {target} tokens can't be reached, because the whole text has {most}. Choose {most} or less."
         )
     above = bisect.bisect_right(heads, target, key=count)
     for head in reversed(heads[max(above - BASES_TRIED, 0) : above]):
@@ -96,12 +99,12 @@ def cut(text: str, target: int, count: Count, what: str, fillers: Sequence[str] 
         if filled is not None:
             return filled
     raise PromptError(
-        f"{what}: exactly {target} tokens can't be reached with this tokenizer. Ask for a few more or less."
+        f"{what}: exactly {target} tokens can't be reached with this tokenizer. Choose a few more or less."
     )
 
 
 def _fill(text: str, target: int, count: Count, fillers: Sequence[str]) -> str | None:
-    """`text` with filler words behind it, so that `count` gives `target`; None if the fillers always miss it."""
+    """`text` followed by filler words, so that `count` returns `target`; None if no fillers reach it."""
     tokens, step = count(text), 0
     while tokens < target:
         grown = None
@@ -122,9 +125,10 @@ def _fill(text: str, target: int, count: Count, fillers: Sequence[str]) -> str |
 def cut_memories(
     texts: Sequence[str], context_tokens: int, template: PromptTemplate, separator: str, what: str
 ) -> tuple[str, ...]:
-    """The heads of `texts`, about equally long, whose caches hold exactly `context_tokens` tokens together.
+    """The beginnings of `texts`, about equally long, whose merged cache holds exactly `context_tokens` tokens.
 
-    All but the last are cut at a word near their share; the last one makes the sum exact.
+    Each text is cut so that the memories up to it hold their share of the tokens. `what` names the knob in errors.
+    Raises PromptError if a count is out of reach.
     """
     probe = as_query(template, "What is it?")
     done: tuple[str, ...] = ()
@@ -132,7 +136,7 @@ def cut_memories(
         share = context_tokens * (i + 1) // len(texts)
 
         def count(head: str, before: tuple[str, ...] = done) -> int:
-            return len(template.split(held(template, (*before, head), separator), probe).memory_ids)
+            return len(template.split(memory_tokens(template, (*before, head), separator), probe).memory_ids)
 
         done += (cut(text, share, count, f"{what}.context_tokens={context_tokens}, memory {i + 1} of {len(texts)}"),)
     return done
@@ -147,10 +151,11 @@ def cut_question(
     template: PromptTemplate,
     what: str,
 ) -> str:
-    """A question of exactly `query_tokens` tokens behind a memory of `context_tokens`, as text for the template.
+    """A question of exactly `query_tokens` tokens after a memory of `context_tokens` tokens, as text for the template.
 
-    One of `variants`, with a few natural words before or behind; a long one quotes as much of `passage` as it takes.
-    Raises PromptError with the counts if the shortest variant is too long, or the passage too short.
+    The question is one of `variants`, with a few words before or after it. A long question quotes from `passage`.
+    `what` names the knob in errors. Raises PromptError, with the counts, if the shortest variant is too long or the
+    passage is too short.
     """
     counted: dict[str, int] = {}
 
@@ -168,8 +173,8 @@ def cut_question(
     shortest = min(variants, key=len)
     if (least := count(shortest)) > query_tokens:
         raise PromptError(
-            f"{what}: {query_tokens} tokens can't be reached, for the template and the shortest question "
-            f"({shortest!r}) already take {least}. Ask for {least} or more."
+            f"{what}: {query_tokens} tokens can't be reached, because the template and the shortest question "
+            f"({shortest!r}) already take {least}. Choose {least} or more."
         )
     candidates = [lead + variant + tail for lead in _LEADS for variant in variants for tail in _TAILS]
     template_tokens = least - _tokens_alone(template, shortest)
@@ -198,15 +203,10 @@ def cut_question(
         if filled is not None and (text := checked(filled)):
             return text
     raise PromptError(
-        f"{what} behind {context_tokens} tokens of memory: no question of exactly that length keeps the seam with this "
-        "tokenizer. Ask for a few more or less."
+        f"{what} after {context_tokens} tokens of memory: this tokenizer allows no question of exactly that length. "
+        "Choose a few more or less."
     )
 
 
 def _tokens_alone(template: PromptTemplate, text: str) -> int:
     return len(template.tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def split(template: PromptTemplate, memories: Sequence[Source], question: str, separator: str) -> TokenizedPrompt:
-    """The verified split of a cell's whole prompt; `question` is as the template wants it."""
-    return template.split(held(template, memories, separator), question)

@@ -1,4 +1,4 @@
-"""A conversation whose history is the memory, extended turn by turn."""
+"""A conversation. Its history is the memory, and grows turn by turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvmem.errors import ConfigError, PromptError
 from kvmem.prompt import PromptTemplate
 
 Exchange = tuple[str, str]
-"""What the user says, and what the assistant answers."""
+"""A user's message, and the assistant's answer."""
 
 TRIP: tuple[Exchange, ...] = (
     (
@@ -164,10 +164,12 @@ TOPICS: dict[str, tuple[Exchange, ...]] = {"trip": TRIP, "debugging": DEBUGGING}
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Dialogue(Workload):
-    """The first k exchanges of a conversation as memory, the user's next turn as query, for k = 1 … `turns`.
+    """The memory is the first k exchanges of a conversation, the query is the user's next turn, for k = 1 … `turns`.
 
-    Token counts are what they are. Each memory begins with the one before it, so a scenario can extend it.
-    topic: which conversation. system: a system turn at the head of it; null: none of ours.
+    The texts are not cut to token counts. Each memory begins with the previous one, so a scenario can extend it.
+
+    topic: the conversation.
+    system: a system message at the start of it; null adds none.
     """
 
     topic: Literal["trip", "debugging"] = "trip"
@@ -179,13 +181,14 @@ class Dialogue(Workload):
         longest = len(TOPICS[self.topic]) - 1
         if self.turns > longest:
             raise ConfigError(
-                f"workload.turns={self.turns}: the conversation {self.topic!r} has {longest} that a question follows."
+                f"workload.turns={self.turns}: the conversation {self.topic!r} has {longest} turns that precede a "
+                f"question. Choose {longest} or less."
             )
 
     def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
-        """Raises PromptError under the plain template, which has no turns."""
+        """Raises PromptError if the template is plain, because it has no turns."""
         if template.kind != "chat":
-            raise PromptError("workload=dialogue is made of chat turns. Use template=chat, or another workload.")
+            raise PromptError("workload=dialogue consists of chat turns. Use template=chat, or another workload.")
         return list(islice(self._cells(template), self.max_cells))
 
     def _cells(self, template: PromptTemplate) -> Iterator[Cell]:

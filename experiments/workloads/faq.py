@@ -1,4 +1,4 @@
-"""A seeded generator of plausible FAQ text: a company's products, and facts about them by which to check an answer."""
+"""A seeded generator of plausible FAQ text about a company's products. It knows the fact that answers each question."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from experiments.workloads.grid import Ask, GridWorkload, Texts
+from experiments.workloads.grid import GridWorkload, Question, Texts
 from kvmem.errors import PromptError
 
 # fmt: off
@@ -37,7 +37,7 @@ MONTHS = (
 
 
 class Fact(NamedTuple):
-    """One kind of fact: its question, its answer, and what its value is drawn from (a case of `draw`)."""
+    """One kind of fact: its question, its answer, and the kind of its value (a case of `draw`)."""
 
     question: str
     answer: str
@@ -45,7 +45,7 @@ class Fact(NamedTuple):
 
 
 class Trade(NamedTuple):
-    """A line of business: how its companies are called, what they offer, and what can be asked about each offer."""
+    """A line of business: its name, its products, and the facts about each product."""
 
     line: str
     goods: tuple[str, ...]
@@ -118,7 +118,7 @@ TRADES = {
 
 
 class Entry(NamedTuple):
-    """One entry of an FAQ; `truth` stands in `answer` word for word."""
+    """One entry of an FAQ. `answer` contains `truth` word for word."""
 
     question: str
     answer: str
@@ -130,7 +130,7 @@ class Entry(NamedTuple):
 
 
 def draw(values: str, rng: random.Random) -> str:
-    """A plausible value of one kind: a price, a term, a weight, a date, a person, …"""
+    """Draws a plausible value of one kind, such as a price, a term, a weight, a date or a person."""
     match values:
         case "price":
             return f"{rng.randint(4, 480)}.{rng.choice(('00', '25', '50', '90'))} euros"
@@ -154,7 +154,7 @@ def draw(values: str, rng: random.Random) -> str:
 
 
 def company(seed: str, trade: str) -> tuple[str, list[Entry]]:
-    """A company's name and all its FAQ entries (some 40,000 tokens), no two about the same fact."""
+    """A company's name and all its FAQ entries, about 40,000 tokens. No two entries are about the same fact."""
     rng = random.Random(seed)
     line, goods, facts = TRADES[trade]
     entries = []
@@ -170,43 +170,47 @@ def faq_text(name: str, entries: Sequence[Entry], part: int) -> str:
 
 
 def faq_texts(seed: int, context: int, memories: int) -> Texts:
-    """The FAQ of the `context`-th company, dealt out to `memories` parts; an entry that survives the cut is asked for.
+    """The FAQ of the `context`-th company, divided into `memories` parts.
 
-    Long questions quote the FAQ of a company of another trade, which has no such product.
+    The question is one of the entries that are still complete after the parts are cut. Long questions quote the FAQ of
+    a company in another trade, which does not have the same products.
     """
     trade, other_trade = random.Random(f"{seed} {context} trades").sample(sorted(TRADES), 2)
     name, entries = company(f"{seed} {context}", trade)
     other_name, other_entries = company(f"{seed} {context} other", other_trade)
     parts = [entries[i::memories] for i in range(memories)]
 
-    def ask(cut: Sequence[str]) -> Ask:
+    def question_for(cut: Sequence[str]) -> Question:
         whole = [entry for text, part in zip(cut, parts, strict=True) for entry in _whole(text, part)]
         if not whole:
             raise PromptError(
-                "workload.context_tokens is too short: the cut memories hold no whole FAQ entry to ask about. "
-                "Ask for 100 tokens a memory or more."
+                "workload.context_tokens is too small: the cut memories hold no complete FAQ entry to ask about. "
+                "Choose 100 tokens a memory or more."
             )
-        asked = random.Random(f"{seed} {context} asked").choice(whole)
-        return Ask((asked.question,), asked.truth)
+        entry = random.Random(f"{seed} {context} asked").choice(whole)
+        return Question((entry.question,), entry.truth)
 
     return Texts(
         memories=tuple(faq_text(name, part, i + 1) for i, part in enumerate(parts)),
         passage=faq_text(other_name, other_entries, 1),
-        ask=ask,
+        question_for=question_for,
     )
 
 
 def _whole(text: str, entries: Sequence[Entry]) -> Iterator[Entry]:
-    """The entries that `text` holds to the end; they stand in it in this order."""
+    """The leading entries that `text` holds completely."""
     for entry in entries:
-        if f"{entry.text}\n" not in text:  # the last one may have lost its end, or got a filler word behind it
+        if f"{entry.text}\n" not in text:  # the last entry may be cut, or end with a filler word
             return
         yield entry
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Faq(GridWorkload):
-    """An invented company's FAQ as memory, one of its questions as query; `truth` is the fact that answers it."""
+    """The memory is the FAQ of an invented company, the query is one of its questions.
+
+    `truth` is the fact that answers it.
+    """
 
     def texts(self, context: int) -> Texts:
         return faq_texts(self.seed, context, self.memories)

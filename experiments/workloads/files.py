@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from experiments.workloads.base import Cell, Workload
-from experiments.workloads.cut import as_query, held
+from experiments.workloads.cut import as_query, memory_tokens
 from kvmem.errors import ConfigError
 from kvmem.prompt import PromptTemplate
 
@@ -22,7 +22,7 @@ LABEL_CHARS = 24
 
 
 class Record(NamedTuple):
-    """A memory or a question, the label that tables show for it, and a question's `truth` where the file gives one."""
+    """A memory or a question, with a label for the tables. `truth` is the answer to a question if the file has it."""
 
     label: str
     text: str
@@ -30,30 +30,28 @@ class Record(NamedTuple):
 
 
 def read_text(path: Path, knob: str) -> str:
-    """The text of a file; ConfigError, naming the knob and the file, if there is none, it is empty or it is no text."""
+    """The text of a file. Raises ConfigError if the file does not exist, is empty, or is not UTF-8 text."""
     if not path.is_file():
-        raise ConfigError(
-            f"workload.{knob}: there is no file {path}. Paths are relative to the folder that you run in."
-        )
+        raise ConfigError(f"workload.{knob}: there is no file {path}. Paths are relative to the working directory.")
     if path.suffix not in (*TEXT_SUFFIXES, ".jsonl"):
         raise ConfigError(
-            f"workload.{knob}: {path} is of a kind that is not read. Choices: {', '.join(TEXT_SUFFIXES)}, .jsonl."
+            f"workload.{knob}: {path} has an unknown suffix. Choices: {', '.join(TEXT_SUFFIXES)}, .jsonl."
         )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"workload.{knob}: {path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
     if not text.strip():
-        raise ConfigError(f"workload.{knob}: {path} is empty. Put some text into it, or leave it out.")
+        raise ConfigError(f"workload.{knob}: {path} is empty. Write some text into it, or remove it from the list.")
     return text
 
 
 def read_jsonl(path: Path, key: Literal["memory", "question"], knob: str) -> Iterator[Record]:
-    """The records of a jsonl file; ConfigError, naming file and line, for a line that is none."""
+    """The records of a jsonl file. Raises ConfigError, with file and line, if a line is not a valid record."""
     for number, line in enumerate(read_text(path, knob).split("\n"), start=1):
         if not line.strip():
             continue
-        wanted = f'A line is {{"{key}": "…"' + (', "truth": "…"}.' if key == "question" else "}.")
+        wanted = f'Write {{"{key}": "…"' + (', "truth": "…"}.' if key == "question" else "}.")
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -65,7 +63,7 @@ def read_jsonl(path: Path, key: Literal["memory", "question"], knob: str) -> Ite
 
 
 def read_memories(paths: Sequence[str]) -> list[Record]:
-    """One memory a txt or md file, one a line of a jsonl file."""
+    """Reads memories: a txt or md file is one memory, a jsonl file has one a line."""
     records: list[Record] = []
     for path in map(Path, paths):
         if path.suffix == ".jsonl":
@@ -76,7 +74,7 @@ def read_memories(paths: Sequence[str]) -> list[Record]:
 
 
 def read_questions(paths: Sequence[str]) -> list[Record]:
-    """One question a line."""
+    """Reads questions, one a line."""
     records: list[Record] = []
     for path in map(Path, paths):
         if path.suffix == ".jsonl":
@@ -93,11 +91,13 @@ def _stem(path: Path) -> str:
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Files(Workload):
-    """Your own texts: each memory (or each group of `memories` in turn) × each question is a cell, nothing is cut.
+    """Your own texts, which are not cut. Each memory, or each group of memories, is combined with each question.
 
-    memory: paths of txt or md files (a memory each) and jsonl files (a {"memory": …} a line).
-    questions: paths of txt or md files (a question a line) and jsonl files ({"question": …, "truth": …} a line).
-    memories: so many are joined in a cell; the last group takes what is left.
+    memory: paths of txt and md files (one memory each) and of jsonl files ({"memory": …} on each line).
+    questions: paths of txt and md files (a question on each line) and of jsonl files ({"question": …, "truth": …} on
+        each line).
+    memories: the number of memories in a group, which are merged. The last group may be smaller.
+    max_cells: use only the first cells; null uses all.
     """
 
     memory: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["examples/files/memory.md"])
@@ -118,7 +118,7 @@ def _cells(
 ) -> Iterator[Cell]:
     for group in groups:
         texts = tuple(record.text for record in group)
-        tokens = held(template, texts, separator)
+        tokens = memory_tokens(template, texts, separator)
         for question in questions:
             text = as_query(template, question.text)
             prompt = template.split(tokens, text)

@@ -1,4 +1,4 @@
-"""Contexts × queries of exact token counts: what the workloads with a free length share."""
+"""A grid of contexts and queries with exact token counts, the base of workloads whose texts can have any length."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass as card
 
 from experiments.workloads.base import Cell, Workload
-from experiments.workloads.cut import cut_memories, cut_question, held
+from experiments.workloads.cut import cut_memories, cut_question, memory_tokens
 from kvmem.prompt import PromptTemplate
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One question in several wordings, and the fact that answers it, where it can be checked."""
+class Question:
+    """One question in several wordings. `truth` is the fact that answers it, if it is known."""
 
     variants: tuple[str, ...]
     truth: str | None = None
@@ -26,16 +26,18 @@ class Ask:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the cells of one context are cut from: a text for each memory, a passage that long questions quote, and the
-    question to ask once it is known what the cut memories hold."""
+    """The texts of the cells of one context."""
 
     memories: tuple[str, ...]
+    """A text for each memory, before it is cut."""
     passage: str
-    ask: Callable[[Sequence[str]], Ask]
+    """The text that long questions quote."""
+    question_for: Callable[[Sequence[str]], Question]
+    """Chooses the question for the memories as they are cut."""
 
 
 def labels(counts: Sequence[int]) -> dict[int, str]:
-    """short, medium and long for three counts, in order of length; else each count itself.
+    """A label for each count: short, medium and long for three counts, else the number itself.
 
     >>> labels([1024, 256, 512])
     {256: 'short', 512: 'medium', 1024: 'long'}
@@ -56,16 +58,17 @@ def grid(
     what: str,
     labels: Callable[[Sequence[int]], dict[int, str]] = labels,
 ) -> Iterator[Cell]:
-    """The cells, context by context in the given order; the cells of one context share their memories.
+    """The cells, context by context in the given order. The cells of one context share their memories.
 
-    `texts(i)` gives the text of the i-th context. Raises PromptError, naming the knob, for a count out of reach.
+    `texts(i)` returns the texts of the i-th context. `what` names the workload in errors. Raises PromptError, with the
+    name of the knob, if a count is out of reach.
     """
     context_labels, query_labels = labels(context_tokens), labels(query_tokens)
     for i, context in enumerate(context_tokens):
         source = texts(i)
         memories = cut_memories(source.memories, context, template, separator, what)
-        ask = source.ask(memories)
-        tokens = held(template, memories, separator)
+        asked = source.question_for(memories)
+        tokens = memory_tokens(template, memories, separator)
         for query in query_tokens:
             yield Cell(
                 context=context_labels[context],
@@ -73,17 +76,19 @@ def grid(
                 query=query_labels[query],
                 query_tokens=query,
                 memories=memories,
-                truth=ask.truth,
-                question=cut_question(ask.variants, source.passage, query, context, tokens, template, what),
+                truth=asked.truth,
+                question=cut_question(asked.variants, source.passage, query, context, tokens, template, what),
             )
 
 
 @card(config=ConfigDict(extra="forbid"))
 class GridWorkload(Workload):
-    """A workload of exact token counts, every context with every query.
+    """A workload with exact token counts.
 
-    context_tokens, query_tokens: the verified split of the whole prompt, template included; every pair is a cell.
-    memories: how many memories hold the context together, joined by the configured merge.
+    context_tokens, query_tokens: the lengths of the two parts of the verified split of the whole prompt, template
+        included. Each pair is a cell.
+    memories: the number of memories that make up a context. The configured merge joins them.
+    max_cells: use only the first cells; null uses all.
     """
 
     context_tokens: Annotated[list[PositiveInt], Field(min_length=1)] = field(default_factory=lambda: [256, 512, 1024])
@@ -94,7 +99,7 @@ class GridWorkload(Workload):
 
     @abstractmethod
     def texts(self, context: int) -> Texts:
-        """The text that the cells of the `context`-th context are cut from."""
+        """The texts of the cells of the `context`-th context."""
 
     def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
         cells = grid(self.context_tokens, self.query_tokens, self.texts, template, separator, "workload")

@@ -1,4 +1,4 @@
-"""The published token counts, with text of our own: the published tables name lengths, not texts."""
+"""The token counts of the published tables, with CPython's documentation as text. The tables state only lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TABLE = Path(__file__).parents[1] / "results" / "published" / "huggingface_ttft.
 
 
 def published_counts() -> tuple[list[int], list[int]]:
-    """Context and query token counts in the table's order; its query counts are means, here rounded."""
+    """The table's context and query token counts, in its order. Its query counts are means, so they are rounded."""
     with TABLE.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     contexts = dict.fromkeys(round(float(row["context_tokens"])) for row in rows)
@@ -29,9 +29,9 @@ def published_counts() -> tuple[list[int], list[int]]:
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Published(Workload):
-    """The nine cells of the published table, long to short, cut from CPython's documentation.
+    """The nine cells of the published table, from long to short, cut from CPython's documentation.
 
-    memories: how many memories hold the context together, joined by the configured merge.
+    memories: the number of memories that make up a context. The configured merge joins them.
     """
 
     memories: PositiveInt = 1

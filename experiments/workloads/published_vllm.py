@@ -1,4 +1,4 @@
-"""The published vLLM table's token counts on a GPU, and twelve cells of a size for a processor elsewhere."""
+"""The token counts of the published vLLM table on a GPU, and twelve smaller cells on a CPU."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from kvmem.prompt import PromptTemplate
 
 TABLE = Path(__file__).parents[1] / "results" / "published" / "vllm_ttft.csv"
 CPU_COUNTS = [128, 256, 512], [32, 64, 128, 256]
-"""Memory and prompt tokens that two cores prefill in about a second."""
+"""Memory and prompt token counts for a machine without a GPU. Two cores prefill them in about a second."""
 
 
 def published_counts() -> tuple[list[int], list[int]]:
-    """Memory and prompt token counts in the table's order."""
+    """The table's memory and prompt token counts, in its order."""
     with TABLE.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     memories = dict.fromkeys(int(row["memory_tokens"]) for row in rows)
@@ -33,10 +33,10 @@ def published_counts() -> tuple[list[int], list[int]]:
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class PublishedVLLM(Workload):
-    """Twelve cells, cut from CPython's documentation, named by their token counts as the published table names them.
+    """Twelve cells, cut from CPython's documentation. Their labels are token counts, as in the published table.
 
-    context_tokens, query_tokens: null is the published counts (500/1000/2000 × 500/1000/2000/4000) where there is a
-    GPU, and 128/256/512 × 32/64/128/256 where there is none.
+    context_tokens, query_tokens: null uses the published counts (500/1000/2000 × 500/1000/2000/4000) on a machine with
+        a GPU, and 128/256/512 × 32/64/128/256 without one.
     """
 
     context_tokens: list[PositiveInt] | None = field(default=None)

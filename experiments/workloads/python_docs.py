@@ -1,4 +1,4 @@
-"""Real documentation: the topics that CPython's own `help()` shows, and questions about them."""
+"""Real documentation: the topics of CPython's own `help()`, and questions about them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from experiments.workloads.grid import Ask, GridWorkload, Texts
+from experiments.workloads.grid import GridWorkload, Question, Texts
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "assert": ("What does assert do?", "When does an assert statement raise an error, and when is it skipped?"),
@@ -56,29 +56,30 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "with": ("What does with do?", "What happens, step by step, when Python runs a with statement with one item?"),
     "yield": ("What is yield for?", "What becomes of a function whose body has a yield statement in it?"),
 }
-"""Topics that every supported CPython has, and a short and a longer question about each."""
+"""Topics that every supported CPython has, with a short and a long wording of a question about each."""
 
 _UNDERLINE = re.compile(r"^[*=\-~^#]{3,}$", re.MULTILINE)
 
 
 @cache
 def topic_text(topic: str) -> str:
-    """A topic's text, without the underlines of its headings."""
+    """The text of a topic, without the lines under its headings."""
     text = _UNDERLINE.sub("", topics[topic])
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def docs_text(first_topic: str, order_seed: str) -> str:
-    """The text of `first_topic`, and behind it all others in a seeded order (about 110,000 tokens in all)."""
+    """The text of `first_topic`, followed by all other topics in a seeded order; about 110,000 tokens."""
     others = sorted(set(topics) - {first_topic})
     random.Random(order_seed).shuffle(others)
     return "\n\n".join(topic_text(topic) for topic in (first_topic, *others))
 
 
 def docs_texts(seed: int, context: int, memories: int) -> Texts:
-    """The texts of the `context`-th context: each memory begins with a topic of its own, and one of those is asked for.
+    """The texts of the `context`-th context.
 
-    Contexts begin differently, so that an engine's prefix cache can't serve one from another.
+    Each memory begins with a different topic, and the question is about one of these. Contexts begin differently, so an
+    engine's prefix cache can't use one for another.
     """
     order = sorted(QUESTIONS)
     random.Random(seed).shuffle(order)
@@ -88,13 +89,13 @@ def docs_texts(seed: int, context: int, memories: int) -> Texts:
     return Texts(
         memories=tuple(docs_text(first, f"{seed} {context} {i}") for i, first in enumerate(firsts)),
         passage=docs_text(elsewhere, f"{seed} {context} passage"),
-        ask=lambda _: Ask(QUESTIONS[topic]),
+        question_for=lambda _: Question(QUESTIONS[topic]),
     )
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class PythonDocs(GridWorkload):
-    """CPython's documentation as memory, a question about its topic as query, both of exact token counts."""
+    """The memory is CPython's documentation, the query is a question about one of its topics."""
 
     def texts(self, context: int) -> Texts:
         return docs_texts(self.seed, context, self.memories)

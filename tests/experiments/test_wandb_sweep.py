@@ -15,7 +15,7 @@ from experiments import wandb_sweep
 from experiments.config import compose
 from experiments.config.compose import CONF
 from experiments.execution import checkpoint, sweep
-from experiments.sinks.wandb import place_in_sweep
+from experiments.sinks.wandb import sweep_arguments
 from kvmem.errors import ConfigError
 
 OVERRIDES = (
@@ -48,9 +48,9 @@ def test_an_agents_job_runs_in_the_sweeps_folder(tmp_path: Path) -> None:
 def test_an_agent_chooses_the_id_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = tmp_path / "outputs/sweeps/x-0123/1"
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
-    assert place_in_sweep(job, {})["id"] == "x-0123-1"
+    assert sweep_arguments(job, {})["id"] == "x-0123-1"
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
-    assert place_in_sweep(job, {}) == {"group": "x-0123", "job_type": ""}
+    assert sweep_arguments(job, {}) == {"group": "x-0123", "job_type": ""}
 
 
 def test_the_mode_is_online_unless_one_is_given(capsys: pytest.CaptureFixture[str]) -> None:

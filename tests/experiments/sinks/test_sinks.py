@@ -1,4 +1,4 @@
-"""Sinks: rows.jsonl as the record, and an offline W&B run read back with W&B's own reader."""
+"""Sinks: rows.jsonl, and an offline W&B run that W&B's own reader reads back."""
 
 from __future__ import annotations
 
@@ -29,15 +29,11 @@ CONFIG = {"model": {"label": "tiny"}, "seed": 3}
 
 @pytest.fixture(autouse=True)
 def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No login, no settings, and an empty home folder, whose path is returned."""
+    """Removes W&B's login and settings, and returns the path of an empty home folder."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    for folder in (
-        "CACHE",
-        "DATA",
-        "ARTIFACT",
-        "CONFIG",
-    ):  # the sink sets those that are not set; this undoes it afterwards
+    # The sink sets these variables if they are not set. monkeypatch removes them afterwards.
+    for folder in ("CACHE", "DATA", "ARTIFACT", "CONFIG"):
         monkeypatch.setenv(f"WANDB_{folder}_DIR", "")
         monkeypatch.delenv(f"WANDB_{folder}_DIR")
     home = tmp_path / "home"
@@ -56,7 +52,7 @@ def write(sink: JSONL | WandB | NoSink, run_dir: Path) -> str | None:
 
 
 def read_back(run_dir: Path) -> list[dict[str, Any]]:
-    """Every record of the one W&B run in `run_dir`, by W&B's own reader."""
+    """Every record of the one W&B run in `run_dir`, read by W&B's own reader."""
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

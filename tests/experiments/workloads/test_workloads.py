@@ -1,4 +1,4 @@
-"""Workloads: exact token counts at a verified seam, for any tokenizer and both templates."""
+"""Workloads: exact token counts of a verified split, for any tokenizer and both templates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from experiments.workloads.base import Cell, Workload
-from experiments.workloads.cut import cut, held
+from experiments.workloads.cut import cut, memory_tokens
 from experiments.workloads.dialogue import DEBUGGING, TRIP, Dialogue
 from experiments.workloads.faq import TRADES, Faq, company
 from experiments.workloads.files import Files
@@ -43,7 +43,10 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def trained_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that puts BOS before every text; a small vocabulary cuts most words into several tokens."""
+    """A byte-level BPE tokenizer that adds BOS before every text.
+
+    A small vocabulary splits most words into several tokens.
+    """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,8 +95,8 @@ def chat(tokenizers: dict[str, PreTrainedTokenizerBase]) -> PromptTemplate:
 
 
 def split_counts(template: PromptTemplate, cell: Cell) -> tuple[int, int]:
-    """The cell's two halves, tokenised again from its texts."""
-    prompt = template.split(held(template, cell.memories, SEPARATOR), cell.question)
+    """The lengths of the cell's two parts, tokenised again from its texts."""
+    prompt = template.split(memory_tokens(template, cell.memories, SEPARATOR), cell.question)
     return len(prompt.memory_ids), len(prompt.query_ids)
 
 
@@ -165,11 +168,11 @@ def test_cut_keeps_the_head_of_the_text(target: int) -> None:
 
 
 def test_an_unreachable_target_raises_an_error_with_the_counts(chat: PromptTemplate) -> None:
-    with pytest.raises(PromptError, match=r"workload\.context_tokens=2.*already take \d+\. Ask for \d+ or more"):
+    with pytest.raises(PromptError, match=r"workload\.context_tokens=2.*already take \d+\. Choose \d+ or more"):
         PythonDocs(context_tokens=[2]).cells(chat, SEPARATOR)
-    with pytest.raises(PromptError, match=r"workload\.query_tokens=4.*already take \d+\. Ask for \d+ or more"):
+    with pytest.raises(PromptError, match=r"workload\.query_tokens=4.*already take \d+\. Choose \d+ or more"):
         PythonDocs(query_tokens=[4]).cells(chat, SEPARATOR)
-    with pytest.raises(PromptError, match=r"500 tokens can't be reached, for all of the text gives 5"):
+    with pytest.raises(PromptError, match=r"500 tokens can't be reached, because the whole text has 5"):
         cut("five words and no more", 500, lambda text: len(text.split()), "words")
 
 
@@ -230,7 +233,7 @@ def test_faq_states_each_fact_once(trade: str) -> None:
 
 
 def test_faq_too_short_for_an_entry_is_refused(chat: PromptTemplate) -> None:
-    with pytest.raises(PromptError, match="no whole FAQ entry"):
+    with pytest.raises(PromptError, match="no complete FAQ entry"):
         Faq(context_tokens=[40]).cells(chat, SEPARATOR)
 
 
