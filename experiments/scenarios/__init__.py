@@ -1,6 +1,6 @@
-"""Scenarios, one question in each file: a scenario turns the cells of a run into rows and answers its question.
+"""Scenarios. A scenario is a question that a run answers: it measures the cells of the run, and returns rows.
 
-A new scenario is one new file in this package, with its card in conf/scenario. `SCENARIOS` finds it by name.
+Each scenario is one file in this package, with a card in conf/scenario. `SCENARIOS` finds it by name.
 """
 
 from experiments.scenarios.base import SCENARIOS, Labelled, ModelScenario, Scenario

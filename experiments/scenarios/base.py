@@ -1,4 +1,4 @@
-"""The interface of a scenario: one question, one file. A scenario turns the cells of a run into rows."""
+"""The interface of a scenario, a question that a run answers by measuring its cells."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kvmem.registry import Registry
 
 
 class Labelled(Protocol):
-    """What a scenario measures one by one."""
+    """A cell: a scenario measures its cells one by one."""
 
     @property
     def label(self) -> str:
-        """Its name in the progress bar, the log and the run's checkpoint."""
+        """The cell's name in the progress bar, the log and the run's checkpoint."""
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ class SizedCell(Labelled, Protocol):
 
 
 BenchT = TypeVar("BenchT")
-"""What `Scenario.open` returns and the cells are measured on."""
+"""The type that `Scenario.open` returns. Cells are measured on it."""
 CellT = TypeVar("CellT", bound=Labelled)
 
 
@@ -40,29 +40,38 @@ class Scenario(ABC, Generic[BenchT, CellT]):
 
     name: ClassVar[str]
     question: ClassVar[str]
-    """The question in one sentence, which heads the report."""
+    """The question in one sentence, the heading of the report."""
     lockstep: ClassVar[bool] = False
-    """Whether several ranks can measure it in lockstep: its work depends on the cells alone, never on timing."""
+    """Whether several ranks can measure this scenario in lockstep.
+
+    It requires that the work of a cell depends only on the cell, never on timing.
+    """
 
     @abstractmethod
     def open(self, setup: Setup) -> BenchT:
-        """Prepares what the cells are measured on, such as a loaded model."""
+        """Prepares what the cells are measured on, such as a loaded model.
+
+        Raises ConfigError if the setup does not fit the scenario.
+        """
 
     @abstractmethod
     def cells(self, bench: BenchT) -> Sequence[CellT]:
-        """The cells of the run, in the order in which they are measured."""
+        """The cells of the run, in the order in which they are measured.
+
+        Raises ConfigError if the setup does not fit the scenario.
+        """
 
     @abstractmethod
     def measure(self, bench: BenchT, cell: CellT) -> list[Row]:
-        """The rows of one cell. An exception becomes a failed row, and the run continues with the next cell."""
+        """The rows of one cell. If it raises, the runner records a failed row and continues with the next cell."""
 
     @abstractmethod
     def failed(self, bench: BenchT, cell: CellT, error: str) -> Row:
-        """The row of a cell that raised; `error` is the traceback."""
+        """The row of a cell that raised. `error` is the traceback."""
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
-        """The answer to `question` in one sentence; "" if the rows do not give one. `rows` are valid rows only."""
+        """The answer to `question` in one sentence, or "" if the rows do not give one. All `rows` are valid."""
         return ""
 
 

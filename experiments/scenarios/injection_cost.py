@@ -42,16 +42,18 @@ from kvmem.prompt import TokenizedPrompt
 
 BEATS_LIMIT = "it beats the hardware's limit"
 REPEATS = 5
-"""Of placing a memory, and of decoding: each takes what one round of all ways does."""
+"""The number of repeated measurements of copying a memory into the buffer, and of decoding."""
 
 
 @plain_dataclass(frozen=True)
 class CostCell:
-    """One cell, and vLLM's figures where it was asked. `decodes`: measure the rate of decoding too."""
+    """One cell of the workload, with vLLM's figures for it."""
 
     cell: Cell
     peer: vllm_process.Reply | None
+    """vLLM's figures; None if vLLM was not measured."""
     decodes: bool
+    """Whether to measure the decoding rate as well."""
 
     @property
     def label(self) -> str:
@@ -68,7 +70,7 @@ class CostCell:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class InjectionCostPayload(AnswerPayload):
-    """One injection method, or an arm without a memory, in one cell. TTFT includes passing the cache to the model."""
+    """One injection method, or one arm without a memory, in one cell. TTFT includes passing the cache to the model."""
 
     name: ClassVar[str] = "injection_cost"
     columns: ClassVar[tuple[str, ...]] = (
@@ -94,29 +96,31 @@ class InjectionCostPayload(AnswerPayload):
     cached_tokens: int | None = None
     ttft_s: float
     ttft_low_s: float | None = None
-    """95% bootstrap interval of the median; None for fewer than 3 rounds."""
+    """The 95% bootstrap interval of the median; None for fewer than 3 rounds."""
     ttft_high_s: float | None = None
     limit_s: float
-    """The roofline's least time for the same work."""
+    """The shortest time for the same work that the roofline model allows."""
     over_limit: float
+    """ttft_s divided by limit_s."""
     mfu: float | None = None
+    """Model FLOPs utilization: the share of the hardware's peak FLOP/s."""
     over_fastest: float
     """Median of the paired ratios to the fastest injection method."""
     over_fastest_interval: tuple[float, float] | None = None
     vllm_s: float | None = None
-    """vLLM on the same cell: a prefix hit beside the fastest method, a cold prompt beside the direct arm."""
+    """vLLM's median TTFT in this cell: of a prefix hit for the fastest method, of a cold prompt for the direct arm."""
     vllm_quartile_s: float | None = None
-    """The lower quartile of the same: vLLM's times depend on how busy the host is."""
+    """vLLM's lower quartile. Its times depend on how busy the host is."""
     over_vllm_quartile: float | None = None
     over_query_alone_s: float | None = None
-    """ttft_s above that of the query without a memory; of the fastest method."""
+    """ttft_s minus the TTFT of the query without a memory. Only for the fastest method."""
     place_s: float | None = None
-    """Copying the whole memory into the engine's buffer; of the fastest method."""
+    """Seconds of copying the whole memory into the engine's buffer. Only for the fastest method."""
     ttft_all_s: list[float]
     ttft_p90_s: float | None = None
 
     def prefills(self, row: Row) -> list[TimedPrefill]:
-        """Of the arms that use the captured graph: the others have launch costs that a fleet would not have."""
+        """The prefills of the arms that use CUDA graphs. The others have kernel launch costs, which a fleet avoids."""
         total = row.context_tokens + row.query_tokens
         work = {DIRECT: (total, 0), GRAPH: (row.query_tokens, row.context_tokens)}.get(row.arm)
         return [TimedPrefill(row.arm, *work, 0.0, self.ttft_s)] if work else []
@@ -124,7 +128,7 @@ class InjectionCostPayload(AnswerPayload):
 
 @plain_dataclass(frozen=True, kw_only=True)
 class DecodingPayload(Payload):
-    """Greedy decoding behind the longest memory, without the prefill of the first token."""
+    """Greedy decoding with the longest memory, without the prefill of the first token."""
 
     name: ClassVar[str] = "decoding behind a memory"
     columns: ClassVar[tuple[str, ...]] = (
@@ -139,35 +143,40 @@ class DecodingPayload(Payload):
 
     tokens_a_second: float
     low: float | None = None
-    """95% bootstrap interval of the median."""
+    """The 95% bootstrap interval of the median."""
     high: float | None = None
     of_the_limit: float
-    """The rate as a share of the highest that the hardware allows."""
+    """The rate divided by the highest rate that the roofline model allows."""
     limit_s: float
-    """The roofline's least time for one token."""
+    """The shortest time for one token that the roofline model allows."""
     tokens_a_second_all: list[float]
     vllm_tokens_a_second: float | None = None
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class InjectionCost(ModelScenario[CostCell]):
-    """All ways on the same weights, in interleaved rounds; each from token ids and stored memory to the token.
+    """Measures all injection methods with the same weights, in interleaved rounds.
 
-    direct            the memory as prompt text, by the fast engine; "direct, eager" by Hugging Face's forward
-    memos, deepcopy, shared tensors   a stored cache passed to Hugging Face's forward (experiments/recipes)
-    in place          the fast engine without graphs; "in place + graph" with them, where there is a GPU
-    query alone       no memory at all: what no injection can beat
+    Each time is measured from the token ids and the stored memory to the first token on the host.
+
+    direct            The memory is prompt text, and the graph engine computes it. "direct, eager" is the same with
+                      Hugging Face's forward.
+    memos, deepcopy, shared tensors
+                      A stored cache is passed to Hugging Face's forward (see experiments/baselines).
+    in place          The graph engine without CUDA graphs. "in place + graph" uses them, on a GPU.
+    query alone       There is no memory. No injection method can be faster.
     """
 
     pairs: int = Field(default=5, ge=1)
-    """Interleaved rounds a cell; 30 for a figure to publish. Fewer than 3 have no interval."""
+    """Interleaved rounds for each cell; 30 for a published figure. Fewer than 3 give no interval."""
     answer_tokens: int = Field(default=16, ge=1)
-    """Greedy tokens of each way that are compared with the direct one's."""
+    """The number of greedy tokens that are compared with the direct arm's."""
     decode_tokens: int = Field(default=128, ge=2)
-    """Tokens decoded behind the longest memory, for the rate of decoding."""
+    """The number of tokens that are decoded with the longest memory to measure the decoding rate."""
     beside_vllm: bool = True
-    """Ask vLLM too, where it is installed and there is a GPU: in a process of its own, before our rounds."""
+    """Also measure vLLM if it is installed and there is a GPU. It runs in a process of its own, before the rounds."""
     vllm_timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds to wait for vLLM's process."""
 
     name: ClassVar[str] = "injection_cost"
     question: ClassVar[str] = (
@@ -178,14 +187,15 @@ class InjectionCost(ModelScenario[CostCell]):
         setup = bench.setup
         if not isinstance(bench.backend, HFGraphBackend):
             raise ConfigError(
-                f"scenario=injection_cost compares injection methods on the graph engine's weights, and this is "
+                f"scenario=injection_cost measures injection methods on the graph engine, and this run has "
                 f"backend={type(bench.backend).name}. Use backend=hf_graph."
             )
         cells = setup.workload.cells(bench.backend.template, setup.separator)
         if any(len(cell.memories) > 1 for cell in cells):
-            raise ConfigError("scenario=injection_cost is about one memory a cell. Use scenario=kv_vs_direct.")
-        asks = self.beside_vllm and bench.backend.device.type == "cuda" and importlib.util.find_spec("vllm") is not None
-        peer = vllm_process.measure_in_process(_request(bench, self, cells), self.vllm_timeout_s) if asks else None
+            raise ConfigError("scenario=injection_cost needs one memory in each cell. Use scenario=kv_vs_direct.")
+        on_gpu = bench.backend.device.type == "cuda"
+        with_vllm = self.beside_vllm and on_gpu and importlib.util.find_spec("vllm") is not None
+        peer = vllm_process.measure_in_process(_request(bench, self, cells), self.vllm_timeout_s) if with_vllm else None
         longest = max(cells, key=lambda cell: (cell.context_tokens, -cell.query_tokens))
         return [CostCell(cell, peer, cell is longest) for cell in cells]
 
@@ -195,13 +205,13 @@ class InjectionCost(ModelScenario[CostCell]):
         methods = injection_methods.injection_methods(bench.backend, item, cell.cell.question)
         timed: dict[str, ttft.Arm] = {name: method.first_token for name, method in methods.items()}
         samples, runs = ttft.interleaved_calm(timed, self.pairs, random.Random(bench.setup.seed))
-        seconds = {name: [sample.engine_s for sample in taken] for name, taken in samples.items()}
+        seconds = {name: [sample.engine_s for sample in of_arm] for name, of_arm in samples.items()}
         conditions = bench.conditions_now() | {"measured_times": runs}
         best = best_arm(bench.backend)
         traced = {name: method.trace(self.answer_tokens) for name, method in methods.items() if method.trace}
         rows = []
-        for name, taken in samples.items():
-            prompt = taken[0].prompt
+        for name, of_arm in samples.items():
+            prompt = of_arm[0].prompt
             if name in traced and prompt.memory_ids:
                 baseline = methods[name].baseline
                 row = compare(
@@ -209,7 +219,7 @@ class InjectionCost(ModelScenario[CostCell]):
                     self.name,
                     cell.cell,
                     name,
-                    Arm(taken, traced[name]),
+                    Arm(of_arm, traced[name]),
                     Arm(samples[baseline], traced[baseline]),
                     build_s=item.metadata.build_s,
                     kv_bytes=item.metadata.kv_bytes,
@@ -237,7 +247,7 @@ class InjectionCost(ModelScenario[CostCell]):
         return [*rows, *([self._decode_row(bench, cell, item, conditions)] if cell.decodes else [])]
 
     def _decode_row(self, bench: Bench, cell: CostCell, item: KVCacheItem, conditions: dict[str, Any]) -> Row:
-        """Greedy tokens a second behind the longest memory, the first token's prefill apart."""
+        """Greedy tokens a second with the longest memory, without the prefill of the first token."""
         backend = bench.backend
         assert isinstance(backend, HFGraphBackend)
         prompt = backend.template.split(item.metadata.tokens, cell.cell.question)
@@ -249,9 +259,9 @@ class InjectionCost(ModelScenario[CostCell]):
             made = backend.engine.greedy(answer, token, self.decode_tokens - 1, ())
             if repeat:
                 rates.append(len(made) / (time.perf_counter() - started))
-        held = len(prompt.ids) + self.decode_tokens // 2
+        cached_tokens = len(prompt.ids) + self.decode_tokens // 2  # the mean while decoding
         low, high = ttft.median_interval(rates) or (None, None)
-        limit_s = bench.limit_s(1, held)
+        limit_s = bench.limit_s(1, cached_tokens)
         payload = DecodingPayload(
             tokens_a_second=median(rates),
             low=low,
@@ -283,7 +293,7 @@ class InjectionCost(ModelScenario[CostCell]):
         if not fastest:
             return ""
         over = between([payload.over_limit for payload in fastest], " ×")
-        parts = [f"The fastest injected way takes {over} the least that this machine needs"]
+        parts = [f"The fastest injection method takes {over} this machine's shortest possible time"]
         if over_vllm := [p.over_vllm_quartile for p in fastest if p.over_vllm_quartile is not None]:
             parts.append(f"{between(over_vllm, ' ×')} vLLM's prefix hit (its lower quartile)")
         direct = [payload.over_fastest for arm, payload in payloads if arm == DIRECT]
@@ -292,7 +302,7 @@ class InjectionCost(ModelScenario[CostCell]):
 
 
 def best_arm(backend: HFGraphBackend) -> str:
-    """Our fastest way here."""
+    """The name of the graph engine's fastest injection method on this machine."""
     return GRAPH if backend.engine.graph_up_to else IN_PLACE
 
 
@@ -304,7 +314,7 @@ def _row_without_memory(
     seconds: Sequence[float],
     conditions: dict[str, Any],
 ) -> Row:
-    """The row of an arm that computes all of its prompt, so that no answer has to be compared."""
+    """The row of an arm that computes its whole prompt. It has no answer to compare."""
     beats_limit = median(seconds) < bench.limit_s(len(prompt.ids), 0)
     return bench.row(
         InjectionCost.name,
@@ -323,7 +333,7 @@ def _row_without_memory(
 def _payload(
     bench: Bench, row: Row, prompt: TokenizedPrompt, seconds: Sequence[float], fastest_s: Sequence[float]
 ) -> InjectionCostPayload:
-    """The figures that every arm has; those of the comparison with the direct arm where there was one."""
+    """The figures of one arm. Those that come from a comparison with the direct arm are None if `row` has none."""
     compared = ttft_of(row)
     cached_tokens = compared.cached_tokens if compared else 0
     new_tokens = len(prompt.ids) - cached_tokens
@@ -351,7 +361,7 @@ def _payload(
 
 
 def _place_s(backend: HFGraphBackend, item: KVCacheItem) -> float:
-    """Median seconds of placing the whole memory into a buffer where another one lies."""
+    """Median seconds of copying the whole memory into the engine's buffer, where it replaces another memory."""
     times = []
     for repeat in range(1 + REPEATS):
         backend.engine.forget()
@@ -365,8 +375,10 @@ def _place_s(backend: HFGraphBackend, item: KVCacheItem) -> float:
 
 
 def _vllm_s(cell: CostCell, name: str, best: str) -> list[float] | None:
-    """vLLM's TTFTs of this cell to stand beside an arm: a prefix hit beside the fastest arm, a cold prompt beside the
-    direct one; None for other arms."""
+    """vLLM's TTFTs in this cell that compare with an arm; None if there are none.
+
+    They are of a prefix hit for the fastest arm, and of a cold prompt for the direct arm.
+    """
     peer = cell.peer and cell.peer.cell(cell.context_tokens, cell.query_tokens)
     if not peer or name not in (best, DIRECT):
         return None

@@ -1,4 +1,4 @@
-"""What does injecting a memory buy over sending it as prompt text, and is the output the same?"""
+"""What does injecting a memory save over sending it as prompt text, and is the output the same?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kvmem.cache import KVCacheItem
 
 @plain_dataclass(frozen=True, kw_only=True)
 class KVvsDirectPayload(TTFTPayload):
-    """The comparison, and the shared-tensors recipe if it was timed in the same rounds."""
+    """The comparison of both arms, and the TTFT of the shared-tensors recipe if it was measured."""
 
     name: ClassVar[str] = "kv_vs_direct"
 
@@ -39,18 +39,21 @@ class KVvsDirectPayload(TTFTPayload):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class KVvsDirect(ModelScenario[Cell]):
-    """Both arms eat the same token ids, in interleaved pairs, and answer greedily."""
+    """Measures TTFT with the memory injected and with the memory as prompt text, and compares the greedy answers.
+
+    Both arms receive the same token ids, in interleaved pairs.
+    """
 
     pairs: int = Field(default=5, ge=1)
-    """Interleaved pairs a cell; 30 for a figure to publish. Fewer than 3 have no interval."""
+    """Interleaved pairs for each cell; 30 for a published figure. Fewer than 3 give no interval."""
     answer_tokens: int = Field(default=16, ge=1)
-    """Greedy tokens of each arm that are compared."""
+    """The number of greedy tokens that are compared."""
     beside_recipe: bool = False
-    """Also time a plain shared-tensors recipe in the same rounds (one memory only)."""
+    """Also measure a plain shared-tensors recipe in the same rounds, in cells with one memory."""
 
     name: ClassVar[str] = "kv_vs_direct"
     question: ClassVar[str] = (
-        "What does injecting a memory buy over sending it as prompt text, and is the output the same?"
+        "What does injecting a memory save over sending it as prompt text, and is the output the same?"
     )
     lockstep: ClassVar[bool] = True
 
@@ -119,6 +122,6 @@ class KVvsDirect(ModelScenario[Cell]):
         same = f"{grades['bitwise'] + grades['tokens']} of {formatting.plural(len(rows), 'cell')}"
         others = [f"{grades[grade]} {GRADES[grade]}" for grade in ("near_tie", "diverged") if grades[grade]]
         return (
-            f"Behind a stored memory the first token comes {between(times)} times as fast as behind its text; "
-            f"the answer is the same in {', '.join([same, *others])}."
+            f"With an injected memory the first token comes {between(times)} times as fast as with the memory as "
+            f"prompt text. The answer is the same in {', '.join([same, *others])}."
         )

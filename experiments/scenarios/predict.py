@@ -1,4 +1,4 @@
-"""What should the published cells take on their hardware, and from which length on does a stored memory pay?"""
+"""How long should the published cells take on their hardware, and from which length does a memory pay off?"""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ GIVEN = "as given"
 
 @plain_dataclass(frozen=True)
 class Table:
-    """The rows of one question, by the name of their table."""
+    """A cell of this scenario: one table of predictions, with a function that computes its rows."""
 
     label: str
     rows: Callable[[], Iterator[Row]]
 
 
 @plain_dataclass(frozen=True)
-class Paper:
-    """What the tables are computed with: no model and no machine."""
+class PredictionInputs:
+    """The inputs of every table. No model is loaded."""
 
     setup: Setup
     engine: Engine
@@ -57,7 +57,7 @@ class Paper:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class PublishedCellPayload(Payload):
-    """One published cell, predicted beside its published times."""
+    """One published cell: predicted and published TTFT."""
 
     name: ClassVar[str] = "predict"
 
@@ -74,12 +74,12 @@ class PublishedCellPayload(Payload):
     speedup_pct: float
     published_speedup_pct: float
     published_beyond_its_hardware: str
-    """The arms that are faster than the makers' peak rates allow, or "no"."""
+    """The published arms that are faster than the vendor's peak rates allow, or "no"."""
 
 
 @plain_dataclass(frozen=True, kw_only=True)
 class _Errors:
-    """A distribution of prediction errors: of their sizes, and the median with its sign."""
+    """The distribution of prediction errors. `median_error_pct` is signed; a size is an absolute value."""
 
     figures_compared: int
     median_error_pct: float
@@ -87,7 +87,7 @@ class _Errors:
     p90_size_pct: float
     largest_size_pct: float
     within_15_pct: float
-    """Share of the errors whose size is at most 15%."""
+    """The share of errors of at most 15%, in percent."""
     within_30_pct: float
 
 
@@ -100,18 +100,18 @@ class PublishedErrorPayload(_Errors, Payload):
 
 @plain_dataclass(frozen=True, kw_only=True)
 class FitErrorPayload(_Errors, Payload):
-    """Errors of the fit, over cells that it used or that were held out."""
+    """Errors of the fit, over the cells that it used or over the held-out cells."""
 
     name: ClassVar[str] = "predict: error of the fit"
     columns: ClassVar[tuple[str, ...]] = ("points_of", *_Errors.__dataclass_fields__)
 
     points_of: str
-    """The arm, or "all"."""
+    """The arm of the cells, or "all"."""
 
 
 @plain_dataclass(frozen=True, kw_only=True)
 class EfficienciesPayload(Payload):
-    """The fields of `performance_model.Engine`."""
+    """The efficiencies of an engine (`performance_model.Engine`)."""
 
     name: ClassVar[str] = "predict: efficiencies"
 
@@ -126,24 +126,24 @@ class EfficienciesPayload(Payload):
 
 @plain_dataclass(frozen=True, kw_only=True)
 class BreakEvenPayload(Payload):
-    """The memory length from which loading from one tier beats recomputing."""
+    """The memory length from which loading from one tier is faster than recomputing."""
 
     name: ClassVar[str] = "predict: where loading beats recomputing"
 
     memory_in: str
     gb_per_second: float | None
-    """None: the memory is on the GPU already."""
+    """The tier's bandwidth; None for a memory that is on the GPU already."""
     query_tokens: int
     loading_wins_from_tokens: int | None
-    """None: at no length."""
+    """None if loading is slower at every length."""
     memory_tokens: int
     fetch_s: float
-    """Loading a memory of `memory_tokens`."""
+    """Seconds of loading a memory of `memory_tokens` tokens."""
 
 
 @plain_dataclass(frozen=True, kw_only=True)
 class FleetPayload(Payload):
-    """A load, and the replicas, storage and network that it needs."""
+    """A request load, and the replicas, storage and network bandwidth that it needs."""
 
     name: ClassVar[str] = "predict: a fleet"
 
@@ -159,35 +159,38 @@ class FleetPayload(Payload):
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class Predict(Scenario[Paper, Table]):
-    """No GPU, no weights: shapes, the makers' figures and an engine's efficiencies."""
+class Predict(Scenario[PredictionInputs, Table]):
+    """Predicts times from model shapes, vendors' data sheets and an engine's efficiencies. It needs no GPU."""
 
     fit_from: list[str] = field(default_factory=list)
-    """Folders of runs; half of their cells fit the efficiencies, the others tell the error. None: defaults."""
+    """Folders of runs. Half of their cells fit the efficiencies, the others give the error. [] uses the defaults."""
     not_stated: list[str] = field(default_factory=lambda: ["h100", "h100x2", "h100x4"])
-    """Layouts for published cells without one: the first that holds the weights."""
+    """Layouts for published cells that state none: the first one that holds the weights is used."""
     plan_model: str = "qwen3-8b"
-    """Shape of the break-even lengths and of the fleet, on the hardware card's layout, or the first that holds it."""
+    """The shape for the break-even lengths and the fleet.
+
+    The layout is the hardware card's, or the first of `not_stated` that holds the weights if the card has no GPU.
+    """
     query_tokens: int = Field(default=167, ge=1)
     memory_tokens: int = Field(default=6064, ge=1)
     memories: int = Field(default=1_000_000, ge=1)
     requests_per_s: float = Field(default=10_000, gt=0)
     local_share: float = Field(default=0.8, ge=0, le=1)
-    """Share of requests that find their memory on the GPU; the fleet's others fetch it over the network."""
+    """The share of the fleet's requests whose memory is on the GPU. The others fetch it over the network."""
     host_gb_s: float = Field(default=55, gt=0)
     disk_gb_s: float = Field(default=6, gt=0)
     network_gb_s: float = Field(default=12.5, gt=0)
 
     name: ClassVar[str] = "predict"
     question: ClassVar[str] = (
-        "What should the published cells take on their hardware, and from which length on does a stored memory pay?"
+        "How long should the published cells take on their hardware, and from which length does a memory pay off?"
     )
 
-    def open(self, setup: Setup) -> Paper:
+    def open(self, setup: Setup) -> PredictionInputs:
         found = fit_engine(list(self.measured_points()), setup.seed) if self.fit_from else None
-        return Paper(setup, found.engine if found else Engine(), found)
+        return PredictionInputs(setup, found.engine if found else Engine(), found)
 
-    def cells(self, bench: Paper) -> Sequence[Table]:
+    def cells(self, bench: PredictionInputs) -> Sequence[Table]:
         tables = [
             Table("published cells", lambda: self._published(bench)),
             Table("break-even lengths", lambda: self._break_even(bench)),
@@ -195,10 +198,10 @@ class Predict(Scenario[Paper, Table]):
         ]
         return [Table("fit", lambda: self._fitted(bench)), *tables] if bench.fit else tables
 
-    def measure(self, bench: Paper, cell: Table) -> list[Row]:
+    def measure(self, bench: PredictionInputs, cell: Table) -> list[Row]:
         return list(cell.rows())
 
-    def failed(self, bench: Paper, cell: Table, error: str) -> Row:
+    def failed(self, bench: PredictionInputs, cell: Table, error: str) -> Row:
         return _row(None, "", GIVEN, scenario=cell.label, status="failed", error=error)
 
     def measured_points(self) -> Iterator[Point]:
@@ -208,7 +211,7 @@ class Predict(Scenario[Paper, Table]):
                     layout = self._layout(row.model, self._card(row.hardware), row.dtype)
                     yield from points_of(row, layout)
 
-    def _published(self, paper: Paper) -> Iterator[Row]:
+    def _published(self, inputs: PredictionInputs) -> Iterator[Row]:
         beyond = {
             (finding.row, finding.arm)
             for finding in verdict.validate_published(published.tables())
@@ -218,8 +221,8 @@ class Predict(Scenario[Paper, Table]):
         for cell in published.tables():
             layout = self._layout(cell.model, self._of(cell))
             query, context = round(cell.query_tokens), round(cell.context_tokens)
-            direct = layout.ttft_s(Prefill(context + query, 0), paper.engine)
-            injected = layout.ttft_s(Prefill(query, context), paper.engine)
+            direct = layout.ttft_s(Prefill(context + query, 0), inputs.engine)
+            injected = layout.ttft_s(Prefill(query, context), inputs.engine)
             off = {"direct": _error_pct(direct, cell.direct_ttft_s), "injected": _error_pct(injected, cell.kv_ttft_s)}
             errors.setdefault(f"{cell.table}, {cell.hardware}", []).extend(off.values())
             impossible = [arm for arm in off if (cell, arm) in beyond]
@@ -241,8 +244,8 @@ class Predict(Scenario[Paper, Table]):
         for name, off_pct in errors.items():
             yield _row(PublishedErrorPayload(**_distribution(off_pct)), "all", name)
 
-    def _fitted(self, paper: Paper) -> Iterator[Row]:
-        found = paper.fit
+    def _fitted(self, inputs: PredictionInputs) -> Iterator[Row]:
+        found = inputs.fit
         assert found is not None
         folders = ", ".join(self.fit_from)
         for name, points in (("fitted", found.fitted), ("held out", found.held_out)):
@@ -253,10 +256,10 @@ class Predict(Scenario[Paper, Table]):
         yield _row(EfficienciesPayload(**asdict(found.engine)), folders, "fitted")
         yield _row(EfficienciesPayload(**asdict(Engine())), "default", "")
 
-    def _break_even(self, paper: Paper) -> Iterator[Row]:
-        layout = self._plan_layout(paper)
+    def _break_even(self, inputs: PredictionInputs) -> Iterator[Row]:
+        layout = self._plan_layout(inputs)
         for tier in self._tiers():
-            tokens = break_even_tokens(layout, paper.engine, tier, self.query_tokens)
+            tokens = break_even_tokens(layout, inputs.engine, tier, self.query_tokens)
             payload = BreakEvenPayload(
                 memory_in=tier.name,
                 gb_per_second=tier.gb_s,
@@ -267,11 +270,11 @@ class Predict(Scenario[Paper, Table]):
             )
             yield _row(payload, self.plan_model, layout.hardware.name)
 
-    def _fleet(self, paper: Paper) -> Iterator[Row]:
-        layout = self._plan_layout(paper)
+    def _fleet(self, inputs: PredictionInputs) -> Iterator[Row]:
+        layout = self._plan_layout(inputs)
         needed = size_fleet(
             layout,
-            paper.engine,
+            inputs.engine,
             self._tiers()[-1],
             requests_per_s=self.requests_per_s,
             memories=self.memories,
@@ -297,26 +300,26 @@ class Predict(Scenario[Paper, Table]):
             Tier("network", self.network_gb_s, 1e-3),
         ]
 
-    def _plan_layout(self, paper: Paper) -> Layout:
-        chosen = paper.setup.hardware
-        layout = self._layout(self.plan_model, chosen if chosen.gpu else self._first_that_holds(self.plan_model))
+    def _plan_layout(self, inputs: PredictionInputs) -> Layout:
+        chosen = inputs.setup.hardware
+        layout = self._layout(self.plan_model, chosen if chosen.gpu else self._smallest_that_fits(self.plan_model))
         if not layout.fits:
             raise ConfigError(
-                f"{self.plan_model} does not fit hardware={chosen.name}: no request is answered there, in no time. "
-                "Choose a larger layout, or another scenario.plan_model."
+                f"{self.plan_model} does not fit hardware={chosen.name}. Choose a larger layout, or another "
+                "scenario.plan_model."
             )
         return layout
 
     def _of(self, cell: PublishedRow) -> Hardware:
-        return verdict.hardware_card(cell.hardware) or self._first_that_holds(cell.model)
+        return verdict.hardware_card(cell.hardware) or self._smallest_that_fits(cell.model)
 
-    def _first_that_holds(self, model: str) -> Hardware:
+    def _smallest_that_fits(self, model: str) -> Hardware:
         cards = [self._card(name) for name in self.not_stated]
         for card in cards:
             if self._layout(model, card).fits:
                 return card
         raise ConfigError(
-            f"{model} fits none of {', '.join(self.not_stated)}. Add a larger one to scenario.not_stated."
+            f"{model} does not fit {', '.join(self.not_stated)}. Add a larger layout to scenario.not_stated."
         )
 
     def _layout(self, model: str, card: Hardware, dtype: str = verdict.PUBLISHED_DTYPE) -> Layout:
@@ -327,15 +330,15 @@ class Predict(Scenario[Paper, Table]):
         card = layout.read_card(path) if path.is_file() else None
         if card is None or card.gpu is None:
             raise ConfigError(
-                f"hardware {name!r} states no rates, and a prediction needs them. For scenario.fit_from choose runs "
-                "on a layout of conf/hardware that does: h100, h800x2, …"
+                f"A prediction needs peak rates, and the hardware {name!r} has none. For scenario.fit_from choose runs "
+                "on a layout of conf/hardware with a GPU: h100, h800x2, …"
             )
         return card
 
 
 @cache
 def shape_of(name: str) -> DenseShape:
-    return DenseShape.of(loading.shape_config(name))  # counts the weights of a whole architecture: tenths of a second
+    return DenseShape.of(loading.shape_config(name))  # cached: it takes tenths of a second
 
 
 def _error_pct(predicted: float, published: float) -> float:
@@ -343,7 +346,7 @@ def _error_pct(predicted: float, published: float) -> float:
 
 
 def _distribution(errors_pct: Sequence[float]) -> dict[str, Any]:
-    """Of the errors' sizes, and the median with its sign."""
+    """The fields of `_Errors`."""
     sizes = sorted(abs(error) for error in errors_pct)
     return {
         "figures_compared": len(sizes),
@@ -357,7 +360,7 @@ def _distribution(errors_pct: Sequence[float]) -> dict[str, Any]:
 
 
 def _row(payload: Payload | None, model: str, layout: str, **fields: Any) -> Row:
-    """A row with no engine behind it; `scenario` is the payload's unless `fields` has another."""
+    """A row without an engine. Its `scenario` is the payload's name, unless `fields` has another one."""
     shared: dict[str, Any] = {
         "scenario": payload.name if payload else "",
         "weights": "none",

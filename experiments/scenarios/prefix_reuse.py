@@ -1,4 +1,4 @@
-"""What does an injected memory buy over the engine's own prefix cache, and over nothing?"""
+"""What does an injected memory save over the engine's own prefix cache, and over no cache?"""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ GENERATE = "LLM.generate hit"
 
 @plain_dataclass(frozen=True, kw_only=True)
 class PrefixReusePayload(TTFTPayload):
-    """The comparison with the direct arm, and with the engine's own prefix hit. Ratios are medians over the pairs."""
+    """The comparison with the direct arm and with the engine's own prefix hit. Ratios are medians of paired ratios."""
 
     name: ClassVar[str] = "prefix_reuse"
 
     injected_over_native_hit: float | None = None
     injected_over_native_hit_interval: tuple[float, float] | None = None
     transfer_s: float | None = None
-    """One copy of the memory's bytes from pinned host memory to the GPU, on each rank its share."""
+    """Seconds of copying the memory from pinned host memory to the GPU. With several ranks, each copies its share."""
     over_transfer_or_native_hit: float | None = None
-    """Injected TTFT over the slower of the transfer and the prefix hit."""
+    """The injected TTFT divided by the slower of the transfer and the prefix hit."""
     generate_ttft_s: float | None = None
-    """A prefix hit through vLLM's own LLM.generate."""
+    """TTFT of a prefix hit through vLLM's own LLM.generate."""
     generate_ttft_all_s: list[float] = field(default_factory=list)
     generate_ttft_p90_s: float | None = None
     native_hit_over_generate: float | None = None
@@ -51,23 +51,23 @@ class PrefixReusePayload(TTFTPayload):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class PrefixReuse(ModelScenario[Cell]):
-    """Three arms in interleaved rounds, each behind an engine whose prefix cache was emptied.
+    """Measures three arms in interleaved rounds. The engine's prefix cache is emptied before each measurement.
 
-    direct      nothing is held: all tokens are computed
-    native hit  the engine finds the memory's whole blocks in its own prefix cache. They were put there, untimed, from
-                the memory's file; the answer that is graded stands on blocks of the engine's own prefill
-    injected    the memory's file is loaded into the engine's blocks, to the token
+    direct      The engine computes all tokens.
+    native hit  The engine finds the memory's full blocks in its own prefix cache. Before each measurement they are
+                filled from the memory's file. The answer that is graded uses blocks from the engine's own prefill.
+    injected    The memory's file is loaded into the engine's blocks, up to its last token.
     """
 
     pairs: int = Field(default=5, ge=1)
-    """Interleaved rounds a cell; 30 for a figure to publish. Fewer than 3 have no interval."""
+    """Interleaved rounds for each cell; 30 for a published figure. Fewer than 3 give no interval."""
     answer_tokens: int = Field(default=8, ge=1)
-    """Greedy tokens of each arm that are compared."""
+    """The number of greedy tokens that are compared."""
     beside_generate: bool = True
-    """On a GPU, also time the native hit through vLLM's own LLM.generate: what our layer adds to it."""
+    """On a GPU, also measure the native hit through vLLM's own LLM.generate, which shows the overhead of our engine."""
 
     name: ClassVar[str] = "prefix_reuse"
-    question: ClassVar[str] = "What does an injected memory buy over the engine's own prefix cache, and over nothing?"
+    question: ClassVar[str] = "What does an injected memory save over the engine's own prefix cache, and over no cache?"
 
     def cells(self, bench: Bench) -> Sequence[Cell]:
         if bench.backend.prefix_block_tokens is None:
@@ -78,7 +78,9 @@ class PrefixReuse(ModelScenario[Cell]):
         setup = bench.setup
         cells = setup.workload.cells(bench.backend.template, setup.separator)
         if any(len(cell.memories) > 1 for cell in cells):
-            raise ConfigError("scenario=prefix_reuse is about one memory a cell. Use scenario=kv_vs_direct for merges.")
+            raise ConfigError(
+                "scenario=prefix_reuse needs one memory in each cell. Use scenario=kv_vs_direct for merges."
+            )
         return cells
 
     def measure(self, bench: Bench, cell: Cell) -> list[Row]:
@@ -98,7 +100,7 @@ class PrefixReuse(ModelScenario[Cell]):
 
         prompt = ttft.direct_prompt(backend, tokens, cell.question)
         split = backend.split(cell.question, view())
-        # The answers first: each warms up its arm's shape.
+        # Generating the answers first warms up the shapes of each arm.
         direct_trace = ttft.trace(backend, prompt, None, self.answer_tokens)
         injected_trace = ttft.trace(backend, split, view, self.answer_tokens)
         native_trace = self._native_trace(backend, split)

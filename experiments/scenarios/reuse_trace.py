@@ -1,4 +1,4 @@
-"""Which policy keeps the right memories as KV? A short trace played for real, then every policy in simulation."""
+"""Which policy keeps the right memories as KV? A short trace runs on a model, then all policies are simulated."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from kvmem.scheduler import Costs
 from kvmem.scheduler.policies import BenefitPerByte, Oracle, policy_classes
 
 AGREEMENT = 0.10
-"""By how much a simulated figure may differ from the replayed one."""
+"""The largest allowed relative difference between a simulated and a replayed figure."""
 OURS = BenefitPerByte.name
 
 
 @plain_dataclass(frozen=True)
 class ReplayCell:
-    """The short trace, played on the model."""
+    """The short trace that is replayed on the model."""
 
     label: str
     trace: Trace
@@ -38,7 +38,7 @@ class ReplayCell:
 
 @plain_dataclass(frozen=True)
 class TrafficCell:
-    """One kind of traffic under one budget, for every policy."""
+    """One family of traces under one budget. Every policy is simulated on it."""
 
     label: str
     traces: tuple[Trace, ...]
@@ -47,7 +47,7 @@ class TrafficCell:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class ReuseTracePayload(Payload):
-    """One policy under one budget: on the replayed trace, or on all simulated traces of one kind of traffic."""
+    """One policy under one budget: on the replayed trace, or on all simulated traces of one family."""
 
     name: ClassVar[str] = "reuse_trace"
     columns: ClassVar[tuple[str, ...]] = (
@@ -68,33 +68,33 @@ class ReuseTracePayload(Payload):
 
     traffic: str
     budget_pct: float
-    """Of the KV of all memories."""
+    """The budget in percent of the KV of all memories."""
     run: str
-    """replayed on the model, or simulated."""
+    """replayed (on the model) or simulated."""
     hit_pct: float
-    """Of the tokens of the requested memories."""
+    """The share of the requested memories' tokens that were found as KV, in percent."""
     ttft_p50_s: float
     ttft_p90_s: float
     ttft_p99_s: float
     builds: float
     moved_bytes: float
-    """Written by builds, promotions and demotions."""
+    """The bytes that builds, promotions and demotions wrote."""
     net_saved_s: float
-    """TTFT saved against sending every memory as text, less the seconds of the builds."""
+    """TTFT saved against sending every memory as text, minus the seconds of the builds."""
     of_oracle_pct: float | None = None
-    """net_saved_s over that of the oracle, which knows the trace."""
+    """net_saved_s in percent of the oracle's, which knows the whole trace."""
     of_oracle_interval: tuple[float, float] | None = None
-    """95% interval of of_oracle_pct over the traces."""
+    """The 95% interval of of_oracle_pct over the traces."""
     of_bound_pct: float | None = None
-    """net_saved_s over a bound that no policy can exceed."""
+    """net_saved_s in percent of a bound that no policy can exceed."""
     net_saved_all_s: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     samples: list[tuple[int, int, float]] = field(default_factory=list)
-    """Of the replay: (new tokens, cached tokens, seconds) of each prefill."""
+    """The replay's prefills: (new tokens, cached tokens, seconds) of each."""
     differs: dict[str, float] = field(default_factory=dict)
-    """By which share each figure of the simulation differs from the replay's."""
+    """The relative difference between the simulation and the replay, for each figure."""
     costs: dict[str, float | dict[str, float]] = field(default_factory=dict)
-    """The cost model that was fitted to the replay."""
+    """The cost model that is fitted to the replay."""
 
     @property
     def interval(self) -> str | None:
@@ -103,10 +103,14 @@ class ReuseTracePayload(Payload):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
-    """A replay gives the costs, and is simulated on them to see that the simulator tells the truth; then every policy
-    runs on `seeds` traces of each family, with the oracle and a bound beside. One tier, all of whose bytes are at hand.
+    """Compares policies by the seconds that they save.
 
-    Seconds saved are user TTFT against sending every memory as text; net: less what builds took, off the request path.
+    First a short trace is replayed on the model, and a cost model is fitted to its prefills. Simulating the same trace
+    checks the simulator. Then every policy, the oracle among them, is simulated on `seeds` traces of each family, with
+    one tier.
+
+    The seconds saved are user TTFT against sending every memory as text. Net savings subtract the seconds of builds,
+    which happen outside of requests.
     """
 
     replay_uses: int = Field(default=50, ge=1)
@@ -116,14 +120,14 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
     memories: int = Field(default=150, ge=1)
     uses: int = Field(default=2000, ge=1)
     seeds: int = Field(default=3, ge=1)
-    """Traces of each family; ten for a figure to publish."""
+    """The number of traces in each family; ten for a published figure."""
     first_seed: int = Field(default=100, ge=0)
     budget_shares: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.4])
     """Budgets, as shares of the KV of all memories."""
     tick_every: int = Field(default=2, ge=1)
-    """Uses between two ticks, each of which builds one memory at most."""
+    """The number of uses between two ticks. A tick builds at most one memory."""
     trace_file: str | None = None
-    """A trace of your own (JSON lines, see experiments/traces/jsonl.py) instead of the families."""
+    """A trace of your own (JSON lines, see experiments/traces/jsonl.py), which replaces the families."""
 
     name: ClassVar[str] = "reuse_trace"
     question: ClassVar[str] = "Which policy keeps the right memories as KV?"
@@ -135,7 +139,8 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
     def cells(self, bench: Bench) -> Sequence[ReplayCell | TrafficCell]:
         if type(bench.backend) is not HFBackend:
             raise ConfigError(
-                f"scenario=reuse_trace plays its trace on backend=huggingface, not on {type(bench.backend).name}."
+                f"scenario=reuse_trace replays its trace on backend=huggingface, and this run has "
+                f"backend={type(bench.backend).name}. Use backend=huggingface."
             )
         families = FAMILIES.classes()
         short = families[self.replay_family]().draw(self.replay_memories, self.replay_uses, bench.setup.seed, 0)
@@ -161,7 +166,7 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         if isinstance(cell, ReplayCell):
             return self._replay(bench, cell)
         if self._costs is None:
-            raise ConfigError("There are no costs to simulate on, for the replay failed. See its row.")
+            raise ConfigError("The simulation needs the costs of the replay, and the replay failed. See its row.")
         return self._simulate(bench, cell, self._costs)
 
     def _replay(self, bench: Bench, cell: ReplayCell) -> list[Row]:
@@ -173,7 +178,7 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         simulated = simulate(real.trace, policy, {"ram": budget}, costs, real.planning, self.tick_every)
         differs = disagreement(real.outcome, simulated)
         hits = real.outcome.hits
-        wrong = f"{hits - real.same_first_tokens} of {hits} hits began with another token than the whole prompt"
+        wrong = f"{hits - real.same_first_tokens} of {hits} hits have another first token than the whole prompt"
         worst = max(differs, key=lambda name: differs[name])
         apart = f"{worst} differs by {formatting.percent(100 * differs[worst])}"
         same = hits == real.same_first_tokens
@@ -263,13 +268,13 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         if not of.get(OURS) or not others:
             return ""
         return (
-            f"Of the seconds that an oracle saves, {OURS} saves {between(of[OURS], '%')}; "
-            f"the best that any other policy does in any cell is {between([max(others)], '%')}."
+            f"Of the seconds that an oracle saves, {OURS} saves {between(of[OURS], '%')}. "
+            f"The best figure of any other policy in any cell is {between([max(others)], '%')}."
         )
 
 
 def _payload(outcomes: Sequence[Outcome], **figures: Any) -> ReuseTracePayload:
-    """Percentages and percentiles over all traces together; counts and seconds as means over the traces."""
+    """The payload of several traces: percentages and percentiles over all of them, means of counts and seconds."""
     ttft_s = np.concatenate([outcome.ttft_s for outcome in outcomes])
     p50, p90, p99 = (float(np.percentile(ttft_s, percent)) for percent in (50, 90, 99))
     hit_tokens = sum(outcome.hit_tokens for outcome in outcomes)
@@ -286,7 +291,7 @@ def _payload(outcomes: Sequence[Outcome], **figures: Any) -> ReuseTracePayload:
 
 
 def disagreement(real: Outcome, simulated: Outcome) -> dict[str, float]:
-    """By which share each figure of the simulation differs from the replay's."""
+    """The relative difference between the simulation and the replay, for each figure."""
     pairs = {
         "the sum of TTFT": (real.ttft_s.sum(), simulated.ttft_s.sum()),
         "the seconds saved": (real.saved_s, simulated.saved_s),
@@ -297,8 +302,11 @@ def disagreement(real: Outcome, simulated: Outcome) -> dict[str, float]:
 
 
 def ratio_of_sums(values: np.ndarray, of: np.ndarray) -> tuple[float, tuple[float, float] | None]:
-    """sum(values) / sum(of) in percent, and its 95% interval over the traces (Student's t of the linearised ratio:
-    Cochran, "Sampling techniques", 1977, ch. 6; a bootstrap of three traces is too narrow); None for fewer than 3."""
+    """sum(values) / sum(of) in percent, and its 95% interval over the traces; None for fewer than 3 traces.
+
+    The interval is Student's t of the linearised ratio (Cochran, "Sampling techniques", 1977, ch. 6). A bootstrap of
+    three traces would be too narrow.
+    """
     share = float(values.sum() / of.sum())
     if len(values) < 3:
         return 100 * share, None
@@ -307,8 +315,10 @@ def ratio_of_sums(values: np.ndarray, of: np.ndarray) -> tuple[float, tuple[floa
 
 
 def behind(ours: np.ndarray, others: dict[str, np.ndarray]) -> str:
-    """The policies that net more than `ours`, by a 95% interval (Student's t, paired) that holds no 0; "" if none
-    does."""
+    """The policies that save more than `ours`, as text, or "" if there are none.
+
+    A policy counts if the 95% interval of the paired difference (Student's t) is above 0.
+    """
     if len(ours) < 3:
         return ""
     found = []
@@ -320,6 +330,6 @@ def behind(ours: np.ndarray, others: dict[str, np.ndarray]) -> str:
 
 
 def _t_interval(values: np.ndarray) -> tuple[float, float]:
-    """Of the mean, with 95% confidence."""
+    """The 95% confidence interval of the mean (Student's t)."""
     mean, half = float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return mean - half, mean + half

@@ -1,4 +1,4 @@
-"""What do dump and load cost, in time and memory, beside torch.save + fsync and torch.load of the same tensors?"""
+"""What do dump and load cost in time and memory, compared with torch.save + fsync and torch.load?"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StorageCell:
 
 @plain_dataclass(frozen=True, kw_only=True)
 class StoragePayload(Payload):
-    """Median seconds of writing and reading the same tensors by this package and by torch."""
+    """Median seconds of writing and reading the same tensors with this package and with torch."""
 
     name: ClassVar[str] = "storage"
 
@@ -50,13 +50,15 @@ class StoragePayload(Payload):
     dump_s: float
     torch_save_s: float
     dump_ratio: float
-    """dump_s over torch_save_s."""
+    """dump_s / torch_save_s."""
     load_s: float
     torch_load_s: float
     load_ratio: float
     dump_peak_extra_pct: float | None = None
-    """Peak of anonymous memory above the level before the step, in % of kv_bytes; None if the system does not report
-    it."""
+    """The peak of anonymous memory during the step, above its level before, in percent of kv_bytes.
+
+    None if the operating system does not report it.
+    """
     torch_save_peak_extra_pct: float | None = None
     load_peak_extra_pct: float | None = None
     torch_load_peak_extra_pct: float | None = None
@@ -68,22 +70,23 @@ class StoragePayload(Payload):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class StorageScenario(ModelScenario[StorageCell]):
-    """Random KV of the model's shape in 8 items, written and read by both in turn, in random order within each round.
+    """Writes and reads 8 items of random KV, of the model's shape, with this package and with torch.
 
-    Every file is new (the old one removed, the disk synced first), and read while it is in the page cache. Our load
-    counts the checksum, which touches every page; torch.load copies every page and checks none. One round more, first
-    and not timed, warms up and watches the memory.
+    The order within a round is random. A write always creates a new file: the old one is removed, and the disk is
+    synced first. A read finds the file in the page cache. Our load includes the checksum, which reads every page.
+    torch.load copies every page and has no checksum. A first round, whose time does not count, warms up and measures
+    memory.
     """
 
     gigabytes: float = Field(1.0, gt=0)
     """Size of all keys and values, in 10⁹ bytes."""
     repeats: int = Field(5, ge=1)
     folder: str = "outputs"
-    """Where the files are written, and removed again: choose the disk that memories will live on."""
+    """The folder of the files, on the disk to be measured. The files are removed afterwards."""
 
     name: ClassVar[str] = "storage"
     question: ClassVar[str] = (
-        "What do dump and load cost, in time and memory, beside torch.save + fsync and torch.load of the same tensors?"
+        "What do dump and load cost in time and memory, compared with torch.save + fsync and torch.load?"
     )
 
     def cells(self, bench: Bench) -> Sequence[StorageCell]:
@@ -94,12 +97,13 @@ class StorageScenario(ModelScenario[StorageCell]):
         items = random_items(bench, int(self.gigabytes * 1e9), ITEMS)
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="kvmem-storage-", dir=self.folder) as folder:
-            pair = _Pair(bench, items, formats.for_filename(cell.memory_filename), Path(folder) / cell.memory_filename)
-            peaks = pair.peaks()
+            path = Path(folder) / cell.memory_filename
+            comparison = _TorchComparison(bench, items, formats.for_filename(cell.memory_filename), path)
+            peaks = comparison.peaks()
             rng = random.Random(bench.setup.seed)
-            rounds = [pair.seconds(rng) for _ in range(self.repeats)]
-            equal = pair.loads_the_same_bits()
-        seconds = {name: median(taken[name] for taken in rounds) for name in rounds[0]}
+            rounds = [comparison.seconds(rng) for _ in range(self.repeats)]
+            equal = comparison.loads_the_same_bits()
+        seconds = {name: median(times[name] for times in rounds) for name in rounds[0]}
         kv_bytes = sum(dynamic_cache.nbytes(item.kv_cache) for item in items)
         peak_pct = {name: 100 * peak / kv_bytes for name, peak in peaks.items()}
         payload = StoragePayload(
@@ -115,10 +119,10 @@ class StorageScenario(ModelScenario[StorageCell]):
             torch_save_peak_extra_pct=peak_pct.get("torch_save"),
             load_peak_extra_pct=peak_pct.get("load"),
             torch_load_peak_extra_pct=peak_pct.get("torch_load"),
-            dump_all_s=[taken["dump"] for taken in rounds],
-            torch_save_all_s=[taken["torch_save"] for taken in rounds],
-            load_all_s=[taken["load"] for taken in rounds],
-            torch_load_all_s=[taken["torch_load"] for taken in rounds],
+            dump_all_s=[times["dump"] for times in rounds],
+            torch_save_all_s=[times["torch_save"] for times in rounds],
+            load_all_s=[times["load"] for times in rounds],
+            torch_load_all_s=[times["torch_load"] for times in rounds],
         )
         ratios = {"dump": payload.dump_ratio, "load": payload.load_ratio}
         slower = [f"{step} is slower than torch's" for step, over in ratios.items() if over > 1]
@@ -133,7 +137,7 @@ class StorageScenario(ModelScenario[StorageCell]):
                 pairs=self.repeats,
                 equality="bitwise" if equal else "diverged",
                 verdict="ok" if equal else "invalid",
-                verdict_reason="; ".join(slower) if equal else "the loaded tensors are not those that were dumped",
+                verdict_reason="; ".join(slower) if equal else "the loaded tensors differ from the dumped ones",
                 conditions=bench.conditions_now(),
                 payload=payload,
             )
@@ -148,7 +152,7 @@ class StorageScenario(ModelScenario[StorageCell]):
 
 
 def random_items(bench: Bench, total_bytes: int, count: int) -> list[KVCacheItem]:
-    """`count` items of together about `total_bytes`, in RAM, of the shape and dtype that the bench's model builds."""
+    """`count` items in RAM, with the shape and dtype of the bench's model, and about `total_bytes` in total."""
     fingerprint = bench.backend.fingerprint
     dtype = getattr(torch, fingerprint.dtype)
     token_bytes = 2 * fingerprint.layers * fingerprint.kv_heads * fingerprint.head_dim * dtype.itemsize
@@ -165,16 +169,16 @@ def random_items(bench: Bench, total_bytes: int, count: int) -> list[KVCacheItem
             [(draw(), draw()) for _ in range(fingerprint.layers)], bench.backend.model_config, tokens
         )
         ids = tuple(range(tokens))
-        held = MemoryTokens(source=f"random {i}", template="plain", token_ids=ids, header_tokens=0, body_end=tokens)
+        memory = MemoryTokens(source=f"random {i}", template="plain", token_ids=ids, header_tokens=0, body_end=tokens)
         kv_bytes = dynamic_cache.nbytes(cache)
         items.append(
-            KVCacheItem(cache, KVCacheMetadata(tokens=held, build_s=0.0, kv_bytes=kv_bytes, fingerprint=fingerprint))
+            KVCacheItem(cache, KVCacheMetadata(tokens=memory, build_s=0.0, kv_bytes=kv_bytes, fingerprint=fingerprint))
         )
     return items
 
 
-class _Pair:
-    """Both ways of writing and reading the same tensors."""
+class _TorchComparison:
+    """Writes and reads the same tensors with a storage format of this package and with torch."""
 
     def __init__(self, bench: Bench, items: list[KVCacheItem], storage: Storage, path: Path) -> None:
         self.bench, self.items, self.storage, self.path = bench, items, storage, path
@@ -203,21 +207,22 @@ class _Pair:
         return tensors
 
     def seconds(self, rng: random.Random) -> dict[str, float]:
-        """Seconds of each step of one round."""
-        taken = {}
+        """The seconds of each step in one round."""
+        times = {}
         for kinds in (("dump", "torch_save"), ("load", "torch_load")):
             for name in rng.sample(kinds, 2):
                 self._prepare(name)
                 started = time.perf_counter()
                 kept = self.steps[name]()
-                taken[name] = time.perf_counter() - started
-                del kept  # what is loaded is let go off the clock
-        return taken
+                times[name] = time.perf_counter() - started
+                del kept  # frees the loaded tensors outside of the measured time
+        return times
 
     def peaks(self) -> dict[str, int]:
-        """Peak of anonymous memory in each step above its start, in bytes; empty if the system does not report it.
+        """The peak of anonymous memory during each step, above its level before, in bytes.
 
-        A dump's is what it takes beside the tensors. A load's counts what it returns, unless that is pages of a file.
+        A load's peak includes the tensors that it returns, unless these are pages of a mapped file. Empty if the
+        operating system does not report anonymous memory.
         """
         extra: dict[str, int] = {}
         if not process_memory.is_reported():
@@ -229,7 +234,7 @@ class _Pair:
         return extra
 
     def loads_the_same_bits(self) -> bool:
-        """Whether every loaded tensor is the dumped one to the bit, and every item's metadata is the same."""
+        """Whether every loaded tensor equals the dumped one to the bit, and every item has the same metadata."""
         loaded = self.load()
         ours, theirs = _named(self.items), _named(loaded)
         return (
@@ -239,7 +244,7 @@ class _Pair:
         )
 
     def _prepare(self, name: str) -> None:
-        """Removes the file that a write is about to replace, lets the disk come to rest, and frees what is garbage."""
+        """Removes the file that a write replaces, collects garbage, and syncs the disk."""
         if name in ("dump", "torch_save"):
             (self.path if name == "dump" else self.torch_path).unlink(missing_ok=True)
         gc.collect()
@@ -247,7 +252,7 @@ class _Pair:
 
 
 def _named(items: Sequence[KVCacheItem]) -> Tensors:
-    """Every tensor by "<item>.<layer>.k" or ".v"."""
+    """Every tensor by its name, "<item>.<layer>.k" or "<item>.<layer>.v"."""
     return {
         f"{i}.{layer}.{kind}": tensor
         for i, item in enumerate(items)

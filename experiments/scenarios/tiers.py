@@ -1,4 +1,4 @@
-"""What does a slower tier cost: TTFT with a memory in each, beside prefilling it anew, and the break-even?"""
+"""What does a slower tier cost: what is the TTFT with a memory in each tier, and when is recomputing faster?"""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from kvmem.tiers import check_hqq
 
 @plain_dataclass(frozen=True)
 class TiersCell:
-    """All lengths together, for a break-even is found across them."""
+    """All lengths in one cell, because a break-even length is computed from all of them."""
 
     label: str
 
 
 @plain_dataclass(frozen=True, kw_only=True)
 class TiersPayload(Payload):
-    """One memory length, answered from one tier. Seconds are medians over the rounds."""
+    """One memory length in one tier. Seconds are medians over the rounds."""
 
     name: ClassVar[str] = "tiers"
     columns: ClassVar[tuple[str, ...]] = (
@@ -58,30 +58,31 @@ class TiersPayload(Payload):
 
     memory_tokens: int
     kv_bytes: int
-    """In this tier: a quantized one is smaller."""
+    """The size in this tier. A quantized tier needs fewer bytes."""
     ttft_s: float
     over_resident: float
-    """ttft_s over that of a memory in the fastest tier."""
+    """ttft_s divided by the TTFT with a memory in the fastest tier."""
     saved_pct: float
     """100 × (1 − ttft_s / TTFT of recomputing the memory)."""
     fetch_s: float | None = None
-    """From the disk tiers: opening the file until its tensors can be used."""
+    """Disk tiers: seconds from opening the file until its tensors can be used."""
     read_s: float | None = None
-    """Reading the same file alone, in the same state of the page cache."""
+    """Disk tiers: seconds of only reading the same file, in the same state of the page cache."""
     of_read_pct: float | None = None
+    """100 × read_s / fetch_s."""
     cached_pct: float | None = None
-    """How much of a cold file was still in the page cache."""
+    """The share of a cold file that was still in the page cache, in percent."""
     transfer_s: float | None = None
-    """One copy of the memory's bytes from pinned host memory to the GPU."""
+    """Seconds of copying the memory from pinned host memory to the GPU."""
     break_even_tokens: int | None = None
-    """The memory length from which loading beats recomputing; None: no measured length."""
+    """The memory length from which loading is faster than recomputing; None if it is slower at the longest length."""
     ttft_all_s: list[float]
     nll: float | None = None
-    """Mean negative log-likelihood of the memory's last tokens behind its KV, in nats a token."""
+    """Mean negative log-likelihood of the memory's last tokens, given its KV cache, in nats a token."""
     nll_above_built: float | None = None
-    """nll above that of the memory as it was built."""
+    """nll minus that of the memory before quantization."""
     lossy: str | None = None
-    """The quantization of the tier, such as int8; None: the tier is exact."""
+    """The tier's quantization, such as int8; None if the tier is exact."""
 
     @property
     def may_diverge(self) -> bool:
@@ -90,13 +91,15 @@ class TiersPayload(Payload):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Tiers(ModelScenario[TiersCell]):
-    """For each length one memory in every tier; each place answers the same prompt once a round, in random order.
+    """Stores one memory of each length in every tier. Each tier answers the same prompt once a round, in random order.
 
-    A TTFT runs from the prompt's token ids to the first token on the host, and holds what the tier takes to bring the
-    bytes. Warm: the file is in the page cache; cold: it was taken out just before (`cached` says how much was left).
+    TTFT is measured from the prompt's token ids to the first token on the host. It includes the load from the tier.
+    Warm means that the file is in the page cache. Cold means that it was dropped from the page cache just before;
+    `cached_pct` is the share that could not be dropped.
 
-    A compressed tier is lossy: its answer is graded against the prompt's, and `nll` is the mean negative log-likelihood
-    (nats a token) of the memory's last 64 tokens behind its KV; the resident memory's stands in its own row.
+    A compressed tier is lossy. Its answer is graded against the direct arm's. `nll` is the mean negative log-likelihood
+    (nats a token) of the memory's last 64 tokens, given its KV cache. The exact memory's is in the row of the fastest
+    tier.
     """
 
     context_tokens: Annotated[list[PositiveInt], Field(min_length=2)] = field(
@@ -104,22 +107,22 @@ class Tiers(ModelScenario[TiersCell]):
     )
     repeats: int = Field(default=5, ge=1)
     compressed: list[str] = field(default_factory=lambda: ["disk_int8", "disk_int4"])
-    """Tiers that lose, beside the exact ones; their files are in the page cache. []: none, and no hqq needed."""
+    """Lossy tiers to measure besides the exact ones. Their files are in the page cache. [] needs no hqq."""
     answer_tokens: int = Field(default=16, ge=1)
-    """Greedy tokens by which an answer from a compressed tier is graded."""
+    """The number of greedy tokens that grade an answer from a compressed tier."""
     folder: str = "outputs"
-    """Where the disk tier is, and removed again: choose the disk that memories will live on."""
+    """The folder of the disk tier, on the disk to be measured. Its files are removed afterwards."""
 
     name: ClassVar[str] = "tiers"
     question: ClassVar[str] = (
-        "What does a slower tier cost: TTFT with a memory in each, beside prefilling it anew, and the break-even?"
+        "What does a slower tier cost: what is the TTFT with a memory in each tier, and when is recomputing faster?"
     )
 
     def cells(self, bench: Bench) -> Sequence[TiersCell]:
         if not isinstance(bench.backend, HFBackend):
             raise ConfigError(
-                f"scenario=tiers needs the tiers of a Hugging Face engine, and backend={type(bench.backend).name} has "
-                "its own. Use backend=huggingface."
+                f"scenario=tiers measures the tiers of a Hugging Face engine, and backend={type(bench.backend).name} "
+                "has tiers of its own. Use backend=huggingface."
             )
         if self.compressed:
             try:
@@ -131,55 +134,53 @@ class Tiers(ModelScenario[TiersCell]):
     def measure(self, bench: Bench, cell: TiersCell) -> list[Row]:
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="kvmem-tiers-", dir=self.folder) as folder:
-            lengths = [self._length(bench, i, tokens, Path(folder)) for i, tokens in enumerate(self.context_tokens)]
+            lengths = [
+                self._measure_length(bench, i, tokens, Path(folder)) for i, tokens in enumerate(self.context_tokens)
+            ]
         costs = _costs(bench, lengths)
         conditions = bench.conditions_now()
-        even = {place: break_even_tokens(costs, lengths, place) for place in lengths[0].seconds if place != RECOMPUTE}
+        even = {tier: break_even_tokens(costs, lengths, tier) for tier in lengths[0].seconds if tier != RECOMPUTE}
         return [
-            self._row(bench, length, place, even.get(place), conditions)
-            for length in lengths
-            for place in length.seconds
+            self._row(bench, length, tier, even.get(tier), conditions) for length in lengths for tier in length.seconds
         ]
 
-    def _length(self, bench: Bench, i: int, tokens: int, folder: Path) -> Length:
+    def _measure_length(self, bench: Bench, i: int, tokens: int, folder: Path) -> LengthTimes:
         texts = docs_texts(bench.setup.seed, i, 1)
         template = bench.backend.template
         (text,) = cut_memories(texts.memories, tokens, template, bench.setup.separator, "scenario")
         bench.memory.extract(text)  # warms up this shape
         item = bench.memory.extract(text)
         question = as_query(template, texts.question_for(()).variants[0])
-        places = TierProbe(bench, item, question, folder / str(tokens), self.compressed)
+        probe = TierProbe(bench, item, question, folder / str(tokens), self.compressed)
         rng = random.Random(bench.setup.seed)
-        rounds = [places.round(rng) for _ in range(1 + self.repeats)][1:]
-        seconds = {place: [taken[place].seconds for taken in rounds] for place in rounds[0]}
-        exact = [place for place in seconds if place not in self.compressed]
-        tokens_of = {taken[place].token for taken in rounds for place in exact}
-        length = Length(
+        rounds = [probe.round(rng) for _ in range(1 + self.repeats)][1:]
+        seconds = {tier: [loads[tier].seconds for loads in rounds] for tier in rounds[0]}
+        exact = [tier for tier in seconds if tier not in self.compressed]
+        first_tokens = {loads[tier].token for loads in rounds for tier in exact}
+        length = LengthTimes(
             tokens,
-            len(places.prompt.query_ids),
+            len(probe.prompt.query_ids),
             item.metadata.kv_bytes,
             seconds,
-            cached_pct=max(taken[COLD].cached_pct for taken in rounds),
-            read_s={place: median(taken[place].read_s for taken in rounds) for place in (COLD, WARM)},
-            fetch_s={
-                place: median(taken[place].fetch_s for taken in rounds) for place in (COLD, WARM, *self.compressed)
-            },
+            cached_pct=max(loads[COLD].cached_pct for loads in rounds),
+            read_s={tier: median(loads[tier].read_s for loads in rounds) for tier in (COLD, WARM)},
+            fetch_s={tier: median(loads[tier].fetch_s for loads in rounds) for tier in (COLD, WARM, *self.compressed)},
             transfer_s=transfer_s(item.metadata.kv_bytes, bench.backend.device),
-            wrong=places.wrong(len(tokens_of)),
-            quality=places.quality(self.answer_tokens) if self.compressed else {},
-            lossy_bytes={place: places.nbytes(place) for place in self.compressed},
-            nll=places.nll(),
+            wrong=probe.wrong(len(first_tokens)),
+            quality=probe.quality(self.answer_tokens) if self.compressed else {},
+            lossy_bytes={tier: probe.nbytes(tier) for tier in self.compressed},
+            nll=probe.nll(),
         )
-        places.close()
+        probe.close()
         return length
 
-    def _row(self, bench: Bench, length: Length, place: str, even: int | None, conditions: dict[str, Any]) -> Row:
-        ttft_s = length.ttft_s(place)
-        on_disk = place in (COLD, WARM)
-        quality = length.quality.get(place)
-        kv_bytes = length.lossy_bytes.get(place, length.kv_bytes)
+    def _row(self, bench: Bench, length: LengthTimes, tier: str, even: int | None, conditions: dict[str, Any]) -> Row:
+        ttft_s = length.ttft_s(tier)
+        on_disk = tier in (COLD, WARM)
+        quality = length.quality.get(tier)
+        kv_bytes = length.lossy_bytes.get(tier, length.kv_bytes)
         equality = quality.equality.grade if quality else "diverged" if length.wrong else "bitwise"
-        of_resident = length.nll if place == length.resident else None
+        of_resident = length.nll if tier == length.resident else None
         nll = quality.nll if quality else of_resident
         payload = TiersPayload(
             memory_tokens=length.tokens,
@@ -187,21 +188,21 @@ class Tiers(ModelScenario[TiersCell]):
             ttft_s=ttft_s,
             over_resident=ttft_s / length.ttft_s(length.resident),
             saved_pct=100 * (1 - ttft_s / length.ttft_s(RECOMPUTE)),
-            fetch_s=length.fetch_s.get(place),
-            read_s=length.read_s.get(place),
-            of_read_pct=100 * length.read_s[place] / length.fetch_s[place] if on_disk else None,
-            cached_pct=length.cached_pct if place == COLD else None,
+            fetch_s=length.fetch_s.get(tier),
+            read_s=length.read_s.get(tier),
+            of_read_pct=100 * length.read_s[tier] / length.fetch_s[tier] if on_disk else None,
+            cached_pct=length.cached_pct if tier == COLD else None,
             transfer_s=length.transfer_s,
             break_even_tokens=even,
-            ttft_all_s=length.seconds[place],
+            ttft_all_s=length.seconds[tier],
             nll=nll,
             nll_above_built=nll - length.nll if quality and nll is not None and length.nll is not None else None,
-            lossy=place.removeprefix("disk_") if quality else None,
+            lossy=tier.removeprefix("disk_") if quality else None,
         )
         return bench.row(
             self.name,
-            arm=place,
-            tier=place.partition(",")[0],
+            arm=tier,
+            tier=tier.partition(",")[0],
             context_tokens=length.tokens,
             query_tokens=length.query_tokens,
             pairs=self.repeats,
@@ -221,17 +222,15 @@ class Tiers(ModelScenario[TiersCell]):
             if isinstance(row.payload, TiersPayload):
                 over.setdefault(row.arm, []).append(row.payload.over_resident)
         multiples = ", ".join(
-            f"{place} ({between(values)})"
-            for place, values in over.items()
-            if place != RECOMPUTE and set(values) != {1.0}
+            f"{tier} ({between(values)})" for tier, values in over.items() if tier != RECOMPUTE and set(values) != {1.0}
         )
-        recomputed = f"; prefilled anew ({between(over[RECOMPUTE])})" if RECOMPUTE in over else ""
-        return f"Time to the first token, as a multiple of a memory's in the fastest tier: {multiples}{recomputed}."
+        recomputed = f"; recomputed ({between(over[RECOMPUTE])})" if RECOMPUTE in over else ""
+        return f"TTFT as a multiple of that with a memory in the fastest tier: {multiples}{recomputed}."
 
 
 @plain_dataclass(frozen=True)
-class Length:
-    """What was measured for one length, by place."""
+class LengthTimes:
+    """The measurements of one memory length, by tier."""
 
     tokens: int
     query_tokens: int
@@ -245,19 +244,19 @@ class Length:
     quality: dict[str, Quality] = field(default_factory=dict)
     lossy_bytes: dict[str, int] = field(default_factory=dict)
     nll: float | None = None
-    """Of the memory as it was built."""
+    """Of the memory before quantization."""
 
     @property
     def resident(self) -> str:
-        """The fastest tier's name: the first place."""
+        """The name of the fastest tier, which is measured first."""
         return next(iter(self.seconds))
 
-    def ttft_s(self, place: str) -> float:
-        return median(self.seconds[place])
+    def ttft_s(self, tier: str) -> float:
+        return median(self.seconds[tier])
 
 
-def _costs(bench: Bench, lengths: Sequence[Length]) -> Costs:
-    """What prefilling takes here, from what was measured with the memory resident and with nothing cached."""
+def _costs(bench: Bench, lengths: Sequence[LengthTimes]) -> Costs:
+    """The cost model of a prefill, fitted to the TTFTs with a resident memory and with nothing cached."""
     samples = []
     for length in lengths:
         samples.append((length.query_tokens, length.tokens, length.ttft_s(length.resident)))
@@ -265,14 +264,14 @@ def _costs(bench: Bench, lengths: Sequence[Length]) -> Costs:
     return Costs.fitted(samples, lengths[0].kv_bytes // lengths[0].tokens)
 
 
-def break_even_tokens(costs: Costs, lengths: Sequence[Length], place: str) -> int | None:
-    """From which memory length on a load from `place` is faster than prefilling it anew; None: from none measured.
+def break_even_tokens(costs: Costs, lengths: Sequence[LengthTimes], tier: str) -> int | None:
+    """The memory length from which a load from `tier` is faster than recomputing the memory.
 
-    The load's seconds above a resident memory's TTFT are a straight line over length, fitted; below what was measured
-    it is that line.
+    The seconds of a load above a resident memory's TTFT are fitted as a linear function of the length. Returns None if
+    recomputing is faster at the longest measured length.
     """
     tokens = np.array([length.tokens for length in lengths], dtype=float)
-    above_s = np.array([length.ttft_s(place) - length.ttft_s(length.resident) for length in lengths])
+    above_s = np.array([length.ttft_s(tier) - length.ttft_s(length.resident) for length in lengths])
     slope, fixed = np.polyfit(tokens, above_s, 1)
     every = np.arange(1, int(tokens.max()) + 1)
     pays = costs.saved_s(every, lengths[0].query_tokens) > np.maximum(fixed + slope * every, 0.0)

@@ -1,4 +1,4 @@
-"""What does injection buy a server under load: TTFT percentiles, throughput, and the rate that it sustains?"""
+"""What does injection improve on a server under load: TTFT percentiles, throughput, and the sustained rate?"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ARMS = ("direct", "native hit", "injected")
 
 @plain_dataclass(frozen=True)
 class ArmCell:
-    """One arm at all rates; one after another, each from an empty engine."""
+    """One arm at all rates. Each rate starts with an empty engine."""
 
     label: str
     context_tokens: int
@@ -36,12 +36,12 @@ class ArmCell:
     alone_s: float
     """The direct arm's TTFT on an idle engine."""
     whole_s: float
-    """The same to its last token: the inverse is the rate that loads are multiples of."""
+    """The direct arm's seconds to its last token on an idle engine. Loads are multiples of 1 / whole_s."""
 
 
 @plain_dataclass(frozen=True)
 class PlannedRequest:
-    """One request before an arm takes it: when it comes, which memory it asks, and its question as text."""
+    """One request: its arrival time, the number of the memory that it uses, and its question as text."""
 
     at_s: float
     memory: int
@@ -68,60 +68,61 @@ class UnderLoadPayload(Payload):
     )
 
     load: float
-    """The rate, as a multiple of what the direct arm serves one request at a time."""
+    """The request rate, as a multiple of the rate that the direct arm serves one request at a time."""
     requests_a_second: float
     ttft_p50_s: float
     ttft_p90_s: float
     ttft_p99_s: float
-    """Of fewer than 100 requests their maximum."""
+    """The maximum if there are fewer than 100 requests."""
     served_a_second: float
     local_pct: float | None
-    """Share of the prompt tokens that the engine's own prefix cache held; None if no request was answered."""
+    """The share of prompt tokens found in the engine's prefix cache, in percent; None if no request was answered."""
     injected_pct: float | None
-    """Share of the prompt tokens that came from a memory's file."""
+    """The share of prompt tokens loaded from a memory's file, in percent; None if no request was answered."""
     goal_ttft_s: float
     sustained_a_second: float
-    """The highest measured rate of this arm whose p99 is within the goal; 0: none."""
+    """The highest measured rate of this arm whose p99 TTFT is within the goal; 0 if there is none."""
     requests: int
     cached_tokens: int | None = None
-    """Tokens of all prompts that were not computed."""
+    """The number of prompt tokens, over all requests, that were not computed."""
     ttft_all_s: list[float]
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class UnderLoad(ModelScenario[ArmCell]):
-    """Requests arrive at a seeded Poisson rate, and each asks one of `memories` memories, drawn by Zipf's law.
+    """Requests arrive in a seeded Poisson process. Each uses one of `memories` memories, drawn by Zipf's law.
 
-    direct      the memory is prompt text, and nothing is shared
-    native hit  the memory is prompt text, and the engine's prefix cache finds the blocks that it still holds
-    injected    as native hit, and what the engine does not hold is loaded from the memory's file
+    direct      The memory is prompt text. Requests share no blocks.
+    native hit  The memory is prompt text. The engine reuses the blocks that are still in its prefix cache.
+    injected    Like native hit, but blocks that are not in the prefix cache are loaded from the memory's file.
 
-    Each run begins with an empty prefix cache. A rate is a multiple of what the direct arm serves one by one here.
+    Each run starts with an empty prefix cache. Rates are multiples of the rate that the direct arm serves on this
+    machine one request at a time.
     """
 
     memories: PositiveInt = 6
     memory_tokens: PositiveInt = 256
     zipf_exponent: float = Field(default=1.0, ge=0)
-    """0: every memory is as popular as any other."""
+    """The exponent of Zipf's law. With 0, all memories are equally popular."""
     loads: list[PositiveFloat] = field(default_factory=lambda: [1.0, 2.0, 4.0])
-    """Rates, as multiples of requests a second that the direct arm serves one after another."""
+    """Request rates, as multiples of the rate that the direct arm serves one request at a time."""
     requests: PositiveInt = 16
-    """A run's requests: 16 are three minutes on two cores; a p99 of fewer than 100 is their maximum."""
+    """Requests in each run. 16 take three minutes on two cores. The p99 of fewer than 100 is their maximum."""
     new_tokens: PositiveInt = 4
-    """Tokens of each answer."""
+    """The number of tokens in each answer."""
     goal_ttft_s: PositiveFloat | None = None
-    """What p99 TTFT must stay under; null: twice the direct arm's TTFT on an idle engine."""
+    """The upper limit for p99 TTFT; null means twice the direct arm's TTFT on an idle engine."""
 
     name: ClassVar[str] = "under_load"
     question: ClassVar[str] = (
-        "What does injection buy a server under load: TTFT percentiles, throughput, and the rate that it sustains?"
+        "What does injection improve on a server under load: TTFT percentiles, throughput, and the sustained rate?"
     )
 
     def cells(self, bench: Bench) -> Sequence[ArmCell]:
         backend = bench.backend
         if not isinstance(backend, VLLMBackend):
             raise ConfigError(
-                f"scenario=under_load needs an engine that serves requests together, and "
+                f"scenario=under_load needs an engine that serves concurrent requests, and "
                 f"backend={type(backend).name} does not. Use backend=vllm."
             )
         items = self._items(bench)
@@ -192,12 +193,12 @@ class UnderLoad(ModelScenario[ArmCell]):
         texts = [docs_texts(bench.setup.seed, i, 1).memories for i in range(self.memories)]
         cut = [cut_memories(text, self.memory_tokens, template, separator, "under_load")[0] for text in texts]
         items = [build_once(bench, text) for text in cut]
-        held = {item.kv_cache_id for item in bench.memory.get_all()}
-        bench.memory.add([item for item in items if item.kv_cache_id not in held])
+        present = {item.kv_cache_id for item in bench.memory.get_all()}
+        bench.memory.add([item for item in items if item.kv_cache_id not in present])
         return items
 
     def _requests(self, bench: Bench, rate: float) -> list[PlannedRequest]:
-        """The same requests for every arm; each question has a number, so that no two share more than the memory."""
+        """The requests, the same for every arm. A number before each question limits shared prefixes to the memory."""
         rng = np.random.default_rng(bench.setup.seed)
         popularity = 1.0 / np.arange(1, self.memories + 1) ** self.zipf_exponent
         chosen = rng.choice(self.memories, size=self.requests, p=popularity / popularity.sum())
@@ -215,33 +216,33 @@ class UnderLoad(ModelScenario[ArmCell]):
         return bench.backend.template.split(item.metadata.tokens, question)
 
     def _alone(self, bench: Bench, item: KVCacheItem) -> tuple[float, float]:
-        """Seconds of one direct request on an idle engine: to its first token, and to its last. Medians of five."""
+        """The seconds of a direct request on an idle engine, to its first and to its last token. Medians of five."""
         engine = bench.backend
         assert isinstance(engine, VLLMBackend)
-        taken = []
-        for ask in self._requests(bench, 1.0)[:5]:
-            prompt = ttft.direct_prompt(bench.backend, item.metadata.tokens, ask.question)
+        served = []
+        for request in self._requests(bench, 1.0)[:5]:
+            prompt = ttft.direct_prompt(bench.backend, item.metadata.tokens, request.question)
             engine.serving.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])  # warms up
-            taken += engine.serving.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])
-        first = float(np.median([one.first_token_s for one in taken]))
-        return first, float(np.median([one.finished_s for one in taken]))
+            served += engine.serving.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])
+        first = float(np.median([one.first_token_s for one in served]))
+        return first, float(np.median([one.finished_s for one in served]))
 
     def _run(self, bench: Bench, arm: str, items: list[KVCacheItem], rate: float) -> tuple[list[Served], float]:
-        """What became of each request, and the seconds from the first arrival to the last token."""
+        """Serves the requests of one arm. Returns each outcome, and the seconds from the first arrival to the end."""
         engine, memory = bench.backend, bench.memory
         assert isinstance(engine, VLLMBackend)
         bench.backend.reset()
         requests = self._requests(bench, rate)
         arrivals = []
-        for ask in requests:
-            item = items[ask.memory]
-            prompt = self._prompt(bench, item, ask.question)
+        for request in requests:
+            item = items[request.memory]
+            prompt = self._prompt(bench, item, request.question)
             cache_view = memory.get_cache([item.kv_cache_id]) if arm == "injected" else None
             whole = prompt if arm == "injected" else TokenizedPrompt((), prompt.ids)
             salt = uuid.uuid4().hex if arm == "direct" else None
-            arrivals.append(Arrival(ask.at_s, whole, cache_view, self.new_tokens, salt))
+            arrivals.append(Arrival(request.at_s, whole, cache_view, self.new_tokens, salt))
         served = engine.serving.serve(arrivals)
-        ends = [ask.at_s + one.finished_s for ask, one in zip(requests, served, strict=True)]
+        ends = [request.at_s + one.finished_s for request, one in zip(requests, served, strict=True)]
         return served, max(ends) - requests[0].at_s
 
     @classmethod
@@ -251,9 +252,9 @@ class UnderLoad(ModelScenario[ArmCell]):
         at_highest = [(arm, payload) for arm, payload in by_arm if payload.load == highest]
         p99 = ", ".join(f"{arm} {formatting.seconds(payload.ttft_p99_s)}" for arm, payload in at_highest)
         rate = formatting.digits(at_highest[0][1].requests_a_second)
-        return f"At {rate} requests a second 99 of 100 have their first token within: {p99}."
+        return f"At {rate} requests a second, p99 TTFT is: {p99}."
 
 
 def percentile(served: Sequence[Served], percent: float) -> float:
-    """Of the TTFT, in seconds; with "higher", so that no request is slower than a p100 of few."""
+    """A percentile of TTFT, in seconds. It is the TTFT of a request, the next higher one where it lies between two."""
     return float(np.percentile([one.first_token_s for one in served], percent, method="higher"))

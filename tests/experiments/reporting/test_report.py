@@ -182,7 +182,10 @@ def test_an_output_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_pat
 @pytest.mark.parametrize(
     ("name", "answer"),
     [
-        ("injection_cost_qwen3_32b_h200", "1.32 to 1.78 × the least that this machine needs, 0.706 to 0.939 × vLLM"),
+        (
+            "injection_cost_qwen3_32b_h200",
+            "1.32 to 1.78 × this machine's shortest possible time, 0.706 to 0.939 × vLLM",
+        ),
         ("injection_cost_qwen3_32b_h200", "the same memory as prompt text takes 1.58 to 23.9 × as long."),
         ("tiers_qwen3_8b_h100", "tier: ram (0.975 to 1.09), disk, warm (1.55 to 2.65)"),
         ("storage_cpu", "dump takes 0.685 × torch.save's time, load 0.126 × torch.load's."),

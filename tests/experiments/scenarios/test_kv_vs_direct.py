@@ -1,4 +1,4 @@
-"""The scenario when calibration has measured the hardware's rates too low or too high."""
+"""The scenario kv_vs_direct when calibration measured the hardware's rates too low or too high."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from experiments.results import ttft_of
 
 KNOBS = ["experiment=smoke", "sink=none", "hardware.check=false", "scenario.pairs=3"]
 FAR_TOO_LOW = 1e3
-"""FLOP and bytes a second: so low that every arm beats the limit."""
+"""FLOP and bytes a second. The rate is so low that every arm is faster than the limit."""
 
 
 def test_a_limit_calibrated_too_low_is_calibrated_again() -> None:
@@ -43,7 +43,7 @@ def test_recalibrating_keeps_the_higher_of_each_rate() -> None:
 
 @pytest.mark.parametrize("memories", [1, 2])
 def test_the_merge_counts_as_work_of_the_direct_arm(memories: int) -> None:
-    """The direct arm takes 0.9 s; the build 0.3 s, the injected arm 0.1 s, and a fetch or a merge 0.5 s."""
+    """The direct arm takes 0.9 s, the build 0.3 s, the injected arm 0.1 s, and a fetch or a merge 0.5 s."""
     config = compose.validate(compose.compose([*KNOBS, f"workload.memories={memories}", "merge=ropeshift"]))
     bench = Bench.open(config)
     (cell,) = config.scenario.cells(bench)

@@ -45,11 +45,7 @@ def test_the_replay_agrees_with_the_simulator_and_every_policy_has_a_row(on: Ben
     replayed, simulated = scenario.measure(on, cells[0])
     assert replayed.verdict == "ok" and replayed.equality == "tokens"
     assert replayed.payload.builds > 0 and replayed.payload.hit_pct > 20
-    for name in (
-        "hit_pct",
-        "builds",
-        "moved_bytes",
-    ):  # the times of a tiny model are mostly noise; the decisions are not
+    for name in ("hit_pct", "builds", "moved_bytes"):  # decisions; the times of a tiny model are mostly noise
         assert getattr(replayed.payload, name) == getattr(simulated.payload, name)
     assert len(replayed.payload.samples) > 40
 
@@ -107,8 +103,8 @@ def test_figures_of_the_comparison() -> None:
     differs = disagreement(real, simulated)
     assert differs["the seconds saved"] == 0.25 and differs["the sum of TTFT"] == pytest.approx(0.05)
     ours, other = np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.5])
-    told_behind = behind(ours, {"lfu": other, "lru": ours - 1, "tinylfu": ours + np.array([0.0, 1.0, 2.0])})
-    assert told_behind == "behind lfu by 450 ms to 1.88 s a trace"  # 1.17 s ± 4.30 × 0.167; three traces tell little
+    remark = behind(ours, {"lfu": other, "lru": ours - 1, "tinylfu": ours + np.array([0.0, 1.0, 2.0])})
+    assert remark == "behind lfu by 450 ms to 1.88 s a trace"  # 1.17 s ± 4.30 × 0.167
     share, interval = ratio_of_sums(ours, 2 * ours)
     assert share == 50 and interval == (50, 50)
     share, interval = ratio_of_sums(ours, np.array([2.0, 3.0, 7.0]))

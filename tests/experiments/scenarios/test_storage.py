@@ -1,4 +1,4 @@
-"""The storage scenario at a tiny size: both formats, the fields of a row, and what the memory figures include."""
+"""The storage scenario at a tiny size: both formats, the fields of a row, and the memory figures."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def test_changed_tensors_make_the_row_invalid(tmp_path: Path, monkeypatch: pytes
 
 def test_the_peak_counts_memory_that_is_freed_before_the_end() -> None:
     def work() -> str:
-        del_me = torch.ones(64 * MB, dtype=torch.uint8)
+        temporary = torch.ones(64 * MB, dtype=torch.uint8)
         for _ in range(20):
-            del_me.add_(1)
+            temporary.add_(1)
         return "done"
 
     result, extra_bytes = peak_extra_bytes(work)

@@ -12,7 +12,7 @@ from experiments.config import compose
 from experiments.execution.runner import problems
 from experiments.measurement import page_cache
 from experiments.reporting import tables
-from experiments.scenarios.tiers import Length, break_even_tokens
+from experiments.scenarios.tiers import LengthTimes, break_even_tokens
 from kvmem.cache import KVCacheItem
 from kvmem.scheduler.cost_model import Costs
 from kvmem.tiers.tiered_cache import TieredCache
@@ -38,15 +38,14 @@ def test_each_tier_has_a_row(tmp_path: Path) -> None:
         assert (int8.payload.lossy, int4.payload.lossy) == ("int8", "int4")
         assert {int8.equality, int4.equality}.isdisjoint({"bitwise", None})
         off = [abs(row.payload.nll - resident.payload.nll) for row in (int8, int4)]
-        assert all(
-            0 < moved < 2 for moved in off
-        )  # which of the two moves more is chance: the errors have either sign, and the weights are random
+        # With random weights the errors have either sign, so int4 need not be farther off than int8.
+        assert all(0 < difference < 2 for difference in off)
     assert not problems(rows, exact=True), "a reported loss is not a failure"
     assert tables.tables(rows) and list(tmp_path.iterdir()) == [], "the scenario removes its files"
 
 
 def test_a_short_bf16_memory_is_larger_when_quantized(tmp_path: Path) -> None:
-    """72 tokens take two groups of 64; the tier still has room for them."""
+    """72 tokens take two groups of 64, so the quantized memory is larger. It still fits the tier."""
     overrides = [*TINY, f"scenario.folder={tmp_path}", "scenario.context_tokens=[72,80]", "backend.dtype=bfloat16"]
     on = Bench.open(compose.validate(compose.compose(overrides)))
     (cell,) = on.setup.scenario.cells(on)
@@ -83,9 +82,9 @@ def test_a_dropped_file_is_not_in_the_page_cache(tmp_path: Path) -> None:
 def test_the_break_even_is_where_the_lines_cross() -> None:
     costs = Costs(0.01, 0.001, 0.0, 100)  # each of a memory's tokens saves 1 ms
 
-    def length(tokens: int, fixed_s: float, token_s: float) -> Length:
+    def length(tokens: int, fixed_s: float, token_s: float) -> LengthTimes:
         seconds = {"ram": [0.05], "disk": [0.05 + fixed_s + token_s * tokens], "recompute": [0.05 + tokens * 0.001]}
-        return Length(tokens, 40, 100 * tokens, seconds, 0.0, {}, {}, None, "")
+        return LengthTimes(tokens, 40, 100 * tokens, seconds, 0.0, {}, {}, None, "")
 
     slow_start = [length(100, 0.0302, 0.0004), length(300, 0.0302, 0.0004)]
     assert break_even_tokens(costs, slow_start, "disk") == 51  # 0.0302 + 0.0004 n = 0.001 n at 50.3
