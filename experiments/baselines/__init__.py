@@ -1,4 +1,4 @@
-"""Baselines to compare with: recipes that pass a cache to transformers, and vLLM through its public API."""
+"""Baselines for comparison: recipes that pass a cache to transformers, and vLLM through its public API."""
 
 from experiments.baselines.base import Recipe, arm, recipes
 from experiments.baselines.shared_tensors import SharedTensors

@@ -1,4 +1,4 @@
-"""The interface of a baseline recipe: another method of passing a stored cache to a Hugging Face model."""
+"""The interface of a baseline recipe, a simple method of passing a stored cache to a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -20,44 +20,45 @@ from kvmem.registry import Registry
 
 
 class Recipe(ABC):
-    """Prepares a stored cache for a query. One object serves one cell; a new recipe is one new file."""
+    """Prepares a stored cache for a query. Each cell has its own instance. A new recipe is one new file."""
 
     name: ClassVar[str]
     logits_to_keep: ClassVar[int] = 1
-    """0: logits of every position, which is the model's default."""
+    """The number of positions, from the last, whose logits the model computes; 0 means all, the model's default."""
 
     def __init__(self, item: KVCacheItem, config: PreTrainedConfig) -> None:
         self.item, self.config = item, config
 
     @abstractmethod
     def cache(self) -> DynamicCache:
-        """The cache that the query is prefilled behind."""
+        """The cache for the prefill of a query."""
 
-    def put_back(self, cache: DynamicCache) -> None:
-        """Restores the memory for the next query; not timed."""
+    def restore(self, cache: DynamicCache) -> None:
+        """Restores the stored cache for the next query. Its time does not count."""
         return
 
     @torch.inference_mode()
     def first_token(self, backend: HFBackend, prompt: TokenizedPrompt) -> Sample:
-        """One first token: `cache_s` is preparing the cache, `engine_s` the forward behind it, `user_s` both."""
+        """Measures one first token: `cache_s` prepares the cache, `engine_s` is the forward, `user_s` is the sum."""
         started = time.perf_counter()
         cache = self.cache()
         synchronize(backend.device)
         ready = time.perf_counter()
         token = int(self._logits(backend, prompt, cache).argmax())
         done = time.perf_counter()
-        self.put_back(cache)
-        held = len(prompt.memory_ids)
-        return Sample(done - ready, done - started, ready - started, FirstToken(token, held), prompt, held)
+        self.restore(cache)
+        cached_tokens = len(prompt.memory_ids)
+        first = FirstToken(token, cached_tokens)
+        return Sample(done - ready, done - started, ready - started, first, prompt, cached_tokens)
 
     @torch.inference_mode()
     def trace(self, backend: HFBackend, prompt: TokenizedPrompt, steps: int) -> Trace:
-        """`steps` greedy tokens behind the prompt, and the logits that gave each."""
+        """A greedy answer of `steps` tokens, with the logits of each."""
         cache = self.cache()
         logits = [self._logits(backend, prompt, cache)]
         for _ in range(steps - 1):
             logits.append(decode_one_token(backend.model, int(logits[-1].argmax()), cache))
-        self.put_back(cache)
+        self.restore(cache)
         return Trace(tuple(int(row_V.argmax()) for row_V in logits), torch.stack(logits).float().cpu(), True)
 
     def _logits(self, backend: HFBackend, prompt: TokenizedPrompt, cache: DynamicCache) -> torch.Tensor:
@@ -74,9 +75,12 @@ def recipes() -> dict[str, type[Recipe]]:
 
 
 def arm(name: str, backend: MeasuredBackend, item: KVCacheItem, tokens: MemoryTokens, query: Query) -> ttft.Arm:
-    """A recipe as an arm of a comparison; ConfigError on an engine that is not Hugging Face's."""
+    """A recipe as an arm of a comparison. Raises ConfigError if the engine is not Hugging Face's."""
     if not isinstance(backend, HFBackend):
-        raise ConfigError(f"The {name} recipe is Hugging Face's, and this is backend={type(backend).name}.")
+        raise ConfigError(
+            f"The recipe {name} needs a Hugging Face model, and this run has backend={type(backend).name}. Use "
+            "backend=huggingface."
+        )
     prompt = backend.template.split(tokens, query)
     recipe = recipes()[name](item, backend.model_config)
     return lambda: recipe.first_token(backend, prompt)

@@ -1,4 +1,4 @@
-"""A deep copy of the stored cache for every query: safe, and it moves every byte of the memory."""
+"""A deep copy of the stored cache for every query. It is safe, but copies every byte of the memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.baselines.base import Recipe
 
 
 class DeepCopy(Recipe):
-    """What a careful user writes first."""
+    """Copies the stored cache, so that the forward can't change it."""
 
     name: ClassVar[str] = "deepcopy"
 

@@ -1,4 +1,4 @@
-"""MemOS's method: the stored cache itself is passed in, all logits are computed, and the cache is cropped after."""
+"""MemOS's method: the model receives the stored cache itself and computes all logits. Then the cache is cropped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvmem.cache import KVCacheItem, dynamic_cache
 
 
 class MemOS(Recipe):
-    """The forward grows the stored cache; cropping it makes it the memory again."""
+    """The forward appends to the stored cache. Cropping removes what it appended."""
 
     name: ClassVar[str] = "memos"
     logits_to_keep: ClassVar[int] = 0
@@ -24,5 +24,5 @@ class MemOS(Recipe):
     def cache(self) -> DynamicCache:
         return self.stored
 
-    def put_back(self, cache: DynamicCache) -> None:
+    def restore(self, cache: DynamicCache) -> None:
         dynamic_cache.crop(cache, self.item.metadata.token_count)

@@ -1,4 +1,4 @@
-"""A plain DynamicCache whose layers are given the stored tensors: nothing is copied beforehand."""
+"""A plain DynamicCache whose layers refer to the stored tensors. Nothing is copied before the forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvmem.cache import dynamic_cache
 
 
 class SharedTensors(Recipe):
-    """The shortest right way through transformers' own forward."""
+    """The simplest correct method with transformers' own forward."""
 
     name: ClassVar[str] = "shared tensors"
 

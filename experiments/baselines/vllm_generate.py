@@ -1,6 +1,6 @@
-"""vLLM's own `LLM.generate` on token ids, which is compared with kvmem's requests to the same engine.
+"""vLLM's own `LLM.generate` on token ids, for comparison with kvmem's requests to the same engine.
 
-Importing this does not import vLLM.
+Importing this module does not import vLLM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def first_token(llm: LLM, prompt: TokenizedPrompt) -> FirstToken:
-    """The first greedy token of `prompt`, with whatever the engine's prefix cache holds of it."""
+    """The first greedy token after `prompt`. The engine uses what its prefix cache holds of the prompt."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True)

@@ -1,7 +1,8 @@
-"""vLLM without kvmem, in a process of its own: cold TTFT, prefix-hit TTFT and decoding, by its public API alone.
+"""Measures vLLM without kvmem, in a process of its own: cold TTFT, prefix-hit TTFT and the decoding rate.
 
-The process reads a `Request` as JSON from the file of its first argument and writes a `Reply` to the file of its
-second. Times are those of `LLM.generate`: from token ids to the generated token id on the host. Prompts are random ids.
+The process reads a `Request` as JSON from the file named by its first argument, and writes a `Reply` to the file named
+by its second. It uses vLLM's public API only. Times are those of `LLM.generate`, from token ids to the generated token
+id on the host. Prompts are random ids.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import torch
 from kvmem.engines.vllm import CPU_KV_CACHE_GIB, ENVIRONMENT
 from kvmem.errors import EngineError
 
-LEFT_FREE_BYTES = 2 << 30
-"""Free GPU memory that the engine may use beyond its configured share."""
-LEAST_ID = 1000
-"""Lower token ids may be special tokens."""
+RESERVE_BYTES = 2 << 30
+"""Free GPU memory that is left to the engine beyond its configured share."""
+LOWEST_ID = 1000
+"""The lowest token id of prompts. Lower ids may be special tokens."""
 
 
 @dataclass(frozen=True)
@@ -36,33 +37,33 @@ class Request:
     model: str
     """A folder or hub name."""
     dummy_weights: bool
-    """True: the folder holds a config only, and vLLM makes dummy weights."""
+    """Whether the folder holds only a config, so that vLLM has to create dummy weights."""
     dtype: str
     vocab: int
-    """Size of the vocabulary."""
+    """The size of the vocabulary."""
     cells: list[tuple[int, int]]
-    """Token counts of context and query."""
+    """(context, query) token counts."""
     rounds: int
-    """Repetitions after a warm-up round."""
+    """The number of repetitions after a warm-up round."""
     decode_tokens: int
-    """Greedy tokens after the longest context, which give the decoding rate."""
+    """The number of greedy tokens that measure the decoding rate, after the longest context."""
 
 
 @dataclass(frozen=True)
 class PeerCell:
-    """One cell's times."""
+    """vLLM's times in one cell."""
 
     context_tokens: int
     query_tokens: int
     cold_all_s: list[float]
     hit_all_s: list[float]
     cached_tokens: int
-    """Tokens of a hit that came from the engine's prefix cache."""
+    """The number of tokens of a hit that came from the engine's prefix cache."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the process measured."""
+    """The measurements of the process."""
 
     version: str
     """vLLM's version."""
@@ -71,13 +72,13 @@ class Reply:
     decode_tokens_per_s_all: list[float]
 
     def cell(self, context_tokens: int, query_tokens: int) -> PeerCell | None:
-        """The cell of these token counts, or None."""
+        """The cell with these token counts, or None."""
         counts = (context_tokens, query_tokens)
         return next((cell for cell in self.cells if (cell.context_tokens, cell.query_tokens) == counts), None)
 
 
 def measure_in_process(request: Request, timeout_s: float) -> Reply:
-    """Runs `measure` in a new process. Raises EngineError if it fails, with its last lines, or if it takes too long."""
+    """Runs `measure` in a new process. Raises EngineError if the process fails, or takes longer than `timeout_s`."""
     with tempfile.TemporaryDirectory() as folder:
         request_path, reply_path = Path(folder) / "request.json", Path(folder) / "reply.json"
         request_path.write_text(json.dumps(dataclasses.asdict(request)))
@@ -86,7 +87,9 @@ def measure_in_process(request: Request, timeout_s: float) -> Reply:
         try:
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired as error:
-            raise EngineError(f"vLLM took more than {timeout_s:.0f} s. Measure fewer pairs or cells.") from error
+            raise EngineError(
+                f"vLLM took more than {timeout_s:.0f} s. Measure fewer pairs or cells, or set scenario.vllm_timeout_s."
+            ) from error
         if done.returncode != 0:
             raise EngineError(f"vLLM's process failed: {' '.join(done.stderr.strip().splitlines()[-3:])}")
         fields = json.loads(reply_path.read_text())
@@ -94,7 +97,7 @@ def measure_in_process(request: Request, timeout_s: float) -> Reply:
 
 
 def measure(request: Request) -> Reply:
-    """Measures in this process."""
+    """Measures vLLM in the current process."""
     import vllm
     from vllm import LLM, SamplingParams
 
@@ -102,7 +105,7 @@ def measure(request: Request) -> Reply:
     options: dict[str, Any] = {"load_format": "dummy"} if request.dummy_weights else {}
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        options["gpu_memory_utilization"] = round(min(0.9, (free - LEFT_FREE_BYTES) / total), 3)
+        options["gpu_memory_utilization"] = round(min(0.9, (free - RESERVE_BYTES) / total), 3)
     else:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": int(CPU_KV_CACHE_GIB * 2**30)}
     llm = LLM(
@@ -117,7 +120,7 @@ def measure(request: Request) -> Reply:
     rng = random.Random(0)
 
     def random_ids(tokens: int) -> list[int]:
-        return [rng.randrange(LEAST_ID, request.vocab) for _ in range(tokens)]
+        return [rng.randrange(LOWEST_ID, request.vocab) for _ in range(tokens)]
 
     def timed(ids: list[int], tokens: int) -> tuple[float, int]:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, detokenize=False, ignore_eos=True)

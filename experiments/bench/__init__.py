@@ -1,4 +1,4 @@
-"""What scenarios measure on: the configured model, its memory, and comparisons of two arms."""
+"""The tools of a scenario: the configured model with its memory, injection methods, and comparisons of two arms."""
 
 from experiments.bench.bench import Bench, build_once, build_s
 from experiments.bench.comparison import Arm, compare, p90

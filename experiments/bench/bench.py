@@ -1,4 +1,4 @@
-"""What a scenario measures on: a memory and its model, the machine's limit, and the conditions of the figures."""
+"""The bench of a run: the memory and its model, the hardware's limit, and the measurement conditions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.performance_model import Rates, Roofline, calibrate
 from experiments.results import Row
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.cache import KVCacheItem, Source
-from kvmem.engines import MeasuredBackend
+from kvmem.engines import MeasuredBackend, TensorParallelConfig
 from kvmem.errors import ConfigError
 
 log = logging.getLogger("experiments")
@@ -22,7 +22,7 @@ log = logging.getLogger("experiments")
 
 @dataclass
 class Bench:
-    """Opened once a run."""
+    """What the cells of a run are measured on. A run opens one."""
 
     setup: Setup
     memory: KVCacheMemory
@@ -30,11 +30,14 @@ class Bench:
     roofline: Roofline
     conditions: dict[str, Any]
     built: list[KVCacheItem] = field(default_factory=list)
-    """Items in the order in which they were built, so that cells with the same memory share one build."""
+    """The items of this run, in the order of their builds. Cells with the same memory share one item."""
 
     @classmethod
     def open(cls, setup: Setup) -> Bench:
-        """Loads the model and calibrates the limit. Raises ConfigError if this machine is not the layout of `setup`."""
+        """Loads the model and calibrates the limit.
+
+        Raises ConfigError if this machine does not match the layout of `setup`, or if the engine can't be measured.
+        """
         setup.hardware.refuse_other_machines()
         _refuse_idle_gpus(setup)
         log.info("loading %s on %s", setup.model.source(), setup.backend.backend)
@@ -55,22 +58,25 @@ class Bench:
         return cls(setup, memory, backend, Roofline(rates, backend.model_config), conditions)
 
     def limit_s(self, computed_tokens: int, cached_tokens: int) -> float:
-        """The least seconds in which this machine prefills so many tokens behind so many."""
+        """The shortest possible seconds of a prefill of `computed_tokens` after `cached_tokens` on this machine."""
         return self.roofline.limit_s(computed_tokens, cached_tokens)
 
     def recalibrate(self) -> None:
-        """Calibrates again and keeps the higher rates. A machine that was busy at first reads low: a correct arm
-        seems to beat the limit; an arm that did not do its work still beats it afterwards."""
+        """Calibrates again and keeps the higher rates.
+
+        If the machine was busy during the first calibration, its rates are too low, and a correct arm seems faster than
+        the limit. After a new calibration it is not, but an arm that skipped work still is.
+        """
         rates = self.roofline.rates.best(_rates(self.backend))
         self.roofline = Roofline(rates, self.backend.model_config)
         self.conditions["rates"] = dataclasses.asdict(rates)
 
     def conditions_now(self) -> dict[str, Any]:
-        """Clocks, temperature, versions, kernel and graph mode, and the cost of warming up so far."""
+        """The conditions of a measurement: clocks, temperature, versions, kernel, graph mode and warm-up cost."""
         return layout.conditions() | engine_conditions(self.backend) | self.conditions
 
     def row(self, scenario: str, **fields: Any) -> Row:
-        """A row with the identity that all rows of this run share; `fields` override it."""
+        """A row with the identity that all rows of this run share. `fields` override it."""
         fingerprint = self.backend.fingerprint
         shared: dict[str, Any] = {
             "model": self.setup.model.label,
@@ -87,23 +93,25 @@ class Bench:
 
 
 def _refuse_idle_gpus(setup: Setup) -> None:
-    """Raises ConfigError if an engine of one device is to run on a layout that shares the model among several devices:
-    its rows would carry the layout's name while all devices but one are idle."""
-    shared = setup.hardware.tensor_parallel
-    if shared > 1 and setup.hardware.check and not hasattr(setup.backend, "tensor_parallel_size"):
+    """Raises ConfigError if an engine that uses one device would run on a layout with a tensor-parallel model.
+
+    Its rows would have the layout's name, although all devices but one are idle.
+    """
+    ranks = setup.hardware.tensor_parallel
+    if ranks > 1 and setup.hardware.check and not isinstance(setup.backend, TensorParallelConfig):
         raise ConfigError(
-            f"hardware={setup.hardware.name} shares a model among {shared} devices, and "
+            f"hardware={setup.hardware.name} divides a model among {ranks} devices, and "
             f"backend={setup.backend.backend} uses one. Use backend=hf_ranks or vllm, or a layout of one device."
         )
 
 
 def _rates(backend: MeasuredBackend) -> Rates:
-    """The best rates of the backend's ranks together."""
+    """The calibrated rates of all ranks of the backend together."""
     return calibrate(backend.model_config, backend.dtype, backend.compute_device).times(backend.ranks)
 
 
 def build_once(bench: Bench, source: Source) -> KVCacheItem:
-    """The item of `source`: an earlier one of this run, or one that is built now."""
+    """The item of `source`: one that this run has built already, or a new one."""
     for item in bench.built:
         if item.metadata.tokens.source == source:
             return item
@@ -115,7 +123,7 @@ def build_once(bench: Bench, source: Source) -> KVCacheItem:
 
 
 def build_s(bench: Bench, item: KVCacheItem) -> float:
-    """Seconds of the item's build, with the builds of the items that it extends."""
+    """The seconds of the item's build, including the builds of the items that it extends."""
     source = item.metadata.tokens.source
     return item.metadata.build_s + sum(
         built.metadata.build_s for built in bench.built if _extends(built.metadata.tokens.source, source)
@@ -123,7 +131,7 @@ def build_s(bench: Bench, item: KVCacheItem) -> float:
 
 
 def _extends(earlier: Source, source: Source) -> bool:
-    """Whether `source` is a dialogue that begins with `earlier`."""
+    """Whether both are dialogues and `source` begins with `earlier`."""
     if isinstance(earlier, str) or isinstance(source, str):
         return False
     return len(earlier) < len(source) and source[: len(earlier)] == earlier

@@ -1,4 +1,4 @@
-"""One arm against the prompt sent whole, as a row with the same figures, equality and verdict in every scenario."""
+"""Compares one arm with the direct arm. The row has the same figures, equality and verdict in every scenario."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENOUGH_FOR_P90 = 10
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm was measured to do: its samples, and a longer answer with its logits."""
+    """The measurements of one arm: its TTFT samples, and a greedy answer with its logits."""
 
     samples: list[Sample]
     trace: Trace
@@ -50,10 +50,11 @@ def compare(
     payload: Callable[..., TTFTPayload] = TTFTPayload,
     engine: MeasuredBackend | None = None,
 ) -> Row:
-    """The row of `arm`, which reuses a memory, against the direct arm; both were sampled in the same rounds.
+    """The row of `arm`, which reuses a memory, compared with the direct arm. Both were sampled in the same rounds.
 
-    measured_times: how often all rounds were run. payload: makes the scenario's payload from the fields of
-    `TTFTPayload`. engine: what ran both arms, if it is not the bench's own.
+    measured_times: how often all rounds were measured.
+    payload: creates the scenario's payload from the fields of `TTFTPayload`.
+    engine: the engine of both arms; None for the bench's own.
     """
     hit, plain = ttft.worst_hit(reused.samples), ttft.worst_hit(direct.samples)
     kv_s, direct_s = median(reused.engine_s), median(direct.engine_s)
@@ -78,7 +79,7 @@ def compare(
         injected_digest=hit.prompt.digest,
         direct_cached_tokens=plain.token.cached_tokens,
         cached_tokens=cached,
-        # An engine that reuses whole blocks only misses the rest of the memory's last block.
+        # An engine that reuses only full blocks misses the tokens in the memory's last, partial block.
         expected_tokens=cell.context_tokens - (len(hit.prompt.memory_ids) - hit.expected_tokens),
         kv_ttft_s=kv_s,
         direct_ttft_s=direct_s,
@@ -134,7 +135,7 @@ def compare(
         near_tie_margin=equality.near_tie_margin,
         verdict=verdict.verdict,
         verdict_reason=verdict.reason,
-        conditions=conditions | bench.conditions,  # the limit may have been calibrated again
+        conditions=conditions | bench.conditions,  # `recalibrate` may have changed the rates
         payload=figures,
     )
 

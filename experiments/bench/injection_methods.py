@@ -1,4 +1,4 @@
-"""Every method of injecting a stored memory in front of a query, on one model's weights."""
+"""Every method of injecting a stored memory before a query, with the same weights."""
 
 from __future__ import annotations
 
@@ -22,20 +22,25 @@ from kvmem.prompt import Query, TokenizedPrompt
 
 @dataclass(frozen=True)
 class InjectionMethod:
-    """One method, ready to be timed from token ids to the first token."""
+    """One injection method for one memory and query."""
 
     first_token: Callable[[], Sample]
-    """Takes one sample, whose engine_s includes passing the cache to the model."""
+    """Measures one sample, from token ids to the first token. engine_s includes passing the cache to the model."""
     trace: Callable[[int], Trace] | None
-    """A greedy answer of so many tokens; None if it would not be the answer to the whole prompt."""
+    """A greedy answer with the given number of tokens; None if the method does not answer the whole prompt."""
     engine: MeasuredBackend
     baseline: str
-    """The name of the same engine's direct arm, which the answer is graded against: another engine's kernels round
-    differently."""
+    """The name of the direct arm that grades the answer.
+
+    It runs on the same engine, because the kernels of another engine round differently.
+    """
 
 
 def injection_methods(backend: HFGraphBackend, item: KVCacheItem, question: Query) -> dict[str, InjectionMethod]:
-    """By name, on the backend's weights: those of the graph engine, of the eager forward, and every baseline recipe."""
+    """Every injection method by name: those of the graph engine, of the eager forward, and the baseline recipes.
+
+    All use the backend's weights.
+    """
     prompt = backend.template.split(item.metadata.tokens, question)
     whole, alone = TokenizedPrompt((), prompt.ids), TokenizedPrompt((), prompt.query_ids)
     fast, cache = backend.engine, item.kv_cache

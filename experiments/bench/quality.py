@@ -1,4 +1,4 @@
-"""What a compressed tier costs in quality: the grade of its answer, and how likely the memory's own text still is."""
+"""The quality loss of a compressed tier: the grade of its answer, and the likelihood of the memory's own text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ SCORED_TOKENS, LEAST_SCORED = 64, 2
 
 @dataclass(frozen=True)
 class Quality:
-    """`nll`: negative log-likelihood in nats a token, lower is better; None: the memory is too short to tell."""
+    """The quality of a memory from a lossy tier."""
 
     equality: Equality
+    """The grade of its answer against the direct arm's."""
     nll: float | None
+    """Negative log-likelihood in nats a token, where lower is better; None if the memory is too short to score."""
 
 
-def graded(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, direct: Trace) -> Quality:
-    """The grade of an answer behind `item`, beside that of the prompt sent whole, and `item`'s likelihood."""
+def quality_of(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, direct: Trace) -> Quality:
+    """Grades the answer with `item` injected against `direct`, and scores the memory's text with `item`'s cache."""
     injected = ttft.trace(backend, prompt, lambda: _view(backend, item), len(direct.token_ids))
     equality = grade(
         direct,
@@ -37,19 +39,23 @@ def graded(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, direc
 
 @torch.inference_mode()
 def nll(backend: HFBackend, item: KVCacheItem) -> float | None:
-    """Mean negative log-likelihood, in nats, of the last tokens of the memory's text behind the KV of all before them.
+    """The mean negative log-likelihood, in nats, of the last tokens of a memory's text, given the cache of the others.
 
-    Real text that the model did not choose, and every scored token attends to what the tier gave back. Up to 64 tokens
-    are scored, half the memory at most; None where that is fewer than 2, for one token tells nothing.
+    The text is real, not chosen by the model, and every scored token attends to the cache from the tier. At most 64
+    tokens and half of the memory are scored. Returns None if fewer than 2 tokens can be scored. Raises ConfigError if
+    the model has sliding-window attention.
     """
     tokens = item.metadata.tokens
     scored = min(SCORED_TOKENS, len(tokens.body_ids) // 2)
     if scored < LEAST_SCORED:
         return None
-    start = tokens.body_end - scored - 1  # the token before the first that is scored predicts it
+    start = tokens.body_end - scored - 1  # the token before the first scored one predicts it
     cache = _view(backend, item)
     if not dynamic_cache.crop(cache, start):
-        raise ConfigError("The likelihood of a memory's text needs full attention; this model has a sliding window.")
+        raise ConfigError(
+            "Scoring a memory's text needs full attention, and this model has a sliding window. Use a model with full "
+            "attention, or scenario.compressed=[]."
+        )
     ids = torch.tensor([tokens.token_ids[start : tokens.body_end]], device=backend.device)
     logits_TV = backend.model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits[0].float()
     return float(torch.nn.functional.cross_entropy(logits_TV, ids[0, 1:]))

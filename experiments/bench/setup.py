@@ -1,4 +1,4 @@
-"""The part of a run's configuration that every scenario needs: model, engine, hardware, merge, storage, workload."""
+"""The part of a run's configuration that scenarios use: model, engine, hardware, merge, storage and workload."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from experiments.hardware import Hardware
 from experiments.workloads import Workload
 from kvmem import storage
-from kvmem.engines import BackendConfig
+from kvmem.engines import BackendConfig, TensorParallelConfig
 from kvmem.errors import ConfigError, did_you_mean
 from kvmem.merge import MergeStrategy
 from kvmem.models import loading
@@ -20,17 +20,17 @@ from kvmem.prompt import TemplateKind
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class ModelCard:
-    """A model and where its weights come from: `pretrained` (a hub or the packaged copy) or `random` (seeded)."""
+    """A model and the source of its weights: `pretrained` (a hub or the packaged copy) or `random` (seeded)."""
 
     label: str
-    """Its name in tables, as published: "Qwen3-8B"."""
+    """The model's published name, for tables, such as "Qwen3-8B"."""
     name: str | None = None
-    """A hub name, a local folder, or smollm2-135m; None: only its shape is known."""
+    """A hub name, a local folder, or smollm2-135m; None for a model that has only a shape."""
     shape: str | None = None
-    """The shape (kvmem/models/shapes/<shape>.json) of the random weights."""
+    """The shape of random weights (kvmem/models/shapes/<shape>.json)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     seed: int = 0
-    """Seed of random weights."""
+    """The seed of random weights."""
 
     def __post_init__(self) -> None:
         self.source()
@@ -38,10 +38,10 @@ class ModelCard:
             raise ConfigError(f"Unknown shape {self.shape!r}. {did_you_mean(self.shape, loading.shapes())}")
 
     def source(self) -> str:
-        """The library's `model_name_or_path`."""
+        """The value of the library's `model_name_or_path`. Raises ConfigError if the card lacks a name or shape."""
         if self.weights == "random":
             if self.shape is None:
-                raise ConfigError(f"{self.label} has no shape to make random weights of. Use model.weights=pretrained.")
+                raise ConfigError(f"{self.label} has no shape for random weights. Use model.weights=pretrained.")
             return loading.RANDOM + self.shape
         if self.name is None:
             raise ConfigError(
@@ -52,7 +52,7 @@ class ModelCard:
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class StorageCard:
-    """The file that a memory is dumped to; its suffix selects the format."""
+    """The file that memories are dumped to. Its suffix selects the format."""
 
     memory_filename: str = "activation_memory.safetensors"
 
@@ -62,7 +62,7 @@ class StorageCard:
 
 @dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True), kw_only=True)
 class Setup:
-    """What is measured, on which engine and machine."""
+    """What is measured, and on which engine and machine."""
 
     model: ModelCard
     backend: BackendConfig
@@ -75,18 +75,24 @@ class Setup:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Passes the model's name and the layout's number of ranks on to the backend card, which is the library's own
-        and knows neither card."""
-        backend: Any = self.backend  # a dataclass, as every engine's configuration is
-        given = {"model_name_or_path": (loading.PACKAGED, self.model.source()), "seed": (0, self.model.seed)}
+        """Copies the model's name and seed, and the layout's number of ranks, to the backend's configuration.
+
+        Raises ConfigError if the backend's card sets another name or seed.
+        """
+        backend: Any = self.backend  # every engine's configuration is a dataclass
+        from_model = {"model_name_or_path": (loading.PACKAGED, self.model.source()), "seed": (0, self.model.seed)}
         knobs = {field.name for field in dataclasses.fields(backend)}
-        for knob, (default, chosen) in given.items():
+        for knob, (default, chosen) in from_model.items():
             if knob in knobs and getattr(backend, knob) not in (default, chosen):
                 raise ConfigError(
                     "backend.model_name_or_path and backend.seed come from the model card. "
                     "Set model.name and model.seed instead."
                 )
-        derived = {knob: chosen for knob, (_, chosen) in given.items() if knob in knobs}
-        if getattr(self.backend, "tensor_parallel_size", None) == 1 and self.hardware.is_here():
+        derived = {knob: chosen for knob, (_, chosen) in from_model.items() if knob in knobs}
+        if (
+            isinstance(self.backend, TensorParallelConfig)
+            and self.backend.tensor_parallel_size == 1
+            and self.hardware.is_here()
+        ):
             derived["tensor_parallel_size"] = self.hardware.tensor_parallel
         self.backend = dataclasses.replace(backend, **derived)

@@ -1,4 +1,4 @@
-"""A trace played for real: every use answered through the scheduler, which learns, builds and evicts as it goes."""
+"""Replays a trace on a model. The scheduler answers every use, and observes, builds and evicts meanwhile."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from kvmem.engines.huggingface import HFBackend
 from kvmem.scheduler import Costs, MemScheduler
 
 Samples = list[tuple[int, int, float]]
-"""(new tokens, tokens behind which they were computed, seconds)."""
+"""(computed tokens, cached tokens before them, seconds) of each prefill."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What was measured. `trace`: as it was played, with the lengths that the tokenizer gave."""
+    """The measurements of a replay."""
 
     outcome: Outcome
     trace: Trace
+    """The trace with the token counts of the actual texts."""
     samples: Samples
     planning: Costs
-    """What the scheduler believed that things cost, measured before the replay."""
+    """The scheduler's cost model, measured before the replay."""
     same_first_tokens: int
-    """Of the hits: how many gave the same first token as the whole prompt with nothing cached."""
+    """The number of hits with the same first token as the whole prompt with nothing cached."""
 
 
 def replay(memory: KVCacheMemory, trace: Trace, policy: str, budget_share: float, tick_every: int) -> Replayed:
-    """Answers each use of `trace` on `memory`'s model, its memories being pages of Python's documentation.
+    """Answers each use of `trace` on `memory`'s model. The memories are pages of Python's documentation.
 
-    A use's seconds run from text to the first token on the host. A hit's direct time is taken right behind it, from the
-    same text with nothing cached; a miss is its own. Ticks run between uses, not beside them, so that they cost no use
-    anything. The budget is a share of the KV of all memories.
+    The time of a use is measured from text to the first token on the host. After a hit, the same text is measured with
+    nothing cached. A miss is its own direct measurement. Ticks run between uses, so they do not slow down a use. The
+    tier's budget is `budget_share` of the KV of all memories.
     """
     backend = memory.backend
     assert isinstance(backend, HFBackend)
@@ -91,7 +92,7 @@ def replay(memory: KVCacheMemory, trace: Trace, policy: str, budget_share: float
 
 
 class _Texts:
-    """The memories' texts as they are now: each begins with a page of its own, and an edit makes it another text."""
+    """The current texts of the memories. Each begins with a different page, and an edit replaces the whole text."""
 
     def __init__(self, backend: HFBackend, separator: str, trace: Trace) -> None:
         self._backend, self._separator, self._trace = backend, separator, trace
@@ -104,7 +105,7 @@ class _Texts:
         return self._texts[number]
 
     def edited(self, number: int) -> TextualMemoryItem:
-        """The next revision of the text, of the same length in tokens."""
+        """Replaces the text with its next revision, which has the same number of tokens."""
         self._edits[number] += 1
         self._texts[number] = self._cut(number)
         return self._texts[number]
@@ -121,7 +122,7 @@ class _Texts:
 
 
 def _build_s(scheduler: MemScheduler, memory_id: str) -> float:
-    """Seconds of the build whose KV is in the tiers now."""
+    """The build time, in seconds, of the memory's item in the tiers."""
     of_item = {
         metadata.textual_memory.id: metadata.build_s
         for metadata in map(scheduler.items.metadata, scheduler.items.ids())

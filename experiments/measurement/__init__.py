@@ -1,4 +1,4 @@
-"""Timing, output equality and the verdict: how one figure is taken and judged."""
+"""Measures TTFT, compares outputs, and gives each figure a verdict."""
 
 from experiments.measurement.consensus import from_rank0
 from experiments.measurement.engine_adapters import engine_conditions, two_chunkings

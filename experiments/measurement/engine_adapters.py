@@ -1,7 +1,7 @@
-"""What a measurement asks of an engine beyond `MeasuredBackend`: one implementation for each engine.
+"""Functions that a measurement needs in addition to `MeasuredBackend`, with an implementation for each engine.
 
-Both functions dispatch on the engine's class (`functools.singledispatch`). An engine from another package registers
-its own with `two_chunkings.register` and `engine_conditions.register`.
+Both functions dispatch on the engine's class (`functools.singledispatch`). An engine from another package registers its
+implementations with `two_chunkings.register` and `engine_conditions.register`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from kvmem.prompt import TokenizedPrompt
 
 @singledispatch
 def two_chunkings(backend: MeasuredBackend, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last token's logits, (vocab,), of a prompt prefilled in one chunk, and in two.
+    """The last token's logits, each of shape (vocab,), after prefilling a prompt in one chunk and in two chunks.
 
-    The chunks meet at token `at`, or as near to it as the engine can. No stored memory takes part, so the two differ by
-    rounding only. -inf where the engine does not report a logit. Raises ConfigError for an engine without an adapter.
+    The second chunk starts at token `at`, or as near to it as the engine can. No stored memory is involved, so the two
+    results differ only by rounding. A logit is -inf if the engine does not report it.
+
+    Raises ConfigError if the engine has no implementation.
     """
     raise ConfigError(
         f"backend={type(backend).name} has no two_chunkings, which measures its rounding noise. "
@@ -49,7 +51,7 @@ def _vllm_two_chunkings(backend: VLLMBackend, token_ids: Sequence[int], at: int)
 
 @singledispatch
 def engine_conditions(backend: MeasuredBackend) -> dict[str, Any]:
-    """What the engine's figures depend on, such as its version, graphs and sizes, as plain JSON."""
+    """The settings that the engine's figures depend on, such as its version, graph mode and sizes, as plain JSON."""
     return {}
 
 

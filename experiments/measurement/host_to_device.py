@@ -1,4 +1,4 @@
-"""How long the bytes of a memory take from pinned host memory to the GPU: what no injection from the host can beat."""
+"""Measures the copy of a memory from pinned host memory to the GPU, a lower bound for injection from the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REPEATS = 7
 
 
 def transfer_s(nbytes: int, device: torch.device) -> float | None:
-    """Median seconds of one copy of so many bytes, warmed up and synchronised; None where memory is the host's."""
+    """Median seconds of copying `nbytes` bytes from pinned host memory to `device`; None if `device` is not a GPU."""
     if device.type != "cuda":
         return None
     source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)

@@ -1,4 +1,4 @@
-"""A file that is in the page cache, or not; and what reading it takes at best. Linux only."""
+"""Drops a file from the page cache, checks what is cached, and measures plain reads. Linux only."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ PROBE_EVERY_BYTES = 1 << 20
 
 
 def drop(path: Path) -> None:
-    """Takes the file's pages out of this kernel's cache; what lies below (a host, the disk's own cache) may keep them.
+    """Drops the file's pages from this kernel's page cache.
 
-    Pages that are mapped stay: let go of the file's tensors first.
+    Caches below the kernel (a virtual machine's host, the disk) may keep them. Mapped pages stay cached, so delete the
+    file's tensors first.
     """
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -25,16 +26,19 @@ def drop(path: Path) -> None:
 
 
 def resident_pct(path: Path) -> float:
-    """How much of the file is in the page cache, by one page in each MiB, read only if that takes no disk."""
+    """The share of the file that is in the page cache, in percent.
+
+    It probes one page of each MiB with a read that fails if the page is not cached.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
         offsets = range(0, os.fstat(fd).st_size, PROBE_EVERY_BYTES)
-        return 100 * sum(_is_there(fd, offset) for offset in offsets) / len(offsets)
+        return 100 * sum(_is_cached(fd, offset) for offset in offsets) / len(offsets)
     finally:
         os.close(fd)
 
 
-def _is_there(fd: int, offset: int) -> bool:
+def _is_cached(fd: int, offset: int) -> bool:
     try:
         return os.preadv(fd, [bytearray(PAGE_BYTES)], offset, os.RWF_NOWAIT) > 0
     except BlockingIOError:

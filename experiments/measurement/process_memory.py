@@ -1,4 +1,4 @@
-"""How much memory of its own a piece of work takes at its peak, pages of files left out."""
+"""Measures the peak of a process's anonymous memory, which excludes mapped files."""
 
 from __future__ import annotations
 
@@ -11,38 +11,44 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-EVERY_S = 0.001
+INTERVAL_S = 0.001
 STATUS = Path("/proc/self/status")
 
 
 def now_bytes() -> int:
-    """Anonymous memory of this process: what malloc and torch hold, and not the mapped files (Linux's RssAnon)."""
+    """The anonymous memory of this process in bytes (Linux's RssAnon).
+
+    It includes memory from malloc and torch, but no mapped files. Raises OSError if the kernel does not report it.
+    """
     for line in STATUS.read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{STATUS} has no RssAnon; it is in Linux 4.5 and later")
+    raise OSError(f"{STATUS} has no RssAnon, which needs Linux 4.5 or later")
 
 
 def is_reported() -> bool:
-    """Whether this system reports it; Linux does."""
+    """Whether the operating system reports anonymous memory. Linux does."""
     return STATUS.exists()
 
 
 def release() -> None:
-    """Gives back what is free: memory that malloc kept would be used again unseen, and hide a second copy."""
+    """Returns free memory to the operating system. Otherwise malloc reuses it, and a new copy would not be visible."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # glibc's, which torch's Linux wheels need anyway
+    ctypes.CDLL(None).malloc_trim(0)  # a function of glibc, which torch's Linux wheels require
 
 
 def peak_extra_bytes(work: Callable[[], T]) -> tuple[T, int]:
-    """What `work` returns, and by how many bytes anonymous memory rose above its start, looked at every millisecond."""
+    """Runs `work`. Returns its result, and the peak of anonymous memory above the level before, in bytes.
+
+    Memory is sampled every millisecond.
+    """
     release()
     done = threading.Event()
     before = highest = now_bytes()
 
     def watch() -> None:
         nonlocal highest
-        while not done.wait(EVERY_S):
+        while not done.wait(INTERVAL_S):
             highest = max(highest, now_bytes())
 
     watcher = threading.Thread(target=watch)

@@ -1,4 +1,4 @@
-"""How a TTFT is taken: two clocks, interleaved pairs in random order, medians and a bootstrap interval."""
+"""Measures TTFT: two clocks, interleaved pairs in random order, medians and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query, TokenizedPrompt
 
 NOISY_SPREAD = 0.25
-"""A run in which an arm's interquartile range exceeds this share of its median was disturbed, and is repeated."""
+"""The largest interquartile range of an arm, as a share of its median. A noisier measurement is repeated."""
 RESAMPLES = 2000
 ENOUGH_FOR_INTERVAL = 3
-"""Fewer pairs than this have a median and no interval."""
+"""The smallest number of pairs with an interval."""
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One first token. `user_s` runs from text, `engine_s` from token ids ready, both to the token id on the host.
-
-    `cache_s` is the part of user_s that went into getting the cache: a fetch, or a merge of several memories.
-    """
+    """One measurement of a first token."""
 
     engine_s: float
+    """Seconds from the token ids to the first token id on the host."""
     user_s: float
+    """Seconds from the text to the first token id on the host."""
     cache_s: float
+    """The part of `user_s` that fetches or merges the cache."""
     token: FirstToken
     prompt: TokenizedPrompt
     expected_tokens: int = 0
-    """How many tokens the cache should have covered; `token.cached_tokens` is how many it did."""
+    """The number of prompt tokens that the cache should cover. `token.cached_tokens` is the number that it covered."""
 
 
 Arm = Callable[[], Sample]
 
 
 def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str], query: Query) -> Sample:
-    """One sample of the injected arm: prefills only the tokens that the memory's cache does not cover."""
+    """One sample of the injected arm. Only the tokens that the memory's cache does not cover are prefilled."""
     backend.reset()
     started = time.perf_counter()
     cache = memory.get_cache(ids)
@@ -64,7 +64,7 @@ def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str]
 
 
 def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Sample:
-    """One sample of the direct arm: the memory as prompt text, rendered, tokenised and prefilled whole."""
+    """One sample of the direct arm. The memory is prompt text, and the whole prompt is prefilled."""
     backend.reset()
     started = time.perf_counter()
     prompt = direct_prompt(backend, tokens, query)
@@ -82,9 +82,10 @@ def native_hit(
     view: Callable[[], Injectable] | None = None,
     first_token: Callable[[TokenizedPrompt], FirstToken] | None = None,
 ) -> Sample:
-    """One sample of a prefix hit: the whole prompt, on an engine whose prefix cache holds the memory's whole blocks.
+    """One sample of a prefix hit: the whole prompt, with the memory's full blocks in the engine's prefix cache.
 
-    view: see `fill_prefix_cache`. first_token: another entry point of the same engine; None is the backend's own.
+    view: the memory to fill the prefix cache from (see `fill_prefix_cache`).
+    first_token: another entry point of the same engine; None for the backend's own.
     """
     fill_prefix_cache(backend, tokens.token_ids, view)
     started = time.perf_counter()
@@ -98,9 +99,10 @@ def native_hit(
 def fill_prefix_cache(
     backend: MeasuredBackend, token_ids: Sequence[int], view: Callable[[], Injectable] | None = None
 ) -> None:
-    """Empties the engine's prefix cache and fills it with the blocks of `token_ids`.
+    """Empties the engine's prefix cache, and fills it with the blocks of `token_ids`.
 
-    By a prefill; or, if `view` is given, from that memory, which takes a tenth of the time."""
+    The blocks come from a prefill, or from the memory `view`, which takes a tenth of the time.
+    """
     backend.reset()
     ids = tuple(token_ids)
     if view is None:
@@ -110,20 +112,20 @@ def fill_prefix_cache(
 
 
 def whole_blocks(backend: MeasuredBackend, tokens: int) -> int:
-    """The number of the first `tokens` tokens that fill whole blocks of the engine's prefix cache."""
+    """How many of the first `tokens` tokens are in full blocks of the engine's prefix cache."""
     block = backend.prefix_block_tokens
     return tokens // block * block if block else 0
 
 
 def direct_prompt(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> TokenizedPrompt:
-    """The whole prompt with nothing cached, tokenised from the text and not from the cache's ids."""
+    """The whole prompt with nothing cached. It is tokenised from the text, not from the ids of the cache."""
     return backend.template.split(tokens.model_copy(update={"token_ids": ()}), query)
 
 
 def interleaved(arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: int = 1) -> dict[str, list[Sample]]:
-    """Samples each arm once a round, in random order, for `pairs` rounds after `warmups` rounds that are not counted.
+    """Samples each arm once a round, in random order. `warmups` rounds, which do not count, precede `pairs` rounds.
 
-    The garbage collector is off meanwhile, as in timeit: its pauses would hit either arm by chance.
+    Python's garbage collector is disabled meanwhile, as in timeit, because its pauses would affect the arms at random.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
     gc.collect()
@@ -139,10 +141,10 @@ def interleaved(arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: i
     return samples
 
 
-def interleaved_calm(
+def interleaved_with_retry(
     arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: int = 1
 ) -> tuple[dict[str, list[Sample]], int]:
-    """`interleaved`, repeated once if an arm was disturbed. Returns the calmer run, whole, and how many ran."""
+    """Runs `interleaved`, and once more if an arm is noisy. Returns the less noisy samples, and the number of runs."""
     first = interleaved(arms, pairs, rng, warmups)
     if from_rank0(worst_spread(first)) <= NOISY_SPREAD:
         return first, 1
@@ -151,17 +153,18 @@ def interleaved_calm(
 
 
 def worst_spread(samples: dict[str, list[Sample]]) -> float:
-    """The largest interquartile range over median among the arms."""
-    return max(spread([sample.engine_s for sample in taken]) for taken in samples.values())
+    """The largest `spread` among the arms."""
+    return max(spread([sample.engine_s for sample in of_arm]) for of_arm in samples.values())
 
 
 def spread(seconds: Sequence[float]) -> float:
+    """The interquartile range divided by the median."""
     low, median, high = np.percentile(seconds, [25, 50, 75])
     return float((high - low) / median)
 
 
 def worst_hit(samples: Sequence[Sample]) -> Sample:
-    """The sample whose hit is furthest from the expected one: in a median, one miss among many would go unnoticed."""
+    """The sample whose cache hit differs most from the expected one. A median would hide a single miss."""
     return max(samples, key=lambda sample: abs(sample.token.cached_tokens - sample.expected_tokens))
 
 
@@ -171,18 +174,21 @@ def speedup_pct(kv_s: Sequence[float], direct_s: Sequence[float]) -> float:
 
 
 def paired_ratio(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> tuple[float, Interval | None]:
-    """Median of a / b over the pairs, and its 95% interval: drift that hits both arms cancels."""
+    """The median of a / b over the pairs, and its 95% interval. Drift that affects both arms cancels."""
     ratios = np.asarray(a_s) / np.asarray(b_s)
     return float(np.median(ratios)), median_interval(ratios.tolist(), seed)
 
 
 def median_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
-    """95% percentile bootstrap interval of the median; None for fewer than 3 values."""
+    """The 95% percentile bootstrap interval of the median; None for fewer than 3 values."""
     return _interval((np.asarray(values),), np.median, seed)
 
 
 def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int = 0) -> Interval | None:
-    """95% percentile bootstrap over the pairs (Efron & Tibshirani 1993, chapter 13); None for fewer than 3 pairs."""
+    """The 95% percentile bootstrap interval of `speedup_pct` over the pairs; None for fewer than 3 pairs.
+
+    Efron & Tibshirani, "An introduction to the bootstrap", 1993, chapter 13.
+    """
 
     def speedup(kv: np.ndarray, direct: np.ndarray, axis: int) -> np.ndarray:
         return np.asarray(100 * (1 - np.median(kv, axis=axis) / np.median(direct, axis=axis)))
@@ -208,17 +214,18 @@ def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], se
 def trace(
     backend: MeasuredBackend, prompt: TokenizedPrompt, view: Callable[[], Injectable] | None, steps: int
 ) -> Trace:
-    """`steps` greedy tokens and the logits (steps, vocab) that gave each; an end token does not stop it."""
+    """A greedy answer of `steps` tokens, with logits of shape (steps, vocab). An end token does not stop it."""
     backend.reset()
     answer = backend.greedy(prompt, view() if view else None, steps)
     return Trace(answer.token_ids, answer.logits_SV, answer.complete)
 
 
 def rounding_noise(backend: MeasuredBackend, token_ids: Sequence[int], memory_tokens: int) -> float:
-    """How far rounding alone moves the direct arm's last logits: the largest absolute difference between chunkings.
+    """The rounding noise of the direct arm's last logits: the largest absolute difference between chunkings.
 
-    The prompt is prefilled whole, cut in half, and cut where the memory ends. Kernels choose tiles and splits by the
-    number of new tokens, so that one cut alone can be bitwise equal by chance. The injected arm has no part in it.
+    The prompt is prefilled in one chunk, in two halves, and in two chunks that meet where the memory ends. Kernels
+    choose tiles and splits by the number of new tokens, so a single chunking can be bitwise equal by chance. The
+    injected arm is not used.
     """
     noise = 0.0
     for at in {len(token_ids) // 2, memory_tokens} - {0, len(token_ids)}:

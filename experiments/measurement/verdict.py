@@ -1,4 +1,4 @@
-"""Whether a TTFT figure can be trusted: the rules, applied to our cells and to the published tables."""
+"""Decides whether a TTFT figure is valid. The same rules apply to measured cells and to the published tables."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from experiments.results.published import PublishedRow
 from kvmem.models import loading
 
 MAX_DIRECT_RATIO = 1.2
-"""How long the direct arm may take, as a multiple of build + merge + injected prefill. One direct pass does the work of
-all three, so that an honest direct arm takes no longer than their sum; 20% is left for noise."""
+"""The longest valid time of the direct arm, as a multiple of build + merge + injected prefill.
+
+One direct pass does the work of all three, so a fair direct arm takes no longer than their sum, plus 20% for noise.
+"""
 PUBLISHED_DTYPE = "bfloat16"
 ArmName = Literal["direct", "injected"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reason` lists every rule that failed, or holds a remark on a valid row."""
+    """Whether a figure is valid. `reason` lists every rule that failed, or is a remark on a valid figure."""
 
     verdict: Literal["ok", "invalid"]
     reason: str = ""
@@ -44,14 +46,14 @@ def validate_cell(
     direct_cached_tokens: int = 0,
     merge_s: float = 0.0,
 ) -> Verdict:
-    """Applies the rules to one cell, in which the direct and the injected arm were measured side by side.
+    """Applies the rules to one cell with a direct and an injected arm.
 
-    1. Both arms received the same token ids (`*_digest`: hash of all of them).
-    2. The cache hit has the expected length. A shorter hit is not an injection, a longer one covers part of the query.
-       The direct arm has no hit.
-    3. No arm is faster than the hardware's limit; such an arm did not do the work.
+    1. Both arms received the same token ids. `direct_digest` and `injected_digest` are hashes of all ids.
+    2. The cache hit has the expected length. A shorter hit is not an injection, and a longer one covers part of the
+       query. The direct arm has no hit.
+    3. No arm is faster than the hardware's limit. A faster arm did not do the whole work.
     4. The direct baseline is not too slow: direct <= 1.2 × (build + merge + injected). `merge_s` is 0 for one memory.
-    5. The answers do not diverge if the strategy is `exact`. For another strategy a divergence is a remark.
+    5. The answers do not diverge if the merge strategy is `exact`. For other strategies a divergence is a remark.
     """
     failed = []
     if direct_digest != injected_digest:
@@ -59,7 +61,7 @@ def validate_cell(
     if cached_tokens != expected_tokens:
         failed.append(f"{cached_tokens} tokens came from the cache, {expected_tokens} were expected")
     if direct_cached_tokens:
-        failed.append(f"{direct_cached_tokens} tokens of the direct arm came from a cache: it was not cold")
+        failed.append(f"{direct_cached_tokens} tokens of the direct arm came from a cache, so it was not cold")
     failed += filter(
         None, [_beats_limit("injected", kv_ttft_s, kv_limit_s), _beats_limit("direct", direct_ttft_s, direct_limit_s)]
     )
@@ -69,13 +71,13 @@ def validate_cell(
     if failed:
         return Verdict("invalid", "; ".join(failed))
     return Verdict(
-        "ok", "the answers diverge: the price of this merge, which is not exact" if equality == "diverged" else ""
+        "ok", "the answers diverge, which is possible because this merge is not exact" if equality == "diverged" else ""
     )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule that a published row fails."""
+    """A published row that fails a rule."""
 
     row: PublishedRow
     rule: Literal["limit", "slow_direct", "larger_is_faster"]
@@ -85,13 +87,13 @@ class Finding:
 
 
 def validate_published(rows: Iterable[PublishedRow]) -> list[Finding]:
-    """The rules that published rows fail, as far as the published figures allow a check.
+    """The rules that published rows fail. Rules that need figures that a row does not state are skipped.
 
-    limit             the row states its hardware, and an arm is faster than the makers' peak rates allow. The direct
-                      arm prefills memory and prompt, the injected arm the prompt behind the memory
-    slow_direct       the row states its build, and the direct arm takes more than 1.2 × (build + injected)
-    larger_is_faster  a model of at least twice the weights is faster with both arms in the same cell of the same table,
-                      on the same stated or unstated hardware; the two models were not run alike
+    limit             An arm is faster than the vendor's peak rates allow on the stated hardware. The direct arm
+                      prefills memory and prompt, the injected arm only the prompt.
+    slow_direct       The direct arm takes more than 1.2 × (build + injected), where the build is stated.
+    larger_is_faster  A model with at least twice the weights is faster with both arms, in the same cell of the same
+                      table and on the same hardware. So the two models were not measured under the same conditions.
     """
     rows = list(rows)
     findings = []
@@ -113,7 +115,7 @@ def validate_published(rows: Iterable[PublishedRow]) -> list[Finding]:
 
 
 def hardware_card(stated: str) -> Hardware | None:
-    """The card of a layout that a table states as, say, "4090 (2 Nodes 16 GPUs)"; None if there is no such card."""
+    """The card of a layout that a table states, such as "4090 (2 Nodes 16 GPUs)"; None if there is no such card."""
     layout = re.fullmatch(r"(?P<gpu>\w+) \((\d+ Nodes )?(?P<gpus>\d+) GPUs\)", stated)
     if layout is None:
         return None
@@ -125,7 +127,7 @@ def hardware_card(stated: str) -> Hardware | None:
 def _beats_limit(arm: ArmName, ttft_s: float, limit_s: float) -> str | None:
     if ttft_s >= limit_s:
         return None
-    return f"the {arm} arm took {1e3 * ttft_s:.4g} ms, and the hardware needs {1e3 * limit_s:.4g} ms for its work"
+    return f"the {arm} arm took {1e3 * ttft_s:.4g} ms, and the hardware needs {1e3 * limit_s:.4g} ms for this work"
 
 
 def _direct_too_slow(direct_s: float, build_s: float, kv_s: float, merge_s: float = 0.0) -> str | None:
@@ -133,8 +135,8 @@ def _direct_too_slow(direct_s: float, build_s: float, kv_s: float, merge_s: floa
         return None
     work, seconds = ("build, merge", f"{build_s:.4g} + {merge_s:.4g}") if merge_s else ("build", f"{build_s:.4g}")
     return (
-        f"the direct baseline is too slow: {direct_s:.4g} s for the work of {work} and injected arm, "
-        f"which take {seconds} + {kv_s:.4g} s"
+        f"the direct baseline is too slow: it took {direct_s:.4g} s for the work of {work} and injected arm, "
+        f"which took {seconds} + {kv_s:.4g} s"
     )
 
 
@@ -143,7 +145,7 @@ def _larger_is_faster(row: PublishedRow, rows: Iterable[PublishedRow]) -> list[s
     cell = (row.table, row.hardware, row.context, row.query)
     return [
         f"{other.model} is faster in the same cell: {1e3 * other.kv_ttft_s:.4g} and {1e3 * other.direct_ttft_s:.4g} ms "
-        f"against {1e3 * row.kv_ttft_s:.4g} and {1e3 * row.direct_ttft_s:.4g}"
+        f"instead of {1e3 * row.kv_ttft_s:.4g} and {1e3 * row.direct_ttft_s:.4g} ms"
         for other in rows
         if (other.table, other.hardware, other.context, other.query) == cell
         and _weights(other.model) >= 2 * weights

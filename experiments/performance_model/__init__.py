@@ -1,4 +1,4 @@
-"""What the hardware allows: calibrated rates, the roofline, and a predictor of TTFT."""
+"""Models of the hardware: calibrated rates, the roofline limit, and a predictor of TTFT."""
 
 from experiments.performance_model.calibration import calibrate, datasheet
 from experiments.performance_model.fit import Fit, Point, fit_engine, points_of

@@ -1,4 +1,4 @@
-"""The best rates of a machine, from its data sheet or measured with a model's own matrix products."""
+"""The peak rates of a machine, from its data sheet or measured with a model's own matrix products."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from experiments.hardware import Hardware
 from experiments.performance_model.roofline import DenseShape, Rates
 from kvmem.errors import ConfigError
 
-CALIBRATION_S = 2.0  # for the products, and then a quarter of it for the bandwidth
-CALIBRATION_TOKENS = {"cpu": (64, 256, 1024), "cuda": (512, 2048, 8192)}  # no count is best for every shape and machine
-FLOP_A_PRODUCT = {"cpu": 4e10, "cuda": 1e14}  # larger products are left out: on two cores one takes a second
+CALIBRATION_S = 2.0
+"""Seconds for the matrix products. The bandwidth takes a quarter of it."""
+CALIBRATION_TOKENS = {"cpu": (64, 256, 1024), "cuda": (512, 2048, 8192)}
+"""Token counts of the products. The best count depends on shape and machine."""
+MAX_FLOP_A_PRODUCT = {"cpu": 4e10, "cuda": 1e14}
+"""Larger products are skipped. On two cores, one takes a second."""
 BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
 def datasheet(hardware: Hardware, dtype: str) -> Rates:
-    """The data sheet's rates of all GPUs of a layout together. Raises ConfigError if the card states none."""
+    """The data sheet rates of all GPUs of a layout together. Raises ConfigError if the card does not state them."""
     if dtype not in hardware.peak_tflops or hardware.bandwidth_gb_s is None:
         raise ConfigError(
-            f"hardware={hardware.name} states no peak for {dtype}. Add peak_tflops.{dtype} and bandwidth_gb_s to "
-            "its card, or calibrate on the machine itself."
+            f"The card hardware={hardware.name} has no peak rate for {dtype}. Add peak_tflops.{dtype} and "
+            "bandwidth_gb_s to it, or calibrate on the machine itself."
         )
     how = f"datasheet of {hardware.gpus} × {hardware.gpu}"
     flop_per_s, bytes_per_s = hardware.peak_tflops[dtype] * 1e12, hardware.bandwidth_gb_s * 1e9
@@ -37,10 +40,13 @@ def datasheet(hardware: Hardware, dtype: str) -> Rates:
 
 @torch.inference_mode()
 def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Rates:
-    """Measures this machine's best rates for this model in about 3 s: the best of many timings.
+    """Measures this machine's peak rates for this model, in about 3 s. Each rate is the best of many timings.
 
-    FLOP rate: the model's own matrix products at several token counts (square products read lower on a CPU). Byte rate:
-    a copy and a read of at most the size of the weights, since a small model can stay in the processor's cache.
+    The FLOP rate is measured with the model's own matrix products at several token counts, because square products give
+    lower rates on a CPU. The byte rate is measured with a copy and a read of at most the size of the weights, because a
+    small model can stay in the CPU's cache.
+
+    Raises ConfigError if too little memory is free.
     """
     shape = DenseShape.of(config)
     flop_per_s, product = _best_flop_per_s(shape, dtype, device)
@@ -58,13 +64,13 @@ def _best_flop_per_s(shape: DenseShape, dtype: torch.dtype, device: torch.device
     fitting = [case for case in small_first if case[1] * (case[2] + case[3]) <= free // 4]
     if not fitting:
         raise ConfigError(
-            f"{_free_bytes(device) / 1e6:.0f} MB of {device} are free: too little to measure its best rates. "
-            "Leave an engine less (backend.gpu_memory_utilization)."
+            f"Only {_free_bytes(device) / 1e6:.0f} MB of {device} are free, which is too little to measure its rates. "
+            "Let the engine reserve less memory (backend.gpu_memory_utilization)."
         )
-    affordable = [case for case in fitting if case[0] <= FLOP_A_PRODUCT[device.type]] or fitting[:1]
+    affordable = [case for case in fitting if case[0] <= MAX_FLOP_A_PRODUCT[device.type]] or fitting[:1]
     weights = {(out, in_): torch.randn(out, in_, dtype=dtype, device=device) for _, _, out, in_ in affordable}
     best, product, deadline = 0.0, "", time.perf_counter() + CALIBRATION_S
-    # In rounds, so that a short disturbance spoils a few rounds only; large products first.
+    # The cases take turns, so that a short disturbance affects each of them only a few times.
     for flop, tokens, out, in_ in itertools.cycle(reversed(affordable)):
         if best and time.perf_counter() > deadline:
             break
@@ -93,7 +99,7 @@ def _best_bytes_per_s(weight_bytes: int, device: torch.device) -> tuple[float, s
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Free bytes of the device: an engine in another process may hold nearly all of its memory."""
+    """The free memory of the device in bytes. An engine in another process may use nearly all of it."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     torch.cuda.empty_cache()
@@ -101,7 +107,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The fastest of `repeats` runs after a warm-up; on a GPU timed between two events."""
+    """The seconds of the fastest of `repeats` runs after a warm-up. A GPU is timed with CUDA events."""
     work()
     times: list[float] = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""An engine's efficiencies from measured rows, and the error on the cells that the fit has not seen."""
+"""Fits an engine's efficiencies to measured rows, and computes the errors on held-out cells."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from experiments.results import Row
 from kvmem.errors import ConfigError
 
 SHARES = ("products", "attention", "bandwidth", "interconnect", "host_link")
-PULL_TO_DEFAULTS = 0.05
-"""Weight of each share's distance from its default, in logarithms: it decides what the rows leave open, and no more."""
-LEAST_S, MOST_S = 1e-5, 1.0
+DEFAULTS_WEIGHT = 0.05
+"""The weight of each share's logarithmic distance from its default. It only decides shares that no row determines."""
+MIN_S, MAX_S = 1e-5, 1.0
+"""Bounds of the fitted times."""
 
 
 class Point(NamedTuple):
-    """One measured TTFT."""
+    """One measured TTFT, with the work and the layout that it belongs to."""
 
     cell: tuple[int, int]
     arm: str
@@ -34,18 +35,19 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """`held_out_errors` are signed, predicted over measured − 1, of the points whose cells were not fitted."""
+    """The fitted efficiencies, the points that they are fitted to, and the points of the other cells."""
 
     engine: Engine
     fitted: tuple[Point, ...]
     held_out: tuple[Point, ...]
 
     def errors(self, points: Sequence[Point]) -> list[float]:
+        """The signed relative errors, predicted / measured − 1."""
         return [point.layout.ttft_s(point.prefill, self.engine) / point.seconds - 1 for point in points]
 
 
 def points_of(row: Row, layout: Layout) -> list[Point]:
-    """The prefill times of a row, on the layout that it was measured on."""
+    """The measured prefills of a row. `layout` is the one that it was measured on."""
     cell = (row.context_tokens, row.query_tokens)
     return [
         Point(cell, timed.arm, layout, Prefill(timed.new_tokens, timed.cached_tokens, timed.moved_bytes), timed.seconds)
@@ -54,28 +56,31 @@ def points_of(row: Row, layout: Layout) -> list[Point]:
 
 
 def halves(points: Sequence[Point], seed: int) -> tuple[list[Point], list[Point]]:
-    """Points of half of the cells, drawn at random, and those of the others."""
+    """Divides the points: those of half of the cells, chosen at random, and those of the other cells."""
     cells = sorted({point.cell for point in points})
     chosen = set(random.Random(seed).sample(cells, math.ceil(len(cells) / 2)))
     return [p for p in points if p.cell in chosen], [p for p in points if p.cell not in chosen]
 
 
 def fit_engine(points: Sequence[Point], seed: int = 0) -> Fit:
-    """Least squares of the logarithms over half of the cells; ConfigError for fewer than four cells."""
+    """Fits the efficiencies by least squares of the logarithmic errors, over half of the cells.
+
+    Raises ConfigError for fewer than four cells.
+    """
     fitted, held_out = halves(points, seed)
     if len({point.cell for point in points}) < 4:
-        raise ConfigError("A fit needs at least four measured cells. Name runs with more in predict.fit_from.")
+        raise ConfigError("A fit needs at least four measured cells. Add runs with more cells to scenario.fit_from.")
     default = Engine()
     start = [math.log(getattr(default, name)) for name in SHARES]
 
     def residuals(knobs: np.ndarray) -> list[float]:
         engine = _engine(knobs)
         off = [math.log(p.layout.ttft_s(p.prefill, engine) / p.seconds) for p in fitted]
-        return off + [PULL_TO_DEFAULTS * (knob - at) for knob, at in zip(knobs, start, strict=False)]
+        return off + [DEFAULTS_WEIGHT * (knob - at) for knob, at in zip(knobs, start, strict=False)]
 
-    span = [math.log(LEAST_S)] * 2, [math.log(MOST_S)] * 2
+    span = [math.log(MIN_S)] * 2, [math.log(MAX_S)] * 2
     bounds = [math.log(0.02)] * len(SHARES) + span[0], [0.0] * len(SHARES) + span[1]
-    # Either the host's launches or the device's work can be what takes the time: from both ends, the better one.
+    # Either kernel launches or the GPU's work can dominate. The fit starts from both assumptions and keeps the better.
     tried = [
         least_squares(residuals, [*start, math.log(0.003), math.log(launches_s)], bounds=bounds)
         for launches_s in (2e-5, median(p.seconds for p in fitted) / 2)

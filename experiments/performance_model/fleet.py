@@ -1,59 +1,57 @@
-"""From which length on a stored memory is worth its way, and what a fleet with shared memories needs."""
+"""The memory length from which loading is faster than recomputing, and the size of a fleet with shared memories."""
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
 from experiments.performance_model.predictor import Engine, Layout, Prefill
 
-LONGEST_TOKENS = 131_072
+MAX_TOKENS = 131_072
 
 
 @dataclass(frozen=True)
 class Tier:
-    """Where a memory lies. `gb_s` None: on the GPU already."""
+    """A tier that stores memories. `gb_s` is its bandwidth; None for a memory that is on the GPU already."""
 
     name: str
     gb_s: float | None
     latency_s: float
 
     def fetch_s(self, layout: Layout, tokens: int) -> float:
-        """Seconds for a memory of so many tokens, over one link, if nothing hides them."""
+        """Seconds of loading a memory of `tokens` tokens over one link, without overlap with computation."""
         moved = 0.0 if self.gb_s is None else tokens * layout.kv_bytes_a_token / (self.gb_s * 1e9)
         return self.latency_s + moved
 
 
 def gain_s(layout: Layout, engine: Engine, tier: Tier, memory_tokens: int, query_tokens: int) -> float:
-    """Seconds that loading saves over recomputing; negative: recomputing is faster."""
+    """The seconds that loading saves over recomputing. Negative if recomputing is faster."""
     direct = layout.ttft_s(Prefill(memory_tokens + query_tokens, 0), engine)
     injected = layout.ttft_s(Prefill(query_tokens, memory_tokens), engine)
     return direct - injected - tier.fetch_s(layout, memory_tokens)
 
 
 def break_even_tokens(layout: Layout, engine: Engine, tier: Tier, query_tokens: int) -> int | None:
-    """The shortest memory from which loading beats recomputing, up to 131,072 tokens; None: at no length.
+    """The shortest memory for which loading is faster than recomputing; None if there is none up to 131,072 tokens.
 
-    Bytes grow with the length, and recomputing faster: the gain turns positive once, and a halving search finds where.
+    The time of loading is linear in the length, and that of recomputing grows faster. So the gain changes its sign
+    once, and a binary search finds where.
     """
-    if gain_s(layout, engine, tier, LONGEST_TOKENS, query_tokens) <= 0:
-        return None
-    low, high = 0, LONGEST_TOKENS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if gain_s(layout, engine, tier, middle, query_tokens) > 0 else (middle, high)
-    return high
+    lengths = range(1, MAX_TOKENS + 1)
+    found = bisect.bisect(lengths, 0.0, key=lambda tokens: gain_s(layout, engine, tier, tokens, query_tokens))
+    return lengths[found] if found < len(lengths) else None
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What answering `requests_per_s` takes; a replica is one layout that prefills one request at a time."""
+    """The size of a fleet. A replica is one layout that prefills one request at a time."""
 
     replicas_direct: int
     replicas_injected: int
     storage_tb: float
     network_gb_per_second: float
-    """Of all replicas together, from the shared storage."""
+    """From the shared storage to all replicas together."""
 
 
 def size_fleet(
@@ -68,8 +66,11 @@ def size_fleet(
     local_share: float,
     busy_share: float = 0.7,
 ) -> Fleet:
-    """`local_share` of the requests find their memory on the GPU, the others fetch it; a replica prefills for at most
-    `busy_share` of the time (decoding comes on top, and is the same for both)."""
+    """The fleet that answers `requests_per_s` requests.
+
+    local_share: the share of requests whose memory is on the GPU. The others fetch it from `tier`.
+    busy_share: the largest share of time that a replica prefills. Decoding is the same for both arms, and not counted.
+    """
     direct = layout.ttft_s(Prefill(memory_tokens + query_tokens, 0), engine)
     injected = layout.ttft_s(Prefill(query_tokens, memory_tokens), engine)
     fetched = (1 - local_share) * requests_per_s

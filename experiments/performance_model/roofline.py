@@ -1,7 +1,7 @@
-"""The least time that a machine needs for a prefill: its FLOP and bytes over the machine's best rates.
+"""The shortest possible time of a prefill on a machine: its FLOP and bytes divided by the machine's peak rates.
 
-Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 52(4), 2009. Covers dense
-decoders with gated MLPs (Llama, Qwen, Mistral, …), full and sliding-window attention.
+Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 52(4), 2009. It covers dense
+decoders with gated MLPs (Llama, Qwen, Mistral, …), with full and sliding-window attention.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class DenseShape:
     head_dim: int
     vocab: int
     windows: tuple[int | None, ...]
-    """For each layer the size of its attention window in tokens, the current one included; None: full attention."""
+    """The attention window of each layer in tokens, including the current token; None for full attention."""
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> DenseShape:
-        """Reads a config, and checks its count of weights against the architecture, instantiated on the meta device.
+        """Reads a config, and checks the number of weights against the model, instantiated on the meta device.
 
-        Raises ModelError if they differ, as for experts, latent attention or an MLP without a gate.
+        Raises ModelError if they differ, which happens with experts, latent attention or an MLP without a gate.
         """
         fields, heads = config.to_dict(), config.num_attention_heads
         layers, window = config.num_hidden_layers, fields.get("sliding_window")
@@ -53,14 +53,14 @@ class DenseShape:
         weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
         if shape.weights != weights:
             raise ModelError(
-                f"The roofline covers dense decoders with gated MLPs. It would count {shape.weights:,} weights in this "
-                f"{config.model_type}, which has {weights:,} in its products. Use a Llama, Qwen2, Qwen3 or Mistral."
+                f"The roofline covers dense decoders with gated MLPs. It counts {shape.weights:,} weights in this "
+                f"{config.model_type}, whose products have {weights:,}. Use a Llama, Qwen2, Qwen3 or Mistral model."
             )
         return shape
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
-        """(out, in) features of each matrix product of a layer, and of the head."""
+        """The (out, in) features of each matrix product of a layer, and of the head."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q": (q, self.hidden),
@@ -75,21 +75,21 @@ class DenseShape:
 
     @property
     def layer_weights(self) -> int:
-        """Elements of one layer's matrices (norms and biases are left out: thousands among millions)."""
+        """The number of elements in one layer's matrices. The few in norms and biases are not counted."""
         return sum(out * in_ for name, (out, in_) in self.products.items() if name != "head")
 
     @property
     def weights(self) -> int:
-        """Elements that a prefill reads: every layer's matrices and the head; embeddings are left out."""
+        """The number of elements that a prefill reads: every layer's matrices and the head, without embeddings."""
         return len(self.windows) * self.layer_weights + self.vocab * self.hidden
 
 
 def prefill_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -> float:
-    """FLOP of a forward pass over `query_tokens` behind `cached_tokens`, with logits for the last token only.
+    """The FLOP of a forward pass over `query_tokens` after `cached_tokens`, with logits for the last token only.
 
-    2 a weight and token for the products; for attention 4 × heads × head_dim (scores and values) for each pair of a
-    query token and a token that it attends to. A last layer that computes only the last token does less (see
-    `least_flop`); MFU is defined with this count.
+    The products take 2 FLOP for each weight and token. Attention takes 4 × heads × head_dim FLOP (scores and values)
+    for each pair of a query token and a token that it attends to. MFU is defined with this count. `least_flop` is
+    smaller.
     """
     products = 2 * query_tokens * len(shape.windows) * shape.layer_weights
     attention = sum(_attention_flop(shape, window, query_tokens, cached_tokens) for window in shape.windows)
@@ -97,20 +97,20 @@ def prefill_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -
 
 
 def least_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -> float:
-    """The least FLOP that give the first token and the whole cache: the count that the limit is computed with.
+    """The smallest number of FLOP that give the first token and the whole cache. The limit uses this count.
 
-    Beyond its keys and values, the last layer is needed for the last token only. That saves 1 to 3% of `prefill_flop`
-    in a model of 28 to 80 layers.
+    Except for its keys and values, the last layer is needed for the last token only. This saves 1 to 3% of
+    `prefill_flop` in a model with 28 to 80 layers.
     """
     kv = 2 * shape.kv_heads * shape.head_dim * shape.hidden
-    spared_products = 2 * (query_tokens - 1) * (shape.layer_weights - kv)
+    saved_products = 2 * (query_tokens - 1) * (shape.layer_weights - kv)
     last = shape.windows[-1]
-    spared_attention = _attention_flop(shape, last, query_tokens - 1, cached_tokens)
-    return prefill_flop(shape, query_tokens, cached_tokens) - spared_products - spared_attention
+    saved_attention = _attention_flop(shape, last, query_tokens - 1, cached_tokens)
+    return prefill_flop(shape, query_tokens, cached_tokens) - saved_products - saved_attention
 
 
 def prefill_bytes(shape: DenseShape, query_tokens: int, cached_tokens: int, element_bytes: int) -> float:
-    """The least bytes that a prefill moves: every weight and the cached KV are read, the new KV is written."""
+    """The smallest number of bytes that a prefill moves: it reads all weights and the cached KV, and writes new KV."""
     kv = 2 * shape.kv_heads * shape.head_dim
     read = sum(cached_tokens if window is None else min(cached_tokens, window - 1) for window in shape.windows)
     written = query_tokens * len(shape.windows)
@@ -118,19 +118,19 @@ def prefill_bytes(shape: DenseShape, query_tokens: int, cached_tokens: int, elem
 
 
 def _attention_flop(shape: DenseShape, window: int | None, query_tokens: int, cached_tokens: int) -> int:
-    pairs = _seen(cached_tokens + query_tokens, window) - _seen(cached_tokens, window)
+    pairs = _attended_pairs(cached_tokens + query_tokens, window) - _attended_pairs(cached_tokens, window)
     return 4 * shape.heads * shape.head_dim * pairs
 
 
-def _seen(tokens: int, window: int | None) -> int:
-    """The number of (token, attended token) pairs of the first `tokens` tokens."""
+def _attended_pairs(tokens: int, window: int | None) -> int:
+    """The number of (token, attended token) pairs among the first `tokens` tokens."""
     growing = tokens if window is None else min(tokens, window)
     return growing * (growing + 1) // 2 + (tokens - growing) * (window or 0)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The best rates of a machine. `how` describes where the two figures come from."""
+    """The peak rates of a machine. `how` describes where the two figures come from."""
 
     flop_per_s: float
     bytes_per_s: float
@@ -138,7 +138,7 @@ class Rates:
     how: str
 
     def best(self, other: Rates) -> Rates:
-        """The higher of each rate: a calibration on a busy machine reads low, and correct arms would beat the limit."""
+        """The higher of each rate. A calibration on a busy machine gives rates that are too low."""
         flop_per_s, bytes_per_s = max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s)
         return Rates(flop_per_s, bytes_per_s, self.dtype, f"{self.how} | {other.how}")
 
@@ -154,7 +154,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The limit of one model on one machine."""
+    """The limit for one model on one machine."""
 
     rates: Rates
     config: PreTrainedConfig
@@ -164,11 +164,11 @@ class Roofline:
         return DenseShape.of(self.config)
 
     def limit_s(self, query_tokens: int, cached_tokens: int) -> float:
-        """The least seconds of a prefill of `query_tokens` behind `cached_tokens`: FLOP or bytes over their rate."""
+        """The shortest possible seconds of a prefill of `query_tokens` after `cached_tokens`."""
         flop = least_flop(self.shape, query_tokens, cached_tokens)
         moved = prefill_bytes(self.shape, query_tokens, cached_tokens, self.rates.element_bytes)
         return max(flop / self.rates.flop_per_s, moved / self.rates.bytes_per_s)
 
     def mfu(self, query_tokens: int, cached_tokens: int, seconds: float) -> float:
-        """Model FLOPs utilisation (Chowdhery et al., PaLM, 2022, appendix B): the used share of the best rate."""
+        """Model FLOPs utilization, the used share of the peak rate (Chowdhery et al., PaLM, 2022, appendix B)."""
         return prefill_flop(self.shape, query_tokens, cached_tokens) / seconds / self.rates.flop_per_s

@@ -204,7 +204,7 @@ class InjectionCost(ModelScenario[CostCell]):
         item = build_once(bench, cell.cell.memories[0])
         methods = injection_methods.injection_methods(bench.backend, item, cell.cell.question)
         timed: dict[str, ttft.Arm] = {name: method.first_token for name, method in methods.items()}
-        samples, runs = ttft.interleaved_calm(timed, self.pairs, random.Random(bench.setup.seed))
+        samples, runs = ttft.interleaved_with_retry(timed, self.pairs, random.Random(bench.setup.seed))
         seconds = {name: [sample.engine_s for sample in of_arm] for name, of_arm in samples.items()}
         conditions = bench.conditions_now() | {"measured_times": runs}
         best = best_arm(bench.backend)

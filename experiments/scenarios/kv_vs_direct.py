@@ -79,7 +79,7 @@ class KVvsDirect(ModelScenario[Cell]):
         }
         if self.beside_recipe and len(items) == 1:
             arms["shared_tensors"] = baselines.arm(SharedTensors.name, backend, items[0], tokens, cell.question)
-        samples, runs = ttft.interleaved_calm(arms, self.pairs, random.Random(bench.setup.seed))
+        samples, runs = ttft.interleaved_with_retry(arms, self.pairs, random.Random(bench.setup.seed))
         conditions = bench.conditions_now()
 
         kv, direct = samples["injected"][0].prompt, samples["direct"][0].prompt

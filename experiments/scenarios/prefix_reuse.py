@@ -112,7 +112,7 @@ class PrefixReuse(ModelScenario[Cell]):
         if self.beside_generate and isinstance(backend, VLLMBackend) and backend.compute_device.type == "cuda":
             generate = partial(first_token, backend.llm)
             arms[GENERATE] = lambda: ttft.native_hit(backend, tokens, cell.question, view, generate)
-        samples, runs = ttft.interleaved_calm(arms, self.pairs, random.Random(bench.setup.seed), warmups=0)
+        samples, runs = ttft.interleaved_with_retry(arms, self.pairs, random.Random(bench.setup.seed), warmups=0)
         conditions = bench.conditions_now()
         direct = Arm(samples["direct"], direct_trace)
         injected, native = Arm(samples["injected"], injected_trace), Arm(samples[NATIVE], native_trace)

@@ -12,6 +12,7 @@ from kvmem.engines.base import (
     FirstToken,
     Injectable,
     MeasuredBackend,
+    TensorParallelConfig,
     backend_class,
 )
 from kvmem.engines.generation import Generation, Sampling
@@ -26,5 +27,6 @@ __all__ = [
     "Injectable",
     "MeasuredBackend",
     "Sampling",
+    "TensorParallelConfig",
     "backend_class",
 ]

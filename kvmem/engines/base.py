@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedConfig
@@ -69,6 +69,13 @@ class BackendConfig:
 
     backend: ClassVar[str]
     """The engine's name."""
+
+
+@runtime_checkable
+class TensorParallelConfig(Protocol):
+    """The configuration of an engine that can divide a model among several devices."""
+
+    tensor_parallel_size: int
 
 
 class Backend(ABC):

@@ -1,4 +1,4 @@
-"""The adapters that a measurement finds by an engine's class."""
+"""The engine adapters of a measurement, which dispatch on the engine's class."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_a_change_of_each_logit_within_the_noise_never_diverges(seed: int, noise
 
 
 def test_a_trace_that_is_not_greedy_is_refused() -> None:
-    with pytest.raises(ValueError, match="Token 1 of step 1 is not its logits' maximum"):
+    with pytest.raises(ValueError, match="Token 1 of step 1 does not have the largest logit"):
         Trace((0, 1), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     with pytest.raises(ValueError, match="not a greedy answer"):
         Trace((0,), torch.tensor([[float("nan"), 0.0]]))

@@ -94,7 +94,7 @@ def test_vllms_other_cells_are_predicted_within_30_percent(name: str) -> None:
 
 
 def test_the_fast_engines_other_cells_are_predicted_within_15_percent() -> None:
-    """With the seed of scenario=predict. The arms: the query behind a memory, and the whole text as prompt."""
+    """The seed is that of scenario=predict. Both arms are predicted: with an injected memory, and the whole prompt."""
     found = fitted_on("injection_cost_qwen3_8b_h100", 0)
     assert {point.arm for point in found.held_out} == {"direct", "in place + graph"}
     assert not {p.cell for p in found.fitted} & {p.cell for p in found.held_out}
@@ -104,7 +104,7 @@ def test_the_fast_engines_other_cells_are_predicted_within_15_percent() -> None:
 def test_a_fit_needs_cells_and_a_layout_with_rates() -> None:
     with pytest.raises(ConfigError, match="at least four measured cells"):
         fit_engine(points_of(ttft_row(kv_ttft_s=0.01, direct_ttft_s=0.02), layout()))
-    with pytest.raises(ConfigError, match="hardware 'local' states no rates"):
+    with pytest.raises(ConfigError, match="the hardware 'local' has none"):
         fitted_on("default_smollm2_cpu")
 
 
@@ -123,9 +123,8 @@ def test_the_needs_of_a_fleet() -> None:
     far = Tier("network", 12.5, 1e-3)
     half = size_fleet(layout(), ENGINE, far, local_share=0.5, **knobs)  # type: ignore[arg-type]
     none = size_fleet(layout(), ENGINE, far, local_share=0.0, **knobs)  # type: ignore[arg-type]
-    assert half.storage_tb == pytest.approx(
-        1000 * 894_173_184 / 1e12, rel=0.01
-    )  # the KV of a measured 6064-token memory
+    measured_kv_bytes = 894_173_184  # of a memory of 6064 tokens
+    assert half.storage_tb == pytest.approx(1000 * measured_kv_bytes / 1e12, rel=0.01)
     assert none.network_gb_per_second == pytest.approx(2 * half.network_gb_per_second)
     assert half.replicas_injected < none.replicas_injected < none.replicas_direct
 

@@ -1,4 +1,4 @@
-"""The limit against independent counts: the modules of real architectures, loops, and published figures."""
+"""The limit, compared with independent counts: the modules of real architectures, loops, and published figures."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_shape_is_covered(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny_llama"])
 def test_the_flop_of_a_forward_pass_equal_those_that_torch_counts(shape: str) -> None:
-    """With logits for one token; torch counts attention without causality, so the products are compared."""
+    """torch counts attention without the causal mask, so that part is replaced by the causal count."""
     config = loading.shape_config(shape)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -86,13 +86,13 @@ def test_the_flop_of_a_forward_pass_equal_those_that_torch_counts(shape: str) ->
     dense = DenseShape.of(config)
     square = 4 * dense.heads * dense.head_dim * 40 * 40 * len(dense.windows)
     triangle = 4 * dense.heads * dense.head_dim * 40 * 41 // 2 * len(dense.windows)
-    # Beside these torch counts the table of the rotary embedding: one product of head_dim / 2 for each token.
+    # torch also counts the table of the rotary embedding: one product of head_dim / 2 for each token.
     assert counted.get_total_flops() - square + triangle == pytest.approx(
         prefill_flop(dense, 40), abs=2 * 40 * dense.head_dim
     )
 
 
-def seen_by_loop(window: int | None, query_tokens: int, cached_tokens: int) -> int:
+def attended_by_loop(window: int | None, query_tokens: int, cached_tokens: int) -> int:
     positions = range(cached_tokens, cached_tokens + query_tokens)
     return sum(min(position + 1, window or position + 1) for position in positions)
 
@@ -102,7 +102,7 @@ def test_attention_counts_match_a_loop_over_the_tokens(
     shape: DenseShape, query_tokens: int, cached_tokens: int
 ) -> None:
     products = 2 * query_tokens * len(shape.windows) * shape.layer_weights + 2 * shape.vocab * shape.hidden
-    pairs = sum(seen_by_loop(window, query_tokens, cached_tokens) for window in shape.windows)
+    pairs = sum(attended_by_loop(window, query_tokens, cached_tokens) for window in shape.windows)
     assert prefill_flop(shape, query_tokens, cached_tokens) == products + 4 * shape.heads * shape.head_dim * pairs
 
 
@@ -134,12 +134,12 @@ def test_a_window_bounds_what_is_read() -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "starcoder2"])
 def test_experts_and_mlps_without_a_gate_are_refused_by_name(architecture: str) -> None:
-    with pytest.raises(ModelError, match=f"would count .* weights in this {architecture}, which has"):
+    with pytest.raises(ModelError, match=f"It counts .* weights in this {architecture}, whose products have"):
         DenseShape.of(AutoConfig.for_model(architecture))
 
 
 def test_a_dtype_without_a_peak_is_refused() -> None:
-    with pytest.raises(ConfigError, match="hardware=h800x4 states no peak for float32"):
+    with pytest.raises(ConfigError, match="hardware=h800x4 has no peak rate for float32"):
         datasheet(H800X4, "float32")
 
 
