@@ -25,6 +25,15 @@ Query = str | Sequence[Message]
 
 TemplateKind = Literal["chat", "plain"]
 
+SHOWN_CHARACTERS = 40
+"""How much of a text an error message shows."""
+
+MOST_LEFT_OFF = 4
+"""How many tokens at the end of a memory are not stored at most where a query could change them.
+
+A query that changes more of them costs a prefill of those, because the prefix is verified at every query.
+"""
+
 # Placeholders that occur in no real text. They show where a template puts the memory and the query.
 _MEMORY_PROBE = "kvmem memory probe 5b1f"
 _QUERY_PROBE = "kvmem query probe 9d3e"
@@ -87,7 +96,10 @@ class PromptTemplate:
     def memory_tokens(self, source: Source) -> MemoryTokens:
         """The tokens of a memory that are stored, cut before the first one that a query could change.
 
-        Raises PromptError for an empty text, or one so short that no token of it can be stored.
+        Under `plain` the last word is left off, but at most `MOST_LEFT_OFF` tokens, as a word can be a whole text: in
+        Chinese, Japanese and Thai, in JSON and in a URL. At least one token is stored.
+
+        Raises PromptError for an empty text, or one of which the template leaves no token.
         """
         if not isinstance(source, str):
             check_turns("A memory", source)
@@ -106,14 +118,15 @@ class PromptTemplate:
         memory_tokens = rendered.tokens_before(rendered.memory_end)
         if barriers:
             cut, body_end = barriers[-1] + 1, memory_tokens
-        else:  # no special token separates memory and query, so a query can change the memory's last word
+        else:  # no special token separates memory and query, so a query can change the memory's last tokens
             text = self._text_of(source)
             last_word = rendered.memory_end - (len(text) - len(_before_last_word(text)))
-            cut = body_end = min(rendered.tokens_before(last_word), memory_tokens)
+            before_word = min(rendered.tokens_before(last_word), memory_tokens)
+            cut = body_end = min(max(before_word, memory_tokens - MOST_LEFT_OFF, header + 1), memory_tokens)
         if cut <= header:
             raise PromptError(
-                f"A memory of {memory_tokens - header} tokens can't be stored under template={self.kind!r}: a query "
-                "can change its last word. Give it more text, or send it as part of the query."
+                f"The template of {self.tokenizer.name_or_path} leaves no token of the memory {_shown(source)}. "
+                "Give it more text, or send it as part of the query."
             )
         return MemoryTokens(
             source=source,
@@ -237,6 +250,11 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _before_last_word(text: str) -> str:
     return text.rstrip().removesuffix("".join(text.split()[-1:])).rstrip()
+
+
+def _shown(source: Source) -> str:
+    text = source if isinstance(source, str) else source[-1]["content"]
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
 
 
 def _turns(query: Query) -> list[Message]:

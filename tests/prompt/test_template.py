@@ -236,7 +236,7 @@ def test_no_memory_changes_the_prompt_ids(smollm2, memory, query):
         try:
             tokens = template.memory_tokens(memory)
         except PromptError:
-            assert not memory.strip() or kind == "plain"  # plain may have nothing to store of one word
+            assert not memory.strip()
             continue
         prompt = template.split(tokens, query)
         expected = (
@@ -270,8 +270,6 @@ def test_a_memory_of_one_long_word_is_tokenized_quickly(qwen3_plain):
 def test_a_text_that_can_not_be_rendered_is_refused(qwen3, qwen3_plain):
     with pytest.raises(PromptError, match="0 characters"):
         qwen3.template.memory_tokens(" \n")
-    with pytest.raises(PromptError, match="last word"):
-        qwen3_plain.template.memory_tokens("word")
     with pytest.raises(PromptError, match="template='chat'"):
         qwen3_plain.template.memory_tokens(TURNS)
     tokens, plain_tokens = qwen3.template.memory_tokens(MEMORY), qwen3_plain.template.memory_tokens(MEMORY)
