@@ -24,7 +24,7 @@ FLOORS = {
         {"scheduler"},
     ),
     "experiments": (
-        {"hardware", "results", "traces"},
+        {"hardware", "results", "signals", "traces"},
         {"performance_model", "sinks", "workloads"},
         {"measurement"},
         {"baselines"},

@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from experiments.results import ROWS_FILE, Row, read_run
-from kvmem.errors import ConfigError
+from kvmem.errors import ConfigError, StorageError
 
 DONE, LOCK, WRITER = "DONE.json", "LOCK", "WRITER"
 CONFIG = "config.yaml"
@@ -112,20 +112,49 @@ def is_finished(run_dir: Path) -> bool:
     return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
+def finished_cells(run_dir: Path) -> list[str]:
+    """The names of the cells that a run's folder has rows of; none if it is no run's."""
+    path = run_dir / DONE
+    return list(json.loads(path.read_text(encoding="utf-8"))["cells"]) if path.is_file() else []
+
+
+def make(run_dir: Path) -> None:
+    """Makes a run's folder where there is none. Raises StorageError if it can't be made."""
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """For a block that writes into a run's folder: its OSErrors become StorageErrors that name the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"The run's folder {run_dir} can't be written ({error}). Its rows are whole. Choose another folder or make "
+            f"room; the same command with hydra.run.dir={run_dir} then goes on with it."
+        ) from error
+
+
 @contextmanager
 def opened(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[Ledger]:
     """The folder's ledger, locked for this process. The lock is released when the process ends.
 
-    Raises ConfigError if the folder holds rows of another configuration, or if another process is writing to it.
+    Raises ConfigError if the folder holds rows of another configuration, and StorageError if it can't be written, or
+    another process is writing to it.
     """
     writer = run_dir / WRITER
-    try:
-        lock = FileLock(run_dir / LOCK).acquire(timeout=0)
-    except Timeout as error:
-        name = writer.read_text(encoding="utf-8").strip() if writer.is_file() else "another process"
-        raise ConfigError(f"{run_dir} is being written by {name}. Wait for it, or choose another folder.") from error
-    with lock:
-        writer.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+    with writing(run_dir):
+        try:
+            held = FileLock(run_dir / LOCK).acquire(timeout=0)
+        except Timeout as error:
+            name = writer.read_text(encoding="utf-8").strip() if writer.is_file() else "another process"
+            raise StorageError(
+                f"{run_dir} is being written by {name}. Wait for it, end it, or choose another folder."
+            ) from error
+    with held:
+        with writing(run_dir):
+            writer.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield _read(run_dir / DONE, config_hash(resolved))
 
 
@@ -149,6 +178,7 @@ def _read(path: Path, config_hash: str) -> Ledger:
 
 
 def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    with writing(path.parent):
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from datetime import datetime
 from pathlib import Path
 from typing import Any, overload
 
 from experiments.config import RunConfig, compose
+from experiments.execution import checkpoint, run_folder
 from experiments.execution.ranks import run_job
 from experiments.results import Row
 from kvmem.errors import ArgumentError
@@ -43,8 +43,8 @@ def run_experiment(*what: Any, out: str | Path | None = None) -> list[Row]:
         config, cards = compose.validate(composed), compose.resolved(composed)
     else:
         raise ArgumentError('run_experiment takes one RunConfig, or overrides such as "model=tiny".')
-    folder = Path(out) if out is not None else Path("outputs") / datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(out) if out is not None else run_folder.new()
+    checkpoint.make(folder)
     return run_job(config, folder, cards, overrides)
 
 

@@ -25,6 +25,23 @@ class ConsoleHandler(logging.Handler):
         rich.get_console().print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
+class LogFile(logging.FileHandler):
+    """The log in the run's folder, opened at the first line. Where a line can't be written, only the console has it."""
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename, encoding="utf-8", delay=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # of opening the file
+            return
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def track(cells: Sequence[C]) -> Iterator[C]:
     """Yields the cells one by one, and shows how many are done."""
     if not sys.stdout.isatty():

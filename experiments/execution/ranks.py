@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import signals
 from experiments.config import RunConfig
 from experiments.execution import checkpoint, runner
 from experiments.hardware import cores
@@ -99,10 +100,15 @@ def run(
         env = {"OMP_NUM_THREADS": str(max(1, cores() // count))} | os.environ | paths
         with (run_dir / LOG).open("a+", encoding="utf-8") as log:
             start = log.tell()
-            done = subprocess.run(command, env=env, stderr=log, check=False)
+            with subprocess.Popen(command, env=env, stderr=log, start_new_session=True) as ranks:
+                try:
+                    ranks.wait()
+                finally:  # also if a signal came: then the ranks still run
+                    signals.end_processes(ranks.pid)
+                    ranks.terminate()
             log.seek(start)
             output = log.read()
-        if done.returncode:
+        if ranks.returncode:
             raise _failure(Path(folder), output, run_dir / LOG)
     return list(read_run(run_dir).rows)
 

@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from experiments import signals
 from experiments.bench import Bench
 from experiments.config import RunConfig
 from experiments.execution import checkpoint, progress
@@ -83,6 +84,7 @@ def _measure_missing(
             closing.callback(_close, sink, run_dir)
         for name, cell in zip(missing, progress.track(list(missing.values())), strict=True):
             found = measure_cell(config, bench, cell)
+            signals.check()  # a cell that failed because it was interrupted has no row
             for row in (replace(row, conditions=row.conditions | {"cell": name}) for row in found):
                 rows.append(row)
                 for sink in sinks:
@@ -91,7 +93,8 @@ def _measure_missing(
                 done.finish(name)
         done.finished = len(done.cells) == len(cells)
         done.write()
-        write_report(run_dir)
+        with checkpoint.writing(run_dir):
+            write_report(run_dir)
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(tables.console_table(rows))
         if answer := findings.answer(rows):
@@ -154,7 +157,9 @@ def _close(sink: Sink, run_dir: Path) -> None:
 def _write_conditions(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: Sequence[str]) -> None:
     card = dataclasses.asdict(config.backend)  # type: ignore[call-overload]  # each backend config is a dataclass
     resolved["backend"] |= card  # adds the values that come from the model and the layout
-    (run_dir / checkpoint.CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)), encoding="utf-8")
     machine = dataclasses.asdict(layout.inspect())
     environment = {"overrides": list(overrides), "machine": machine, "conditions": layout.conditions()}
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2, default=str) + "\n", encoding="utf-8")
+    described = json.dumps(environment, indent=2, default=str) + "\n"
+    with checkpoint.writing(run_dir):
+        (run_dir / checkpoint.CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)), encoding="utf-8")
+        (run_dir / "environment.json").write_text(described, encoding="utf-8")

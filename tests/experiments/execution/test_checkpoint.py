@@ -17,7 +17,7 @@ from experiments.config import compose
 from experiments.config.compose import CONF, validate
 from experiments.execution import checkpoint, sweep
 from experiments.results.run_dir import read_rows, runs_in
-from kvmem.errors import ConfigError
+from kvmem.errors import ConfigError, StorageError
 from tests.helpers.rows import ttft_row
 
 KNOBS = ["model=tiny", "sink=none", "workload.query_tokens=[32]", "scenario.pairs=2", "scenario.answer_tokens=2"]
@@ -102,7 +102,7 @@ def test_rows_without_a_ledger_are_not_overwritten(tmp_path: Path) -> None:
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     with (
         checkpoint.opened(tmp_path, {"seed": 0}),
-        pytest.raises(ConfigError, match=f"is being written by process {os.getpid()} on "),
+        pytest.raises(StorageError, match=f"is being written by process {os.getpid()} on "),
         checkpoint.opened(tmp_path, {"seed": 0}),
     ):
         pass

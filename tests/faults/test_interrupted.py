@@ -1,0 +1,128 @@
+"""Ctrl-C and SIGTERM: one line says how to go on, no process is left behind, and no row is lost."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.execution import checkpoint
+from experiments.results import read_rows
+from kvmem.errors import ConfigError
+from tests.faults.commands import (
+    ENV,
+    ONE_CELL,
+    THREE_CELLS,
+    TINY,
+    alive,
+    ctrl_c,
+    descendants,
+    finish,
+    read_to,
+    run,
+    start,
+)
+
+BEFORE_IMPORTS = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+from experiments import run
+sys.exit(run.main())
+"""
+
+
+def test_ctrl_c_in_a_run_is_one_line_whose_command_goes_on(tmp_path: Path) -> None:
+    command = start(tmp_path, *TINY, THREE_CELLS, "scenario.pairs=60")
+    read_to(command, "[2/3]")
+    ctrl_c(command)
+    status, output = finish(command)
+    assert status == 130
+    (line,) = output.splitlines()
+    assert line.startswith("Interrupted (Ctrl-C) after 1 finished cell. To go on: python -m experiments.run ")
+    (folder,) = tmp_path.glob("outputs/*/*")
+    (kept,) = read_rows(folder)
+
+    again = shlex.split(line.partition("To go on: python -m experiments.run ")[2])
+    status, output = run(tmp_path, *again)
+    assert status == 0, output
+    assert "1 of 3 cells were finished before" in output
+    rows = read_rows(folder)
+    assert rows[0] == kept and [row.context_tokens for row in rows] == [64, 96, 128]
+
+
+def test_ctrl_c_while_everything_is_still_imported_is_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE_IMPORTS],
+        cwd=tmp_path,
+        env=os.environ | ENV,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["Interrupted (Ctrl-C) before anything was measured."]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C"])
+def test_a_sweep_that_is_ended_leaves_no_process_and_no_folder_in_use(tmp_path: Path, how: str) -> None:
+    sweep = ("-m", *TINY, ONE_CELL, "scenario.pairs=300", "seed=0,1", "launcher=joblib", "hydra.sweep.dir=sweep")
+    command = start(tmp_path, *sweep)
+    while not all((tmp_path / f"sweep/{job}/config.yaml").is_file() for job in range(2)):
+        assert command.poll() is None, finish(command)
+        time.sleep(0.05)
+    workers = descendants(command)
+    if how == "SIGTERM":
+        command.send_signal(signal.SIGTERM)
+    else:
+        ctrl_c(command)
+    status, output = finish(command)
+    assert status == (143 if how == "SIGTERM" else 130)
+    last = output.splitlines()[-1]
+    assert last == f"Interrupted ({how}) after 0 finished jobs, in sweep. The same command goes on with the others."
+    assert "Traceback" not in output
+    assert len(workers) >= 2 and alive(workers) == []
+    for job in range(2):
+        with (
+            pytest.raises(ConfigError, match="holds rows of another configuration"),  # and not: is being written
+            checkpoint.opened(tmp_path / f"sweep/{job}", {}),
+        ):
+            pass
+
+
+def test_sigterm_ends_the_ranks_of_a_run(tmp_path: Path) -> None:
+    two = ("backend=hf_ranks", "model.shape=tiny_wide", "hardware.tensor_parallel=2", "hydra.run.dir=run")
+    command = start(tmp_path, *TINY, *two, THREE_CELLS, "scenario.pairs=12", CUDA_VISIBLE_DEVICES="")
+    read_to(command, "[2/3]")
+    ranks = descendants(command)
+    command.send_signal(signal.SIGTERM)
+    status, output = finish(command)
+    assert status == 143
+    assert output.splitlines()[-1].startswith("Interrupted (SIGTERM) after 1 finished cell. To go on: ")
+    assert "Traceback" not in output
+    assert len(ranks) >= 3 and alive(ranks) == []
+    assert [row.context_tokens for row in read_rows(tmp_path / "run")] == [64]
+
+
+def test_a_folder_that_another_process_writes_is_no_wrong_command(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with checkpoint.opened(folder, {}):
+        status, output = run(tmp_path, *TINY, ONE_CELL, "hydra.run.dir=run")
+    assert status == 1
+    assert output.splitlines() == [
+        f"error: run is being written by process {os.getpid()} on {os.uname().nodename}. Wait for it, end it, or "
+        "choose another folder."
+    ]
