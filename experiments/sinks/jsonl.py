@@ -16,7 +16,6 @@ from kvmem.storage import write_all
 class JSONL(Sink):
     """The sink of every run. Tables, plots and W&B runs can be created again from its file.
 
-
     The file holds whole lines only: what a full disk cut short is removed, and StorageError is raised.
     """
 
