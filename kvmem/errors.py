@@ -12,6 +12,10 @@ class KVMemError(Exception):
     """The base class of every error that this package raises deliberately."""
 
 
+class KVMemWarning(UserWarning):
+    """Something was lost or could not be written, and the work goes on without it."""
+
+
 class ConfigError(KVMemError, ValueError):
     """A configuration names something unknown, or has a value that is not allowed."""
 

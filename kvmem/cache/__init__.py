@@ -24,6 +24,7 @@ from kvmem.cache.items import (
 from kvmem.cache.layers import KV
 from kvmem.cache.mapped_files import MappedFile
 from kvmem.cache.model_state import ModelWatch
+from kvmem.cache.plain_values import text_fault, value_fault
 
 __all__ = [
     "KV",
@@ -43,4 +44,6 @@ __all__ = [
     "fingerprint_of",
     "hash_tokenizer",
     "sha256",
+    "text_fault",
+    "value_fault",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from transformers import DynamicCache
 
 from kvmem.cache.fingerprint import ModelFingerprint
+from kvmem.cache.plain_values import text_fault, value_fault
 from kvmem.errors import ArgumentError, check_kind, config_error
 
 Message = dict[str, str]
@@ -24,7 +26,10 @@ REPR_CHARACTERS = 40
 
 
 class TextualMemoryItem(BaseModel):
-    """A memory as text. Its fields are keyword arguments."""
+    """A memory as text. Its fields are keyword arguments.
+
+    metadata: plain JSON values (dict with str keys, list, str, int, finite float, bool, None), because files keep it.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,6 +47,32 @@ class TextualMemoryItem(BaseModel):
         except ValidationError as error:
             found = config_error(type(self).__name__, error, type(self).model_fields)
             raise ArgumentError(f"{found} {way_out}") from None
+
+    @field_validator("id", "memory")
+    @classmethod
+    def _is_unicode(cls, text: str) -> str:
+        fault = text_fault(text)
+        if fault:
+            raise ValueError(f"it {fault}. Decode the text with errors='replace'.")
+        return text
+
+    @field_validator("metadata")
+    @classmethod
+    def _is_json(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        fault = value_fault(metadata)
+        if fault:
+            raise ValueError(f"metadata{fault}, which a file can't keep. Convert it to plain JSON values.")
+        return metadata
+
+    def checked(self) -> Self:
+        """A copy that shares nothing with this one, checked as a new one is, because fields can be assigned.
+
+        Raises ArgumentError.
+        """
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        checked = type(self)(**fields)
+        checked.metadata = copy.deepcopy(checked.metadata)
+        return checked
 
 
 class MemoryTokens(BaseModel):
@@ -127,6 +158,9 @@ class KVCacheItem:
         check_kind("An item's kv_cache", self.kv_cache, DynamicCache, way_out="KVCacheMemory.extract makes items.")
         check_kind("An item's metadata", self.metadata, KVCacheMetadata, way_out="KVCacheMemory.extract makes items.")
         check_kind("An item's kv_cache_id", self.kv_cache_id, str)
+        fault = text_fault(self.kv_cache_id)
+        if fault:
+            raise ArgumentError(f"An item's kv_cache_id {fault}. Give another one.")
 
     def __repr__(self) -> str:
         """One line without token ids, so that a list of items stays readable."""

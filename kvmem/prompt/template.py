@@ -17,7 +17,7 @@ from typing import Literal
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from kvmem.cache import MemoryTokens, Message, Source, sha256
+from kvmem.cache import MemoryTokens, Message, Source, sha256, text_fault
 from kvmem.errors import PromptError
 
 Query = str | Sequence[Message]
@@ -103,6 +103,7 @@ class PromptTemplate:
         """
         if not isinstance(source, str):
             check_turns("A memory", source)
+        check_unicode("A memory", source)
         if not (source.strip() if isinstance(source, str) else source):
             raise PromptError("A memory of 0 characters can't be stored. Give it some text.")
         if self.kind == "plain" and not isinstance(source, str):
@@ -167,6 +168,7 @@ class PromptTemplate:
         """Raises PromptError for a query that is empty, neither a text nor turns, or turns under `plain`."""
         if not isinstance(query, str):
             check_turns("A query", query)
+        check_unicode("A query", query)
         if not (query.strip() if isinstance(query, str) else query):
             raise PromptError("The query is empty. Ask something.")
         if self.kind == "plain" and not isinstance(query, str):
@@ -241,6 +243,14 @@ def check_turns(what: str, given: object) -> None:
     for turn in given:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise PromptError(f'A turn is {{"role": a text, "content": a text}}, and got {turn!r}.')
+
+
+def check_unicode(what: str, given: Source | Query) -> None:
+    """Raises PromptError if the text, or that of a turn, has a lone surrogate. `what` starts the message."""
+    for text in [given] if isinstance(given, str) else [turn[key] for turn in given for key in ("role", "content")]:
+        fault = text_fault(text)
+        if fault:
+            raise PromptError(f"{what} {fault}. Decode the text with errors='replace'.")
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -75,7 +75,8 @@ class KVIndex:
         if tokens is None or tokens.source != memory.memory:
             tokens = self.backend.template.memory_tokens(memory.memory)
             with self._lock:
-                if self.texts.get(memory.id) is memory:
+                known = self.texts.get(memory.id)
+                if known is not None and known.memory == memory.memory:
                     self._tokens[memory.id] = tokens
         return tokens
 

@@ -126,9 +126,10 @@ class ObservationQueue:
 
 
 def text_memories_of(given: TextMemories) -> list[TextualMemoryItem]:
-    """One memory or several, as a list.
+    """One memory or several, as a list of copies, so that the scheduler's texts change only by its own calls.
 
-    Raises UnknownMemoryError if there is none, and ArgumentError for anything but text memories.
+    Raises UnknownMemoryError if there is none, and ArgumentError for anything but text memories, or for one that was
+    assigned a text or metadata that a file can't keep.
     """
     way_out = "Give TextualMemoryItem(id=..., memory=text): by its id the scheduler learns that a text was edited."
     # A pydantic model is iterable too, over its fields.
@@ -137,4 +138,4 @@ def text_memories_of(given: TextMemories) -> list[TextualMemoryItem]:
         raise UnknownMemoryError("No text memory is given. Give one, or several in their order.")
     for memory in memories:
         check_kind("What the scheduler takes", memory, TextualMemoryItem, way_out=way_out)
-    return memories
+    return [memory.checked() for memory in memories]

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticSerializationError
 
-from kvmem.cache import KV, KVCacheItem, KVCacheMetadata, ModelFingerprint, dynamic_cache
+from kvmem.cache import KV, KVCacheItem, KVCacheMetadata, ModelFingerprint, dynamic_cache, value_fault
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError
 
 FORMAT_VERSION = 1
@@ -38,7 +38,15 @@ class Manifest(BaseModel):
 
 
 def to_json(items: Sequence[KVCacheItem]) -> str:
-    """The manifest of `items` as JSON. Raises StorageError for metadata that JSON can't represent."""
+    """The manifest of `items` as JSON. Raises StorageError for metadata that JSON would not give back as it is."""
+    for item in items:
+        source = item.metadata.textual_memory
+        fault = value_fault(source.metadata) if source is not None else ""
+        if fault:
+            raise StorageError(
+                f"Item {item.kv_cache_id} can't be written: metadata{fault}. Use plain JSON values in the metadata of "
+                "its text memory."
+            )
     entries = tuple(
         ItemManifest(
             kv_cache_id=item.kv_cache_id,

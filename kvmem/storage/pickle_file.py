@@ -19,7 +19,17 @@ import torch
 import xxhash
 from transformers import DynamicCache, PreTrainedConfig
 
-from kvmem.cache import KV, KVCacheItem, KVCacheMetadata, MemoryTokens, ModelFingerprint, TextualSource, dynamic_cache
+from kvmem.cache import (
+    KV,
+    KVCacheItem,
+    KVCacheMetadata,
+    MemoryTokens,
+    ModelFingerprint,
+    TextualSource,
+    dynamic_cache,
+    text_fault,
+    value_fault,
+)
 from kvmem.errors import DamagedFileError, StorageError
 from kvmem.storage import manifest, safe_unpickler
 from kvmem.storage.atomic_write import CHUNK_BYTES, HashingWriter, replacing, write_all
@@ -245,7 +255,11 @@ def _unverified_item(fields: dict[str, Any], cache: DynamicCache, path: Path) ->
     composed = records.fields.get("composed_text_memory") if isinstance(records, safe_unpickler.ItemRecords) else None
     source = metadata.get("source_text") or composed or ""
     kv_cache_id = str(fields.get("id", fields.get("kv_cache_id")))
-    carried = {k: v for k, v in metadata.items() if k not in ("source_text", "extracted_at") and _is_plain(v)}
+    if fault := text_fault(kv_cache_id):
+        raise DamagedFileError(f"{path}: the item id {kv_cache_id!r} {fault}. Take another copy of the file.")
+    carried = {
+        k: v for k, v in metadata.items() if k not in ("source_text", "extracted_at") and not value_fault({k: v})
+    }
     return KVCacheItem(
         kv_cache=cache,
         kv_cache_id=kv_cache_id,
@@ -262,14 +276,6 @@ def _unverified_item(fields: dict[str, Any], cache: DynamicCache, path: Path) ->
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float | bool)
 
 
 def _time(text: Any, path: Path) -> datetime:
