@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from experiments.hardware import layout
 from experiments.measurement import from_rank0
 from experiments.reporting import findings, tables, write_report
 from experiments.results import Row, formatting, ttft_of
-from experiments.sinks import JSONL, Sink
+from experiments.sinks import JSONL, Guarded, Sink
 
 log = logging.getLogger("experiments")
 
@@ -69,7 +70,7 @@ def _measure_missing(
     config: RunConfig, run_dir: Path, resolved: dict[str, Any], done: checkpoint.Ledger, rows: list[Row]
 ) -> None:
     """Measures the cells that are not finished yet, and appends their rows to `rows`."""
-    sinks: list[Sink] = [JSONL(), config.sink]
+    sinks: list[Sink] = [JSONL(), Guarded(config.sink, run_dir)]
     for sink in sinks:
         sink.check()
     bench = config.scenario.open(config)
@@ -81,7 +82,7 @@ def _measure_missing(
     with ExitStack() as closing:
         for sink in sinks:
             sink.open(run_dir, resolved, rows)
-            closing.callback(_close, sink, run_dir)
+            closing.push(partial(_close, sink, run_dir))
         for name, cell in zip(missing, progress.track(list(missing.values())), strict=True):
             found = measure_cell(config, bench, cell)
             signals.check()  # a cell that failed because it was interrupted has no row
@@ -149,8 +150,10 @@ def _figures(row: Row) -> str:
     return ", ".join(part for part in (ttft, row.equality, row.verdict) if part)
 
 
-def _close(sink: Sink, run_dir: Path) -> None:
-    if line := sink.close(run_dir):
+def _close(sink: Sink, run_dir: Path, kind: object, error: BaseException | None, at: object) -> None:
+    """Closes a sink when its run ends. Of an interrupted run nothing is said: it is sent when it is finished."""
+    line = sink.close(run_dir)
+    if line and not isinstance(error, KeyboardInterrupt):
         log.info("%s", line)
 
 

@@ -1,7 +1,8 @@
 """Destinations of rows. Every run writes a JSONL file, and by default also sends its rows to Weights & Biases."""
 
 from experiments.sinks.base import Sink
+from experiments.sinks.guarded import Guarded
 from experiments.sinks.jsonl import JSONL
 from experiments.sinks.wandb import WandB, log_run
 
-__all__ = ["JSONL", "Sink", "WandB", "log_run"]
+__all__ = ["JSONL", "Guarded", "Sink", "WandB", "log_run"]

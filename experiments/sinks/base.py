@@ -32,3 +32,11 @@ class Sink(ABC):
     @abstractmethod
     def close(self, run_dir: Path) -> str | None:
         """Called after the report is written, or when the run is interrupted. Returns a line for the user, or None."""
+
+    def send_later(self, run_dir: Path) -> str:
+        """A sentence that says how the rows of a run's folder get to this sink after it has failed; "": no way."""
+        return ""
+
+    def abandon(self) -> None:
+        """Called once after this sink has failed: releases what it holds, and raises nothing."""
+        return None

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +34,10 @@ _MODES: dict[str, Mode] = {
     "disabled": "disabled",
 }
 INIT_TIMEOUT_S = 30
+FINISH_TIMEOUT_S = 60
+"""How long W&B may upload at the end of a run. What is not sent by then can be sent later."""
+
+log = logging.getLogger("experiments")
 
 
 def metrics(row: Row) -> dict[str, int | float]:
@@ -62,6 +68,10 @@ class WandB(Sink):
     mode: Literal["auto", "offline", "online", "disabled"] = "auto"
     """auto uses the environment variable WANDB_MODE, or offline if it is not set."""
 
+    def __post_init__(self) -> None:
+        self._unreachable: Exception | None = None
+        """Why an online run has to be offline."""
+
     def resolved_mode(self) -> Mode:
         if self.mode != "auto":
             return self.mode
@@ -83,12 +93,44 @@ class WandB(Sink):
                 "sink.mode=online (or WANDB_MODE) needs a login to W&B, and you are not logged in. Run `wandb login`, "
                 "set WANDB_API_KEY, or use sink.mode=offline and `wandb sync` later."
             ) from error
+        except wandb.errors.Error as error:
+            self._unreachable = error
 
     def open(self, run_dir: Path, config: dict[str, Any], kept: Sequence[Row] = ()) -> None:
-        mode = self.resolved_mode()
+        """Starts a run. If the mode is online and W&B does not answer, or refuses the login, the run is offline."""
+        mode = "offline" if self._unreachable else self.resolved_mode()
+        import wandb
+
+        try:
+            self._start(mode, run_dir, config)
+        except (wandb.errors.Error, TimeoutError) as error:
+            if mode != "online":
+                raise
+            self._unreachable = error
+            self._start("offline", run_dir, config)
+        if self._unreachable:
+            reason = (str(self._unreachable).splitlines() or [""])[0].rstrip(".")
+            log.warning("W&B failed (%s). This run continues offline. %s", reason, _sync(self._folder))
+        self._rows: list[Row] = []
+        if self._mode == "online" and not _has_an_agent():  # W&B has these rows already
+            self._rows += kept
+            return
+        for row in kept:
+            self.write(row)
+
+    def _start(self, mode: Mode, run_dir: Path, config: dict[str, Any]) -> None:
         _keep_files_in(run_dir, config_too=mode != "online")
         import wandb
 
+        limits: dict[str, Any] = {"finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True}
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            x_disable_stats=True,
+            disable_git=True,
+            init_timeout=INIT_TIMEOUT_S,
+            **{name: limit for name, limit in limits.items() if name in wandb.Settings.model_fields},
+        )
         with _no_prompt():
             self._run = wandb.init(
                 project=self.project,
@@ -98,16 +140,13 @@ class WandB(Sink):
                 dir=run_dir,
                 config=config,
                 **sweep_arguments(run_dir, config),
-                settings=wandb.Settings(
-                    silent=True, console="off", x_disable_stats=True, disable_git=True, init_timeout=INIT_TIMEOUT_S
-                ),
+                settings=settings,
             )
-        self._rows: list[Row] = []
-        if mode == "online" and not _has_an_agent():  # W&B has these rows already
-            self._rows += kept
-            return
-        for row in kept:
-            self.write(row)
+        self._mode = mode
+
+    @property
+    def _folder(self) -> Path:
+        return displayed_path(Path(self._run.dir).parent)  # …/wandb/offline-run-<time>-<id>/files
 
     def write(self, row: Row) -> None:
         """Logs the row as one step of W&B's history. The step is called `cell`."""
@@ -125,15 +164,28 @@ class WandB(Sink):
         self._run.log({"rows": table})
         for plot in sorted((run_dir / "plots").glob("*.png")):
             self._run.log({f"plots/{plot.stem}": wandb.Image(str(plot))})
-        folder = displayed_path(Path(self._run.dir).parent)  # …/wandb/offline-run-<time>-<id>/files
-        messages: dict[str, Callable[[], str | None]] = {
-            "online": lambda: f"W&B run: {self._run.url}",
-            "offline": lambda: f"W&B run: {folder} (send it with: wandb sync {folder})",
-            "disabled": lambda: None,
-        }
-        line = messages[self.resolved_mode()]()
-        self._run.finish()
-        return line
+        folder, url = self._folder, self._run.url if self._mode == "online" else None
+        try:
+            self._run.finish()
+        except TimeoutError:
+            return f"W&B did not take all of the run within {FINISH_TIMEOUT_S} s. {_sync(folder)}"
+        return {"online": f"W&B run: {url}", "offline": f"W&B run: {folder}. {_sync(folder)}"}.get(self._mode)
+
+    def send_later(self, run_dir: Path) -> str:
+        return f"To send them to W&B later: python -m experiments.report --log {shlex.quote(str(run_dir))}"
+
+    def abandon(self) -> None:
+        """Ends W&B's service process, so that this process exits quietly, and its next job starts another one."""
+        import wandb
+
+        try:
+            wandb.teardown()
+        except (wandb.errors.Error, OSError, SystemExit):  # it exits where its service process has failed
+            return
+
+
+def _sync(folder: Path) -> str:
+    return f"To send it later: wandb sync {shlex.quote(str(folder))}"
 
 
 def log_run(run_dir: Path) -> str | None:
