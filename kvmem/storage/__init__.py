@@ -7,7 +7,7 @@ The module `manifest` is also used as a namespace: it holds what a file states a
 """
 
 from kvmem.storage import manifest
-from kvmem.storage.atomic_write import replacing, write_all
+from kvmem.storage.atomic_write import remove_abandoned, replacing, write_all
 from kvmem.storage.base import FORMATS, Storage, for_filename
 from kvmem.storage.manifest import ItemManifest
 from kvmem.storage.safetensors_file import SafetensorsFile, read_token_ids
@@ -20,6 +20,7 @@ __all__ = [
     "for_filename",
     "manifest",
     "read_token_ids",
+    "remove_abandoned",
     "replacing",
     "write_all",
 ]

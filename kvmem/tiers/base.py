@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from kvmem.cache import KVCacheItem, KVCacheMetadata, dynamic_cache
 from kvmem.engines import Backend
 from kvmem.errors import FingerprintError, StorageError
-from kvmem.storage import SafetensorsFile, Storage
+from kvmem.storage import SafetensorsFile, Storage, remove_abandoned
 
 
 class TierStore(ABC):
@@ -164,14 +164,15 @@ class DiskStore(TierStore):
         Raises StorageError if another process, or another store of this one, uses the folder.
         """
         self._backend, self._folder, self._format = backend, folder, format or SafetensorsFile()
-        folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".lock", timeout=0, thread_local=False)  # held until `close`
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout as error:
             raise StorageError(f"{folder} is another process's tier. Give this one a folder of its own.") from error
-        for partial in [*folder.glob(".*.partial"), *folder.glob(".*.partial.lock")]:  # from a killed process
-            partial.unlink()
+        except OSError as error:
+            raise StorageError(f"{folder} can't hold a tier ({error}). Give another folder.") from error
+        remove_abandoned(folder)
 
     @staticmethod
     def file_of(folder: Path, item_id: str) -> Path:
