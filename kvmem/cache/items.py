@@ -120,7 +120,7 @@ class KVCacheMetadata(BaseModel):
     tokens: MemoryTokens
     extracted_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     build_s: float
-    kv_bytes: int
+    kv_bytes: int = Field(ge=0)
     fingerprint: ModelFingerprint | None
     """None if unverified: the file did not say which model built the cache (MemOS's pickles)."""
     textual_memory: TextualSource | None = None

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pydantic
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticSerializationError
+from transformers import PreTrainedConfig
 
 from kvmem.cache import KV, KVCacheItem, KVCacheMetadata, ModelFingerprint, dynamic_cache, value_fault
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError
@@ -23,8 +24,8 @@ class ItemManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kv_cache_id: str
-    cache_tokens: int
-    layers: int
+    cache_tokens: int = Field(ge=0)
+    layers: int = Field(ge=0)
     metadata: KVCacheMetadata
 
 
@@ -63,8 +64,14 @@ def to_json(items: Sequence[KVCacheItem]) -> str:
 
 
 def from_json(text: str, path: Path) -> Manifest:
-    """Parses a manifest that a checksum has verified. Raises StorageError for another format version."""
-    version = json.loads(text).get("version")
+    """Parses a manifest. Raises StorageError for another format version, and DamagedFileError if it is none."""
+    try:
+        stated = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _bad_manifest(path, error) from None
+    version = stated.get("version") if isinstance(stated, dict) else None
+    if version is None:
+        raise _bad_manifest(path, "it states no version")
     if version != FORMAT_VERSION:
         raise StorageError(
             f"{path} is of format version {version}, and this kvmem reads version {FORMAT_VERSION}. Upgrade kvmem."
@@ -72,9 +79,11 @@ def from_json(text: str, path: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise DamagedFileError(
-            f"{path} has a manifest that its version does not allow ({error}). Dump it again."
-        ) from error
+        raise _bad_manifest(path, error) from error
+
+
+def _bad_manifest(path: Path, reason: object) -> DamagedFileError:
+    return DamagedFileError(f"{path} has a manifest that its version does not allow ({reason}). Dump it again.")
 
 
 def check_model(manifest: Manifest, fingerprint: ModelFingerprint, path: Path) -> None:
@@ -97,6 +106,80 @@ def check_shape(kv_cache_id: str, layers: Sequence[KV], fingerprint: ModelFinger
             f"{path}: item {kv_cache_id} can't be from this model: {difference}. "
             "Load it with the model that built it, or extract it again."
         )
+
+
+def check_unverified(
+    item: ItemManifest, layers: Sequence[KV], model: ModelFingerprint, config: PreTrainedConfig, path: Path
+) -> None:
+    """As `check_shape` and `check_tensors`, for an item that does not say which model built it."""
+    check_shape(item.kv_cache_id, layers, model, path)
+    check_tensors(item, layouts_of(layers), model, config, path)
+
+
+Layout = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a tensor."""
+
+
+def layouts_of(layers: Sequence[KV]) -> list[Layout]:
+    """Of keys and values, layer by layer."""
+    return [(tensor.dtype, tuple(tensor.shape)) for pair in layers for tensor in pair]
+
+
+def check_tensors(
+    item: ItemManifest, layouts: Sequence[Layout], model: ModelFingerprint, config: PreTrainedConfig, path: Path
+) -> None:
+    """Raises DamagedFileError if the tensors of an item are not those that its manifest and its model state.
+
+    layouts: of the keys and values, layer by layer. An item may hold a share of the heads: what one rank wrote. Sliding
+    layers may hold fewer tokens than the item stands for.
+    """
+    tokens, known = item.cache_tokens, item.metadata.tokens
+    slides = dynamic_cache.has_sliding_layers(config)
+    if len(layouts) != 2 * item.layers or item.layers not in (0, model.layers):
+        raise _lies(item, f"{len(layouts)} tensors for {item.layers} layers, of {model.layers} of the model", path)
+    if known.token_ids and item.layers and len(known.token_ids) != tokens:
+        raise _lies(item, f"{len(known.token_ids)} token ids for {tokens} tokens", path)
+    if not 0 <= known.header_tokens <= known.body_end <= len(known.token_ids):
+        raise _lies(item, f"a body from token {known.header_tokens} to {known.body_end}", path)
+    for dtype, shape in layouts:
+        if str(dtype) != f"torch.{model.dtype}":
+            raise _lies(item, f"a tensor of {dtype}, of a model of {model.dtype}", path)
+        batch, heads, length, head_dim = shape if len(shape) == 4 else (0, 0, 0, 0)
+        if (
+            (batch, head_dim) != (1, model.head_dim)
+            or heads < 1
+            or model.kv_heads % heads
+            or not (length == tokens or (slides and 0 < length < tokens))
+        ):
+            raise _lies(
+                item,
+                f"a tensor of shape {shape}, for (1, {model.kv_heads}, {tokens}, {model.head_dim})",
+                path,
+            )
+
+
+def _lies(item: ItemManifest, what: str, path: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"{path}: item {item.kv_cache_id} is not what its manifest says: {what}. Take another copy of the file."
+    )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite. One pass: 0.2 ms for each MB of fp32 on one CPU core."""
+    if not tensor.numel():
+        return True
+    low, high = (tensor if tensor.dtype.itemsize > 1 else tensor.float()).detach().aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
+def check_finite(item: KVCacheItem, path: Path, error: type[StorageError] = StorageError) -> None:
+    """Raises `error` if a key or value is NaN or infinite: every answer from it would be noise."""
+    for layer, pair in enumerate(dynamic_cache.layers_of(item.kv_cache)):
+        if not all(map(is_finite, pair)):
+            raise error(
+                f"{path}: item {item.kv_cache_id} holds NaN or infinite values in layer {layer}, as a model computes "
+                "that overflows. Extract it again, in float32 or bfloat16."
+            )
 
 
 def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ def read(
     # torch keeps released pinned memory, so only the first load of a process pays for its allocation.
     free: SimpleQueue[_Buffer] = SimpleQueue()
     for _ in range(min(BUFFERS_PER_THREAD * thread_count(len(regions)), len(regions))):
-        free.put(_Buffer(regions.region_bytes, stream is not None))
+        free.put(_Buffer(min(regions.region_bytes, regions.body_bytes), stream is not None))
 
     @torch.inference_mode()  # the mode is per thread, and the caller may have made the targets in inference mode
     def load_region(i: int) -> None:

@@ -17,7 +17,7 @@ from typing import IO, Any, ClassVar
 
 import torch
 import xxhash
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from kvmem.cache import (
     KV,
@@ -34,12 +34,15 @@ from kvmem.errors import DamagedFileError, StorageError
 from kvmem.storage import manifest, safe_unpickler
 from kvmem.storage.atomic_write import CHUNK_BYTES, HashingWriter, replacing, write_all
 from kvmem.storage.base import Storage
+from kvmem.storage.manifest import ItemManifest
 
 SEAL = b"kvmem xxh3_128: "
 SEAL_BYTES = len(SEAL) + xxhash.xxh3_128().digest_size
 ITEMS_KEY = "kv_cache_memories"
 MANIFEST_KEY = "kvmem_manifest"
 PROTOCOL = 4
+MOST_VALUES = 100_000
+"""How many values an entry of another program's metadata may have; a larger one is left out."""
 
 
 class PickleFile(Storage):
@@ -60,6 +63,8 @@ class PickleFile(Storage):
                 f"{path}: item {without_tensors[0]} is a prefix on a server and has no tensors, which this format "
                 "needs. Use a memory_filename that ends in .safetensors."
             )
+        for item in items:
+            manifest.check_finite(item, path)
         manifest_json = manifest.to_json(items)
         digest = xxhash.xxh3_128()
         with replacing(path) as file:
@@ -82,6 +87,8 @@ class PickleFile(Storage):
         if isinstance(contents, dict) and MANIFEST_KEY in contents:
             if not sealed:
                 raise DamagedFileError(f"{path} is damaged: its seal is gone. Take another copy of the file.")
+            if not isinstance(contents[MANIFEST_KEY], str):
+                raise DamagedFileError(f"{path} has a manifest that is not text. Take another copy of the file.")
             stated = manifest.from_json(contents[MANIFEST_KEY], path)
             return _verified_items(entries, stated, path, fingerprint, config, device)
         return _unverified_items(entries, path, fingerprint, config, device)
@@ -118,14 +125,34 @@ def _verified_items(
     device: torch.device,
 ) -> list[KVCacheItem]:
     manifest.check_model(contents, fingerprint, path)
+    if len(entries) != len(contents.items):
+        raise DamagedFileError(
+            f"{path} holds {len(entries)} items, and its manifest states {len(contents.items)}. Take another copy."
+        )
     items = []
     for fields, entry in zip(entries, contents.items, strict=True):
         layers = _layers(fields, path)
         if entry.metadata.fingerprint is None:
-            manifest.check_shape(entry.kv_cache_id, layers, fingerprint, path)
-        cache = dynamic_cache.from_layers([(k.to(device), v.to(device)) for k, v in layers], config, entry.cache_tokens)
-        items.append(KVCacheItem(cache, entry.metadata, entry.kv_cache_id))
+            manifest.check_unverified(entry, layers, fingerprint, config, path)
+        else:
+            manifest.check_tensors(entry, manifest.layouts_of(layers), fingerprint, config, path)
+        items.append(_item(layers, entry.metadata, entry.kv_cache_id, entry.cache_tokens, config, device, path))
     return items
+
+
+def _item(
+    layers: list[KV],
+    metadata: KVCacheMetadata,
+    kv_cache_id: str,
+    tokens: int,
+    config: PreTrainedConfig,
+    device: torch.device,
+    path: Path,
+) -> KVCacheItem:
+    cache = dynamic_cache.from_layers([(k.to(device), v.to(device)) for k, v in layers], config, tokens)
+    item = KVCacheItem(cache, metadata, kv_cache_id)
+    manifest.check_finite(item, path, DamagedFileError)
+    return item
 
 
 def _unverified_items(
@@ -138,9 +165,9 @@ def _unverified_items(
     items = []
     for fields in entries:
         layers = _layers(fields, path)
-        manifest.check_shape(str(fields.get("id", fields.get("kv_cache_id"))), layers, fingerprint, path)
-        cache = dynamic_cache.from_layers([(k.to(device), v.to(device)) for k, v in layers], config)
-        items.append(_unverified_item(fields, cache, path))
+        entry = _unverified_entry(fields, layers, path)
+        manifest.check_unverified(entry, layers, fingerprint, config, path)
+        items.append(_item(layers, entry.metadata, entry.kv_cache_id, entry.cache_tokens, config, device, path))
     return items
 
 
@@ -241,33 +268,41 @@ def _layers(fields: dict[str, Any], path: Path) -> list[KV]:
         layers = [layer.fields for layer in _list(parts["layers"]) if isinstance(layer, safe_unpickler.Layer)]
         pairs: list[tuple[Any, Any]] = [(layer.get("keys"), layer.get("values")) for layer in layers]
     else:
-        pairs = list(zip(_list(parts.get("key_cache")), _list(parts.get("value_cache")), strict=False))
-    if not pairs or not all(isinstance(tensor, torch.Tensor) for pair in pairs for tensor in pair):
+        keys, values = _list(parts.get("key_cache")), _list(parts.get("value_cache"))
+        pairs = list(zip(keys, values, strict=True)) if len(keys) == len(values) else []
+    tensors = [(safe_unpickler.tensor_of(keys), safe_unpickler.tensor_of(values)) for keys, values in pairs]
+    whole = [(keys, values) for keys, values in tensors if keys is not None and values is not None]
+    if not whole or len(whole) < len(tensors):
         raise DamagedFileError(f"{path}: an item holds no keys and values: an empty cache? Extract it again.")
-    return pairs
+    return whole
 
 
-def _unverified_item(fields: dict[str, Any], cache: DynamicCache, path: Path) -> KVCacheItem:
-    """An item without fingerprint and token ids, with the source text if the file states it."""
+def _unverified_entry(fields: dict[str, Any], layers: list[KV], path: Path) -> ItemManifest:
+    """What is known of an item without fingerprint and token ids, with the source text if the file states it."""
     stated = fields.get("metadata")
     metadata = stated if isinstance(stated, dict) else {}
     records = fields.get("records")
     composed = records.fields.get("composed_text_memory") if isinstance(records, safe_unpickler.ItemRecords) else None
-    source = metadata.get("source_text") or composed or ""
-    kv_cache_id = str(fields.get("id", fields.get("kv_cache_id")))
-    if fault := text_fault(kv_cache_id):
-        raise DamagedFileError(f"{path}: the item id {kv_cache_id!r} {fault}. Take another copy of the file.")
+    source = next((text for text in (metadata.get("source_text"), composed) if isinstance(text, str) and text), "")
+    kv_cache_id = fields.get("id", fields.get("kv_cache_id"))
+    if not isinstance(kv_cache_id, str):
+        raise DamagedFileError(f"{path}: an item has no id that is text. Extract it again.")
+    if fault := text_fault(kv_cache_id) or text_fault(source):
+        raise DamagedFileError(f"{path}: the item {kv_cache_id!r} {fault}. Take another copy of the file.")
     carried = {
-        k: v for k, v in metadata.items() if k not in ("source_text", "extracted_at") and not value_fault({k: v})
+        k: v
+        for k, v in metadata.items()
+        if k not in ("source_text", "extracted_at") and _is_small(v) and not value_fault({k: v})
     }
-    return KVCacheItem(
-        kv_cache=cache,
+    return ItemManifest(
         kv_cache_id=kv_cache_id,
+        cache_tokens=max(keys.shape[-2] if keys.dim() > 1 else 0 for keys, _ in layers),
+        layers=len(layers),
         metadata=KVCacheMetadata(
-            tokens=MemoryTokens(source=str(source), template="unknown", token_ids=(), header_tokens=0, body_end=0),
+            tokens=MemoryTokens(source=source, template="unknown", token_ids=(), header_tokens=0, body_end=0),
             extracted_at=_time(metadata.get("extracted_at"), path),
             build_s=0.0,  # unknown
-            kv_bytes=dynamic_cache.nbytes(cache),
+            kv_bytes=sum(tensor.nbytes for pair in layers for tensor in pair),
             fingerprint=None,
             textual_memory=TextualSource(id=kv_cache_id, metadata=carried) if carried else None,
         ),
@@ -278,6 +313,20 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _is_small(value: Any) -> bool:
+    """Whether a value has at most `MOST_VALUES` parts. A few bytes of a pickle can be billions, by lists that hold the
+    same list many times."""
+    remaining, seen = [value], 0
+    while remaining:
+        part = remaining.pop()
+        seen += 1
+        inner = list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
+        if seen + len(remaining) + len(inner) > MOST_VALUES:
+            return False
+        remaining += inner
+    return True
+
+
 def _time(text: Any, path: Path) -> datetime:
     """When an item was extracted: `text` if it is a time in ISO format, else the file's modification time."""
     if isinstance(text, str):
@@ -285,4 +334,7 @@ def _time(text: Any, path: Path) -> datetime:
             return datetime.fromisoformat(text)
         except ValueError:
             pass
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except OSError:  # deleted since
+        return datetime.now(UTC)

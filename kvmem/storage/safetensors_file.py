@@ -6,7 +6,8 @@ the header. The header's metadata holds:
 
 - `checksum_of_head`: XXH3-128 of length and header, computed with zeros in place of its own digits;
 - `region_bytes` and `checksums_of_regions`: XXH3-128 of each region of the body;
-- `manifest`: everything about the items but their tensors.
+- `manifest`: everything about the items but their tensors;
+- `finite`: "true" if the writer made sure that no value is NaN or infinite. Without it, a reader looks.
 
 The header is verified before the body is read, and then each region of the body against the header, so a flipped bit
 anywhere is refused. Checksums protect against accidents, not against a forger.
@@ -18,10 +19,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +51,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 ALIGN_BYTES = 64
 LENGTH_BYTES = 8
+MOST_HEADER_BYTES = 100_000_000
+"""The safetensors package's own limit."""
+MOST_NUMBERS = 1 << 31
+"""The largest size of a tensor's dimension."""
 NO_CHECKSUM = b"0" * (2 * DIGEST_BYTES)
 START = b'{"__metadata__":{"checksum_of_head":"'
+FINITE = "finite"
 REGIONS_KEY = b'"checksums_of_regions":"'
 WHOLE_FILE_START = b'{"__metadata__":{"checksum":"'
 """The start of an older file's header, with one checksum over the whole file."""
@@ -67,6 +75,8 @@ class SafetensorsFile(Storage):
     suffixes = (".safetensors",)
 
     def dump(self, path: Path, items: Sequence[KVCacheItem]) -> None:
+        for item in items:
+            manifest.check_finite(item, path)
         # The writer of the safetensors package needs every tensor contiguous and on the CPU before it starts, and does
         # not hash the bytes while it writes them.
         header = _header_without_checksums(path, items)
@@ -88,6 +98,7 @@ class SafetensorsFile(Storage):
             mapped = _mapped(file, header, path) if header.regions is None else None  # verifies the header too
             contents = manifest.from_json(header.manifest, path)
             manifest.check_model(contents, fingerprint, path)
+            _check_tensors(header, contents, fingerprint, config, path)
             if mapped is None and device.type == "cpu":
                 mapped = _mapped(file, header, path)
             if mapped is not None:
@@ -98,9 +109,11 @@ class SafetensorsFile(Storage):
         for i, entry in enumerate(contents.items):
             layers = [(tensors[f"{i}.{layer}.k"], tensors[f"{i}.{layer}.v"]) for layer in range(entry.layers)]
             if entry.metadata.fingerprint is None:
-                manifest.check_shape(entry.kv_cache_id, layers, fingerprint, path)
+                manifest.check_unverified(entry, layers, fingerprint, config, path)
             cache = dynamic_cache.from_layers(layers, config, entry.cache_tokens)
             items.append(KVCacheItem(cache, entry.metadata, entry.kv_cache_id))
+            if not header.is_finite:
+                manifest.check_finite(items[-1], path, DamagedFileError)
         return items
 
 
@@ -112,11 +125,7 @@ def read_token_ids(path: Path) -> tuple[int, ...]:
     """
     with _opened(path) as file:
         header = read_header(file, path)
-    try:
-        text = header.manifest
-    except KeyError as error:
-        raise DamagedFileError(f"{path} has a damaged header ({error}). Take another copy of the file.") from error
-    items = manifest.from_json(text, path).items
+    items = manifest.from_json(header.manifest, path).items
     if not items:
         raise DamagedFileError(f"{path} holds no item. Dump a memory there first.")
     return items[0].metadata.tokens.token_ids
@@ -137,6 +146,12 @@ class Header:
     def manifest(self) -> str:
         text: str = self.fields["__metadata__"]["manifest"]
         return text
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the file's writer made sure that no value is NaN or infinite."""
+        stated: str = self.fields["__metadata__"].get(FINITE, "")
+        return stated == "true"
 
     @property
     def tensors(self) -> dict[str, dict[str, Any]]:
@@ -169,25 +184,73 @@ def read_header(file: io.FileIO, path: Path) -> Header:
             f"{path} does not start like a memory of kvmem: another kind of file, a later kvmem's, or damaged."
         )
     body_at = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
-    if body_at > size:
+    if body_at > min(size, LENGTH_BYTES + MOST_HEADER_BYTES):
         raise checksum_error(path)
     raw = bytearray(body_at)
     if not parallel_read.read_exactly(file, memoryview(raw), 0):
         raise checksum_error(path)
-    if is_older:
-        try:
-            return Header(json.loads(raw[LENGTH_BYTES:]), body_at, None)
-        except ValueError as error:
-            raise DamagedFileError(f"{path} has a damaged header ({error}). Take another copy of the file.") from error
-    if not _has_checksum(memoryview(raw), START):
+    if not is_older and not _has_checksum(memoryview(raw), START):
         raise checksum_error(path)
-    fields = json.loads(raw[LENGTH_BYTES:])
-    digests = bytes.fromhex(fields["__metadata__"]["checksums_of_regions"])
+    try:
+        fields = json.loads(raw[LENGTH_BYTES:])
+        _check_fields(fields, size - body_at)
+        return Header(fields, body_at, None if is_older else _regions(fields["__metadata__"], size - body_at))
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedFileError(f"{path} has a damaged header ({error}). Take another copy of the file.") from error
+
+
+def _regions(metadata: dict[str, str], body_bytes: int) -> Regions:
+    """The checksums of the body. Raises ValueError or KeyError if they can't be those of so many bytes."""
+    region_bytes = int(metadata["region_bytes"])
+    digests = bytes.fromhex(metadata["checksums_of_regions"])
     by_region = tuple(digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES))
-    regions = Regions(size - body_at, int(fields["__metadata__"]["region_bytes"]), by_region)
-    if len(regions) != len(by_region):  # the file was cut off, or has bytes behind its end
-        raise checksum_error(path)
-    return Header(fields, body_at, regions)
+    # The file was cut off, or has bytes behind its end, or claims regions that its bytes do not fill.
+    if region_bytes < 1 or len(by_region) != region_count(body_bytes, region_bytes):
+        raise ValueError(f"{len(by_region)} checksums for {body_bytes} bytes")
+    return Regions(body_bytes, region_bytes, by_region)
+
+
+def _check_fields(fields: Any, body_bytes: int) -> None:
+    """Raises ValueError, LookupError or TypeError unless the header is well-formed and its tensors fill the body.
+
+    Nothing is allocated for a size that the header states before this has passed.
+    """
+    metadata = fields["__metadata__"]
+    if not isinstance(metadata["manifest"], str) or not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError("metadata that is not text")
+    end = 0
+    for name, entry in fields.items():
+        if name == "__metadata__":
+            continue
+        shape, (start, stop) = entry["shape"], entry["data_offsets"]
+        if len(shape) != 4 or not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError(f"{name} has a shape or a place that is none")
+        if max(shape) > MOST_NUMBERS:  # of an empty tensor, which fits anywhere
+            raise ValueError(f"{name} has the shape {shape}")
+        if start != end or stop - start != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
+            raise ValueError(f"{name}, of shape {shape} and dtype {entry['dtype']}, does not fill its bytes")
+        end = stop
+    if end != body_bytes:
+        raise ValueError(f"tensors of {end} bytes in {body_bytes}: its checksums can't fit")
+
+
+def _check_tensors(
+    header: Header, contents: manifest.Manifest, model: ModelFingerprint, config: PreTrainedConfig, path: Path
+) -> None:
+    """Raises DamagedFileError unless the file's tensors are those that its manifest states, and in that order."""
+    tensors = header.tensors
+    if sum(2 * entry.layers for entry in contents.items) != len(tensors):
+        raise DamagedFileError(
+            f"{path} holds {len(tensors)} tensors, and its manifest states another number. Take another copy of it."
+        )
+    names = [name for i, entry in enumerate(contents.items) for name in header.names(i, entry.layers)]
+    if names != list(tensors):
+        raise DamagedFileError(f"{path} holds tensors with names of another format. Take another copy of it.")
+    layouts = iter([(DTYPES[entry["dtype"]], tuple(entry["shape"])) for entry in tensors.values()])
+    for entry in contents.items:
+        own = list(islice(layouts, 2 * entry.layers))
+        if entry.metadata.fingerprint is not None:
+            manifest.check_tensors(entry, own, model, config, path)
 
 
 def read_tensors(
@@ -234,6 +297,7 @@ def _header_without_checksums(path: Path, items: Sequence[KVCacheItem]) -> bytes
         "region_bytes": str(REGION_BYTES),
         "checksums_of_regions": NO_CHECKSUM.decode() * region_count(end, REGION_BYTES),
         "manifest": manifest.to_json(items),
+        FINITE: "true",
     }
     header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
     header += b" " * (-(LENGTH_BYTES + len(header)) % ALIGN_BYTES)

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from kvmem.cache import KVCacheItem, KVCacheMetadata, dynamic_cache
 from kvmem.engines import Backend
-from kvmem.errors import FingerprintError, StorageError
+from kvmem.errors import DamagedFileError, FingerprintError, StorageError
 from kvmem.storage import SafetensorsFile, Storage, remove_abandoned
 
 
@@ -155,6 +155,12 @@ class MemoryStore(TierStore):
         del self._items[item_id]
 
 
+def check_place(item_id: str, expected: str, found: str) -> None:
+    """Raises StorageError if an item is in a file of another name than its id gives, where no read would find it."""
+    if expected != found:
+        raise StorageError(f"{found} holds the item {item_id}, which belongs into {expected}. Rename the file.")
+
+
 class DiskStore(TierStore):
     """A folder with one file for each item, replaced atomically and verified when it is read. One process at a time."""
 
@@ -199,6 +205,7 @@ class DiskStore(TierStore):
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
                 item = self._load(path)
+                check_place(item.kv_cache_id, self.path(item.kv_cache_id).name, path.name)
                 items.append(ScannedItem(item.kv_cache_id, item.metadata, dynamic_cache.nbytes(item.kv_cache)))
             except (StorageError, FingerprintError) as error:
                 refused[path.name] = str(error)
@@ -208,4 +215,8 @@ class DiskStore(TierStore):
         self._lock.release()
 
     def _load(self, path: Path) -> KVCacheItem:
-        return self._format.load(path, self._backend.fingerprint, self._backend.model_config, self._backend.device)[0]
+        backend = self._backend
+        items = self._format.load(path, backend.fingerprint, backend.model_config, backend.device)
+        if len(items) != 1:
+            raise DamagedFileError(f"{path} holds {len(items)} items, and files of a tier hold one. Build them again.")
+        return items[0]

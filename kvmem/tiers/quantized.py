@@ -49,7 +49,7 @@ def quantized_bytes(model: ModelFingerprint, scheme: str, tokens: int) -> int:
 
     For few tokens in bf16 this is more than unquantized.
     """
-    rows = model.kv_heads * model.head_dim * (-(-tokens // GROUP))  # of GROUP keys each
+    rows = model.kv_heads * model.head_dim * _padded(tokens) // GROUP  # of GROUP keys each
     value_rows = rows * GROUP // _values_group(model.head_dim)
     packed = 2 * rows * GROUP * BITS[scheme] // 8
     return model.layers * (packed + (rows + value_rows) * SCALE_BYTES)
@@ -77,6 +77,7 @@ class QuantizedFile(Storage):
 
     def dump(self, path: Path, items: Sequence[KVCacheItem]) -> None:
         (item,) = items
+        manifest.check_finite(item, path)
         tensors: dict[str, torch.Tensor] = {}
         for layer, (keys, values) in enumerate(dynamic_cache.layers_of(item.kv_cache)):
             for kind, tensor in (("k", keys), ("v", values)):
@@ -103,9 +104,13 @@ class QuantizedFile(Storage):
             raise DamagedFileError(f"{path} is damaged: its checksum does not fit its content. Build the memory again.")
         contents = manifest.from_json(text, path)
         manifest.check_model(contents, fingerprint, path)
+        if len(contents.items) != 1:
+            raise DamagedFileError(f"{path} holds {len(contents.items)} items, and files of a tier hold one.")
         (entry,) = contents.items
         dtype = getattr(torch, fingerprint.dtype)
         shape = (1, fingerprint.kv_heads, entry.cache_tokens, fingerprint.head_dim)
+        manifest.check_tensors(entry, [(dtype, shape)] * (2 * fingerprint.layers), fingerprint, config, path)
+        self._check_parts(tensors, fingerprint, entry.cache_tokens, path)
         layers = [
             (
                 self._dequantized(tensors, f"{layer}.k", shape, device).to(dtype),
@@ -115,6 +120,20 @@ class QuantizedFile(Storage):
         ]
         cache = dynamic_cache.from_layers(layers, config, entry.cache_tokens)
         return [KVCacheItem(cache, entry.metadata, entry.kv_cache_id)]
+
+    def _check_parts(self, tensors: dict[str, torch.Tensor], model: ModelFingerprint, tokens: int, path: Path) -> None:
+        """Raises DamagedFileError unless there are the integers, scales and zero points of so many tokens."""
+        numbers, value_group = model.kv_heads * model.head_dim * _padded(tokens), _values_group(model.head_dim)
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for layer in range(model.layers):
+            for kind, group in (("k", GROUP), ("v", value_group)):
+                rows = numbers // group
+                expected[f"{layer}.{kind}.q"] = torch.uint8, (rows * BITS[self.scheme] // 8, group)
+                expected |= {f"{layer}.{kind}.{part}": (torch.float32, (rows, 1)) for part in "sz"}
+        if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != expected:
+            raise DamagedFileError(f"{path} does not hold the tensors of {tokens} tokens. Build the memory again.")
+        if not all(manifest.is_finite(tensor) for tensor in tensors.values() if tensor.dtype == torch.float32):
+            raise DamagedFileError(f"{path} holds scales that are NaN or infinite. Build the memory again.")
 
     def _quantized(self, kind: str, tensor_BHTD: torch.Tensor) -> dict[str, torch.Tensor]:
         padding = -tensor_BHTD.shape[2] % GROUP
@@ -157,6 +176,11 @@ class QuantizedFile(Storage):
         if name.endswith("k"):
             return rows_RG.reshape(batch, heads, dim, -1).mT[:, :, :tokens].contiguous()
         return rows_RG.reshape(batch, heads, -1, dim)[:, :, :tokens].contiguous()
+
+
+def _padded(tokens: int) -> int:
+    """`tokens`, filled up to whole groups of keys."""
+    return -(-tokens // GROUP) * GROUP
 
 
 def _values_group(head_dim: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from kvmem.cache import KVCacheItem
 from kvmem.engines import Backend
 from kvmem.errors import FingerprintError, StorageError
 from kvmem.storage import SafetensorsFile, manifest
-from kvmem.tiers.base import ScannedItem, TierStore
+from kvmem.tiers.base import ScannedItem, TierStore, check_place
 
 
 class RemoteStore(TierStore):
@@ -38,9 +37,14 @@ class RemoteStore(TierStore):
         with tempfile.TemporaryDirectory(prefix="kvmem-cold-") as folder:
             local = Path(folder) / "item.safetensors"
             self._format.dump(local, [item])
-            with self._store_errors("written"):
-                self._store.put_file(str(local), tensors)
-                self._store.pipe_file(metadata, manifest.to_json([item]).encode())
+            try:
+                with self._store_errors("written"):
+                    self._store.put_file(str(local), tensors)
+                    self._store.pipe_file(metadata, manifest.to_json([item]).encode())
+            except StorageError:
+                with suppress(StorageError):  # else the next process removes what was written so far
+                    self.delete(item.kv_cache_id)
+                raise
 
     def read(self, item_id: str) -> KVCacheItem:
         tensors, _ = self._names(item_id)
@@ -73,8 +77,10 @@ class RemoteStore(TierStore):
                     try:
                         contents = manifest.from_json(text, Path(name))
                         manifest.check_model(contents, self._backend.fingerprint, Path(name))
+                        for entry in contents.items:
+                            check_place(entry.kv_cache_id, self._names(entry.kv_cache_id)[1].rpartition("/")[2], name)
                         items += [ScannedItem(i.kv_cache_id, i.metadata, i.metadata.kv_bytes) for i in contents.items]
-                    except (StorageError, FingerprintError, json.JSONDecodeError) as error:
+                    except (StorageError, FingerprintError) as error:
                         refused[name] = str(error)
         return items, refused
 

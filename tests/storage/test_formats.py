@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmem import storage
-from kvmem.cache.dynamic_cache import crop, from_layers, layers_of
+from kvmem.cache.dynamic_cache import crop, from_layers, layers_of, nbytes
 from kvmem.cache.items import KVCacheItem
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError
 from kvmem.storage import manifest
@@ -35,15 +35,16 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_round_trip_keeps_every_bit(path: Path, dtype: torch.dtype) -> None:
-    items = [stored.item("a", 6, 0, dtype), stored.item("b", 1, 1, dtype), stored.item("ü", 9, 2, dtype)]
-    loaded = stored.load(stored.dump(path, *items))
+    model = stored.FINGERPRINT.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    items = [stored.item(name, tokens, tokens, dtype, model) for name, tokens in (("a", 6), ("b", 1), ("ü", 9))]
+    loaded = stored.load(stored.dump(path, *items), model)
     assert [item.kv_cache_id for item in loaded] == ["a", "b", "ü"]
     assert all(map(stored.same, loaded, items))
 
 
-def test_not_a_number_keeps_its_bits(path: Path) -> None:
+def test_the_smallest_and_largest_numbers_keep_their_bits(path: Path) -> None:
     item = stored.item()
-    layers_of(item.kv_cache)[0][0].view(-1)[:2] = torch.tensor([float("nan"), float("-inf")])
+    layers_of(item.kv_cache)[0][0].view(-1)[:4] = torch.tensor([-0.0, 1e-45, -3.4e38, 3.4e38])
     assert stored.same(stored.load(stored.dump(path, item))[0], item)
 
 
@@ -63,6 +64,7 @@ def test_sliding_layers_keep_the_length_of_their_text(path: Path) -> None:
 def test_cropped_tokens_are_not_in_the_file(path: Path) -> None:
     item = stored.item(tokens=2000)
     crop(item.kv_cache, 3)
+    item.metadata = stored.metadata(3, nbytes(item.kv_cache))
     assert not layers_of(item.kv_cache)[0][0].is_contiguous()
     (loaded,) = stored.load(stored.dump(path, item))
     assert stored.same_tensors(loaded.kv_cache, item.kv_cache)
