@@ -24,8 +24,8 @@ FLOORS = {
         {"scheduler"},
     ),
     "experiments": (
-        {"hardware", "results", "signals", "traces"},
-        {"performance_model", "sinks", "workloads"},
+        {"hardware", "results", "signals", "text_files"},
+        {"performance_model", "sinks", "traces", "workloads"},
         {"measurement"},
         {"baselines"},
         {"bench"},

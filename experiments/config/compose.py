@@ -123,14 +123,22 @@ def check(command: CommandLine) -> None:
         return
     if command.cfg and command.multirun:
         raise ConfigError("-m runs jobs, and --cfg shows one job's configuration. Use one of them.")
-    if command.cfg or not command.multirun:
+    if command.cfg:
         validate(compose(command.overrides))
+        return
+    if not command.multirun:
+        _check_job(command.overrides)
         return
     for job in expand(command.overrides):
         try:
-            validate(compose(job))
+            _check_job(job)
         except ConfigError as error:
             raise ConfigError(f"{error} (in the job {' '.join(job)})") from error
+
+
+def _check_job(overrides: Sequence[str]) -> None:
+    config = validate(compose(overrides))
+    config.scenario.check(config)
 
 
 def _card(group: str, card: dict[str, Any]) -> Any:

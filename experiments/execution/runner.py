@@ -73,6 +73,7 @@ def _measure_missing(
     sinks: list[Sink] = [JSONL(), Guarded(config.sink, run_dir)]
     for sink in sinks:
         sink.check()
+    config.scenario.check(config)
     bench = config.scenario.open(config)
     cells = cells_by_name(config.scenario.cells(bench))
     missing = {name: cell for name, cell in cells.items() if name not in done.cells}

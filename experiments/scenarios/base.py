@@ -8,6 +8,8 @@ from typing import ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from experiments.bench import Bench, Setup
 from experiments.results import Row
+from kvmem.engines import Backend, backend_class
+from kvmem.errors import ConfigError
 from kvmem.registry import Registry
 
 
@@ -47,6 +49,10 @@ class Scenario(ABC, Generic[BenchT, CellT]):
     It requires that the work of a cell depends only on the cell, never on timing.
     """
 
+    def check(self, setup: Setup) -> None:
+        """Raises ConfigError for what is wrong with `setup` and can be known before a model loads."""
+        return None
+
     @abstractmethod
     def open(self, setup: Setup) -> BenchT:
         """Prepares what the cells are measured on, such as a loaded model.
@@ -77,6 +83,21 @@ class Scenario(ABC, Generic[BenchT, CellT]):
 
 class ModelScenario(Scenario[Bench, CellT]):
     """A scenario that measures a loaded model."""
+
+    engines: ClassVar[tuple[type[Backend], ...]] = ()
+    """The engines that it can measure; (): any."""
+    measures_workload: ClassVar[bool] = True
+    """Whether its cells come from the workload."""
+
+    def check(self, setup: Setup) -> None:
+        engine = setup.backend.backend
+        if self.engines and not issubclass(backend_class(engine), self.engines):
+            choices = " or ".join(f"backend={choice.name}" for choice in self.engines)
+            raise ConfigError(
+                f"scenario={self.name} can't measure backend={engine}. Use {choices}, or another scenario."
+            )
+        if self.measures_workload:
+            setup.workload.check()
 
     def open(self, setup: Setup) -> Bench:
         return Bench.open(setup)

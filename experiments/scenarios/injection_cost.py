@@ -35,6 +35,7 @@ from experiments.results import (
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
+from kvmem.engines import Backend
 from kvmem.engines.graph import HFGraphBackend
 from kvmem.errors import ConfigError
 from kvmem.models import loading
@@ -178,6 +179,7 @@ class InjectionCost(ModelScenario[CostCell]):
     vllm_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds to wait for vLLM's process."""
 
+    engines: ClassVar[tuple[type[Backend], ...]] = (HFGraphBackend,)
     name: ClassVar[str] = "injection_cost"
     question: ClassVar[str] = (
         "How long does each injection method take, as a multiple of the least time that the hardware needs?"
@@ -185,11 +187,7 @@ class InjectionCost(ModelScenario[CostCell]):
 
     def cells(self, bench: Bench) -> Sequence[CostCell]:
         setup = bench.setup
-        if not isinstance(bench.backend, HFGraphBackend):
-            raise ConfigError(
-                f"scenario=injection_cost measures injection methods on the graph engine, and this run has "
-                f"backend={type(bench.backend).name}. Use backend=hf_graph."
-            )
+        assert isinstance(bench.backend, HFGraphBackend)
         cells = setup.workload.cells(bench.backend.template, setup.separator)
         if any(len(cell.memories) > 1 for cell in cells):
             raise ConfigError("scenario=injection_cost needs one memory in each cell. Use scenario=kv_vs_direct.")

@@ -63,15 +63,17 @@ class KVvsDirect(ModelScenario[Cell]):
 
     def measure(self, bench: Bench, cell: Cell) -> list[Row]:
         items = [build_once(bench, source) for source in cell.memories]
-        bench.memory.add(items)
+        stored = {item.kv_cache_id: item for item in items}  # equal texts are one item, which may be injected twice
+        bench.memory.add(stored.values())
         try:
             return [self._compare(bench, cell, items)]
         finally:
-            bench.memory.delete([item.kv_cache_id for item in items])
+            bench.memory.delete(stored)
 
     def _compare(self, bench: Bench, cell: Cell, items: list[KVCacheItem]) -> Row:
         memory, backend = bench.memory, bench.backend
         ids = [item.kv_cache_id for item in items]
+        stored = dict(zip(ids, items, strict=True)).values()
         tokens = memory.get_cache(ids).tokens
         arms: dict[str, ttft.Arm] = {
             "injected": lambda: ttft.injected(memory, backend, ids, cell.question),
@@ -105,8 +107,8 @@ class KVvsDirect(ModelScenario[Cell]):
             "injected",
             injected,
             Arm(samples["direct"], ttft.trace(backend, direct, None, self.answer_tokens)),
-            build_s=sum(build_s(bench, item) for item in items),
-            kv_bytes=sum(item.metadata.kv_bytes for item in items),
+            build_s=sum(build_s(bench, item) for item in stored),
+            kv_bytes=sum(item.metadata.kv_bytes for item in stored),
             memories=len(items),
             conditions=conditions,
             measured_times=runs,

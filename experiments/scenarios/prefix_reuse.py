@@ -14,13 +14,14 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments.baselines import first_token
-from experiments.bench import Arm, Bench, build_once, compare, p90
+from experiments.bench import Arm, Bench, Setup, build_once, compare, p90
 from experiments.measurement import Trace, transfer_s, ttft
 from experiments.results import Row, TTFTPayload
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
-from kvmem.engines import Injectable, MeasuredBackend
+from kvmem.engines import Injectable, MeasuredBackend, backend_class
+from kvmem.engines.huggingface import HFBackend
 from kvmem.engines.vllm import VLLMBackend
 from kvmem.errors import ConfigError
 from kvmem.prompt import TokenizedPrompt
@@ -69,12 +70,14 @@ class PrefixReuse(ModelScenario[Cell]):
     name: ClassVar[str] = "prefix_reuse"
     question: ClassVar[str] = "What does an injected memory save over the engine's own prefix cache, and over no cache?"
 
+    def check(self, setup: Setup) -> None:
+        super().check(setup)
+        if issubclass(backend_class(setup.backend.backend), HFBackend):
+            raise _no_prefix_cache(setup.backend.backend)
+
     def cells(self, bench: Bench) -> Sequence[Cell]:
         if bench.backend.prefix_block_tokens is None:
-            raise ConfigError(
-                f"scenario=prefix_reuse needs an engine with a prefix cache of its own, and "
-                f"backend={type(bench.backend).name} has none. Use backend=vllm, or scenario=kv_vs_direct."
-            )
+            raise _no_prefix_cache(type(bench.backend).name)
         setup = bench.setup
         cells = setup.workload.cells(bench.backend.template, setup.separator)
         if any(len(cell.memories) > 1 for cell in cells):
@@ -157,3 +160,10 @@ class PrefixReuse(ModelScenario[Cell]):
         ttft.fill_prefix_cache(backend, prompt.memory_ids)
         answer = backend.greedy(TokenizedPrompt((), prompt.ids), None, self.answer_tokens)
         return Trace(answer.token_ids, answer.logits_SV, answer.complete)
+
+
+def _no_prefix_cache(engine: str) -> ConfigError:
+    return ConfigError(
+        f"scenario=prefix_reuse needs an engine with a prefix cache of its own, and backend={engine} has none. "
+        "Use backend=vllm, or scenario=kv_vs_direct."
+    )

@@ -14,10 +14,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from scipy import stats
 
-from experiments.bench import Bench, replay
+from experiments.bench import Bench, Setup, replay
 from experiments.results import Payload, Row, between, formatting
 from experiments.scenarios.base import ModelScenario
 from experiments.traces import FAMILIES, Outcome, Trace, TraceFamily, best_oracle, bound_s, jsonl, simulate
+from kvmem.engines import backend_class
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
 from kvmem.scheduler import Costs
@@ -136,12 +137,16 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         self._costs: Costs | None = None
         FAMILIES.find(self.replay_family)
 
-    def cells(self, bench: Bench) -> Sequence[ReplayCell | TrafficCell]:
-        if type(bench.backend) is not HFBackend:
+    def check(self, setup: Setup) -> None:
+        if backend_class(setup.backend.backend) is not HFBackend:
             raise ConfigError(
                 f"scenario=reuse_trace replays its trace on backend=huggingface, and this run has "
-                f"backend={type(bench.backend).name}. Use backend=huggingface."
+                f"backend={setup.backend.backend}. Use backend=huggingface."
             )
+        if self.trace_file is not None:
+            jsonl.lines(Path(self.trace_file))
+
+    def cells(self, bench: Bench) -> Sequence[ReplayCell | TrafficCell]:
         families = FAMILIES.classes()
         short = families[self.replay_family]().draw(self.replay_memories, self.replay_uses, bench.setup.seed, 0)
         return [ReplayCell(f"replay of {short.uses} uses", short), *self._traffic(bench, families)]

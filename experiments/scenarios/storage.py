@@ -84,6 +84,7 @@ class StorageScenario(ModelScenario[StorageCell]):
     folder: str = "outputs"
     """The folder of the files, on the disk to be measured. The files are removed afterwards."""
 
+    measures_workload: ClassVar[bool] = False
     name: ClassVar[str] = "storage"
     question: ClassVar[str] = (
         "What do dump and load cost in time and memory, compared with torch.save + fsync and torch.load?"

@@ -15,11 +15,12 @@ import numpy as np
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments.bench import COLD, RECOMPUTE, WARM, Bench, Quality, TierProbe
+from experiments.bench import COLD, RECOMPUTE, WARM, Bench, Quality, Setup, TierProbe
 from experiments.measurement import transfer_s
 from experiments.results import Payload, Row, between
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import as_query, cut_memories, docs_texts
+from kvmem.engines import Backend
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
 from kvmem.scheduler import Costs
@@ -113,22 +114,22 @@ class Tiers(ModelScenario[TiersCell]):
     folder: str = "outputs"
     """The folder of the disk tier, on the disk to be measured. Its files are removed afterwards."""
 
+    engines: ClassVar[tuple[type[Backend], ...]] = (HFBackend,)
+    measures_workload: ClassVar[bool] = False
     name: ClassVar[str] = "tiers"
     question: ClassVar[str] = (
         "What does a slower tier cost: what is the TTFT with a memory in each tier, and when is recomputing faster?"
     )
 
-    def cells(self, bench: Bench) -> Sequence[TiersCell]:
-        if not isinstance(bench.backend, HFBackend):
-            raise ConfigError(
-                f"scenario=tiers measures the tiers of a Hugging Face engine, and backend={type(bench.backend).name} "
-                "has tiers of its own. Use backend=huggingface."
-            )
+    def check(self, setup: Setup) -> None:
+        super().check(setup)
         if self.compressed:
             try:
                 check_hqq()
             except ConfigError as error:
                 raise ConfigError(f"{error} Or leave those tiers out: scenario.compressed=[].") from error
+
+    def cells(self, bench: Bench) -> Sequence[TiersCell]:
         return [TiersCell(f"{len(self.context_tokens)} lengths in every tier")]
 
     def measure(self, bench: Bench, cell: TiersCell) -> list[Row]:

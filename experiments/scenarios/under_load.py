@@ -19,8 +19,9 @@ from experiments.results import Payload, Row, formatting
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import as_query, cut_memories, docs_texts
 from kvmem.cache import KVCacheItem
+from kvmem.engines import Backend
 from kvmem.engines.vllm import Arrival, Served, VLLMBackend
-from kvmem.errors import ConfigError, KVMemError
+from kvmem.errors import KVMemError
 from kvmem.prompt import TokenizedPrompt
 
 ARMS = ("direct", "native hit", "injected")
@@ -113,18 +114,14 @@ class UnderLoad(ModelScenario[ArmCell]):
     goal_ttft_s: PositiveFloat | None = None
     """The upper limit for p99 TTFT; null means twice the direct arm's TTFT on an idle engine."""
 
+    engines: ClassVar[tuple[type[Backend], ...]] = (VLLMBackend,)
+    measures_workload: ClassVar[bool] = False
     name: ClassVar[str] = "under_load"
     question: ClassVar[str] = (
         "What does injection improve on a server under load: TTFT percentiles, throughput, and the sustained rate?"
     )
 
     def cells(self, bench: Bench) -> Sequence[ArmCell]:
-        backend = bench.backend
-        if not isinstance(backend, VLLMBackend):
-            raise ConfigError(
-                f"scenario=under_load needs an engine that serves concurrent requests, and "
-                f"backend={type(backend).name} does not. Use backend=vllm."
-            )
         items = self._items(bench)
         query_tokens = len(self._prompt(bench, items[0], self._requests(bench, 1.0)[0].question).query_ids)
         alone_s, whole_s = self._alone(bench, items[0])
@@ -194,7 +191,8 @@ class UnderLoad(ModelScenario[ArmCell]):
         cut = [cut_memories(text, self.memory_tokens, template, separator, "under_load")[0] for text in texts]
         items = [build_once(bench, text) for text in cut]
         present = {item.kv_cache_id for item in bench.memory.get_all()}
-        bench.memory.add([item for item in items if item.kv_cache_id not in present])
+        new = {item.kv_cache_id: item for item in items if item.kv_cache_id not in present}
+        bench.memory.add(new.values())
         return items
 
     def _requests(self, bench: Bench, rate: float) -> list[PlannedRequest]:

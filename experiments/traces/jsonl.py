@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from experiments.text_files import read_text_file
 from experiments.traces.base import Event, Trace
 from kvmem.errors import ConfigError, PromptError
 from kvmem.prompt import PromptTemplate
@@ -32,29 +33,41 @@ class _Line:
 _LINE = TypeAdapter(_Line)
 
 
+def lines(path: Path) -> list[tuple[int, _Line]]:
+    """The lines of the trace in `path`, with their numbers; blank lines are left out.
+
+    Raises ConfigError if the file can't be read, or a line is not an event.
+    """
+    read = []
+    for at, raw in enumerate(read_text_file(path, "scenario.trace_file").split("\n"), 1):
+        if raw.strip():
+            try:
+                read.append((at, _LINE.validate_python(json.loads(raw))))
+            except (json.JSONDecodeError, ValidationError) as error:
+                raise _wrong_line(path, at, error) from error
+    return read
+
+
+def _wrong_line(path: Path, at: int, error: ValueError) -> ConfigError:
+    return ConfigError(f"{path}, line {at}: {str(error).splitlines()[0]}. See experiments/traces/jsonl.py.")
+
+
 def read(path: Path, template: PromptTemplate) -> Trace:
     """The trace in `path`: {"memory": "faq", "tokens": 412}, {"memory": "faq", "kind": "edit"}, … in order of time.
 
     A memory's first line that has `tokens` or `text` gives its length, for all of the trace; queries count with their
     mean. Raises ConfigError, with the line's number, for a line that is none, and for a memory of no known length.
     """
-    if not path.is_file():
-        raise ConfigError(f"scenario.trace_file={path}: there is no such file. Give a file with one event a line.")
     number_of: dict[str, int] = {}
     tokens: dict[str, int] = {}
     events: list[Event] = []
     query_tokens: list[int] = []
-    for at, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not raw.strip():
-            continue
+    for at, line in lines(path):
         try:
-            line = _LINE.validate_python(json.loads(raw))
             if line.memory not in tokens and (line.tokens or line.text):
                 tokens[line.memory] = line.tokens or len(template.memory_tokens(line.text or "").token_ids)
-        except (json.JSONDecodeError, ValidationError, PromptError) as error:
-            raise ConfigError(
-                f"{path}, line {at}: {str(error).splitlines()[0]}. See experiments/traces/jsonl.py."
-            ) from error
+        except PromptError as error:
+            raise _wrong_line(path, at, error) from error
         events.append(Event(line.kind, number_of.setdefault(line.memory, len(number_of))))
         if line.kind == "use":
             query_tokens.append(line.query_tokens or QUERY_TOKENS)

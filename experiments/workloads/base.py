@@ -35,6 +35,10 @@ class Cell:
 class Workload(ABC):
     """Where a run's text comes from."""
 
+    def check(self) -> None:
+        """Raises ConfigError for what is wrong without a model, such as a missing file. Called before one loads."""
+        return None
+
     @abstractmethod
     def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
         """Every cell of the run, in order. A merge joins the memories of one cell with `separator`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import field
 from itertools import islice
@@ -12,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from experiments.text_files import read_text_file
 from experiments.workloads.base import Cell, Workload
 from experiments.workloads.cut import as_query, memory_tokens
 from kvmem.errors import ConfigError
@@ -19,6 +21,8 @@ from kvmem.prompt import PromptTemplate
 
 TEXT_SUFFIXES = (".txt", ".md")
 LABEL_CHARS = 24
+
+log = logging.getLogger("experiments")
 
 
 class Record(NamedTuple):
@@ -31,16 +35,11 @@ class Record(NamedTuple):
 
 def read_text(path: Path, knob: str) -> str:
     """The text of a file. Raises ConfigError if the file does not exist, is empty, or is not UTF-8 text."""
-    if not path.is_file():
-        raise ConfigError(f"workload.{knob}: there is no file {path}. Paths are relative to the working directory.")
     if path.suffix not in (*TEXT_SUFFIXES, ".jsonl"):
         raise ConfigError(
             f"workload.{knob}: {path} has an unknown suffix. Choices: {', '.join(TEXT_SUFFIXES)}, .jsonl."
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"workload.{knob}: {path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    text = read_text_file(path, f"workload.{knob}")
     if not text.strip():
         raise ConfigError(f"workload.{knob}: {path} is empty. Write some text into it, or remove it from the list.")
     return text
@@ -107,10 +106,24 @@ class Files(Workload):
     memories: PositiveInt = 1
     max_cells: PositiveInt | None = None
 
+    def check(self) -> None:
+        read_memories(self.memory)
+        read_questions(self.questions)
+
     def cells(self, template: PromptTemplate, separator: str) -> Sequence[Cell]:
         memories, questions = read_memories(self.memory), read_questions(self.questions)
+        _tell_equal_texts(memories)
         groups = [memories[i : i + self.memories] for i in range(0, len(memories), self.memories)]
         return list(islice(_cells(groups, questions, template, separator), self.max_cells))
+
+
+def _tell_equal_texts(memories: Sequence[Record]) -> None:
+    """Logs which memories have the text of an earlier one. They share its KV cache."""
+    first: dict[str, str] = {}
+    for memory in memories:
+        label = first.setdefault(memory.text, memory.label)
+        if label != memory.label:
+            log.warning("workload.memory: %s has the same text as %s. They are one memory.", memory.label, label)
 
 
 def _cells(

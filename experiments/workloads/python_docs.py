@@ -78,16 +78,22 @@ def docs_text(first_topic: str, order_seed: str) -> str:
 def docs_texts(seed: int, context: int, memories: int) -> Texts:
     """The texts of the `context`-th context.
 
-    Each memory begins with a different topic, and the question is about one of these. Contexts begin differently, so an
-    engine's prefix cache can't use one for another.
+    Each memory begins with a different topic, and the question is about one of these. Where all topics are used, they
+    are used again, each under a heading of its own. So all memories of all contexts begin differently, and an engine's
+    prefix cache can't use one for another.
     """
     order = sorted(QUESTIONS)
     random.Random(seed).shuffle(order)
-    firsts = [order[(context * memories + i) % len(order)] for i in range(memories)]
+    numbers = [context * memories + i for i in range(memories)]
+    firsts = [order[number % len(order)] for number in numbers]
+    heads = [f"Edition {edition}.\n\n" if (edition := number // len(order) + 1) > 1 else "" for number in numbers]
     elsewhere = order[(context * memories + memories) % len(order)]
     topic = random.Random(f"{seed} {context}").choice(firsts)
     return Texts(
-        memories=tuple(docs_text(first, f"{seed} {context} {i}") for i, first in enumerate(firsts)),
+        memories=tuple(
+            head + docs_text(first, f"{seed} {context} {i}")
+            for i, (head, first) in enumerate(zip(heads, firsts, strict=True))
+        ),
         passage=docs_text(elsewhere, f"{seed} {context} passage"),
         question_for=lambda _: Question(QUESTIONS[topic]),
     )

@@ -8,11 +8,14 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,6 +64,24 @@ def load(
     torchrun started loads its shard of the weights.
     Raises ModelError for an unknown shape, or a model that can't be reached.
     """
+    try:
+        return _load(name, device, dtype, attention, seed, tokenizer, tensor_parallel)
+    except ImportError as error:  # transformers raises it for a kernel or a file format whose package is missing
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"Can't load {name!r} with attn_implementation={attention!r}: {reason} Install it, or choose another."
+        ) from error
+
+
+def _load(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    attention: str,
+    seed: int,
+    tokenizer: str | None,
+    tensor_parallel: bool,
+) -> Loaded:
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     source, origin = name, f"folder {Path(name).name}" if Path(name).is_dir() else f"hub {name}"
     if name.startswith(RANDOM):
@@ -110,6 +131,8 @@ def packaged_folder() -> Path | None:
     folder = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
     if folder.is_dir():
         return folder
+    with _saving_in(folder.parent):  # known before the conversion, which takes long
+        tempfile.TemporaryDirectory(dir=folder.parent).cleanup()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     setattr(model, "hf_quantizer", None)  # noqa: B010 - transformers declares it as never None; loading dequantized it
@@ -152,10 +175,22 @@ def shape_config(shape: str) -> PreTrainedConfig:
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
+@contextmanager
+def _saving_in(folder: Path) -> Iterator[None]:
+    """Makes the folder of converted models. Raises ModelError if it, or a file in it, can't be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"The folder of converted models, {folder}, can't be written ({error}). Set the environment variable "
+            "KVMEM_CACHE to one that can."
+        ) from error
+
+
 def _save_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves to a temporary folder and renames it, so that `folder` is always complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with _saving_in(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         if model.device.type == "meta":
             model.config.architectures = [type(model).__name__]
             model.config.save_pretrained(temporary)

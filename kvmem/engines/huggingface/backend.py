@@ -26,7 +26,7 @@ from kvmem.cache import (
 )
 from kvmem.engines.base import BetweenLayers, FirstToken, GreedyAnswer, MeasuredBackend, check_view
 from kvmem.engines.generation import Generation, Sampler, Sampling, Token, as_text, check_generation
-from kvmem.engines.huggingface.config import DTYPES, HFConfig
+from kvmem.engines.huggingface.config import DTYPES, HFConfig, device_of
 from kvmem.engines.huggingface.model_guard import ModelGuard
 from kvmem.errors import PromptError
 from kvmem.merge import MergeStrategy, merged_tokens
@@ -67,11 +67,9 @@ class HFBackend(MeasuredBackend):
     @staticmethod
     def loaded(config: HFConfig) -> loading.Loaded:
         """Loads the model and the tokenizer that `config` names."""
-        available = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(available if config.device == "auto" else config.device)
         return loading.load(
             config.model_name_or_path,
-            device,
+            device_of(config),
             DTYPES.get(config.dtype),
             config.attn_implementation,
             config.seed,

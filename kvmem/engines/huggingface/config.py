@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvmem.engines.base import BackendConfig
 from kvmem.errors import ConfigError, did_you_mean
@@ -35,5 +36,26 @@ class HFConfig(BackendConfig):
     """Seed of random weights."""
 
     def __post_init__(self) -> None:
+        try:
+            if self.device != "auto":
+                torch.device(self.device)
+        except RuntimeError as error:
+            choices = ["auto", "cpu", "cuda", "cuda:0", "cuda:1"]
+            raise ConfigError(f"Unknown device {self.device!r}. {did_you_mean(self.device, choices)}") from error
+        name, known = self.attn_implementation.removeprefix("paged|"), {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+        if name not in known and "/" not in name:  # with a slash it is the name of a kernel on the hub
+            raise ConfigError(f"Unknown attn_implementation {name!r}. {did_you_mean(name, known)}")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ConfigError(f"Unknown dtype {self.dtype!r}. {did_you_mean(self.dtype, ['auto', *DTYPES])}")
+
+
+def device_of(config: HFConfig) -> torch.device:
+    """The device that `config` names. Raises ConfigError if this machine has no such GPU."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        has = f"{gpus} GPUs, numbered from cuda:0" if gpus else "no GPU"
+        raise ConfigError(f"device={config.device}: this machine has {has}. Use device=auto or cpu.")
+    return device

@@ -81,7 +81,7 @@ def test_conditions_report_the_cost_of_warming_up_so_far(bench):
     assert bench.conditions_now()["warm_up"]["seconds"] == before + 1.5
 
 
-def test_an_engine_other_than_hf_graph_is_refused(bench):
-    other = Bench.open(compose.validate(compose.compose(TINY)))
+def test_an_engine_other_than_hf_graph_is_refused_before_it_loads():
+    other = compose.validate(compose.compose(TINY))
     with pytest.raises(ConfigError, match="Use backend=hf_graph"):
-        other.setup.scenario.cells(other)
+        other.scenario.check(other)
