@@ -93,7 +93,7 @@ def test_an_invalid_trace_is_refused(qwen3: HFBackend, tmp_path: Path, line: str
     path.write_text('{"memory": "a", "tokens": 9}\n' + line)
     with pytest.raises(ConfigError, match=error):
         jsonl.read(path, qwen3.template)
-    with pytest.raises(ConfigError, match="scenario.trace_file: there is no file"):
+    with pytest.raises(ConfigError, match=r"scenario\.trace_file: there is no file"):
         jsonl.read(tmp_path / "other.jsonl", qwen3.template)
 
 
