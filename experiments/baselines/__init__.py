@@ -2,6 +2,6 @@
 
 from experiments.baselines.base import Recipe, arm, recipes
 from experiments.baselines.shared_tensors import SharedTensors
-from experiments.baselines.vllm_generate import first_token
+from experiments.measurement.vllm_generate import first_token
 
 __all__ = ["Recipe", "SharedTensors", "arm", "first_token", "recipes"]

@@ -15,7 +15,7 @@ from kvmem.engines import FirstToken, MeasuredBackend
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
 from kvmem.models import decode_one_token
-from kvmem.prompt import Query, TokenizedPrompt
+from kvmem.prompt import TokenizedPrompt
 from kvmem.registry import Registry
 
 
@@ -74,13 +74,9 @@ def recipes() -> dict[str, type[Recipe]]:
     return Registry(Recipe, "experiments.baselines", "recipe").classes()
 
 
-def arm(name: str, backend: MeasuredBackend, item: KVCacheItem, tokens: MemoryTokens, query: Query) -> ttft.Arm:
-    """A recipe as an arm of a comparison. Raises ConfigError if the engine is not Hugging Face's."""
+def arm(name: str, backend: MeasuredBackend, item: KVCacheItem, tokens: MemoryTokens) -> ttft.Arm:
+    """A recipe as an arm of a comparison; ConfigError on an engine that is not Hugging Face's."""
     if not isinstance(backend, HFBackend):
-        raise ConfigError(
-            f"The recipe {name} needs a Hugging Face model, and this run has backend={type(backend).name}. Use "
-            "backend=huggingface."
-        )
-    prompt = backend.template.split(tokens, query)
-    recipe = recipes()[name](item, backend.model_config)
-    return lambda: recipe.first_token(backend, prompt)
+        raise ConfigError(f"The {name} recipe is Hugging Face's, and this is backend={type(backend).name}.")
+    recipe, template = recipes()[name](item, backend.model_config), backend.template
+    return ttft.Arm(lambda query: recipe.first_token(backend, template.split(tokens, query)))

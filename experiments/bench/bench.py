@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from experiments.bench.setup import Setup
 from experiments.hardware import layout
-from experiments.measurement import engine_conditions
+from experiments.measurement import ReferenceForward, engine_conditions, reference_forward
 from experiments.performance_model import Rates, Roofline, calibrate
 from experiments.results import Row
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
@@ -18,6 +20,8 @@ from kvmem.engines import MeasuredBackend, TensorParallelConfig
 from kvmem.errors import ConfigError
 
 log = logging.getLogger("experiments")
+BUILDS = 3
+"""How often each build is measured; its time is their median."""
 
 
 @dataclass
@@ -30,7 +34,11 @@ class Bench:
     roofline: Roofline
     conditions: dict[str, Any]
     built: list[KVCacheItem] = field(default_factory=list)
-    """The items of this run, in the order of their builds. Cells with the same memory share one item."""
+    """Items in the order in which they were built, so that cells with the same memory share one build."""
+    build_times_s: dict[str, list[float]] = field(default_factory=dict)
+    """Every measured build of an item, by its id."""
+    kv_checks: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """How far an item's KV is from the reference's, and how far it may be, by its id."""
 
     @classmethod
     def open(cls, setup: Setup) -> Bench:
@@ -56,6 +64,11 @@ class Bench:
         rates = _rates(backend)
         conditions = {"rates": dataclasses.asdict(rates), "origin": backend.fingerprint.origin}
         return cls(setup, memory, backend, Roofline(rates, backend.model_config), conditions)
+
+    @cached_property
+    def reference(self) -> ReferenceForward:
+        """The independent forward pass that figures are judged by."""
+        return reference_forward(self.backend)
 
     def limit_s(self, computed_tokens: int, cached_tokens: int) -> float:
         """The shortest possible seconds of a prefill of `computed_tokens` after `cached_tokens` on this machine."""
@@ -118,16 +131,22 @@ def build_once(bench: Bench, source: Source) -> KVCacheItem:
     base = next((item for item in reversed(bench.built) if _extends(item.metadata.tokens.source, source)), None)
     turns = source if base is None else source[len(base.metadata.tokens.source) :]
     bench.memory.extract(turns, base=base)  # warms up this shape
-    bench.built.append(bench.memory.extract(turns, base=base))
-    return bench.built[-1]
+    builds = [bench.memory.extract(turns, base=base) for _ in range(BUILDS)]
+    item = builds[-1]
+    bench.built.append(item)
+    bench.build_times_s[item.kv_cache_id] = [built.metadata.build_s for built in builds]
+    return item
 
 
-def build_s(bench: Bench, item: KVCacheItem) -> float:
-    """The seconds of the item's build, including the builds of the items that it extends."""
-    source = item.metadata.tokens.source
-    return item.metadata.build_s + sum(
-        built.metadata.build_s for built in bench.built if _extends(built.metadata.tokens.source, source)
-    )
+def builds_s(bench: Bench, items: Sequence[KVCacheItem]) -> list[float]:
+    """Seconds of each measured build of all `items` together, with the builds of the items that they extend."""
+    needed = [
+        built
+        for item in items
+        for built in bench.built
+        if built is item or _extends(built.metadata.tokens.source, item.metadata.tokens.source)
+    ]
+    return [sum(times) for times in zip(*(bench.build_times_s[built.kv_cache_id] for built in needed), strict=True)]
 
 
 def _extends(earlier: Source, source: Source) -> bool:

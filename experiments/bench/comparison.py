@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from experiments.bench.bench import Bench
-from experiments.measurement import Sample, Trace, grade, ttft, validate_cell
-from experiments.results import Row, TTFTPayload
+from experiments.bench.stored_kv import kv_check
+from experiments.measurement import BASELINE, RULES_VERSION, Sample, Trace, grade, judge, reference, statistics, ttft
+from experiments.results import ALONE, Evidence, Row, TimedCall, TTFTPayload
 from experiments.workloads import Cell
-from kvmem.engines import MeasuredBackend
+from kvmem.cache import KVCacheItem
 
 ENOUGH_FOR_P90 = 10
 
 
 @dataclass(frozen=True)
-class Arm:
-    """The measurements of one arm: its TTFT samples, and a greedy answer with its logits."""
+class Measured:
+    """What was measured of one cell: the samples of every arm, in the same rounds, and the arms' longer answers."""
 
-    samples: list[Sample]
-    trace: Trace
+    samples: dict[str, list[Sample]]
+    traces: dict[str, Trace]
+    measured_times: int = 1
+    """How often all rounds were run."""
+    same_query: bool = False
+    """Whether every round had the same query."""
+    conditions: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def engine_s(self) -> list[float]:
-        return [sample.engine_s for sample in self.samples]
+    def engine_s(self, arm: str) -> list[float]:
+        return [sample.engine_s for sample in self.samples[arm]]
 
-    @property
-    def user_s(self) -> float:
-        return median(sample.user_s for sample in self.samples)
+    def user_s(self, arm: str) -> float:
+        return median(sample.user_s for sample in self.samples[arm])
 
 
 def compare(
@@ -39,87 +44,88 @@ def compare(
     scenario: str,
     cell: Cell,
     arm: str,
-    reused: Arm,
-    direct: Arm,
+    measured: Measured,
     *,
-    build_s: float,
-    kv_bytes: int,
-    memories: int = 1,
-    conditions: dict[str, Any],
-    measured_times: int | None = None,
+    items: Sequence[KVCacheItem],
+    builds_s: Sequence[float],
+    direct: str = "direct",
     payload: Callable[..., TTFTPayload] = TTFTPayload,
-    engine: MeasuredBackend | None = None,
 ) -> Row:
     """The row of `arm`, which reuses a memory, compared with the direct arm. Both were sampled in the same rounds.
 
-    measured_times: how often all rounds were measured.
-    payload: creates the scenario's payload from the fields of `TTFTPayload`.
-    engine: the engine of both arms; None for the bench's own.
+    items: the memories that the arm reuses. builds_s: every measured build of them. direct: the name of the direct arm.
+    payload: makes the scenario's payload from the fields of `TTFTPayload`.
     """
-    hit, plain = ttft.worst_hit(reused.samples), ttft.worst_hit(direct.samples)
-    kv_s, direct_s = median(reused.engine_s), median(direct.engine_s)
-    cached, whole = hit.token.cached_tokens, len(hit.prompt.ids)
+    reused, plain = measured.samples[arm], measured.samples[direct]
+    hit = ttft.worst_hit(reused)
+    kv_s, direct_s = median(measured.engine_s(arm)), median(measured.engine_s(direct))
+    cached, whole, memories = hit.token.cached_tokens, len(hit.prompt.ids), len(items)
+    traces = measured.traces
+    judged_by = bench.reference
     equality = grade(
-        direct.trace,
-        reused.trace,
-        lambda step: ttft.rounding_noise(
-            engine or bench.backend,
-            plain.prompt.ids + direct.trace.token_ids[:step],
-            len(hit.prompt.memory_ids),
-        ),
+        traces[direct],
+        traces[arm],
+        lambda step: judged_by.logits(plain[0].prompt.ids, traces[direct].token_ids, step),
+        bench.backend.dtype,
     )
-    limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain.prompt.ids), 0)
+    limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain[0].prompt.ids), 0)
     if kv_s < limit_s or direct_s < direct_limit_s:
         bench.recalibrate()
-        limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain.prompt.ids), 0)
+        limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain[0].prompt.ids), 0)
     merge = bench.setup.merge
-    cache_s = median(sample.cache_s for sample in reused.samples)
-    verdict = validate_cell(
-        direct_digest=plain.prompt.digest,
-        injected_digest=hit.prompt.digest,
-        direct_cached_tokens=plain.token.cached_tokens,
-        cached_tokens=cached,
-        # An engine that reuses only full blocks misses the tokens in the memory's last, partial block.
-        expected_tokens=cell.context_tokens - (len(hit.prompt.memory_ids) - hit.expected_tokens),
-        kv_ttft_s=kv_s,
-        direct_ttft_s=direct_s,
-        kv_limit_s=limit_s,
-        direct_limit_s=direct_limit_s,
-        build_s=build_s,
-        merge_s=cache_s if memories > 1 else 0.0,
-        equality=equality.grade,
+    cache_s = median(sample.cache_s for sample in reused)
+    kv_off, kv_allowed = kv_check(bench, items)
+    evidence = Evidence(
+        calls=_calls(bench, measured, arm, direct, cell.context_tokens),
         exact=memories == 1 or merge.exact,
+        direct_arm=direct,
+        first_token_margins={name: _margin(traces[name], measured.samples[name][0]) for name in (arm, direct)},
+        tolerance=equality.tolerance,
+        rounding_noise=equality.rounding_noise,
+        direct_off_reference=equality.direct_off_reference,
+        injected_off_reference=equality.injected_off_reference,
+        kv_off_reference=kv_off,
+        kv_tolerance=kv_allowed,
+        reference=judged_by.name,
+        build_all_s=list(builds_s),
+        same_query=measured.same_query,
     )
-    saved_s = direct.user_s - reused.user_s
+    saved_s, build_s = measured.user_s(direct) - measured.user_s(arm), median(builds_s)
     decode = bench.backend.tokenizer.decode
-    answers = {name: decode(list(of.trace.token_ids)) for name, of in (("injected", reused), ("direct", direct))}
+    answers = {name: decode(list(traces[of].token_ids)) for name, of in (("injected", arm), ("direct", direct))}
     figures = payload(
         question=cell.question,
         truth=cell.truth,
         answers=answers,
         build_s=build_s,
-        kv_bytes=kv_bytes,
+        kv_bytes=sum(item.metadata.kv_bytes for item in items),
         fetch_s=cache_s if memories == 1 else None,
         merge_s=cache_s if memories > 1 else None,
         kv_ttft_s=kv_s,
         direct_ttft_s=direct_s,
-        kv_user_ttft_s=reused.user_s,
-        direct_user_ttft_s=direct.user_s,
-        speedup_pct=ttft.speedup_pct(reused.engine_s, direct.engine_s),
-        speedup_interval=ttft.speedup_interval(reused.engine_s, direct.engine_s),
+        kv_user_ttft_s=measured.user_s(arm),
+        direct_user_ttft_s=measured.user_s(direct),
+        speedup_pct=statistics.speedup_pct(measured.engine_s(arm), measured.engine_s(direct)),
+        speedup_interval=statistics.speedup_interval(measured.engine_s(arm), measured.engine_s(direct)),
         break_even_queries=build_s / saved_s if saved_s > 0 else None,
         cached_tokens=cached,
         limit_s=limit_s,
         direct_limit_s=direct_limit_s,
         mfu=bench.roofline.mfu(whole - cached, cached, kv_s),
-        measured_times=measured_times,
-        spread={"injected": ttft.spread(reused.engine_s), "direct": ttft.spread(direct.engine_s)},
-        kv_ttft_all_s=reused.engine_s,
-        direct_ttft_all_s=direct.engine_s,
-        kv_ttft_p90_s=p90(reused.engine_s),
-        direct_ttft_p90_s=p90(direct.engine_s),
+        measured_times=measured.measured_times,
+        spread={
+            "injected": statistics.spread(measured.engine_s(arm)),
+            "direct": statistics.spread(measured.engine_s(direct)),
+        },
+        kv_ttft_all_s=measured.engine_s(arm),
+        direct_ttft_all_s=measured.engine_s(direct),
+        kv_ttft_p90_s=p90(measured.engine_s(arm)),
+        direct_ttft_p90_s=p90(measured.engine_s(direct)),
+        baseline_ttft_s=median(measured.engine_s(BASELINE)) if BASELINE in measured.samples else None,
+        query_alone_s=median(measured.engine_s(ALONE)) if ALONE in measured.samples else None,
+        evidence=evidence,
     )
-    return bench.row(
+    row = bench.row(
         scenario,
         arm=arm,
         context_tokens=cell.context_tokens,
@@ -128,16 +134,66 @@ def compare(
         query_label=cell.query,
         memories=memories,
         merge=merge.name if memories > 1 else "single",
-        pairs=len(reused.samples),
+        pairs=len(reused),
         equality=equality.grade,
         first_difference=equality.first_difference,
         logit_max_abs_diff=equality.logit_max_abs_diff,
         near_tie_margin=equality.near_tie_margin,
-        verdict=verdict.verdict,
-        verdict_reason=verdict.reason,
-        conditions=conditions | bench.conditions,  # `recalibrate` may have changed the rates
+        conditions=measured.conditions | bench.conditions,  # the limit may have been calibrated again
         payload=figures,
     )
+    verdict = judge(row, figures)
+    return dataclasses.replace(row, verdict=verdict.verdict, verdict_reason=verdict.reason, rules=RULES_VERSION)
+
+
+def _calls(bench: Bench, measured: Measured, arm: str, direct: str, context_tokens: int) -> list[TimedCall]:
+    """The timed calls of the two arms and of those that they are held to, in order of time."""
+    names = [name for name in (arm, direct, BASELINE, ALONE) if name in measured.samples]
+    calls = []
+    for name in names:
+        for round_, (sample, plain) in enumerate(zip(measured.samples[name], measured.samples[direct], strict=True)):
+            is_hit = name == arm
+            calls.append(
+                TimedCall(
+                    arm=name,
+                    round=round_,
+                    started_s=sample.started_s,
+                    outer_s=sample.outer_s,
+                    user_s=sample.user_s,
+                    engine_s=sample.engine_s,
+                    cache_s=sample.cache_s,
+                    token=sample.token.id,
+                    prompt_tokens=len(sample.prompt.ids),
+                    digest=sample.prompt.digest,
+                    cached_tokens=sample.token.cached_tokens,
+                    # An engine that reuses whole blocks only misses the rest of the memory's last block.
+                    expected_tokens=context_tokens - (len(sample.prompt.memory_ids) - sample.expected_tokens)
+                    if is_hit
+                    else 0,
+                    computed_tokens=sample.computed_tokens,
+                    logits_apart=_apart(bench, sample, plain) if is_hit else None,
+                )
+            )
+    return sorted(calls, key=lambda call: call.started_s)
+
+
+def _apart(bench: Bench, sample: Sample, plain: Sample) -> float | None:
+    """How far the logits of two timed calls with the same prompt are apart.
+
+    Where the engine does not keep them and the tokens differ, half the distance of the two tokens in the reference's
+    logits: the least move of each that explains it. None where the tokens are equal.
+    """
+    if sample.token.logits_V is not None and plain.token.logits_V is not None:
+        return reference.max_abs_diff(sample.token.logits_V, plain.token.logits_V)
+    if sample.token.id == plain.token.id:
+        return None
+    logits_V = bench.reference.logits(plain.prompt.ids, (plain.token.id,), None).runs[0][0]
+    return float((logits_V[plain.token.id] - logits_V[sample.token.id]).abs()) / 2
+
+
+def _margin(trace: Trace, timed: Sample) -> float:
+    """By how much the graded answer prefers its first token to the timed one; 0 if they are the same."""
+    return float(trace.logits_SV[0, trace.token_ids[0]] - trace.logits_SV[0, timed.token.id])
 
 
 def p90(seconds: Sequence[float]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,21 +14,20 @@ from experiments import baselines
 from experiments.measurement import Sample, Trace, synchronize, ttft
 from experiments.results import ALONE, DIRECT, DIRECT_EAGER, GRAPH, IN_PLACE
 from kvmem.cache import KVCacheItem
-from kvmem.engines import FirstToken, MeasuredBackend
+from kvmem.engines import FirstToken
 from kvmem.engines.graph import Engine, HFGraphBackend
 from kvmem.engines.huggingface import HFBackend
-from kvmem.prompt import Query, TokenizedPrompt
+from kvmem.prompt import TokenizedPrompt
 
 
 @dataclass(frozen=True)
 class InjectionMethod:
     """One injection method for one memory and query."""
 
-    first_token: Callable[[], Sample]
-    """Measures one sample, from token ids to the first token. engine_s includes passing the cache to the model."""
+    first_token: Callable[[str], Sample]
+    """Takes one sample of a question; its engine_s includes passing the cache to the model."""
     trace: Callable[[int], Trace] | None
-    """A greedy answer with the given number of tokens; None if the method does not answer the whole prompt."""
-    engine: MeasuredBackend
+    """A greedy answer of so many tokens to the first question; None if it is not the answer to the whole prompt."""
     baseline: str
     """The name of the direct arm that grades the answer.
 
@@ -36,13 +35,15 @@ class InjectionMethod:
     """
 
 
-def injection_methods(backend: HFGraphBackend, item: KVCacheItem, question: Query) -> dict[str, InjectionMethod]:
-    """Every injection method by name: those of the graph engine, of the eager forward, and the baseline recipes.
+def injection_methods(
+    backend: HFGraphBackend, item: KVCacheItem, prompts: Mapping[str, TokenizedPrompt]
+) -> dict[str, InjectionMethod]:
+    """By name, on the backend's weights: those of the graph engine, of the eager forward, and every baseline recipe.
 
-    All use the backend's weights.
+    prompts: of each question that is timed, split after the memory. The first one's answer is the one that is graded.
     """
-    prompt = backend.template.split(item.metadata.tokens, question)
-    whole, alone = TokenizedPrompt((), prompt.ids), TokenizedPrompt((), prompt.query_ids)
+    whole = {question: TokenizedPrompt((), prompt.ids) for question, prompt in prompts.items()}
+    alone = {question: TokenizedPrompt((), prompt.query_ids) for question, prompt in prompts.items()}
     fast, cache = backend.engine, item.kv_cache
     methods = {
         DIRECT: _graph_method(backend, fast, None, whole),
@@ -51,54 +52,69 @@ def injection_methods(backend: HFGraphBackend, item: KVCacheItem, question: Quer
     }
     if fast.graph_up_to:
         knobs = dataclasses.replace(fast.config, graph_up_to=0, buffers=1, warm_tokens=())
-        methods[IN_PLACE] = _graph_method(backend, Engine(backend.model, knobs), cache, prompt)
-        methods[GRAPH] = _graph_method(backend, fast, cache, prompt)
+        methods[IN_PLACE] = _graph_method(backend, Engine(backend.model, knobs), cache, prompts)
+        methods[GRAPH] = _graph_method(backend, fast, cache, prompts)
     else:
-        methods[IN_PLACE] = _graph_method(backend, fast, cache, prompt)
+        methods[IN_PLACE] = _graph_method(backend, fast, cache, prompts)
     for name, recipe in baselines.recipes().items():
-        methods[name] = _recipe_method(recipe(item, backend.model_config), backend.eager, prompt)
+        methods[name] = _recipe_method(recipe(item, backend.model_config), backend.eager, prompts)
     return methods
 
 
 def _graph_method(
-    backend: HFGraphBackend, engine: Engine, cache: DynamicCache | None, prompt: TokenizedPrompt
+    backend: HFGraphBackend, engine: Engine, cache: DynamicCache | None, prompts: Mapping[str, TokenizedPrompt]
 ) -> InjectionMethod:
-    memory_tokens, ids = len(prompt.memory_ids), prompt.query_ids
+    graded = _first(prompts)
 
     def trace(steps: int) -> Trace:
-        logits_V, answer = engine.begin(cache, memory_tokens, ids)
+        logits_V, answer = engine.begin(cache, len(graded.memory_ids), graded.query_ids)
         logits = [logits_V]
         for _ in range(steps - 1):
             logits.append(engine.extend(answer, (int(logits[-1].argmax()),)))
         return Trace(tuple(int(row_V.argmax()) for row_V in logits), torch.stack(logits).float().cpu())
 
-    def token() -> int:
-        return engine.first_token(cache, memory_tokens, ids)
+    def first_token(prompt: TokenizedPrompt) -> FirstToken:
+        held = len(prompt.memory_ids)
+        return FirstToken(engine.first_token(cache, held, prompt.query_ids), held)
 
-    return InjectionMethod(lambda: _sample(engine.device, prompt, token), trace, backend, DIRECT)
-
-
-def _recipe_method(recipe: baselines.Recipe, backend: HFBackend, prompt: TokenizedPrompt) -> InjectionMethod:
-    def first_token() -> Sample:
-        sample = recipe.first_token(backend, prompt)
-        return dataclasses.replace(sample, engine_s=sample.user_s)
-
-    return InjectionMethod(first_token, lambda steps: recipe.trace(backend, prompt, steps), backend, DIRECT_EAGER)
+    return InjectionMethod(_timed(engine.device, prompts, first_token), trace, DIRECT)
 
 
-def _eager_direct(backend: HFBackend, whole: TokenizedPrompt) -> InjectionMethod:
-    def trace(steps: int) -> Trace:
-        return ttft.trace(backend, whole, None, steps)
+def _recipe_method(
+    recipe: baselines.Recipe, backend: HFBackend, prompts: Mapping[str, TokenizedPrompt]
+) -> InjectionMethod:
+    graded = _first(prompts)
 
+    def first_token(question: str) -> Sample:
+        sample = recipe.first_token(backend, prompts[question])
+        return dataclasses.replace(sample, engine_s=sample.user_s, cache_s=0.0)
+
+    return InjectionMethod(first_token, lambda steps: recipe.trace(backend, graded, steps), DIRECT_EAGER)
+
+
+def _eager_direct(backend: HFBackend, whole: Mapping[str, TokenizedPrompt]) -> InjectionMethod:
+    graded = _first(whole)
     return InjectionMethod(
-        lambda: _sample(backend.device, whole, lambda: backend.first_token(whole).id), trace, backend, DIRECT_EAGER
+        _timed(backend.device, whole, backend.first_token),
+        lambda steps: ttft.trace(backend, graded, None, steps),
+        DIRECT_EAGER,
     )
 
 
-def _sample(device: torch.device, prompt: TokenizedPrompt, run: Callable[[], int]) -> Sample:
-    memory_tokens = len(prompt.memory_ids)
-    synchronize(device)
-    started = time.perf_counter()
-    token = run()
-    seconds = time.perf_counter() - started
-    return Sample(seconds, seconds, 0.0, FirstToken(token, memory_tokens), prompt, memory_tokens)
+def _timed(
+    device: torch.device, prompts: Mapping[str, TokenizedPrompt], first_token: Callable[[TokenizedPrompt], FirstToken]
+) -> Callable[[str], Sample]:
+    def sample(question: str) -> Sample:
+        prompt = prompts[question]
+        memory_tokens = len(prompt.memory_ids)
+        synchronize(device)
+        started = time.perf_counter()
+        token = first_token(prompt)
+        seconds = time.perf_counter() - started
+        return Sample(seconds, seconds, 0.0, token, prompt, memory_tokens)
+
+    return sample
+
+
+def _first(prompts: Mapping[str, TokenizedPrompt]) -> TokenizedPrompt:
+    return next(iter(prompts.values()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments.measurement import Equality, Trace, grade, ttft
+from experiments.measurement import Equality, Trace, grade, reference_forward, ttft
 from kvmem import KVCacheItem
 from kvmem.cache import dynamic_cache
 from kvmem.engines.huggingface import HFBackend
@@ -32,7 +32,8 @@ def quality_of(backend: HFBackend, item: KVCacheItem, prompt: TokenizedPrompt, d
     equality = grade(
         direct,
         injected,
-        lambda step: ttft.rounding_noise(backend, prompt.ids + direct.token_ids[:step], len(prompt.memory_ids)),
+        lambda step: reference_forward(backend).logits(prompt.ids, direct.token_ids, step),
+        backend.dtype,
     )
     return Quality(equality, nll(backend, item))
 

@@ -1,22 +1,33 @@
 """Measures TTFT, compares outputs, and gives each figure a verdict."""
 
-from experiments.measurement.consensus import from_rank0
-from experiments.measurement.engine_adapters import engine_conditions, two_chunkings
-from experiments.measurement.equality import Equality, Trace, grade
+from experiments.measurement.consensus import agreed
+from experiments.measurement.engine_adapters import embedding_of, engine_conditions, reference_forward
+from experiments.measurement.equality import NOISE_MULTIPLE, Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
-from experiments.measurement.ttft import Sample, synchronize
-from experiments.measurement.verdict import MAX_DIRECT_RATIO, validate_cell
+from experiments.measurement.reference import ReferenceForward
+from experiments.measurement.ttft import Arm, Sample, synchronize
+from experiments.measurement.verdict import BASELINE, MAX_DIRECT_RATIO, RULES_VERSION, Verdict, judge
+from experiments.measurement.witness import Witness
 
 __all__ = [
+    "BASELINE",
     "MAX_DIRECT_RATIO",
+    "NOISE_MULTIPLE",
+    "RULES_VERSION",
+    "Arm",
     "Equality",
+    "ReferenceForward",
     "Sample",
     "Trace",
+    "Verdict",
+    "Witness",
+    "agreed",
+    "embedding_of",
     "engine_conditions",
     "from_rank0",
     "grade",
+    "judge",
+    "reference_forward",
     "synchronize",
     "transfer_s",
-    "two_chunkings",
-    "validate_cell",
 ]

@@ -1,7 +1,7 @@
 """Functions that a measurement needs in addition to `MeasuredBackend`, with an implementation for each engine.
 
-Both functions dispatch on the engine's class (`functools.singledispatch`). An engine from another package registers its
-implementations with `two_chunkings.register` and `engine_conditions.register`.
+The functions dispatch on the engine's class (`functools.singledispatch`). An engine from another package registers its
+own with `reference_forward.register`, `embedding_of.register` and `engine_conditions.register`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from functools import singledispatch
 from typing import Any
 
 import torch
+from torch import nn
 
+from experiments.measurement import vllm_generate
+from experiments.measurement.reference import ReferenceForward, ReferenceLogits, TransformersForward
 from kvmem.engines import MeasuredBackend
 from kvmem.engines.graph import HFGraphBackend
 from kvmem.engines.huggingface import HFBackend, HFRanksBackend
@@ -21,32 +24,69 @@ from kvmem.errors import ConfigError
 from kvmem.prompt import TokenizedPrompt
 
 
-@singledispatch
-def two_chunkings(backend: MeasuredBackend, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last token's logits, each of shape (vocab,), after prefilling a prompt in one chunk and in two chunks.
+class VLLMForward(ReferenceForward):
+    """vLLM's own cold prefill, through its public API: whole, and in two chunks.
 
-    The second chunk starts at token `at`, or as near to it as the engine can. No stored memory is involved, so the two
-    results differ only by rounding. A logit is -inf if the engine does not report it.
-
-    Raises ConfigError if the engine has no implementation.
+    vLLM reports log-probabilities of its largest logits only, so the others are -inf, and only the first step and the
+    step `at` are computed.
     """
+
+    name = "vLLM's own cold prefill"
+
+    def __init__(self, backend: VLLMBackend) -> None:
+        self.backend = backend
+
+    def logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], at: int | None) -> ReferenceLogits:
+        steps = tuple(sorted({0, at or 0}))
+        runs = [self._two_chunkings((*prompt_ids, *answer_ids[:step])) for step in steps]
+        return ReferenceLogits(tuple(torch.stack(rows) for rows in zip(*runs, strict=True)), steps)
+
+    def first_token(self, token_ids: Sequence[int]) -> int:
+        return vllm_generate.first_token(self.backend.llm, TokenizedPrompt((), tuple(token_ids))).id
+
+    def prepare(self) -> None:
+        self.backend.reset()
+
+    def _two_chunkings(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.backend.two_chunkings(ids, len(ids) // 2)
+
+
+@singledispatch
+def reference_forward(backend: MeasuredBackend) -> ReferenceForward:
+    """The independent forward pass beside an engine. Raises ConfigError for an engine without one."""
     raise ConfigError(
-        f"backend={type(backend).name} has no two_chunkings, which measures its rounding noise. "
-        "Register one with experiments.measurement.engine_adapters.two_chunkings.register."
+        f"backend={type(backend).name} has no independent forward pass that its figures can be judged by. "
+        "Register one with experiments.measurement.engine_adapters.reference_forward.register."
     )
 
 
-@two_chunkings.register
-def _hf_two_chunkings(backend: HFBackend, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = tuple(token_ids)
-    whole_V = backend.prefill(TokenizedPrompt((), ids))[0].float()
-    _, state = backend.prefill(TokenizedPrompt((), ids[:at]))
-    return whole_V, backend.extend(ids[at:], state).float()
+@reference_forward.register
+def _hf_reference(backend: HFBackend) -> ReferenceForward:
+    return TransformersForward(backend.model)
 
 
-@two_chunkings.register
-def _vllm_two_chunkings(backend: VLLMBackend, token_ids: Sequence[int], at: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return backend.two_chunkings(token_ids, at)
+@reference_forward.register
+def _vllm_reference(backend: VLLMBackend) -> ReferenceForward:
+    return VLLMForward(backend)
+
+
+@singledispatch
+def embedding_of(backend: MeasuredBackend) -> nn.Module | None:
+    """The module that every token of the engine's forward passes goes through; None: none of this process.
+
+    A `Witness` counts there what the engine computes.
+    """
+    return None
+
+
+@embedding_of.register
+def _hf_embedding(backend: HFBackend) -> nn.Module | None:
+    return backend.model.get_input_embeddings()
+
+
+@embedding_of.register
+def _hf_graph_embedding(backend: HFGraphBackend) -> nn.Module | None:
+    return None  # it runs the weights without calling the modules
 
 
 @singledispatch

@@ -9,9 +9,16 @@ from typing import Literal, get_args
 
 import torch
 
-Grade = Literal["bitwise", "tokens", "near_tie", "diverged"]
+from experiments.measurement.reference import ReferenceLogits, max_abs_diff
+
+Grade = Literal["bitwise", "tokens", "near_tie", "drifted", "diverged"]
 GRADES: tuple[Grade, ...] = get_args(Grade)
-"""From best to worst. Only the last one makes a row invalid."""
+"""From best to worst. The last two fail where the injection is exact."""
+NOISE_MULTIPLE = 4.0
+"""Honest answers were at most 1.5 times the reference's noise away from it (SmolLM2-135M and random weights, fp32 and
+bf16, 288 to 825 tokens)."""
+MOST_UNITS = {torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 16.0}
+"""The noise counts as at most so many units in the last place of the largest logit. Measured: 7 in fp32, 2 in bf16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,61 +51,80 @@ class Trace:
 
 @dataclass(frozen=True)
 class Equality:
-    """The comparison of two greedy answers."""
+    """How equal two answers are, and by what that was judged. Differences are of logits.
+
+    `logit_max_abs_diff` and the distances from the reference are taken over the steps up to and including the first
+    token that differs: until there both arms have received the same tokens, and after it the logits belong to different
+    texts. `near_tie_margin` is measured only where a token differs: how far the direct arm's logit of its own token
+    leads that of the other arm's token.
+    """
 
     grade: Grade
     first_difference: int | None
     """The first step with different tokens; None if all tokens are equal."""
     logit_max_abs_diff: float
-    """The largest logit difference over the steps up to and including `first_difference`.
-
-    Later logits belong to different texts, so they are not compared.
-    """
+    rounding_noise: float
+    """The largest difference between two executions of the reference, which shares no code with the engine."""
+    tolerance: float
+    """What rounding is taken to explain: `NOISE_MULTIPLE` times the noise, which is bounded by dtype on both sides."""
+    direct_off_reference: float
+    injected_off_reference: float
     near_tie_margin: float | None = None
-    """The difference between the direct arm's logits of the two tokens; None if all tokens are equal."""
-    rounding_noise: float | None = None
-    """The measured rounding noise of the logits at `first_difference`; None if all tokens are equal."""
+
+    @property
+    def direct_is_sound(self) -> bool:
+        """Whether the direct arm computes what the reference computes, up to rounding."""
+        return self.direct_off_reference <= self.tolerance
 
 
-def grade(direct: Trace, injected: Trace, rounding_noise: Callable[[int], float]) -> Equality:
-    """Compares two greedy answers to the same prompt.
+def grade(
+    direct: Trace, injected: Trace, reference: Callable[[int | None], ReferenceLogits], dtype: torch.dtype
+) -> Equality:
+    """Compares two greedy answers to the same prompt, with each other and with an independent forward pass.
 
-    bitwise    The logits of every step are equal to the bit.
-    tokens     All tokens are equal.
-    near_tie   Tokens differ, and rounding alone can explain the first difference.
-    diverged   Tokens differ, and rounding alone can't explain the first difference.
+    bitwise    the logits of every step are equal to the bit, and within the tolerance of the reference
+    tokens     every token is equal, and every logit is within the tolerance of the other arm's and of the reference's
+    near_tie   a token differs, and every logit up to there is within the tolerance: rounding alone turned a near tie
+    drifted    every token is equal, and a logit is beyond the tolerance: something other than rounding moved it
+    diverged   a token differs, and a logit is beyond the tolerance
 
-    `rounding_noise(step)` returns the largest difference between the direct arm's own logits of that step, prefilled in
-    different chunkings. The injected arm is not used, because a wrong cache would then count as rounding noise.
-
-    In the direct arm, the logit of its own token exceeds that of the injected arm's token by a margin >= 0. Rounding
-    can lower one logit and raise the other, each by the noise. So rounding can swap them only if margin <= 2 × noise.
-
-    `rounding_noise` costs two prefills. It is called only if a token differs.
-
-    Raises ValueError if one answer is longer than the other and all common tokens are equal.
+    reference: called once with the first step that differs, or None; gives the logits that belong to the direct arm's
+    answer. dtype: of the model's weights; it bounds the noise from both sides.
     """
     steps = min(len(direct.token_ids), len(injected.token_ids))
     differing = (step for step in range(steps) if direct.token_ids[step] != injected.token_ids[step])
     step = next(differing, None)
+    if step is None and len(direct.token_ids) != len(injected.token_ids):
+        raise ValueError(
+            f"One answer ends after {steps} equal tokens and the other goes on: trace both for "
+            "as many steps, or keep the end token in the trace."
+        )
+    shared = steps if step is None else step + 1
+    judge = reference(step)
+    noise, allowed = judge.noise, tolerance(judge, dtype)
+    apart = max_abs_diff(direct.logits_SV[:shared], injected.logits_SV[:shared])
+    direct_off, injected_off = (_off(trace, judge, shared) for trace in (direct, injected))
+    within = max(apart, injected_off) <= allowed
     if step is None:
-        if len(direct.token_ids) != len(injected.token_ids):
-            raise ValueError(
-                f"One answer ends after {steps} equal tokens, and the other continues. Trace both for the same number "
-                "of steps, or keep the end token in the trace."
-            )
         same = direct.complete and injected.complete and _same_bits(direct.logits_SV, injected.logits_SV)
-        return Equality("bitwise" if same else "tokens", None, _max_abs_diff(direct, injected, steps))
+        found: Grade = "drifted" if not within else "bitwise" if same else "tokens"
+        return Equality(found, None, apart, noise, allowed, direct_off, injected_off)
     logits_V = direct.logits_SV[step].double()
     margin = float(logits_V[direct.token_ids[step]] - logits_V[injected.token_ids[step]])
-    noise = rounding_noise(step)
-    return Equality(
-        "near_tie" if margin <= 2 * noise else "diverged",
-        step,
-        _max_abs_diff(direct, injected, step + 1),
-        margin,
-        noise,
-    )
+    # Logits that an engine does not report can't be compared, but a reported margin beyond both tolerances can.
+    tie = within and margin <= 2 * allowed
+    return Equality("near_tie" if tie else "diverged", step, apart, noise, allowed, direct_off, injected_off, margin)
+
+
+def tolerance(reference: ReferenceLogits, dtype: torch.dtype) -> float:
+    """The largest difference of a logit that rounding is taken to explain.
+
+    It is `NOISE_MULTIPLE` times the reference's noise. The noise counts as at least one unit in the last place of the
+    largest logit, because two executions can agree by chance, and as at most `MOST_UNITS` of them.
+    """
+    first_SV = reference.runs[0]
+    unit = torch.finfo(dtype).eps * float(first_SV[first_SV.isfinite()].abs().max())
+    return NOISE_MULTIPLE * min(max(reference.noise, unit), MOST_UNITS[dtype] * unit)
 
 
 def summary(grades: Iterable[str]) -> dict[Grade, int]:
@@ -117,7 +143,8 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _max_abs_diff(direct: Trace, injected: Trace, steps: int) -> float:
-    a_SV, b_SV = direct.logits_SV[:steps].double(), injected.logits_SV[:steps].double()
-    finite_SV = a_SV.isfinite() & b_SV.isfinite()
-    return float((a_SV[finite_SV] - b_SV[finite_SV]).abs().max())
+def _off(trace: Trace, reference: ReferenceLogits, shared: int) -> float:
+    """The largest distance of the trace's logits from the reference's, over the steps that both have."""
+    rows = [row for row, step in enumerate(reference.steps) if step < shared]
+    steps = [reference.steps[row] for row in rows]
+    return max_abs_diff(trace.logits_SV[steps], reference.runs[0][rows])

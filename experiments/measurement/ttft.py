@@ -1,33 +1,24 @@
-"""Measures TTFT: two clocks, interleaved pairs in random order, medians and bootstrap intervals."""
+"""How a TTFT is taken: three clocks, interleaved rounds in random order, medians and their intervals."""
 
 from __future__ import annotations
 
 import gc
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from scipy import stats
 
-from experiments.measurement.consensus import from_rank0
-from experiments.measurement.engine_adapters import two_chunkings
+from experiments.measurement.consensus import agreed
 from experiments.measurement.equality import Trace
+from experiments.measurement.reference import ReferenceForward
+from experiments.measurement.statistics import NOISY_SPREAD, spread
+from experiments.measurement.witness import Witness
 from kvmem.cache import MemoryTokens
 from kvmem.engines import FirstToken, Injectable, MeasuredBackend
 from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query, TokenizedPrompt
-
-NOISY_SPREAD = 0.25
-"""The largest interquartile range of an arm, as a share of its median. A noisier measurement is repeated."""
-RESAMPLES = 2000
-ENOUGH_FOR_INTERVAL = 3
-"""The smallest number of pairs with an interval."""
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -43,15 +34,29 @@ class Sample:
     token: FirstToken
     prompt: TokenizedPrompt
     expected_tokens: int = 0
-    """The number of prompt tokens that the cache should cover. `token.cached_tokens` is the number that it covered."""
+    """How many tokens the cache should have covered; `token.cached_tokens` is how many it did."""
+    started_s: float = 0.0
+    """When `interleaved` called the arm, in seconds since its first call."""
+    outer_s: float = 0.0
+    """What `interleaved`'s own clock measured around the arm; a part that `user_s` does not count shows here."""
+    computed_tokens: int | None = None
+    """Tokens that entered the model meanwhile, by a witness outside the engine; None if there is none."""
 
 
-Arm = Callable[[], Sample]
+def nothing() -> None:
+    """The preparation of an arm that needs none."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a first token. `run` is timed, `prepare` before it is not."""
+
+    run: Callable[[str], Sample]
+    prepare: Callable[[], None] = nothing
 
 
 def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str], query: Query) -> Sample:
-    """One sample of the injected arm. Only the tokens that the memory's cache does not cover are prefilled."""
-    backend.reset()
+    """One sample of the injected arm: prefills only the tokens that the memory's cache does not cover."""
     started = time.perf_counter()
     cache = memory.get_cache(ids)
     synchronize(backend.device)
@@ -64,8 +69,7 @@ def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str]
 
 
 def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Sample:
-    """One sample of the direct arm. The memory is prompt text, and the whole prompt is prefilled."""
-    backend.reset()
+    """One sample of the direct arm: the memory as prompt text, rendered, tokenised and prefilled whole."""
     started = time.perf_counter()
     prompt = direct_prompt(backend, tokens, query)
     synchronize(backend.device)
@@ -79,15 +83,12 @@ def native_hit(
     backend: MeasuredBackend,
     tokens: MemoryTokens,
     query: Query,
-    view: Callable[[], Injectable] | None = None,
     first_token: Callable[[TokenizedPrompt], FirstToken] | None = None,
 ) -> Sample:
     """One sample of a prefix hit: the whole prompt, with the memory's full blocks in the engine's prefix cache.
 
-    view: the memory to fill the prefix cache from (see `fill_prefix_cache`).
-    first_token: another entry point of the same engine; None for the backend's own.
+    `fill_prefix_cache` prepares it. first_token: another entry point of the same engine; None is the backend's own.
     """
-    fill_prefix_cache(backend, tokens.token_ids, view)
     started = time.perf_counter()
     prompt = backend.template.split(tokens, query)
     ready = time.perf_counter()
@@ -122,34 +123,74 @@ def direct_prompt(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) 
     return backend.template.split(tokens.model_copy(update={"token_ids": ()}), query)
 
 
-def interleaved(arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: int = 1) -> dict[str, list[Sample]]:
-    """Samples each arm once a round, in random order. `warmups` rounds, which do not count, precede `pairs` rounds.
+def query_alone_sample(backend: MeasuredBackend, split: Callable[[Query], TokenizedPrompt], query: Query) -> Sample:
+    """One sample of the engine's prefill of the query's tokens alone, from token ids: the floor of every injection."""
+    prompt = TokenizedPrompt((), split(query).query_ids)
+    started = time.perf_counter()
+    token = backend.first_token(prompt)
+    seconds = time.perf_counter() - started
+    return Sample(seconds, seconds, 0.0, token, prompt)
 
-    Python's garbage collector is disabled meanwhile, as in timeit, because its pauses would affect the arms at random.
+
+def reference_sample(reference: ReferenceForward, split: Callable[[Query], TokenizedPrompt], query: Query) -> Sample:
+    """One sample of the independent forward pass on the whole prompt, from token ids: the direct arm's baseline."""
+    prompt = TokenizedPrompt((), split(query).ids)
+    started = time.perf_counter()
+    token = reference.first_token(prompt.ids)
+    seconds = time.perf_counter() - started
+    return Sample(seconds, seconds, 0.0, FirstToken(token, 0), prompt)
+
+
+def interleaved(
+    arms: dict[str, Arm],
+    queries: Sequence[str],
+    rng: random.Random,
+    warmups: int = 1,
+    witness: Witness | None = None,
+) -> dict[str, list[Sample]]:
+    """Samples each arm once a round, in random order, a round for each of `queries`.
+
+    `warmups` rounds with the first query come before, and are not counted. The garbage collector is off meanwhile, as
+    in timeit: its pauses would hit either arm by chance.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in arms}
     gc.collect()
     gc.disable()
+    origin = time.perf_counter()
     try:
-        for round_ in range(warmups + pairs):
+        for round_, query in enumerate([*[queries[0]] * warmups, *queries]):
             for name in rng.sample(sorted(arms), len(arms)):
-                sample = arms[name]()
+                arm = arms[name]
+                arm.prepare()
+                counted = witness.count if witness else 0
+                started = time.perf_counter()
+                sample = arm.run(query)
+                outer_s = time.perf_counter() - started
                 if round_ >= warmups:
-                    samples[name].append(sample)
+                    computed = witness.count - counted if witness else None
+                    samples[name].append(
+                        replace(sample, started_s=started - origin, outer_s=outer_s, computed_tokens=computed)
+                    )
     finally:
         gc.enable()
     return samples
 
 
-def interleaved_with_retry(
-    arms: dict[str, Arm], pairs: int, rng: random.Random, warmups: int = 1
+def interleaved_calm(
+    arms: dict[str, Arm],
+    queries: Sequence[str],
+    rng: random.Random,
+    warmups: int = 1,
+    witness: Witness | None = None,
 ) -> tuple[dict[str, list[Sample]], int]:
-    """Runs `interleaved`, and once more if an arm is noisy. Returns the less noisy samples, and the number of runs."""
-    first = interleaved(arms, pairs, rng, warmups)
-    if from_rank0(worst_spread(first)) <= NOISY_SPREAD:
+    """`interleaved`, all of it again if an arm was disturbed. Returns the last run, whole, and how many ran.
+
+    The rule is fixed beforehand: the second run counts, be it calmer or not, so that no run is chosen by its result.
+    """
+    first = interleaved(arms, queries, rng, warmups, witness)
+    if agreed(worst_spread(first)) <= NOISY_SPREAD:
         return first, 1
-    second = interleaved(arms, pairs, rng, warmups=0)
-    return min(first, second, key=worst_spread), 2
+    return interleaved(arms, queries, rng, 0, witness), 2
 
 
 def worst_spread(samples: dict[str, list[Sample]]) -> float:
@@ -157,58 +198,9 @@ def worst_spread(samples: dict[str, list[Sample]]) -> float:
     return max(spread([sample.engine_s for sample in of_arm]) for of_arm in samples.values())
 
 
-def spread(seconds: Sequence[float]) -> float:
-    """The interquartile range divided by the median."""
-    low, median, high = np.percentile(seconds, [25, 50, 75])
-    return float((high - low) / median)
-
-
 def worst_hit(samples: Sequence[Sample]) -> Sample:
     """The sample whose cache hit differs most from the expected one. A median would hide a single miss."""
     return max(samples, key=lambda sample: abs(sample.token.cached_tokens - sample.expected_tokens))
-
-
-def speedup_pct(kv_s: Sequence[float], direct_s: Sequence[float]) -> float:
-    """100 × (1 − median injected / median direct)."""
-    return 100 * (1 - statistics.median(kv_s) / statistics.median(direct_s))
-
-
-def paired_ratio(a_s: Sequence[float], b_s: Sequence[float], seed: int = 0) -> tuple[float, Interval | None]:
-    """The median of a / b over the pairs, and its 95% interval. Drift that affects both arms cancels."""
-    ratios = np.asarray(a_s) / np.asarray(b_s)
-    return float(np.median(ratios)), median_interval(ratios.tolist(), seed)
-
-
-def median_interval(values: Sequence[float], seed: int = 0) -> Interval | None:
-    """The 95% percentile bootstrap interval of the median; None for fewer than 3 values."""
-    return _interval((np.asarray(values),), np.median, seed)
-
-
-def speedup_interval(kv_s: Sequence[float], direct_s: Sequence[float], seed: int = 0) -> Interval | None:
-    """The 95% percentile bootstrap interval of `speedup_pct` over the pairs; None for fewer than 3 pairs.
-
-    Efron & Tibshirani, "An introduction to the bootstrap", 1993, chapter 13.
-    """
-
-    def speedup(kv: np.ndarray, direct: np.ndarray, axis: int) -> np.ndarray:
-        return np.asarray(100 * (1 - np.median(kv, axis=axis) / np.median(direct, axis=axis)))
-
-    return _interval((np.asarray(kv_s), np.asarray(direct_s)), speedup, seed)
-
-
-def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], seed: int) -> Interval | None:
-    if len(samples[0]) < ENOUGH_FOR_INTERVAL:
-        return None
-    found = stats.bootstrap(
-        samples,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def trace(
@@ -218,21 +210,6 @@ def trace(
     backend.reset()
     answer = backend.greedy(prompt, view() if view else None, steps)
     return Trace(answer.token_ids, answer.logits_SV, answer.complete)
-
-
-def rounding_noise(backend: MeasuredBackend, token_ids: Sequence[int], memory_tokens: int) -> float:
-    """The rounding noise of the direct arm's last logits: the largest absolute difference between chunkings.
-
-    The prompt is prefilled in one chunk, in two halves, and in two chunks that meet where the memory ends. Kernels
-    choose tiles and splits by the number of new tokens, so a single chunking can be bitwise equal by chance. The
-    injected arm is not used.
-    """
-    noise = 0.0
-    for at in {len(token_ids) // 2, memory_tokens} - {0, len(token_ids)}:
-        whole_V, parts_V = two_chunkings(backend, token_ids, at)
-        finite_V = whole_V.isfinite() & parts_V.isfinite()
-        noise = max(noise, float((whole_V[finite_V] - parts_V[finite_V]).abs().max()))
-    return noise
 
 
 def synchronize(device: torch.device) -> None:

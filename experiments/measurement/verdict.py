@@ -1,136 +1,296 @@
-"""Decides whether a TTFT figure is valid. The same rules apply to measured cells and to the published tables."""
+"""Whether a TTFT figure can be trusted: the rules, and their application to a row."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from itertools import pairwise
+from statistics import median
 from typing import Literal
 
-from experiments.hardware import CARDS, Hardware, read_card
-from experiments.performance_model import DenseShape, Roofline, datasheet
-from experiments.results.published import PublishedRow
-from kvmem.models import loading
+from experiments.measurement.statistics import BATCHES, NOISY_SPREAD, Interval, paired_ratio, spread
+from experiments.results import ALONE, Evidence, Row, TimedCall, TTFTPayload
+from experiments.results.ttft import ArmTimes
 
 MAX_DIRECT_RATIO = 1.2
-"""The longest valid time of the direct arm, as a multiple of build + merge + injected prefill.
-
-One direct pass does the work of all three, so a fair direct arm takes no longer than their sum, plus 20% for noise.
-"""
-PUBLISHED_DTYPE = "bfloat16"
-ArmName = Literal["direct", "injected"]
+"""How long the direct arm may take, as a multiple of build + merge + injected prefill. One direct pass does the work of
+all three, so that an honest direct arm takes no longer than their sum; 20% is left for noise."""
+MAX_OVER_BASELINE = 1.05
+"""How long the direct arm may take, as a multiple of the independent forward pass in the same rounds."""
+FLOOR_SHARE = 0.8
+"""The share of the query's own prefill that an injected arm takes at least: 20% is left for noise."""
+MAX_BUILD_OVER_DIRECT, BUILD_SLACK_S = 1.5, 0.1
+"""A build computes fewer tokens than the direct arm; storing them is left some time."""
+MAX_LOST_SHARE, LOST_SLACK_S = 0.03, 1e-3
+"""What an arm's clock may miss of the clock around it: returning and a garbage-free Python call."""
+ROUNDING = 1e-6
+BASELINE = "baseline"
+"""The arm that times the independent forward pass; `ALONE` is the query without a memory."""
+RULES_VERSION = 2
+"""Of the rules that gave a row its verdict. Version 1 had equal tokens, four rules and no stored calls."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a figure is valid. `reason` lists every rule that failed, or is a remark on a valid figure."""
+    """`reason` lists every rule that failed, or holds a remark on a valid row.
 
-    verdict: Literal["ok", "invalid"]
+    invalid: a rule failed. undecided: no rule failed, but the samples are too few or too noisy to say so.
+    """
+
+    verdict: Literal["ok", "invalid", "undecided"]
     reason: str = ""
 
 
-def validate_cell(
-    *,
-    direct_digest: str,
-    injected_digest: str,
-    cached_tokens: int,
-    expected_tokens: int,
-    kv_ttft_s: float,
-    direct_ttft_s: float,
-    kv_limit_s: float,
-    direct_limit_s: float,
-    build_s: float,
-    equality: str,
-    exact: bool,
-    direct_cached_tokens: int = 0,
-    merge_s: float = 0.0,
-) -> Verdict:
-    """Applies the rules to one cell with a direct and an injected arm.
+def judge(row: Row, figures: TTFTPayload) -> Verdict:
+    """Applies the rules to one row, from what the row stores alone, so that anybody can apply them again.
 
-    1. Both arms received the same token ids. `direct_digest` and `injected_digest` are hashes of all ids.
-    2. The cache hit has the expected length. A shorter hit is not an injection, and a longer one covers part of the
-       query. The direct arm has no hit.
-    3. No arm is faster than the hardware's limit. A faster arm did not do the whole work.
-    4. The direct baseline is not too slow: direct <= 1.2 × (build + merge + injected). `merge_s` is 0 for one memory.
-    5. The answers do not diverge if the merge strategy is `exact`. For other strategies a divergence is a remark.
+    Each rule is a function of this file; its docstring says what it demands. A rule that fails makes the row invalid; a
+    doubt makes it undecided.
     """
-    failed = []
-    if direct_digest != injected_digest:
-        failed.append(f"the arms received different token ids ({direct_digest} direct, {injected_digest} injected)")
-    if cached_tokens != expected_tokens:
-        failed.append(f"{cached_tokens} tokens came from the cache, {expected_tokens} were expected")
-    if direct_cached_tokens:
-        failed.append(f"{direct_cached_tokens} tokens of the direct arm came from a cache, so it was not cold")
-    failed += filter(
-        None, [_beats_limit("injected", kv_ttft_s, kv_limit_s), _beats_limit("direct", direct_ttft_s, direct_limit_s)]
-    )
-    failed += filter(None, [_direct_too_slow(direct_ttft_s, build_s, kv_ttft_s, merge_s)])
-    if equality == "diverged" and exact:
-        failed.append("the answers diverge, and the strategy is exact")
+    evidence = figures.evidence
+    if evidence is None:
+        return Verdict("undecided", "the row has no evidence: it was measured before these rules")
+    failed = [reason for rule in RULES for reason in rule(row, figures, evidence)]
     if failed:
         return Verdict("invalid", "; ".join(failed))
-    return Verdict(
-        "ok", "the answers diverge, which is possible because this merge is not exact" if equality == "diverged" else ""
-    )
+    doubts = [reason for doubt in DOUBTS for reason in doubt(row, figures, evidence)]
+    if doubts:
+        return Verdict("undecided", "; ".join(doubts))
+    return Verdict("ok", "; ".join(remarks(row, evidence)))
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A published row that fails a rule."""
+def remarks(row: Row, evidence: Evidence) -> list[str]:
+    """What a reader of a valid row should know."""
+    found = []
+    if not evidence.exact and row.equality in ("drifted", "diverged"):
+        found.append(f"the answers {row.equality.replace('ed', '')}: the price of this merge, which is not exact")
+    if evidence.same_query:
+        found.append("every round had the same query: no other of the same length was found")
+    return found
 
-    row: PublishedRow
-    rule: Literal["limit", "slow_direct", "larger_is_faster"]
-    reason: str
-    arm: ArmName | None = None
-    """The arm that fails; None if the rule is about both arms."""
+
+def same_prompt(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """In each round both arms received the same token ids."""
+    for injected, direct in _rounds(evidence, row.arm, evidence.direct_arm):
+        if injected.digest != direct.digest:
+            yield f"the arms received different token ids ({direct.digest} direct, {injected.digest} {row.arm})"
+            return
 
 
-def validate_published(rows: Iterable[PublishedRow]) -> list[Finding]:
-    """The rules that published rows fail. Rules that need figures that a row does not state are skipped.
+def hit_length(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """Every hit has the expected length; the direct arm has none.
 
-    limit             An arm is faster than the vendor's peak rates allow on the stated hardware. The direct arm
-                      prefills memory and prompt, the injected arm only the prompt.
-    slow_direct       The direct arm takes more than 1.2 × (build + injected), where the build is stated.
-    larger_is_faster  A model with at least twice the weights is faster with both arms, in the same cell of the same
-                      table and on the same hardware. So the two models were not measured under the same conditions.
+    A shorter hit is not an injection, a longer one covers part of the query.
     """
-    rows = list(rows)
-    findings = []
-    for row in rows:
-        if hardware_card(row.hardware) is not None:
-            roofline = _roofline(row.model, row.hardware)
-            query, context = round(row.query_tokens), round(row.context_tokens)
-            arms: tuple[tuple[ArmName, float, float], ...] = (
-                ("injected", row.kv_ttft_s, roofline.limit_s(query, context)),
-                ("direct", row.direct_ttft_s, roofline.limit_s(context + query, 0)),
+    for call in _calls(evidence, row.arm):
+        if call.cached_tokens != call.expected_tokens:
+            yield f"{call.cached_tokens} tokens came from the cache, {call.expected_tokens} were expected"
+            break
+    if cached := max((call.cached_tokens for call in _calls(evidence, evidence.direct_arm)), default=0):
+        yield f"{cached} tokens of the direct arm came from a cache: it was not cold"
+
+
+def tokens_computed(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """As many tokens entered the model as each arm says, by a hook outside the engine where one can be set."""
+    for call in evidence.calls:
+        owed = call.prompt_tokens - call.cached_tokens
+        if call.computed_tokens is not None and call.computed_tokens != owed:
+            yield f"{call.computed_tokens} tokens entered the model in the {call.arm} arm, and its prompt needs {owed}"
+            return
+
+
+def limit(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """No arm is faster than the hardware's limit; such an arm did not do the work."""
+    arms: tuple[tuple[str, ArmTimes], ...] = ((row.arm, figures.kv_arm), (evidence.direct_arm, figures.direct_arm))
+    for arm, times in arms:
+        if times.limit_s is not None and (reason := beats_limit(arm, times.ttft_s, times.limit_s)):
+            yield reason
+
+
+def floor(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The injected arm is not faster than the same engine's prefill of the query alone, up to `FLOOR_SHARE`."""
+    alone_s = [call.engine_s for call in _calls(evidence, ALONE)]
+    if alone_s:
+        ratio, interval = paired_ratio([call.engine_s for call in _calls(evidence, row.arm)], alone_s)
+        if (interval[1] if interval else ratio) < FLOOR_SHARE:
+            yield f"the {row.arm} arm took {ratio:.2f} times what the query alone takes: it did not compute all of it"
+
+
+def baseline(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The direct arm is at most 1.05 times as slow as the independent forward pass on the same prompt."""
+    ratio, interval = _over_baseline(evidence)
+    if interval is not None and interval[0] > MAX_OVER_BASELINE:
+        yield (
+            f"the direct baseline is too slow: {ratio:.2f} times {evidence.reference}, timed in the same rounds "
+            f"({interval[0]:.2f} to {interval[1]:.2f})"
+        )
+
+
+def build(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """Build, merge and injected prefill together take no less than the direct arm, which does the work of all three.
+
+    And a build takes no more than the direct arm, which computes more tokens. Both hold even between the fastest calls
+    of the one side and the slowest of the other, with `MAX_DIRECT_RATIO` and `MAX_BUILD_OVER_DIRECT` left for noise.
+    """
+    direct_s = [call.engine_s for call in _calls(evidence, evidence.direct_arm)]
+    kv_s = max(call.engine_s for call in _calls(evidence, row.arm))
+    if reason := direct_too_slow(min(direct_s), max(evidence.build_all_s), kv_s, figures.merge_s or 0.0):
+        yield reason
+    if reason := _build_too_slow(row, min(evidence.build_all_s), max(direct_s)):
+        yield reason
+
+
+def clocks(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """Each arm's own clock accounts for the time around its calls, and its parts for the whole."""
+    for arm in (row.arm, evidence.direct_arm):
+        calls = _calls(evidence, arm)
+        lost_s = median(call.outer_s - call.user_s for call in calls)
+        whole_s = median(call.outer_s for call in calls)
+        if lost_s > max(MAX_LOST_SHARE * whole_s, LOST_SLACK_S):
+            yield (
+                f"{1e3 * lost_s:.4g} ms of the {1e3 * whole_s:.4g} ms of a call of the {arm} arm are not in its TTFT"
             )
-            for arm, ttft_s, limit_s in arms:
-                if reason := _beats_limit(arm, ttft_s, limit_s):
-                    findings.append(Finding(row, "limit", reason, arm))
-        if row.build_s is not None and (reason := _direct_too_slow(row.direct_ttft_s, row.build_s, row.kv_ttft_s)):
-            findings.append(Finding(row, "slow_direct", reason, "direct"))
-        findings += [Finding(row, "larger_is_faster", reason) for reason in _larger_is_faster(row, rows)]
-    return findings
+        if any(call.engine_s + call.cache_s > call.user_s * (1 + ROUNDING) for call in calls):
+            yield f"the parts of the {arm} arm's TTFT exceed the whole"
+        if any(call.user_s > call.outer_s * (1 + ROUNDING) for call in calls):
+            yield f"the {arm} arm's clock ran longer than the clock around it"
 
 
-def hardware_card(stated: str) -> Hardware | None:
-    """The card of a layout that a table states, such as "4090 (2 Nodes 16 GPUs)"; None if there is no such card."""
-    layout = re.fullmatch(r"(?P<gpu>\w+) \((\d+ Nodes )?(?P<gpus>\d+) GPUs\)", stated)
-    if layout is None:
+def interleaved(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """Every round holds each arm once, one after the other, so that drift meets all of them."""
+    calls = sorted(evidence.calls, key=lambda call: call.started_s)
+    arms = {call.arm for call in calls}
+    rounds = [calls[i : i + len(arms)] for i in range(0, len(calls), len(arms))]
+    if any({call.arm for call in round_} != arms or len({call.round for call in round_}) > 1 for round_ in rounds):
+        yield "the arms were not interleaved: a round does not hold each of them once"
+    if any(b.started_s < a.started_s + a.outer_s * (1 - ROUNDING) for a, b in pairwise(calls)):
+        yield "two calls overlap in time"
+    orders = {tuple(call.arm for call in round_) for round_ in rounds}
+    if len(rounds) >= BATCHES and len(arms) > 1 and len(orders) == 1:
+        yield "the arms ran in the same order in every round"
+
+
+def answers(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The graded answers agree if the injection is exact, and the direct arm agrees with the independent forward."""
+    if evidence.tolerance is None:
+        yield "the answers were not graded"
+        return
+    if evidence.exact and row.equality in ("drifted", "diverged"):
+        off = max(row.logit_max_abs_diff or 0.0, evidence.injected_off_reference or 0.0)
+        what = "the answers diverge" if row.equality == "diverged" else "the answers have equal tokens"
+        yield (
+            f"{what}, and a logit is {off:.3g} off where rounding explains {evidence.tolerance:.3g}; "
+            "the injection is exact"
+        )
+    if (evidence.direct_off_reference or 0.0) > evidence.tolerance:
+        yield (
+            f"a logit of the direct arm is {evidence.direct_off_reference:.3g} off that of {evidence.reference}, "
+            f"and rounding explains {evidence.tolerance:.3g}"
+        )
+
+
+def timed_is_graded(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """What was timed is what was graded: the same tokens, and logits within the tolerance, in every round."""
+    for arm in (row.arm, evidence.direct_arm):
+        if evidence.first_token_margins.get(arm, 0.0) > 2 * (evidence.tolerance or 0.0):
+            yield f"the {arm} arm's timed call returned another token than its graded answer begins with"
+    if not evidence.exact:
+        return
+    for injected, direct in _rounds(evidence, row.arm, evidence.direct_arm):
+        apart = injected.logits_apart
+        if apart is None and injected.token != direct.token:
+            yield f"in round {injected.round} the two arms returned different tokens"
+            return
+        if apart is not None and evidence.tolerance is not None and apart > evidence.tolerance:
+            yield (
+                f"in round {injected.round} a logit of the timed {row.arm} call is {apart:.3g} off, and rounding "
+                f"explains {evidence.tolerance:.3g}"
+            )
+            return
+
+
+def stored_kv(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The stored keys and values are those of the independent forward pass on the same tokens."""
+    off, allowed = evidence.kv_off_reference, evidence.kv_tolerance
+    if evidence.exact and off is not None and allowed is not None and off > allowed:
+        yield f"the stored KV of a token is {off:.3g} off (relative), and rounding explains {allowed:.3g}"
+
+
+def enough_pairs(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """An interval needs 6 pairs."""
+    if row.pairs < BATCHES:
+        yield f"{row.pairs} pairs give no interval; use scenario.pairs={BATCHES} or more"
+
+
+def calm(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """Neither arm was disturbed in the run that counts."""
+    for arm in (row.arm, evidence.direct_arm):
+        share = spread([call.engine_s for call in _calls(evidence, arm)])
+        if share > NOISY_SPREAD:
+            yield f"the {arm} arm was disturbed: its interquartile range is {share:.0%} of its median"
+
+
+def build_is_clear(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """Build and direct arm, which are not measured in the same rounds, agree by their medians too."""
+    if reason := direct_too_slow(figures.direct_ttft_s, figures.build_s, figures.kv_ttft_s, figures.merge_s or 0.0):
+        yield reason
+    if reason := _build_too_slow(row, figures.build_s, figures.direct_ttft_s):
+        yield reason
+
+
+def baseline_is_clear(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The direct arm's ratio to the independent forward pass is not above 1.05 by its median."""
+    ratio, interval = _over_baseline(evidence)
+    if interval is not None and ratio > MAX_OVER_BASELINE >= interval[0]:
+        yield f"the direct arm took {ratio:.2f} times {evidence.reference}, too noisy to tell from {MAX_OVER_BASELINE}"
+
+
+Rule = Callable[["Row", "TTFTPayload", "Evidence"], Iterator[str]]
+RULES: tuple[Rule, ...] = (
+    same_prompt,
+    hit_length,
+    tokens_computed,
+    limit,
+    floor,
+    baseline,
+    build,
+    clocks,
+    interleaved,
+    answers,
+    timed_is_graded,
+    stored_kv,
+)
+DOUBTS: tuple[Rule, ...] = (enough_pairs, calm, build_is_clear, baseline_is_clear)
+
+
+def _build_too_slow(row: Row, build_s: float, direct_s: float) -> str | None:
+    if row.memories > 1 or build_s <= MAX_BUILD_OVER_DIRECT * direct_s + BUILD_SLACK_S:
         return None
-    count = "" if layout["gpus"] == "1" else f"x{layout['gpus']}"
-    path = CARDS / f"{layout['gpu'].lower()}{count}.yaml"
-    return read_card(path) if path.is_file() else None
+    return f"the build took {build_s:.4g} s, and the direct arm computes more in {direct_s:.4g} s"
 
 
-def _beats_limit(arm: ArmName, ttft_s: float, limit_s: float) -> str | None:
+def _calls(evidence: Evidence, arm: str) -> list[TimedCall]:
+    return sorted((call for call in evidence.calls if call.arm == arm), key=lambda call: call.round)
+
+
+def _rounds(evidence: Evidence, a: str, b: str) -> list[tuple[TimedCall, TimedCall]]:
+    return list(zip(_calls(evidence, a), _calls(evidence, b), strict=True))
+
+
+def _over_baseline(evidence: Evidence) -> tuple[float, Interval | None]:
+    baseline_s = [call.engine_s for call in _calls(evidence, BASELINE)]
+    if not baseline_s:
+        return 1.0, None
+    return paired_ratio([call.engine_s for call in _calls(evidence, evidence.direct_arm)], baseline_s)
+
+
+def beats_limit(arm: str, ttft_s: float, limit_s: float) -> str | None:
     if ttft_s >= limit_s:
         return None
     return f"the {arm} arm took {1e3 * ttft_s:.4g} ms, and the hardware needs {1e3 * limit_s:.4g} ms for this work"
 
 
-def _direct_too_slow(direct_s: float, build_s: float, kv_s: float, merge_s: float = 0.0) -> str | None:
+def direct_too_slow(direct_s: float, build_s: float, kv_s: float, merge_s: float = 0.0) -> str | None:
     if direct_s <= MAX_DIRECT_RATIO * (build_s + merge_s + kv_s):
         return None
     work, seconds = ("build, merge", f"{build_s:.4g} + {merge_s:.4g}") if merge_s else ("build", f"{build_s:.4g}")
@@ -138,29 +298,3 @@ def _direct_too_slow(direct_s: float, build_s: float, kv_s: float, merge_s: floa
         f"the direct baseline is too slow: it took {direct_s:.4g} s for the work of {work} and injected arm, "
         f"which took {seconds} + {kv_s:.4g} s"
     )
-
-
-def _larger_is_faster(row: PublishedRow, rows: Iterable[PublishedRow]) -> list[str]:
-    weights = _weights(row.model)
-    cell = (row.table, row.hardware, row.context, row.query)
-    return [
-        f"{other.model} is faster in the same cell: {1e3 * other.kv_ttft_s:.4g} and {1e3 * other.direct_ttft_s:.4g} ms "
-        f"instead of {1e3 * row.kv_ttft_s:.4g} and {1e3 * row.direct_ttft_s:.4g} ms"
-        for other in rows
-        if (other.table, other.hardware, other.context, other.query) == cell
-        and _weights(other.model) >= 2 * weights
-        and other.kv_ttft_s < row.kv_ttft_s
-        and other.direct_ttft_s < row.direct_ttft_s
-    ]
-
-
-@cache
-def _roofline(model: str, hardware: str) -> Roofline:
-    card = hardware_card(hardware)
-    assert card is not None
-    return Roofline(datasheet(card, PUBLISHED_DTYPE), loading.shape_config(model.lower()))
-
-
-@cache
-def _weights(model: str) -> int:
-    return DenseShape.of(loading.shape_config(model.lower())).weights

@@ -229,7 +229,14 @@ def compact(table: Table) -> Table:
     )
 
 
-_STYLE: dict[Kind, str] = {"ok": "", "invalid": "yellow", "failed": "red", "unjudged": "dim", "published": "dim italic"}
+_STYLE: dict[Kind, str] = {
+    "ok": "",
+    "invalid": "yellow",
+    "undecided": "yellow",
+    "failed": "red",
+    "unjudged": "dim",
+    "published": "dim italic",
+}
 
 
 def console_table(rows: Sequence[Row]) -> rich.console.RenderableType:

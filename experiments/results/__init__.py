@@ -18,7 +18,7 @@ from experiments.results.labels import (
 )
 from experiments.results.row import PAYLOADS, Payload, Row, TimedPrefill
 from experiments.results.run_dir import ROWS_FILE, SWEEPS, Run, displayed_path, in_order, read_rows, read_run, runs_in
-from experiments.results.ttft import AnswerPayload, ArmTimes, TTFTPayload, ttft_of
+from experiments.results.ttft import AnswerPayload, ArmTimes, Evidence, TimedCall, TTFTPayload, ttft_of
 
 __all__ = [
     "ALONE",
@@ -32,12 +32,14 @@ __all__ = [
     "SWEEPS",
     "AnswerPayload",
     "ArmTimes",
+    "Evidence",
     "Kind",
     "Label",
     "Payload",
     "Row",
     "Run",
     "TTFTPayload",
+    "TimedCall",
     "TimedPrefill",
     "between",
     "caption",

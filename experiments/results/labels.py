@@ -11,8 +11,14 @@ from experiments.results import formatting
 from experiments.results.row import Row
 from experiments.results.ttft import ttft_of
 
-Kind = Literal["ok", "invalid", "failed", "unjudged", "published"]
-GRADES = {"bitwise": "bitwise", "tokens": "tokens", "near_tie": "near-tie", "diverged": "diverged"}
+Kind = Literal["ok", "invalid", "undecided", "failed", "unjudged", "published"]
+GRADES = {
+    "bitwise": "bitwise",
+    "tokens": "tokens",
+    "near_tie": "near-tie",
+    "drifted": "drifted",
+    "diverged": "diverged",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ def kind(row: Row) -> Kind:
     if row.status == "failed":
         return "failed"
     match row.verdict:
-        case "ok" | "invalid":
+        case "ok" | "invalid" | "undecided":
             return row.verdict
         case _:
             return "unjudged"
@@ -68,6 +74,8 @@ def verdict(row: Row) -> Label:
             return Label("failed", last_line(row.error))
         case "invalid":
             return Label("invalid", row.verdict_reason or "no reason was recorded")
+        case "undecided":
+            return Label("undecided", row.verdict_reason)
         case "unjudged":
             return Label("not judged")
         case other:
@@ -116,10 +124,13 @@ def summary(rows: Sequence[Row]) -> str:
     """How many rows, their verdicts and their equality grades, in a line."""
     kinds = Counter(kind(row) for row in rows)
     verdicts = [f"{kinds['ok']} ok", f"{kinds['invalid']} invalid", f"{kinds['failed']} failed"]
+    if kinds["undecided"]:
+        verdicts.insert(2, f"{kinds['undecided']} undecided")
     if kinds["unjudged"]:
         verdicts.append(f"{kinds['unjudged']} not judged")
     line = f"{formatting.plural(len(rows), 'row')}: {', '.join(verdicts)}."
     grades = Counter(row.equality for row in rows if row.equality is not None)
     if grades:
-        line += f" Equality: {', '.join(f'{grades[grade]} {name}' for grade, name in GRADES.items())}."
+        shown = [f"{grades[grade]} {name}" for grade, name in GRADES.items() if grades[grade] or grade != "drifted"]
+        line += f" Equality: {', '.join(shown)}."
     return line

@@ -100,10 +100,12 @@ class Row:
     error: str = ""
     """The traceback of a failed cell."""
     verdict: str | None = None
-    """ok or invalid."""
+    """ok, invalid or undecided."""
     verdict_reason: str = ""
+    rules: int = 0
+    """Version of the rules that gave the verdict; 0: those before `experiments/measurement/verdict.py` had versions."""
     equality: str | None = None
-    """Grade of the answer against the direct arm's: bitwise, tokens, near_tie or diverged."""
+    """Grade of the answer against the direct arm's: bitwise, tokens, near_tie, drifted or diverged."""
     first_difference: int | None = None
     """Index of the first greedy token that differs."""
     logit_max_abs_diff: float | None = None

@@ -20,6 +20,64 @@ class ArmTimes(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimedCall:
+    """One timed first token of one arm in one round: what it took, what it returned, and what a witness saw.
+
+    `outer_s` is the clock around the whole call, `user_s` and `engine_s` are the arm's own. A rule can be applied again
+    to a stored row from these alone.
+    """
+
+    arm: str
+    round: int
+    started_s: float
+    """Since the first call of the cell."""
+    outer_s: float
+    user_s: float
+    engine_s: float
+    cache_s: float = 0.0
+    token: int
+    prompt_tokens: int
+    digest: str
+    """Of the token ids of the prompt."""
+    cached_tokens: int = 0
+    """Tokens that were not computed, by the arm's own account."""
+    expected_tokens: int = 0
+    computed_tokens: int | None = None
+    """Tokens that entered the model, by a hook outside the engine; None where no hook can be set."""
+    logits_apart: float | None = None
+    """The largest difference of this call's logits from the direct arm's in the same round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What the rules of a verdict are applied to, beside the figures: `experiments/measurement/verdict.py`."""
+
+    calls: list[TimedCall] = field(default_factory=list)
+    """Every timed call, in order of time."""
+    exact: bool = True
+    """Whether the injection promises the output of the prompt sent whole."""
+    direct_arm: str = "direct"
+    first_token_margins: dict[str, float] = field(default_factory=dict)
+    """By how much the logits of an arm's graded answer prefer its first token to the first timed one; 0: the same."""
+    rounding_noise: float | None = None
+    """The largest difference of a logit between two executions of the independent forward pass."""
+    tolerance: float | None = None
+    """The largest difference of a logit that rounding explains."""
+    direct_off_reference: float | None = None
+    """The largest distance of the direct arm's logits from the independent forward pass's."""
+    injected_off_reference: float | None = None
+    kv_off_reference: float | None = None
+    """The largest relative distance of a token's stored keys or values from the independent forward pass's."""
+    kv_tolerance: float | None = None
+    reference: str = ""
+    """What the independent forward pass is."""
+    build_all_s: list[float] = field(default_factory=list)
+    """Every build of the memories that was measured; `build_s` is their median."""
+    same_query: bool = False
+    """Whether every round had the same query, because no other of the same length was found."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerPayload(Payload):
     """What was asked, and what each arm answered."""
 
@@ -48,9 +106,9 @@ class TTFTPayload(AnswerPayload):
     kv_user_ttft_s: float
     direct_user_ttft_s: float
     speedup_pct: float
-    """100 × (1 − injected / direct), engine TTFT."""
+    """100 × (1 − the median of injected / direct over the pairs), engine TTFT."""
     speedup_interval: Interval | None = None
-    """95% bootstrap interval of `speedup_pct` over the pairs."""
+    """96.9% interval of `speedup_pct` over the pairs; None for fewer than 6."""
     break_even_queries: float | None = None
     """Queries after which the build has paid for itself: build_s over the user TTFT saved; None: never."""
     cached_tokens: int
@@ -67,6 +125,12 @@ class TTFTPayload(AnswerPayload):
     direct_ttft_all_s: list[float] = field(default_factory=list)
     kv_ttft_p90_s: float | None = None
     direct_ttft_p90_s: float | None = None
+    baseline_ttft_s: float | None = None
+    """The whole prompt by the independent forward pass, timed in the same rounds."""
+    query_alone_s: float | None = None
+    """The query's tokens alone, by the same engine: the floor of every injection."""
+    evidence: Evidence | None = None
+    """What the verdict was judged by; None in rows of older rules."""
 
     @property
     def kv_arm(self) -> ArmTimes:

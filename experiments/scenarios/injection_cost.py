@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from statistics import median
 from typing import Any, ClassVar
 
@@ -18,8 +19,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments.baselines import vllm_process
-from experiments.bench import Arm, Bench, build_once, compare, injection_methods, p90
-from experiments.measurement import ttft
+from experiments.bench import Bench, Measured, build_once, builds_s, compare, injection_methods, judging_arms, p90
+from experiments.measurement import BASELINE, statistics, ttft
 from experiments.results import (
     ALONE,
     DIRECT,
@@ -33,7 +34,7 @@ from experiments.results import (
     ttft_of,
 )
 from experiments.scenarios.base import ModelScenario
-from experiments.workloads import Cell
+from experiments.workloads import Cell, other_questions
 from kvmem.cache import KVCacheItem
 from kvmem.engines import Backend
 from kvmem.engines.graph import HFGraphBackend
@@ -97,7 +98,7 @@ class InjectionCostPayload(AnswerPayload):
     cached_tokens: int | None = None
     ttft_s: float
     ttft_low_s: float | None = None
-    """The 95% bootstrap interval of the median; None for fewer than 3 rounds."""
+    """96.9% interval of the median; None for fewer than 3 rounds."""
     ttft_high_s: float | None = None
     limit_s: float
     """The shortest time for the same work that the roofline model allows."""
@@ -144,7 +145,7 @@ class DecodingPayload(Payload):
 
     tokens_a_second: float
     low: float | None = None
-    """The 95% bootstrap interval of the median."""
+    """96.9% interval of the median."""
     high: float | None = None
     of_the_limit: float
     """The rate divided by the highest rate that the roofline model allows."""
@@ -156,7 +157,7 @@ class DecodingPayload(Payload):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class InjectionCost(ModelScenario[CostCell]):
-    """Measures all injection methods with the same weights, in interleaved rounds.
+    """All methods on the same weights, in interleaved rounds; each from token ids and stored memory to the token.
 
     Each time is measured from the token ids and the stored memory to the first token on the host.
 
@@ -168,10 +169,10 @@ class InjectionCost(ModelScenario[CostCell]):
     query alone       There is no memory. No injection method can be faster.
     """
 
-    pairs: int = Field(default=5, ge=1)
-    """Interleaved rounds for each cell; 30 for a published figure. Fewer than 3 give no interval."""
+    pairs: int = Field(default=6, ge=1)
+    """Interleaved rounds a cell; 30 for a figure to publish. Fewer than 6 have no interval, and no verdict."""
     answer_tokens: int = Field(default=16, ge=1)
-    """The number of greedy tokens that are compared with the direct arm's."""
+    """Greedy tokens of each method that are compared with the direct one's."""
     decode_tokens: int = Field(default=128, ge=2)
     """The number of tokens that are decoded with the longest memory to measure the decoding rate."""
     beside_vllm: bool = True
@@ -200,10 +201,16 @@ class InjectionCost(ModelScenario[CostCell]):
     def measure(self, bench: Bench, cell: CostCell) -> list[Row]:
         assert isinstance(bench.backend, HFGraphBackend)
         item = build_once(bench, cell.cell.memories[0])
-        methods = injection_methods.injection_methods(bench.backend, item, cell.cell.question)
-        timed: dict[str, ttft.Arm] = {name: method.first_token for name, method in methods.items()}
-        samples, runs = ttft.interleaved_with_retry(timed, self.pairs, random.Random(bench.setup.seed))
-        seconds = {name: [sample.engine_s for sample in of_arm] for name, of_arm in samples.items()}
+        split = partial(bench.backend.template.split, item.metadata.tokens)
+        question = cell.cell.question
+        queries = other_questions(bench.backend.template, item.metadata.tokens, question, self.pairs, bench.setup.seed)
+        methods = injection_methods.injection_methods(bench.backend, item, {query: split(query) for query in queries})
+        arms = {name: ttft.Arm(method.first_token) for name, method in methods.items()}
+        arms[BASELINE] = judging_arms(bench, split)[BASELINE]
+        rounds = [queries[i % len(queries)] for i in range(self.pairs)]
+        samples, runs = ttft.interleaved_calm(arms, rounds, random.Random(bench.setup.seed))
+        judged = samples.pop(BASELINE)
+        seconds = {name: [sample.engine_s for sample in taken] for name, taken in samples.items()}
         conditions = bench.conditions_now() | {"measured_times": runs}
         best = best_arm(bench.backend)
         traced = {name: method.trace(self.answer_tokens) for name, method in methods.items() if method.trace}
@@ -211,18 +218,15 @@ class InjectionCost(ModelScenario[CostCell]):
         for name, of_arm in samples.items():
             prompt = of_arm[0].prompt
             if name in traced and prompt.memory_ids:
-                baseline = methods[name].baseline
                 row = compare(
                     bench,
                     self.name,
                     cell.cell,
                     name,
-                    Arm(of_arm, traced[name]),
-                    Arm(samples[baseline], traced[baseline]),
-                    build_s=item.metadata.build_s,
-                    kv_bytes=item.metadata.kv_bytes,
-                    conditions=conditions,
-                    engine=methods[name].engine,
+                    Measured(samples | {BASELINE: judged}, traced, runs, len(queries) == 1 < self.pairs, conditions),
+                    items=[item],
+                    builds_s=builds_s(bench, [item]),
+                    direct=methods[name].baseline,
                 )
             else:
                 row = _row_without_memory(bench, cell, name, prompt, seconds[name], conditions)
@@ -257,9 +261,9 @@ class InjectionCost(ModelScenario[CostCell]):
             made = backend.engine.greedy(answer, token, self.decode_tokens - 1, ())
             if repeat:
                 rates.append(len(made) / (time.perf_counter() - started))
-        cached_tokens = len(prompt.ids) + self.decode_tokens // 2  # the mean while decoding
-        low, high = ttft.median_interval(rates) or (None, None)
-        limit_s = bench.limit_s(1, cached_tokens)
+        held = len(prompt.ids) + self.decode_tokens // 2
+        low, high = statistics.median_interval(rates) or (None, None)
+        limit_s = bench.limit_s(1, held)
         payload = DecodingPayload(
             tokens_a_second=median(rates),
             low=low,
@@ -336,8 +340,8 @@ def _payload(
     cached_tokens = compared.cached_tokens if compared else 0
     new_tokens = len(prompt.ids) - cached_tokens
     ttft_s, limit_s = median(seconds), bench.limit_s(new_tokens, cached_tokens)
-    low_s, high_s = ttft.median_interval(seconds) or (None, None)
-    over_fastest, interval = ttft.paired_ratio(seconds, fastest_s)
+    low_s, high_s = statistics.median_interval(seconds) or (None, None)
+    over_fastest, interval = statistics.paired_ratio(seconds, fastest_s)
     return InjectionCostPayload(
         question=compared.question if compared else None,
         truth=compared.truth if compared else None,

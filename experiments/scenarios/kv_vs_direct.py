@@ -16,11 +16,11 @@ from pydantic.dataclasses import dataclass
 
 from experiments import baselines
 from experiments.baselines import SharedTensors
-from experiments.bench import Arm, Bench, build_once, build_s, compare
-from experiments.measurement import ttft
+from experiments.bench import Bench, Measured, build_once, builds_s, compare, judging_arms
+from experiments.measurement import Witness, embedding_of, statistics, ttft
 from experiments.results import GRADES, Row, TTFTPayload, between, formatting, ttft_of
 from experiments.scenarios.base import ModelScenario
-from experiments.workloads import Cell
+from experiments.workloads import Cell, other_questions
 from kvmem.cache import KVCacheItem
 
 
@@ -39,13 +39,10 @@ class KVvsDirectPayload(TTFTPayload):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class KVvsDirect(ModelScenario[Cell]):
-    """Measures TTFT with the memory injected and with the memory as prompt text, and compares the greedy answers.
+    """Both arms receive the same token ids, in interleaved pairs, and answer greedily."""
 
-    Both arms receive the same token ids, in interleaved pairs.
-    """
-
-    pairs: int = Field(default=5, ge=1)
-    """Interleaved pairs for each cell; 30 for a published figure. Fewer than 3 give no interval."""
+    pairs: int = Field(default=6, ge=1)
+    """Interleaved pairs a cell; 30 for a figure to publish. Fewer than 6 have no interval, and no verdict."""
     answer_tokens: int = Field(default=16, ge=1)
     """The number of greedy tokens that are compared."""
     beside_recipe: bool = False
@@ -75,24 +72,34 @@ class KVvsDirect(ModelScenario[Cell]):
         ids = [item.kv_cache_id for item in items]
         stored = dict(zip(ids, items, strict=True)).values()
         tokens = memory.get_cache(ids).tokens
-        arms: dict[str, ttft.Arm] = {
-            "injected": lambda: ttft.injected(memory, backend, ids, cell.question),
-            "direct": lambda: ttft.direct(backend, tokens, cell.question),
+        split = partial(backend.template.split, tokens)
+        queries = other_questions(backend.template, tokens, cell.question, self.pairs, bench.setup.seed)
+        arms = {
+            "injected": ttft.Arm(partial(ttft.injected, memory, backend, ids), backend.reset),
+            "direct": ttft.Arm(partial(ttft.direct, backend, tokens), backend.reset),
+            **judging_arms(bench, split),
         }
         if self.beside_recipe and len(items) == 1:
-            arms["shared_tensors"] = baselines.arm(SharedTensors.name, backend, items[0], tokens, cell.question)
-        samples, runs = ttft.interleaved_with_retry(arms, self.pairs, random.Random(bench.setup.seed))
+            arms["shared_tensors"] = baselines.arm(SharedTensors.name, backend, items[0], tokens)
+        rounds = [queries[i % len(queries)] for i in range(self.pairs)]
+        with Witness.of(embedding_of(backend)) as witness:
+            samples, runs = ttft.interleaved_calm(arms, rounds, random.Random(bench.setup.seed), witness=witness)
         conditions = bench.conditions_now()
-
-        kv, direct = samples["injected"][0].prompt, samples["direct"][0].prompt
-        injected = Arm(
-            samples["injected"],
-            ttft.trace(backend, kv, lambda: memory.get_cache(ids), self.answer_tokens),
+        prompts = {name: samples[name][0].prompt for name in ("injected", "direct")}
+        measured = Measured(
+            samples,
+            {
+                "injected": ttft.trace(backend, prompts["injected"], lambda: memory.get_cache(ids), self.answer_tokens),
+                "direct": ttft.trace(backend, prompts["direct"], None, self.answer_tokens),
+            },
+            runs,
+            len(queries) == 1 < self.pairs,
+            conditions,
         )
         payload: Callable[..., KVvsDirectPayload] = KVvsDirectPayload
-        if recipe := samples.get("shared_tensors"):
-            seconds = [sample.engine_s for sample in recipe]
-            over, interval = ttft.paired_ratio(injected.engine_s, seconds)
+        if "shared_tensors" in samples:
+            seconds = measured.engine_s("shared_tensors")
+            over, interval = statistics.paired_ratio(measured.engine_s("injected"), seconds)
             payload = partial(
                 KVvsDirectPayload,
                 shared_tensors_ttft_s=median(seconds),
@@ -105,13 +112,9 @@ class KVvsDirect(ModelScenario[Cell]):
             self.name,
             cell,
             "injected",
-            injected,
-            Arm(samples["direct"], ttft.trace(backend, direct, None, self.answer_tokens)),
-            build_s=sum(build_s(bench, item) for item in stored),
-            kv_bytes=sum(item.metadata.kv_bytes for item in stored),
-            memories=len(items),
-            conditions=conditions,
-            measured_times=runs,
+            measured,
+            items=items,
+            builds_s=builds_s(bench, items),
             payload=payload,
         )
 
@@ -122,7 +125,7 @@ class KVvsDirect(ModelScenario[Cell]):
             return ""
         grades = Counter(row.equality for row in rows)
         same = f"{grades['bitwise'] + grades['tokens']} of {formatting.plural(len(rows), 'cell')}"
-        others = [f"{grades[grade]} {GRADES[grade]}" for grade in ("near_tie", "diverged") if grades[grade]]
+        others = [f"{grades[grade]} {GRADES[grade]}" for grade in ("near_tie", "drifted", "diverged") if grades[grade]]
         return (
             f"With an injected memory the first token comes {between(times)} times as fast as with the memory as "
             f"prompt text. The answer is the same in {', '.join([same, *others])}."

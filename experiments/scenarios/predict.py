@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments.bench import Setup
 from experiments.hardware import Hardware, layout
-from experiments.measurement import verdict
+from experiments.measurement import published_rules
 from experiments.performance_model import (
     DenseShape,
     Engine,
@@ -214,7 +214,7 @@ class Predict(Scenario[PredictionInputs, Table]):
     def _published(self, inputs: PredictionInputs) -> Iterator[Row]:
         beyond = {
             (finding.row, finding.arm)
-            for finding in verdict.validate_published(published.tables())
+            for finding in published_rules.validate_published(published.tables())
             if finding.rule == "limit"
         }
         errors: dict[str, list[float]] = {}
@@ -311,7 +311,7 @@ class Predict(Scenario[PredictionInputs, Table]):
         return layout
 
     def _of(self, cell: PublishedRow) -> Hardware:
-        return verdict.hardware_card(cell.hardware) or self._smallest_that_fits(cell.model)
+        return published_rules.hardware_card(cell.hardware) or self._first_that_holds(cell.model)
 
     def _smallest_that_fits(self, model: str) -> Hardware:
         cards = [self._card(name) for name in self.not_stated]
@@ -322,7 +322,7 @@ class Predict(Scenario[PredictionInputs, Table]):
             f"{model} does not fit {', '.join(self.not_stated)}. Add a larger layout to scenario.not_stated."
         )
 
-    def _layout(self, model: str, card: Hardware, dtype: str = verdict.PUBLISHED_DTYPE) -> Layout:
+    def _layout(self, model: str, card: Hardware, dtype: str = published_rules.PUBLISHED_DTYPE) -> Layout:
         return Layout(shape_of(model.lower()), card, dtype, self.host_gb_s, self.network_gb_s)
 
     def _card(self, name: str) -> Hardware:
@@ -364,7 +364,7 @@ def _row(payload: Payload | None, model: str, layout: str, **fields: Any) -> Row
     shared: dict[str, Any] = {
         "scenario": payload.name if payload else "",
         "weights": "none",
-        "dtype": verdict.PUBLISHED_DTYPE,
+        "dtype": published_rules.PUBLISHED_DTYPE,
         "backend": "predicted",
         "attention": "",
         "merge": "",

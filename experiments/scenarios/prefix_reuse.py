@@ -14,11 +14,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments.baselines import first_token
-from experiments.bench import Arm, Bench, Setup, build_once, compare, p90
-from experiments.measurement import Trace, transfer_s, ttft
+from experiments.bench import Bench, Measured, build_once, builds_s, compare, judging_arms, p90
+from experiments.measurement import Trace, statistics, transfer_s, ttft
 from experiments.results import Row, TTFTPayload
 from experiments.scenarios.base import ModelScenario
-from experiments.workloads import Cell
+from experiments.workloads import Cell, other_questions
 from kvmem.cache import KVCacheItem
 from kvmem.engines import Injectable, MeasuredBackend, backend_class
 from kvmem.engines.huggingface import HFBackend
@@ -60,8 +60,8 @@ class PrefixReuse(ModelScenario[Cell]):
     injected    The memory's file is loaded into the engine's blocks, up to its last token.
     """
 
-    pairs: int = Field(default=5, ge=1)
-    """Interleaved rounds for each cell; 30 for a published figure. Fewer than 3 give no interval."""
+    pairs: int = Field(default=6, ge=1)
+    """Interleaved rounds a cell; 30 for a figure to publish. Fewer than 6 have no interval, and no verdict."""
     answer_tokens: int = Field(default=8, ge=1)
     """The number of greedy tokens that are compared."""
     beside_generate: bool = True
@@ -101,36 +101,45 @@ class PrefixReuse(ModelScenario[Cell]):
         def view() -> Injectable:
             return memory.get_cache(ids)
 
+        split = partial(backend.template.split, tokens)
         prompt = ttft.direct_prompt(backend, tokens, cell.question)
-        split = backend.split(cell.question, view())
-        # Generating the answers first warms up the shapes of each arm.
-        direct_trace = ttft.trace(backend, prompt, None, self.answer_tokens)
-        injected_trace = ttft.trace(backend, split, view, self.answer_tokens)
-        native_trace = self._native_trace(backend, split)
-        arms: dict[str, ttft.Arm] = {
-            "injected": lambda: ttft.injected(memory, backend, ids, cell.question),
-            NATIVE: lambda: ttft.native_hit(backend, tokens, cell.question, view),
-            "direct": lambda: ttft.direct(backend, tokens, cell.question),
+        injected_prompt = backend.split(cell.question, view())
+        # The answers first: each warms up its arm's shape.
+        traces = {
+            "direct": ttft.trace(backend, prompt, None, self.answer_tokens),
+            "injected": ttft.trace(backend, injected_prompt, view, self.answer_tokens),
+            NATIVE: self._native_trace(backend, injected_prompt),
+        }
+        queries = other_questions(backend.template, tokens, cell.question, self.pairs, bench.setup.seed)
+
+        def fill() -> None:
+            ttft.fill_prefix_cache(backend, tokens.token_ids, view)
+
+        arms = {
+            "injected": ttft.Arm(partial(ttft.injected, memory, backend, ids), backend.reset),
+            NATIVE: ttft.Arm(partial(ttft.native_hit, backend, tokens), fill),
+            "direct": ttft.Arm(partial(ttft.direct, backend, tokens), backend.reset),
+            **judging_arms(bench, split),
         }
         if self.beside_generate and isinstance(backend, VLLMBackend) and backend.compute_device.type == "cuda":
             generate = partial(first_token, backend.llm)
-            arms[GENERATE] = lambda: ttft.native_hit(backend, tokens, cell.question, view, generate)
-        samples, runs = ttft.interleaved_with_retry(arms, self.pairs, random.Random(bench.setup.seed), warmups=0)
-        conditions = bench.conditions_now()
-        direct = Arm(samples["direct"], direct_trace)
-        injected, native = Arm(samples["injected"], injected_trace), Arm(samples[NATIVE], native_trace)
+            arms[GENERATE] = ttft.Arm(partial(ttft.native_hit, backend, tokens, first_token=generate), fill)
+        rounds = [queries[i % len(queries)] for i in range(self.pairs)]
+        samples, runs = ttft.interleaved_calm(arms, rounds, random.Random(bench.setup.seed), warmups=0)
+        measured = Measured(samples, traces, runs, len(queries) == 1 < self.pairs, bench.conditions_now())
         rows = []
-        for name, arm in (("injected", injected), (NATIVE, native)):
+        for name in ("injected", NATIVE):
             payload: Callable[..., PrefixReusePayload] = PrefixReusePayload
+            injected_s, native_s = measured.engine_s("injected"), measured.engine_s(NATIVE)
             if name == "injected":
-                over, interval = ttft.paired_ratio(injected.engine_s, native.engine_s)
+                over, interval = statistics.paired_ratio(injected_s, native_s)
                 payload = partial(payload, injected_over_native_hit=over, injected_over_native_hit_interval=interval)
                 if moved_s := transfer_s(item.metadata.kv_bytes // backend.ranks, backend.compute_device):
-                    over_slower = median(injected.engine_s) / max(moved_s, median(native.engine_s))
+                    over_slower = median(injected_s) / max(moved_s, median(native_s))
                     payload = partial(payload, transfer_s=moved_s, over_transfer_or_native_hit=over_slower)
             elif GENERATE in samples:
-                generate_s = [sample.engine_s for sample in samples[GENERATE]]
-                over, interval = ttft.paired_ratio(native.engine_s, generate_s)
+                generate_s = measured.engine_s(GENERATE)
+                over, interval = statistics.paired_ratio(native_s, generate_s)
                 payload = partial(
                     payload,
                     generate_ttft_s=median(generate_s),
@@ -145,12 +154,9 @@ class PrefixReuse(ModelScenario[Cell]):
                     self.name,
                     cell,
                     name,
-                    arm,
-                    direct,
-                    build_s=item.metadata.build_s,
-                    kv_bytes=item.metadata.kv_bytes,
-                    conditions=conditions,
-                    measured_times=runs,
+                    measured,
+                    items=[item],
+                    builds_s=builds_s(bench, [item]),
                     payload=payload,
                 )
             )

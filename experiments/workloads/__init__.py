@@ -2,6 +2,16 @@
 
 from experiments.workloads.base import Cell, Workload
 from experiments.workloads.cut import as_query, cut_memories
+from experiments.workloads.other_questions import other_questions
 from experiments.workloads.python_docs import QUESTIONS, docs_text, docs_texts
 
-__all__ = ["QUESTIONS", "Cell", "Workload", "as_query", "cut_memories", "docs_text", "docs_texts"]
+__all__ = [
+    "QUESTIONS",
+    "Cell",
+    "Workload",
+    "as_query",
+    "cut_memories",
+    "docs_text",
+    "docs_texts",
+    "other_questions",
+]

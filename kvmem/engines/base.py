@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -222,12 +222,14 @@ def check_view(cache: CacheView, fingerprint: ModelFingerprint, shards: int = 1)
 class FirstToken:
     """One greedy token, and the engine's own count of prompt tokens that it did not compute for it.
 
-    `local_tokens` of them came from the engine's prefix cache, the others from the memory.
+    `local_tokens` of them came from the engine's prefix cache, the others from the memory. `logits_V`, (vocab,), are
+    the logits that gave the token, on the engine's device; None if the engine does not keep them.
     """
 
     id: int
     cached_tokens: int
     local_tokens: int = 0
+    logits_V: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

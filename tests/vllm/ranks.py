@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from experiments.measurement.equality import Trace, grade
-from experiments.measurement.ttft import rounding_noise
+from experiments.measurement import Trace, grade, reference_forward
 from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
 from kvmem.cache.dynamic_cache import layers_of
 from kvmem.engines.vllm.backend import VLLMBackend
@@ -73,9 +72,9 @@ def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
 
 
 def graded(engine: VLLMBackend, prompt: TokenizedPrompt, direct: Any, reused: Any) -> str:
-    traces = [Trace(answer.token_ids, answer.logits_SV, answer.complete) for answer in (direct, reused)]
-    held = len(prompt.memory_ids)
-    return grade(*traces, lambda step: rounding_noise(engine, prompt.ids + direct.token_ids[:step], held)).grade
+    first, other = (Trace(answer.token_ids, answer.logits_SV, answer.complete) for answer in (direct, reused))
+    reference = reference_forward(engine)
+    return grade(first, other, lambda at: reference.logits(prompt.ids, first.token_ids, at), engine.dtype).grade
 
 
 def same_bits_again(memory: KVCacheMemory, item: KVCacheItem) -> bool:

@@ -96,7 +96,7 @@ def _arm(axes: Axes, rows: Sequence[Row], arm: Literal["direct", "injected"], co
             linewidths=0,
             zorder=2,
         )
-        face = "none" if labels.kind(row) == "invalid" else color
+        face = "none" if labels.kind(row) != "ok" else color
         axes.plot(row.context_tokens, times.ttft_s, marker, color=color, markerfacecolor=face, markersize=6, zorder=4)
     limits = [(row.context_tokens, times.limit_s) for row, times in timed if times.limit_s is not None]
     if limits:
@@ -140,7 +140,7 @@ def _legend(rows: Sequence[Row], theme: Theme) -> list[Line2D]:
     ]
     if any((figures := ttft_of(row)) and figures.limit_s is not None for row in rows):
         handles.append(Line2D([], [], color=theme.ink, linestyle=(0, (4, 3)), linewidth=1.2, label="hardware's limit"))
-    if any(labels.kind(row) == "invalid" for row in rows):
+    if any(labels.kind(row) in ("invalid", "undecided") for row in rows):
         hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "linestyle": "none"}
-        handles.append(Line2D([], [], color=theme.ink, label="invalid", **hollow))
+        handles.append(Line2D([], [], color=theme.ink, label="not ok", **hollow))
     return handles

@@ -179,7 +179,7 @@ class HFBackend(MeasuredBackend):
 
     def first_token(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> FirstToken:
         logits_V, _ = self.prefill(prompt, kv_cache)
-        return FirstToken(int(logits_V.argmax()), len(prompt.memory_ids))
+        return FirstToken(int(logits_V.argmax()), len(prompt.memory_ids), logits_V=logits_V)
 
     @torch.inference_mode()
     def greedy(self, prompt: TokenizedPrompt, kv_cache: CacheView | None, steps: int) -> GreedyAnswer:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from experiments.measurement.engine_adapters import engine_conditions, two_chunkings
+from experiments.measurement.engine_adapters import embedding_of, engine_conditions, reference_forward
+from experiments.measurement.witness import Witness
+from kvmem.cache import dynamic_cache
 from kvmem.engines.base import MeasuredBackend
 from kvmem.engines.graph.backend import HFGraphBackend
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.errors import ConfigError
+from kvmem.prompt import TokenizedPrompt
 from tests.helpers.tiny import SHAPES, last_logits, loaded
 
 
@@ -20,12 +24,33 @@ def fast() -> HFGraphBackend:
     return HFGraphBackend(loaded(SHAPES["qwen3"]), "chat", GraphConfig(capacity_tokens=512))
 
 
-def test_both_chunkings_give_the_same_prompt(qwen3: HFBackend, fast: HFGraphBackend) -> None:
+def test_the_reference_gives_the_logits_and_the_kv_of_the_whole_prompt(qwen3: HFBackend, fast: HFGraphBackend) -> None:
     ids = tuple(range(100, 160))
     right_V = last_logits(qwen3, ids)
+    cache = DynamicCache(config=qwen3.model_config)
+    qwen3.extend(ids, cache)
     for backend in (qwen3, fast):
-        for logits_V in two_chunkings(backend, ids, 24):
-            torch.testing.assert_close(logits_V, right_V, rtol=1e-4, atol=1e-4)
+        reference = reference_forward(backend)
+        found = reference.logits(ids, (7, 8, 9), None)
+        assert found.steps == (0, 1, 2) and len(found.runs) == 3
+        for run_SV in found.runs:
+            torch.testing.assert_close(run_SV[0], right_V.float(), rtol=1e-4, atol=1e-4)
+        assert reference.first_token(ids) == int(right_V.argmax())
+        for layers in reference.keys_values(ids):
+            for pair, right in zip(layers, dynamic_cache.layers_of(cache), strict=True):
+                torch.testing.assert_close(pair[0], right[0][0], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(pair[1], right[1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_witness_counts_the_tokens_that_enter_the_model(qwen3: HFBackend, fast: HFGraphBackend) -> None:
+    with Witness.of(embedding_of(qwen3)) as witness:
+        assert witness is not None
+        qwen3.first_token(TokenizedPrompt((), (1, 2, 3)))
+        assert witness.count == 3
+    qwen3.first_token(TokenizedPrompt((), (1, 2, 3)))
+    assert witness.count == 3
+    with Witness.of(embedding_of(fast)) as none:
+        assert none is None
 
 
 def test_conditions_name_what_the_figures_depend_on(qwen3: HFBackend, fast: HFGraphBackend) -> None:
@@ -36,7 +61,7 @@ def test_conditions_name_what_the_figures_depend_on(qwen3: HFBackend, fast: HFGr
 
 
 def test_vllm_has_its_own_adapter() -> None:
-    assert two_chunkings.dispatch(VLLMBackend) is not two_chunkings.dispatch(MeasuredBackend)
+    assert reference_forward.dispatch(VLLMBackend) is not reference_forward.dispatch(MeasuredBackend)
     assert engine_conditions.dispatch(VLLMBackend) is not engine_conditions.dispatch(MeasuredBackend)
 
 
@@ -47,5 +72,5 @@ def test_an_engine_without_an_adapter_is_refused_by_name() -> None:
     Own.__abstractmethods__ = frozenset()
     own = Own()
     assert engine_conditions(own) == {}
-    with pytest.raises(ConfigError, match="backend=own has no two_chunkings"):
-        two_chunkings(own, (1, 2, 3), 1)
+    with pytest.raises(ConfigError, match="backend=own has no independent forward"):
+        reference_forward(own)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from experiments import execution as runner
 from experiments.config.compose import compose, validate
-from experiments.measurement import ttft
+from experiments.measurement import statistics
 from experiments.reporting import plots, tables
 from experiments.reporting.tables import markdown
 from experiments.results.row import Row
@@ -74,8 +74,10 @@ def test_a_quick_look_has_rows_and_no_interval(
     assert len(json.loads(logged.read_text())["data"]) == len(rows)
 
 
-def test_three_pairs_have_an_interval() -> None:
-    middle, interval = ttft.paired_ratio([1.0, 2.0, 4.0], [2.0, 2.0, 2.0])
-    assert middle == 1.0 and interval == (0.5, 2.0)
-    assert ttft.median_interval([1.0, 2.0, 4.0]) == (1.0, 4.0)
-    assert ttft.speedup_interval([1.0, 1.0, 1.0], [2.0, 2.0, 2.0]) == (50.0, 50.0)
+def test_six_pairs_have_an_interval() -> None:
+    ratio, interval = statistics.paired_ratio([1.0, 2.0, 4.0], [2.0, 2.0, 2.0])
+    assert (ratio, interval) == (1.0, None)
+    assert statistics.median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (1.0, 6.0)
+    assert statistics.speedup_interval([1.0] * 6, [2.0] * 6) == (50.0, 50.0)
+    low, high = statistics.speedup_interval([1.0, 1.2, 1.1, 1.0, 1.3, 1.1], [2.0] * 6) or (0.0, 0.0)
+    assert low < statistics.speedup_pct([1.0, 1.2, 1.1, 1.0, 1.3, 1.1], [2.0] * 6) < high

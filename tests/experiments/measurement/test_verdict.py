@@ -2,73 +2,214 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
 import pytest
 
-from experiments.measurement.verdict import Finding, hardware_card, validate_cell, validate_published
-from experiments.results import published
+from experiments.measurement import BASELINE, Verdict, judge
+from experiments.measurement.published_rules import Finding, hardware_card, validate_published
+from experiments.results import ALONE, Evidence, TimedCall, TTFTPayload, published
+from tests.helpers.rows import ttft_row
 
 KNOWN = [row for row in published.tables() if row.table in ("huggingface_ttft", "vllm_ttft")]
 
-SOUND: dict[str, Any] = {
-    "direct_digest": "a",
-    "injected_digest": "a",
-    "cached_tokens": 583,
-    "expected_tokens": 583,
-    "kv_ttft_s": 0.2,
-    "direct_ttft_s": 1.0,
-    "kv_limit_s": 0.1,
-    "direct_limit_s": 0.8,
-    "build_s": 0.8,
-    "equality": "tokens",
-    "exact": True,
-}
+ROUNDS = 6
+ARMS = {"injected": 0.2, "direct": 1.0, BASELINE: 1.0, ALONE: 0.19}
+"""Seconds of each arm of a sound cell: 583 tokens of memory and 30 of query."""
 
-BROKEN = {
-    "token ids": {"injected_digest": "b"},
-    "0 tokens came from the cache, 583 were expected": {"cached_tokens": 0},
-    "600 tokens came from the cache": {"cached_tokens": 600},
-    "the injected arm took 200 ms, and the hardware needs 201 ms": {"kv_limit_s": 0.201},
-    "the direct arm took 1000 ms, and the hardware needs 1100 ms": {"direct_limit_s": 1.1},
-    "direct baseline is too slow": {"build_s": 0.63},
-    "diverge": {"equality": "diverged"},
+
+def sound_calls() -> list[TimedCall]:
+    """Six rounds of four arms, one after the other, in an order that turns."""
+    calls, now = [], 0.0
+    names = list(ARMS)
+    for round_ in range(ROUNDS):
+        for name in names[round_ % 4 :] + names[: round_ % 4]:
+            tokens = 30 if name == ALONE else 613
+            cached = 583 if name == "injected" else 0
+            seconds = ARMS[name] * (1 + 0.001 * round_)
+            calls.append(
+                TimedCall(
+                    arm=name,
+                    round=round_,
+                    started_s=now,
+                    outer_s=seconds + 1e-4,
+                    user_s=seconds,
+                    engine_s=seconds * 0.9,
+                    cache_s=seconds * 0.05,
+                    token=7,
+                    prompt_tokens=tokens,
+                    digest=f"{name if name == ALONE else 'whole'} {round_}",
+                    cached_tokens=cached,
+                    expected_tokens=cached,
+                    computed_tokens=tokens - cached,
+                    logits_apart=1e-5 if name == "injected" else None,
+                )
+            )
+            now += seconds + 2e-4
+    return calls
+
+
+def changed(arm: str, **fields: Any) -> list[TimedCall]:
+    """The sound calls with other fields in every call of `arm`; a function is given the old value."""
+    return [
+        dataclasses.replace(
+            call, **{name: value(getattr(call, name)) if callable(value) else value for name, value in fields.items()}
+        )
+        if call.arm == arm
+        else call
+        for call in sound_calls()
+    ]
+
+
+def judged(figures: dict[str, Any] | None = None, row: dict[str, Any] | None = None, **evidence: Any) -> Verdict:
+    """The verdict on a sound cell with some things changed: figures of the payload, fields of the row, the evidence."""
+    sound = Evidence(
+        **{
+            "calls": sound_calls(),
+            "first_token_margins": {"injected": 0.0, "direct": 0.0},
+            "tolerance": 1e-4,
+            "direct_off_reference": 2e-5,
+            "injected_off_reference": 2e-5,
+            "kv_off_reference": 1e-5,
+            "kv_tolerance": 1e-4,
+            "reference": "transformers' own forward pass",
+            "build_all_s": [0.79, 0.8, 0.81],
+            **evidence,
+        }
+    )
+    times = {"kv_ttft_s": 0.18, "direct_ttft_s": 0.9, "limit_s": 0.1, "direct_limit_s": 0.8, "build_s": 0.8}
+    known = ttft_row(583, 30, **{"pairs": ROUNDS, **times, **(figures or {}), **(row or {})}, evidence=sound)
+    payload = known.payload
+    assert isinstance(payload, TTFTPayload)
+    return judge(known, payload)
+
+
+SLOW = [0.3, 0.31, 0.32]
+BROKEN: dict[str, dict[str, Any]] = {
+    "the arms received different token ids (whole 0 direct, other injected)": {
+        "calls": changed("injected", digest="other")
+    },
+    "0 tokens came from the cache, 583 were expected": {
+        "calls": changed("injected", cached_tokens=0, computed_tokens=613)
+    },
+    "600 tokens came from the cache, 583 were expected": {
+        "calls": changed("injected", cached_tokens=600, computed_tokens=13)
+    },
+    "583 tokens of the direct arm came from a cache": {
+        "calls": changed("direct", cached_tokens=583, computed_tokens=30)
+    },
+    "15 tokens entered the model in the injected arm, and its prompt needs 30": {
+        "calls": changed("injected", computed_tokens=15)
+    },
+    "677 tokens entered the model in the direct arm, and its prompt needs 613": {
+        "calls": changed("direct", computed_tokens=677)
+    },
+    "the injected arm took 180 ms, and the hardware needs 190 ms": {"figures": {"limit_s": 0.19}},
+    "the direct arm took 900 ms, and the hardware needs 1100 ms": {"figures": {"direct_limit_s": 1.1}},
+    "it did not compute all of it": {"calls": changed(ALONE, engine_s=lambda s: 1.5 * s)},
+    "the direct baseline is too slow: 1.11 times transformers' own forward pass": {
+        "calls": changed(BASELINE, engine_s=lambda s: 0.9 * s)
+    },
+    "for the work of build and injected arm": {"build_all_s": SLOW},
+    "the build took 4 s, and the direct arm computes more": {"build_all_s": [4.0, 4.1, 4.2]},
+    "of a call of the injected arm are not in its TTFT": {
+        "calls": changed("injected", user_s=lambda s: 0.95 * s, cache_s=0.0)
+    },
+    "the parts of the direct arm's TTFT exceed the whole": {"calls": changed("direct", cache_s=0.5)},
+    "the direct arm's clock ran longer than the clock around it": {
+        "calls": changed("direct", outer_s=lambda s: 0.99 * s)
+    },
+    "the answers diverge, and a logit is": {"row": {"equality": "diverged"}},
+    "the answers have equal tokens, and a logit is 0.5 off": {
+        "row": {"equality": "drifted", "logit_max_abs_diff": 0.5}
+    },
+    "a logit of the direct arm is 0.1 off that of transformers' own forward pass": {"direct_off_reference": 0.1},
+    "the answers were not graded": {"tolerance": None},
+    "the injected arm's timed call returned another token": {"first_token_margins": {"injected": 0.3}},
+    "in round 0 a logit of the timed injected call is 2 off": {"calls": changed("injected", logits_apart=2.0)},
+    "in round 0 the two arms returned different tokens": {"calls": changed("injected", logits_apart=None, token=9)},
+    "the stored KV of a token is 0.01 off": {"kv_off_reference": 0.01},
 }
 
 
 def test_a_sound_cell_is_ok() -> None:
-    verdict = validate_cell(**SOUND)
-    assert (verdict.verdict, verdict.reason) == ("ok", "")
-    assert validate_cell(**SOUND | {"equality": "near_tie"}).verdict == "ok"
-    assert validate_cell(**SOUND | {"build_s": 0.64}).verdict == "ok"  # the direct time is 1.19 times their sum
-
-
-def test_a_merge_counts_as_work_of_the_direct_arm() -> None:
-    """Times of four memories of 1,024 tokens in total on a CPU, merged with RopeShift."""
-    assert validate_cell(**SOUND | {"build_s": 0.5}).verdict == "invalid"
-    assert validate_cell(**SOUND | {"build_s": 0.5, "merge_s": 0.14}).verdict == "ok"
-    reason = validate_cell(**SOUND | {"build_s": 0.5, "merge_s": 0.12}).reason
-    assert reason.endswith("1 s for the work of build, merge and injected arm, which took 0.5 + 0.12 + 0.2 s")
+    assert judged() == Verdict("ok", "")
+    assert judged(row={"equality": "near_tie"}) == Verdict("ok", "")
 
 
 @pytest.mark.parametrize("reason", BROKEN)
 def test_each_rule_fails_for_its_own_reason(reason: str) -> None:
-    verdict = validate_cell(**SOUND | BROKEN[reason])
+    verdict = judged(**BROKEN[reason])
     assert verdict.verdict == "invalid"
     assert reason in verdict.reason
-    assert ";" not in verdict.reason
+    assert ";" not in verdict.reason.replace("; the injection is exact", "")
+
+
+def test_arms_that_were_not_interleaved_are_noticed() -> None:
+    one_after_the_other = sorted(sound_calls(), key=lambda call: call.arm)
+    moved, now = [], 0.0
+    for call in one_after_the_other:
+        moved.append(dataclasses.replace(call, started_s=now))
+        now += call.outer_s + 1e-4
+    assert "the arms were not interleaved" in judged(calls=moved).reason
+    overlapping = [dataclasses.replace(call, started_s=0.9 * call.started_s) for call in sound_calls()]
+    assert "two calls overlap in time" in judged(calls=overlapping).reason
 
 
 def test_every_reason_is_listed() -> None:
-    verdict = validate_cell(**SOUND | {"injected_digest": "b", "cached_tokens": 0, "kv_limit_s": 1.0, "build_s": 0.1})
-    assert verdict.reason.count("; ") == 3
+    verdict = judged(figures={"limit_s": 0.19}, build_all_s=SLOW, kv_off_reference=1.0)
+    assert verdict.reason.count("; ") == 2
+
+
+def test_a_merge_counts_as_work_of_the_direct_arm() -> None:
+    assert judged(build_all_s=[0.4, 0.5, 0.5], figures={"build_s": 0.5}).verdict == "invalid"
+    assert judged(build_all_s=[0.4, 0.5, 0.5], figures={"build_s": 0.5, "merge_s": 0.14}).verdict == "ok"
 
 
 def test_divergence_is_accepted_for_a_merge_that_is_not_exact() -> None:
-    verdict = validate_cell(**SOUND | {"equality": "diverged", "exact": False})
+    verdict = judged(exact=False, row={"equality": "diverged", "memories": 2})
     assert verdict.verdict == "ok"
     assert "this merge is not exact" in verdict.reason
+
+
+def disturbed(arm: str, rounds: range, factor: float) -> list[TimedCall]:
+    """The sound calls, those of `arm` in `rounds` longer by `factor`."""
+    return [
+        dataclasses.replace(call, engine_s=call.engine_s * factor) if call.arm == arm and call.round in rounds else call
+        for call in sound_calls()
+    ]
+
+
+DOUBTS: dict[str, dict[str, Any]] = {
+    "3 pairs give no interval": {"row": {"pairs": 3}},
+    "the direct arm was disturbed": {"calls": disturbed("direct", range(0, ROUNDS, 2), 0.5)},
+    "for the work of build and injected arm": {"figures": {"build_s": 0.3}},
+    "too noisy to tell": {"calls": disturbed(BASELINE, range(2, ROUNDS), 0.8)},
+}
+
+
+@pytest.mark.parametrize("reason", DOUBTS)
+def test_a_doubt_gives_no_verdict(reason: str) -> None:
+    verdict = judged(**DOUBTS[reason])
+    assert verdict.verdict == "undecided" and reason in verdict.reason
+
+
+def test_a_row_of_older_rules_is_not_judged_by_these() -> None:
+    assert judge(ttft_row(), TTFTPayload(**{**BARE})).verdict == "undecided"
+
+
+BARE = dict(
+    build_s=1.0,
+    kv_bytes=1,
+    kv_ttft_s=0.1,
+    direct_ttft_s=1.0,
+    kv_user_ttft_s=0.1,
+    direct_user_ttft_s=1.0,
+    speedup_pct=90.0,
+    cached_tokens=1,
+)
 
 
 @cache

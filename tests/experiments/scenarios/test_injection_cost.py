@@ -19,7 +19,7 @@ TINY = [
     "model=tiny",
     "model.weights=random",
     "scenario=injection_cost",
-    "scenario.pairs=3",
+    "scenario.pairs=6",
     "scenario.answer_tokens=6",
     "scenario.decode_tokens=8",
     "workload=python_docs",
@@ -62,15 +62,23 @@ def test_every_method_gives_the_same_answer_and_leaves_the_memory_unchanged(benc
     (cell, *_) = bench.setup.scenario.cells(bench)
     item = bench.memory.extract(cell.cell.memories[0])
     before = copy_of(item)
-    methods = injection_methods.injection_methods(bench.backend, item, cell.cell.question)
+    question, tokens = cell.cell.question, item.metadata.tokens
+    prompts = {question: bench.backend.template.split(tokens, question)}
+    methods = injection_methods.injection_methods(bench.backend, item, prompts)
     assert {"memos", "deepcopy", "shared tensors", arms.DIRECT, arms.IN_PLACE} <= methods.keys()
     direct = methods[arms.DIRECT].trace(6)
     for name, method in methods.items():
         for _ in range(2):  # the second answer finds the memory unchanged
-            token = method.first_token().token
+            token = method.first_token(question).token
             assert name == arms.ALONE or token.id == direct.token_ids[0]
         if method.trace is not None:
-            assert grade(direct, method.trace(6), lambda step: 0.0).grade in ("bitwise", "tokens"), name
+            equality = grade(
+                direct,
+                method.trace(6),
+                lambda step: bench.reference.logits(prompts[question].ids, direct.token_ids, step),
+                bench.backend.dtype,
+            )
+            assert equality.grade in ("bitwise", "tokens") and equality.direct_is_sound, name
     assert same_bits(item, before)
 
 

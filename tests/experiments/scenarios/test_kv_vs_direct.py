@@ -13,7 +13,7 @@ from experiments.measurement import ttft
 from experiments.performance_model.roofline import Roofline
 from experiments.results import ttft_of
 
-KNOBS = ["experiment=smoke", "sink=none", "hardware.check=false", "scenario.pairs=3"]
+KNOBS = ["experiment=smoke", "sink=none", "hardware.check=false", "scenario.pairs=6"]
 FAR_TOO_LOW = 1e3
 """FLOP and bytes a second. The rate is so low that every arm is faster than the limit."""
 
@@ -54,19 +54,18 @@ def test_the_merge_counts_as_work_of_the_direct_arm(memories: int) -> None:
     fast = ttft.injected(bench.memory, bench.backend, ids, cell.question)
     slow = ttft.direct(bench.backend, tokens, cell.question)
     answers = ttft.trace(bench.backend, slow.prompt, None, 1)
+    kv = [dataclasses.replace(fast, engine_s=0.1, user_s=0.6, cache_s=0.5, started_s=2.0 * i) for i in range(6)]
+    whole = [dataclasses.replace(slow, engine_s=0.9, user_s=0.9, started_s=2.0 * i + 1) for i in range(6)]
     row = comparison.compare(
         bench,
         "kv_vs_direct",
         cell,
         "injected",
-        comparison.Arm([dataclasses.replace(fast, engine_s=0.1, cache_s=0.5)], answers),
-        comparison.Arm([dataclasses.replace(slow, engine_s=0.9)], answers),
-        build_s=0.3,
-        kv_bytes=1,
-        memories=memories,
-        conditions={},
+        comparison.Measured({"injected": kv, "direct": whole}, {"injected": answers, "direct": answers}),
+        items=items,
+        builds_s=[0.3],
     )
-    assert ("direct baseline is too slow" in row.verdict_reason) == (memories == 1)
+    assert ("for the work of build" in row.verdict_reason) == (memories == 1)
     figures = ttft_of(row)
     assert figures is not None
     assert (figures.merge_s, figures.fetch_s) == ((None, 0.5) if memories == 1 else (0.5, None))

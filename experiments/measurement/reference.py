@@ -1,0 +1,118 @@
+"""What code that shares nothing with the engine under test computes for a prompt: its logits, its KV and its time.
+
+Rounding noise, equality and the baseline's speed are judged against it, so that a fault in an engine's own prefill
+can't excuse itself. For engines of this process it is transformers' own forward pass on the same weights, without a
+cache. For vLLM it is `LLM.generate` on the whole prompt, with vLLM's prefix cache emptied.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache, PreTrainedModel
+
+from kvmem.cache import dynamic_cache
+
+MATH_LIMIT_BYTES = 2**30
+"""The plain attention kernel holds all scores of a layer at once; a prompt whose scores exceed this uses another."""
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of each layer, (heads, tokens, head_dim)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceLogits:
+    """Logits of the same steps from several executions that differ by rounding alone.
+
+    runs: (steps, vocab) each; the first one is what answers are compared with. steps: the answer's steps that they are
+    of, counted from the first generated token.
+    """
+
+    runs: tuple[torch.Tensor, ...]
+    steps: tuple[int, ...]
+
+    @property
+    def noise(self) -> float:
+        """The largest absolute difference of a logit between two runs."""
+        first_SV = self.runs[0]
+        return max((max_abs_diff(first_SV, other_SV) for other_SV in self.runs[1:]), default=0.0)
+
+
+class ReferenceForward(ABC):
+    """The independent forward pass for one engine. `engine_adapters.reference_forward` finds it."""
+
+    name: str
+    """What it is, in a sentence of the report."""
+
+    @abstractmethod
+    def logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], at: int | None) -> ReferenceLogits:
+        """The logits that precede each of `answer_ids` behind the prompt.
+
+        at: the step at which two answers differ, if they do; a reference that computes few steps includes it.
+        """
+
+    @abstractmethod
+    def first_token(self, token_ids: Sequence[int]) -> int:
+        """The first greedy token behind `token_ids`, on the host: the baseline that is timed."""
+
+    def keys_values(self, token_ids: Sequence[int]) -> tuple[Layers, ...]:
+        """The KV of `token_ids` from several executions; () if the engine's KV can't be read in this process."""
+        return ()
+
+    def prepare(self) -> None:
+        """Empties what an engine has cached of earlier prompts, before a timed call. By default there is nothing."""
+        return
+
+
+class TransformersForward(ReferenceForward):
+    """transformers' own forward pass on the engine's weights."""
+
+    name = "transformers' own forward pass"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], at: int | None) -> ReferenceLogits:
+        ids, steps = (*prompt_ids, *answer_ids[:-1]), len(answer_ids)
+        runs = tuple(self._logits(ids, steps, rows, other) for rows, other in ((1, False), (2, False), (1, True)))
+        return ReferenceLogits(runs, tuple(range(steps)))
+
+    @torch.inference_mode()
+    def first_token(self, token_ids: Sequence[int]) -> int:
+        ids_BT = torch.tensor([tuple(token_ids)], device=self.model.device)
+        return int(self.model(input_ids=ids_BT, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+
+    @torch.inference_mode()
+    def keys_values(self, token_ids: Sequence[int]) -> tuple[Layers, ...]:
+        return tuple(self._keys_values(token_ids, rows, other) for rows, other in ((1, False), (2, False), (1, True)))
+
+    def _logits(self, ids: Sequence[int], steps: int, rows: int, other_kernel: bool) -> torch.Tensor:
+        ids_BT = torch.tensor([tuple(ids)] * rows, device=self.model.device)
+        with self._other_kernel(len(ids)) if other_kernel else nullcontext():
+            logits_BSV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False, logits_to_keep=steps).logits
+        return logits_BSV[0].float().cpu()
+
+    def _keys_values(self, ids: Sequence[int], rows: int, other_kernel: bool) -> Layers:
+        ids_BT = torch.tensor([tuple(ids)] * rows, device=self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        with self._other_kernel(len(ids)) if other_kernel else nullcontext():
+            self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return [(keys_BHTD[0], values_BHTD[0]) for keys_BHTD, values_BHTD in dynamic_cache.layers_of(cache)]
+
+    def _other_kernel(self, tokens: int) -> Any:
+        """Another implementation of `scaled_dot_product_attention`. A model that does not use it is not changed."""
+        scores = 4 * int(self.model.config.num_attention_heads) * tokens**2
+        return sdpa_kernel(SDPBackend.MATH if scores <= MATH_LIMIT_BYTES else SDPBackend.EFFICIENT_ATTENTION)
+
+
+def max_abs_diff(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest absolute difference of the entries that are finite in both; 0 where there is none."""
+    a, b = a.double().cpu(), b.double().cpu()
+    finite = a.isfinite() & b.isfinite()
+    return float((a[finite] - b[finite]).abs().max()) if bool(finite.any()) else 0.0
