@@ -75,7 +75,7 @@ def recipes() -> dict[str, type[Recipe]]:
 
 
 def arm(name: str, backend: MeasuredBackend, item: KVCacheItem, tokens: MemoryTokens) -> ttft.Arm:
-    """A recipe as an arm of a comparison; ConfigError on an engine that is not Hugging Face's."""
+    """A recipe as an arm of a comparison. Raises ConfigError if the engine is not Hugging Face's."""
     if not isinstance(backend, HFBackend):
         raise ConfigError(f"The {name} recipe is Hugging Face's, and this is backend={type(backend).name}.")
     recipe, template = recipes()[name](item, backend.model_config), backend.template

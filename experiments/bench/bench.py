@@ -21,7 +21,7 @@ from kvmem.errors import ConfigError
 
 log = logging.getLogger("experiments")
 BUILDS = 3
-"""How often each build is measured; its time is their median."""
+"""The number of measurements of each build. The build time is their median."""
 
 
 @dataclass
@@ -34,11 +34,11 @@ class Bench:
     roofline: Roofline
     conditions: dict[str, Any]
     built: list[KVCacheItem] = field(default_factory=list)
-    """Items in the order in which they were built, so that cells with the same memory share one build."""
+    """The items of this run, in the order of their builds. Cells with the same memory share one item."""
     build_times_s: dict[str, list[float]] = field(default_factory=dict)
-    """Every measured build of an item, by its id."""
+    """The seconds of every measured build of an item, by the item's id."""
     kv_checks: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """How far an item's KV is from the reference's, and how far it may be, by its id."""
+    """The distance of an item's KV from the reference's and its tolerance, by the item's id."""
 
     @classmethod
     def open(cls, setup: Setup) -> Bench:
@@ -139,7 +139,7 @@ def build_once(bench: Bench, source: Source) -> KVCacheItem:
 
 
 def builds_s(bench: Bench, items: Sequence[KVCacheItem]) -> list[float]:
-    """Seconds of each measured build of all `items` together, with the builds of the items that they extend."""
+    """The seconds of each measured build of all `items` together, including the builds of the items that they extend."""
     needed = [
         built
         for item in items

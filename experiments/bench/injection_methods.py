@@ -25,9 +25,9 @@ class InjectionMethod:
     """One injection method for one memory and query."""
 
     first_token: Callable[[str], Sample]
-    """Takes one sample of a question; its engine_s includes passing the cache to the model."""
+    """Measures one sample of a question, from token ids. engine_s includes passing the cache to the model."""
     trace: Callable[[int], Trace] | None
-    """A greedy answer of so many tokens to the first question; None if it is not the answer to the whole prompt."""
+    """A greedy answer of the given length to the first question; None if the method does not answer the whole prompt."""
     baseline: str
     """The name of the direct arm that grades the answer.
 

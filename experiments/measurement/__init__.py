@@ -1,6 +1,6 @@
 """Measures TTFT, compares outputs, and gives each figure a verdict."""
 
-from experiments.measurement.consensus import agreed
+from experiments.measurement.consensus import from_rank0
 from experiments.measurement.engine_adapters import embedding_of, engine_conditions, reference_forward
 from experiments.measurement.equality import NOISE_MULTIPLE, Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
@@ -21,7 +21,6 @@ __all__ = [
     "Trace",
     "Verdict",
     "Witness",
-    "agreed",
     "embedding_of",
     "engine_conditions",
     "from_rank0",

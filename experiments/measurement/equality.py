@@ -51,7 +51,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Equality:
-    """How equal two answers are, and by what that was judged. Differences are of logits.
+    """The comparison of two greedy answers. Differences are those of logits.
 
     `logit_max_abs_diff` and the distances from the reference are taken over the steps up to and including the first
     token that differs: until there both arms have received the same tokens, and after it the logits belong to different

@@ -1,4 +1,4 @@
-"""How a TTFT is taken: three clocks, interleaved rounds in random order, medians and their intervals."""
+"""Measures TTFT: three clocks, and interleaved rounds in random order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from experiments.measurement.consensus import agreed
+from experiments.measurement.consensus import from_rank0
 from experiments.measurement.equality import Trace
 from experiments.measurement.reference import ReferenceForward
 from experiments.measurement.statistics import NOISY_SPREAD, spread
@@ -34,13 +34,13 @@ class Sample:
     token: FirstToken
     prompt: TokenizedPrompt
     expected_tokens: int = 0
-    """How many tokens the cache should have covered; `token.cached_tokens` is how many it did."""
+    """The number of prompt tokens that the cache should cover. `token.cached_tokens` is the number that it covered."""
     started_s: float = 0.0
-    """When `interleaved` called the arm, in seconds since its first call."""
+    """The start of the call, in seconds since the first call of `interleaved`."""
     outer_s: float = 0.0
-    """What `interleaved`'s own clock measured around the arm; a part that `user_s` does not count shows here."""
+    """The time of the whole call by the clock of `interleaved`. It shows what `user_s` leaves out."""
     computed_tokens: int | None = None
-    """Tokens that entered the model meanwhile, by a witness outside the engine; None if there is none."""
+    """The number of tokens that entered the model, counted by a witness outside the engine; None without a witness."""
 
 
 def nothing() -> None:
@@ -49,14 +49,14 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to a first token. `run` is timed, `prepare` before it is not."""
+    """A method that gives a first token. `run` is timed; `prepare`, which is called before it, is not."""
 
     run: Callable[[str], Sample]
     prepare: Callable[[], None] = nothing
 
 
 def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str], query: Query) -> Sample:
-    """One sample of the injected arm: prefills only the tokens that the memory's cache does not cover."""
+    """One sample of the injected arm. Only the tokens that the memory's cache does not cover are prefilled."""
     started = time.perf_counter()
     cache = memory.get_cache(ids)
     synchronize(backend.device)
@@ -69,7 +69,7 @@ def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str]
 
 
 def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Sample:
-    """One sample of the direct arm: the memory as prompt text, rendered, tokenised and prefilled whole."""
+    """One sample of the direct arm. The memory is prompt text, and the whole prompt is prefilled."""
     started = time.perf_counter()
     prompt = direct_prompt(backend, tokens, query)
     synchronize(backend.device)
@@ -183,12 +183,12 @@ def interleaved_calm(
     warmups: int = 1,
     witness: Witness | None = None,
 ) -> tuple[dict[str, list[Sample]], int]:
-    """`interleaved`, all of it again if an arm was disturbed. Returns the last run, whole, and how many ran.
+    """Runs `interleaved`, and once more if an arm is noisy. Returns the samples of the last run, and the number of runs.
 
     The rule is fixed beforehand: the second run counts, be it calmer or not, so that no run is chosen by its result.
     """
     first = interleaved(arms, queries, rng, warmups, witness)
-    if agreed(worst_spread(first)) <= NOISY_SPREAD:
+    if from_rank0(worst_spread(first)) <= NOISY_SPREAD:
         return first, 1
     return interleaved(arms, queries, rng, 0, witness), 2
 

@@ -157,7 +157,9 @@ class DecodingPayload(Payload):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class InjectionCost(ModelScenario[CostCell]):
-    """All methods on the same weights, in interleaved rounds; each from token ids and stored memory to the token.
+    """Measures all injection methods with the same weights, in interleaved rounds.
+
+    Each runs from token ids and stored memory to the first token.
 
     Each time is measured from the token ids and the stored memory to the first token on the host.
 
@@ -170,9 +172,9 @@ class InjectionCost(ModelScenario[CostCell]):
     """
 
     pairs: int = Field(default=6, ge=1)
-    """Interleaved rounds a cell; 30 for a figure to publish. Fewer than 6 have no interval, and no verdict."""
+    """Interleaved rounds for each cell; 30 for a published figure. Fewer than 6 give no interval and no verdict."""
     answer_tokens: int = Field(default=16, ge=1)
-    """Greedy tokens of each method that are compared with the direct one's."""
+    """The number of greedy tokens that are compared with the direct arm's."""
     decode_tokens: int = Field(default=128, ge=2)
     """The number of tokens that are decoded with the longest memory to measure the decoding rate."""
     beside_vllm: bool = True

@@ -39,10 +39,13 @@ class KVvsDirectPayload(TTFTPayload):
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class KVvsDirect(ModelScenario[Cell]):
-    """Both arms receive the same token ids, in interleaved pairs, and answer greedily."""
+    """Measures TTFT with the memory injected and with the memory as prompt text, and compares the greedy answers.
+
+    Both arms receive the same token ids, in interleaved pairs.
+    """
 
     pairs: int = Field(default=6, ge=1)
-    """Interleaved pairs a cell; 30 for a figure to publish. Fewer than 6 have no interval, and no verdict."""
+    """Interleaved pairs for each cell; 30 for a published figure. Fewer than 6 give no interval and no verdict."""
     answer_tokens: int = Field(default=16, ge=1)
     """The number of greedy tokens that are compared."""
     beside_recipe: bool = False

@@ -311,7 +311,7 @@ class Predict(Scenario[PredictionInputs, Table]):
         return layout
 
     def _of(self, cell: PublishedRow) -> Hardware:
-        return published_rules.hardware_card(cell.hardware) or self._first_that_holds(cell.model)
+        return published_rules.hardware_card(cell.hardware) or self._smallest_that_fits(cell.model)
 
     def _smallest_that_fits(self, model: str) -> Hardware:
         cards = [self._card(name) for name in self.not_stated]

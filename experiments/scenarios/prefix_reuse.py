@@ -61,7 +61,7 @@ class PrefixReuse(ModelScenario[Cell]):
     """
 
     pairs: int = Field(default=6, ge=1)
-    """Interleaved rounds a cell; 30 for a figure to publish. Fewer than 6 have no interval, and no verdict."""
+    """Interleaved rounds for each cell; 30 for a published figure. Fewer than 6 give no interval and no verdict."""
     answer_tokens: int = Field(default=8, ge=1)
     """The number of greedy tokens that are compared."""
     beside_generate: bool = True
@@ -104,7 +104,7 @@ class PrefixReuse(ModelScenario[Cell]):
         split = partial(backend.template.split, tokens)
         prompt = ttft.direct_prompt(backend, tokens, cell.question)
         injected_prompt = backend.split(cell.question, view())
-        # The answers first: each warms up its arm's shape.
+        # Generating the answers first warms up the shapes of each arm.
         traces = {
             "direct": ttft.trace(backend, prompt, None, self.answer_tokens),
             "injected": ttft.trace(backend, injected_prompt, view, self.answer_tokens),
