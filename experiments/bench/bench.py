@@ -139,7 +139,7 @@ def build_once(bench: Bench, source: Source) -> KVCacheItem:
 
 
 def builds_s(bench: Bench, items: Sequence[KVCacheItem]) -> list[float]:
-    """The seconds of each measured build of all `items` together, including the builds of the items that they extend."""
+    """Seconds of each measured build of all `items` together, including the builds of the items that they extend."""
     needed = [
         built
         for item in items

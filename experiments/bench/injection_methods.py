@@ -27,7 +27,7 @@ class InjectionMethod:
     first_token: Callable[[str], Sample]
     """Measures one sample of a question, from token ids. engine_s includes passing the cache to the model."""
     trace: Callable[[int], Trace] | None
-    """A greedy answer of the given length to the first question; None if the method does not answer the whole prompt."""
+    """A greedy answer of the given length to the first question; None if it does not answer the whole prompt."""
     baseline: str
     """The name of the direct arm that grades the answer.
 

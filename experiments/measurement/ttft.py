@@ -183,7 +183,7 @@ def interleaved_calm(
     warmups: int = 1,
     witness: Witness | None = None,
 ) -> tuple[dict[str, list[Sample]], int]:
-    """Runs `interleaved`, and once more if an arm is noisy. Returns the samples of the last run, and the number of runs.
+    """Runs `interleaved`, and once more if an arm is noisy. Returns the last run's samples, and the number of runs.
 
     The rule is fixed beforehand: the second run counts, be it calmer or not, so that no run is chosen by its result.
     """

@@ -63,7 +63,7 @@ def remarks(row: Row, evidence: Evidence) -> list[str]:
     """What a reader of a valid row should know."""
     found = []
     if not evidence.exact and row.equality in ("drifted", "diverged"):
-        found.append(f"the answers {row.equality.replace('ed', '')}: the price of this merge, which is not exact")
+        found.append(f"the answers have {row.equality}, which is allowed because this merge is not exact")
     if evidence.same_query:
         found.append("every round had the same query: no other of the same length was found")
     return found

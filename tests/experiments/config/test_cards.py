@@ -199,7 +199,7 @@ def test_every_scenario_and_workload_has_a_quick_and_a_debug_mode(scenario: str,
 
 def test_a_mode_shortens_an_experiment_and_an_explicit_knob_wins() -> None:
     quick = resolved(compose.compose(["experiment=vllm_prefix_reuse", "mode=quick", "scenario.answer_tokens=6"]))
-    assert (quick["scenario"]["pairs"], quick["scenario"]["answer_tokens"]) == (2, 6)
+    assert (quick["scenario"]["pairs"], quick["scenario"]["answer_tokens"]) == (6, 6)
     assert quick["workload"]["context_tokens"] == [128] and quick["sink"]["_target_"].endswith(".NoSink")
 
 
