@@ -5,8 +5,10 @@ from experiments.execution.ranks import run_job
 from experiments.execution.runner import (
     NOT_ALL_VALID,
     OUT_OF_MEMORY_ADVICE,
+    UNDECIDED,
     WRONG_COMMAND,
     JobFailed,
+    doubts,
     log,
     problems,
     run,
@@ -15,8 +17,10 @@ from experiments.execution.runner import (
 __all__ = [
     "NOT_ALL_VALID",
     "OUT_OF_MEMORY_ADVICE",
+    "UNDECIDED",
     "WRONG_COMMAND",
     "JobFailed",
+    "doubts",
     "log",
     "problems",
     "run",

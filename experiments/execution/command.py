@@ -23,13 +23,15 @@ from experiments.execution.ranks import run_job
 from experiments.execution.runner import (
     NOT_ALL_VALID,
     OUT_OF_MEMORY_ADVICE,
+    UNDECIDED,
     WRONG_COMMAND,
     JobFailed,
+    doubts,
     log,
     problems,
 )
 from experiments.reporting import write_joined
-from experiments.results import displayed_path, formatting, runs_in
+from experiments.results import displayed_path, formatting, read_rows, runs_in
 from kvmem.errors import ConfigError, KVMemError
 
 RUN_FOLDER_KNOB = "hydra.run.dir"
@@ -64,6 +66,10 @@ def job(config: DictConfig) -> None:
     if found := problems(rows, chosen.merge.exact):
         log.error("error: %d of %d rows are not valid:\n  %s", len(found), len(rows), "\n  ".join(found))
         _end(here.mode, JobFailed(NOT_ALL_VALID, "; ".join(found)))
+    if found := doubts(rows):
+        log.warning("no verdict on %d of %d rows:\n  %s", len(found), len(rows), "\n  ".join(found))
+        if here.mode is RunMode.RUN:  # a sweep has one status for all of its jobs
+            _end(here.mode, JobFailed(UNDECIDED, "; ".join(found)))
 
 
 def _end(mode: RunMode | None, failed: JobFailed, cause: Exception | None = None) -> NoReturn:
@@ -131,7 +137,7 @@ def _sweep(folder: Path) -> int:
             where = f"Interrupted ({stopped.name}) after {finished}, in {folder}."
             print(f"{where} The same command goes on with the others.", file=sys.stderr)
             return stopped.exit_status
-    return 0
+    return UNDECIDED if any(doubts(read_rows(run_dir)) for run_dir in runs_in(folder)) else 0
 
 
 def _summarize(folder: Path) -> None:

@@ -30,7 +30,7 @@ from experiments.sinks import JSONL, Guarded, Sink
 
 log = logging.getLogger("experiments")
 
-WRONG_COMMAND, NOT_ALL_VALID = 2, 1
+WRONG_COMMAND, NOT_ALL_VALID, UNDECIDED = 2, 1, 3
 """Exit statuses: the command or its configuration is wrong; a row failed or is not valid."""
 ROWS_IN_A_LOG_LINE = 4
 OUT_OF_MEMORY_ADVICE = (
@@ -121,6 +121,15 @@ def problems(rows: Iterable[Row], exact: bool) -> list[str]:
         ):
             found.append(f"{cell}: the injected arm's answer diverged from the direct arm's")
     return found
+
+
+def doubts(rows: Iterable[Row]) -> list[str]:
+    """The reasons for exit status 3: rows without a verdict, because their samples are too few or too noisy."""
+    return [
+        f"{row.model} {row.scenario} {row.context_tokens}/{row.query_tokens}: undecided: {row.verdict_reason}"
+        for row in rows
+        if row.verdict == "undecided"
+    ]
 
 
 def cells_by_name(cells: Sequence[Any]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.config.compose import CONF
+from experiments.execution import NOT_ALL_VALID, UNDECIDED
 from experiments.results.row import Row
 from experiments.results.run_dir import read_rows
 
@@ -24,6 +26,13 @@ COMMAND = (
     "sink=none",
 )
 """Two amounts of host memory. The test names two models, which vary more slowly."""
+
+
+def status_of(rows: Sequence[Row]) -> int:
+    """The exit status of a sweep that finished with these rows."""
+    if any(row.verdict == "invalid" or row.equality == "diverged" for row in rows):
+        return NOT_ALL_VALID
+    return UNDECIDED if any(row.verdict == "undecided" for row in rows) else 0
 
 
 def start(folder: Path, env: dict[str, str], *more: str) -> subprocess.Popen[str]:

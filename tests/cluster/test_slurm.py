@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.cluster.slurm import Slurm
-from tests.cluster.sweeps import finished, is_whole, jobs_in, kill, rows_text, start, sweep_folder, writer
+from tests.cluster.sweeps import finished, is_whole, jobs_in, kill, rows_text, start, status_of, sweep_folder, writer
 
 SWEEP = ("model=smollm2_135m,tiny", "launcher=slurm", "hydra.launcher.gres=gpu:1", "hydra.launcher.cpus_per_task=1")
 PREEMPTED, OUT_OF_MEMORY, KILLED, SIBLING = range(4)
@@ -45,7 +45,7 @@ def test_a_sweep_survives_killed_and_preempted_jobs(a_slurm: Slurm, tmp_path: Pa
     assert rows_text(sweep / str(KILLED)).startswith(before[KILLED])
     rows = is_whole(sweep)
     assert [row.model for row in rows[:: len(rows) // 2]] == ["SmolLM2-135M-Instruct", "tiny"]
-    assert again.returncode == int(any(row.verdict == "invalid" or row.equality == "diverged" for row in rows)), output
+    assert again.returncode == status_of(rows), output
 
 
 def _disturb(slurm: Slurm, folder: Path, sweep_command: subprocess.Popen[str]) -> dict[int, str]:

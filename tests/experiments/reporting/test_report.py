@@ -190,7 +190,10 @@ def test_an_output_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_pat
         ("tiers_qwen3_8b_h100", "tier: ram (0.975 to 1.09), disk, warm (1.55 to 2.65)"),
         ("storage_cpu", "dump takes 0.685 × torch.save's time, load 0.126 × torch.load's."),
         ("reuse_trace_smollm2_cpu", "benefit_per_byte saves 67.6 to 86.1%"),
-        ("default_smollm2_cpu", "times as fast as with the memory as prompt text. The answer is the same in 9 of 9 cells."),
+        (
+            "default_smollm2_cpu",
+            "as with the memory as prompt text. The answer is the same in 9 of 9 cells.",
+        ),
         ("prefix_reuse_qwen3_8b_h100", ""),
     ],
 )
