@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.execution import checkpoint
+from experiments.execution import UNDECIDED, checkpoint
 from experiments.results import read_rows
 from kvmem.errors import ConfigError
 from tests.faults.commands import (
@@ -56,8 +56,8 @@ def test_ctrl_c_in_a_run_is_one_line_whose_command_goes_on(tmp_path: Path) -> No
 
     again = shlex.split(line.partition("To go on: python -m experiments.run ")[2])
     status, output = run(tmp_path, *again)
-    assert status == 0, output
-    assert "1 of 3 cells were finished before" in output
+    assert status in (0, UNDECIDED), output
+    assert "1 of 3 cells are already finished" in output
     rows = read_rows(folder)
     assert rows[0] == kept and [row.context_tokens for row in rows] == [64, 96, 128]
 

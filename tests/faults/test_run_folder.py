@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.execution import run_experiment, run_folder
+from experiments.execution import UNDECIDED, run_experiment, run_folder
 from experiments.results import read_rows
 from kvmem.errors import StorageError
 from tests.faults.commands import ENV, THREE_CELLS, TINY, run
@@ -43,7 +43,7 @@ def test_a_full_disk_is_one_line_and_the_rows_before_are_whole(tmp_path: Path) -
     script = "import shutil, subprocess, sys; code = subprocess.run(sys.argv[2:]).returncode; "
     script += 'shutil.copytree("disk", sys.argv[1]); sys.exit(code)'
     done = subprocess.run(
-        mounts.with_disk(disk, "size=28k", [sys.executable, "-c", script, str(kept), *command]),
+        mounts.with_disk(disk, "size=44k", [sys.executable, "-c", script, str(kept), *command]),
         cwd=tmp_path,
         env=os.environ | ENV,
         stdout=subprocess.PIPE,
@@ -59,5 +59,5 @@ def test_a_full_disk_is_one_line_and_the_rows_before_are_whole(tmp_path: Path) -
     text = (kept / "rows.jsonl").read_text()
     assert len(rows) in (1, 2) and text.count("\n") == len(rows) and text.endswith("\n")
     status, output = run(tmp_path, *TINY, THREE_CELLS, "hydra.run.dir=kept")
-    assert status == 0, output
+    assert status in (0, UNDECIDED), output
     assert read_rows(kept)[0] == rows[0] and len(read_rows(kept)) == 3

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.execution import UNDECIDED
 from experiments.results import read_rows
 from experiments.sinks import JSONL, Guarded
 from kvmem.models import loading
@@ -51,7 +52,7 @@ def logged(run_dir: Path) -> list[dict[str, object]]:
 def test_an_online_run_goes_offline_if_the_service_is_down(tmp_path: Path, account: dict[str, str]) -> None:
     online = (*TINY, ONE_CELL, "sink=wandb", "sink.mode=online", "hydra.run.dir=run")
     status, output = run(tmp_path, *online, **account)
-    assert status == 0, output
+    assert status in (0, UNDECIDED), output
     assert "Traceback" not in output
     (line,) = [line for line in output.splitlines() if line.startswith("W&B failed (")]
     (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
@@ -176,6 +177,6 @@ def test_any_failure_of_a_sink_is_one_line(at: str, tmp_path: Path, caplog: pyte
 def test_a_run_with_a_sink_that_fails_is_whole(tmp_path: Path) -> None:
     sink = ("sink._target_=tests.faults.broken_sink.Broken", "+sink.at=write", "hydra.run.dir=run")
     status, output = run(tmp_path, *TINY, ONE_CELL, *sink)
-    assert status == 0, output
+    assert status in (0, UNDECIDED), output
     assert output.count("Broken failed while it took a row (ZeroDivisionError: the sink breaks at write)") == 1
     assert len(read_rows(tmp_path / "run")) == 1 and (tmp_path / "run/report.html").is_file()
