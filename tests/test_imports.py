@@ -162,7 +162,9 @@ def test_the_library_knows_nothing_of_the_experiments(path):
 def test_an_engine_is_imported_only_by_its_own_files(path):
     outside = {module.split(".")[0] for module, _ in imports(path)}
     name = name_of(path)
-    assert "vllm" not in outside or name.startswith(("kvmem/engines/vllm/", "experiments/baselines/vllm_"))
+    assert "vllm" not in outside or name.startswith(
+        ("kvmem/engines/vllm/", "experiments/baselines/vllm_", "experiments/measurement/vllm_")
+    )
     assert "openai" not in outside or name == "kvmem/engines/vllm/server/client.py"
 
 

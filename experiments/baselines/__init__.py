@@ -2,6 +2,5 @@
 
 from experiments.baselines.base import Recipe, arm, recipes
 from experiments.baselines.shared_tensors import SharedTensors
-from experiments.measurement.vllm_generate import first_token
 
-__all__ = ["Recipe", "SharedTensors", "arm", "first_token", "recipes"]
+__all__ = ["Recipe", "SharedTensors", "arm", "recipes"]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from experiments.bench.bench import Bench
-from experiments.measurement import NOISE_MULTIPLE
-from experiments.measurement.reference import Layers
+from experiments.measurement import NOISE_MULTIPLE, Layers
 from kvmem.cache import KVCacheItem, dynamic_cache
 
 MOST_UNITS = {torch.float32: 2000.0, torch.bfloat16: 40.0, torch.float16: 100.0}

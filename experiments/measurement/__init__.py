@@ -4,7 +4,7 @@ from experiments.measurement.consensus import from_rank0
 from experiments.measurement.engine_adapters import embedding_of, engine_conditions, reference_forward
 from experiments.measurement.equality import NOISE_MULTIPLE, Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
-from experiments.measurement.reference import ReferenceForward
+from experiments.measurement.reference import Layers, ReferenceForward
 from experiments.measurement.ttft import Arm, Sample, synchronize
 from experiments.measurement.verdict import BASELINE, MAX_DIRECT_RATIO, RULES_VERSION, Verdict, judge
 from experiments.measurement.witness import Witness
@@ -16,6 +16,7 @@ __all__ = [
     "RULES_VERSION",
     "Arm",
     "Equality",
+    "Layers",
     "ReferenceForward",
     "Sample",
     "Trace",

@@ -9,8 +9,7 @@ from statistics import median
 from typing import Literal
 
 from experiments.measurement.statistics import BATCHES, NOISY_SPREAD, Interval, paired_ratio, spread
-from experiments.results import ALONE, Evidence, Row, TimedCall, TTFTPayload
-from experiments.results.ttft import ArmTimes
+from experiments.results import ALONE, ArmTimes, Evidence, Row, TimedCall, TTFTPayload
 
 MAX_DIRECT_RATIO = 1.2
 """How long the direct arm may take, as a multiple of build + merge + injected prefill. One direct pass does the work of

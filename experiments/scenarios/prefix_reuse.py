@@ -13,9 +13,8 @@ from typing import ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments.baselines import first_token
 from experiments.bench import Bench, Measured, build_once, builds_s, compare, judging_arms, p90
-from experiments.measurement import Trace, statistics, transfer_s, ttft
+from experiments.measurement import Trace, statistics, transfer_s, ttft, vllm_generate
 from experiments.results import Row, TTFTPayload
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell, other_questions
@@ -122,7 +121,7 @@ class PrefixReuse(ModelScenario[Cell]):
             **judging_arms(bench, split),
         }
         if self.beside_generate and isinstance(backend, VLLMBackend) and backend.compute_device.type == "cuda":
-            generate = partial(first_token, backend.llm)
+            generate = partial(vllm_generate.first_token, backend.llm)
             arms[GENERATE] = ttft.Arm(partial(ttft.native_hit, backend, tokens, first_token=generate), fill)
         rounds = [queries[i % len(queries)] for i in range(self.pairs)]
         samples, runs = ttft.interleaved_calm(arms, rounds, random.Random(bench.setup.seed), warmups=0)

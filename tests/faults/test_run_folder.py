@@ -43,7 +43,7 @@ def test_a_full_disk_is_one_line_and_the_rows_before_are_whole(tmp_path: Path) -
     script = "import shutil, subprocess, sys; code = subprocess.run(sys.argv[2:]).returncode; "
     script += 'shutil.copytree("disk", sys.argv[1]); sys.exit(code)'
     done = subprocess.run(
-        mounts.with_disk(disk, "size=44k", [sys.executable, "-c", script, str(kept), *command]),
+        mounts.with_disk(disk, "size=34k", [sys.executable, "-c", script, str(kept), *command]),
         cwd=tmp_path,
         env=os.environ | ENV,
         stdout=subprocess.PIPE,
