@@ -142,9 +142,8 @@ def builds_s(bench: Bench, items: Sequence[KVCacheItem]) -> list[float]:
     """Seconds of each measured build of all `items` together, including the builds of the items that they extend."""
     needed = [
         built
-        for item in items
         for built in bench.built
-        if built is item or _extends(built.metadata.tokens.source, item.metadata.tokens.source)
+        if any(built is item or _extends(built.metadata.tokens.source, item.metadata.tokens.source) for item in items)
     ]
     return [sum(times) for times in zip(*(bench.build_times_s[built.kv_cache_id] for built in needed), strict=True)]
 

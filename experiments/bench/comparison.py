@@ -53,7 +53,7 @@ def compare(
 ) -> Row:
     """The row of `arm`, which reuses a memory, compared with the direct arm. Both were sampled in the same rounds.
 
-    items: the memories that the arm reuses. builds_s: every measured build of them. direct: the name of the direct arm.
+    items: the memories that the arm reuses. builds_s: the seconds of every measured build of them. direct: the name of the direct arm.
     payload: makes the scenario's payload from the fields of `TTFTPayload`.
     """
     reused, plain = measured.samples[arm], measured.samples[direct]
@@ -90,6 +90,7 @@ def compare(
         build_all_s=list(builds_s),
         same_query=measured.same_query,
     )
+    nbytes = {item.kv_cache_id: item.metadata.kv_bytes for item in items}  # one memory may be injected twice
     saved_s, build_s = measured.user_s(direct) - measured.user_s(arm), median(builds_s)
     decode = bench.backend.tokenizer.decode
     answers = {name: decode(list(traces[of].token_ids)) for name, of in (("injected", arm), ("direct", direct))}
@@ -98,7 +99,7 @@ def compare(
         truth=cell.truth,
         answers=answers,
         build_s=build_s,
-        kv_bytes=sum(item.metadata.kv_bytes for item in items),
+        kv_bytes=sum(nbytes.values()),
         fetch_s=cache_s if memories == 1 else None,
         merge_s=cache_s if memories > 1 else None,
         kv_ttft_s=kv_s,

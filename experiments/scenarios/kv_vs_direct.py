@@ -73,7 +73,6 @@ class KVvsDirect(ModelScenario[Cell]):
     def _compare(self, bench: Bench, cell: Cell, items: list[KVCacheItem]) -> Row:
         memory, backend = bench.memory, bench.backend
         ids = [item.kv_cache_id for item in items]
-        stored = dict(zip(ids, items, strict=True)).values()
         tokens = memory.get_cache(ids).tokens
         split = partial(backend.template.split, tokens)
         queries = other_questions(backend.template, tokens, cell.question, self.pairs, bench.setup.seed)

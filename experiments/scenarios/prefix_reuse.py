@@ -13,7 +13,7 @@ from typing import ClassVar
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments.bench import Bench, Measured, build_once, builds_s, compare, judging_arms, p90
+from experiments.bench import Bench, Measured, Setup, build_once, builds_s, compare, judging_arms, p90
 from experiments.measurement import Trace, statistics, transfer_s, ttft, vllm_generate
 from experiments.results import Row, TTFTPayload
 from experiments.scenarios.base import ModelScenario
