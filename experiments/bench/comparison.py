@@ -53,7 +53,8 @@ def compare(
 ) -> Row:
     """The row of `arm`, which reuses a memory, compared with the direct arm. Both were sampled in the same rounds.
 
-    items: the memories that the arm reuses. builds_s: the seconds of every measured build of them. direct: the name of the direct arm.
+    items: the memories that the arm reuses. builds_s: the seconds of every measured build of them.
+    direct: the name of the direct arm.
     payload: makes the scenario's payload from the fields of `TTFTPayload`.
     """
     reused, plain = measured.samples[arm], measured.samples[direct]
