@@ -8,7 +8,7 @@ The module `manifest` is also used as a namespace: it holds what a file states a
 
 from kvmem.storage import manifest
 from kvmem.storage.atomic_write import remove_abandoned, replacing, write_all
-from kvmem.storage.base import FORMATS, Storage, for_filename
+from kvmem.storage.base import FORMATS, Storage, for_filename, opened
 from kvmem.storage.manifest import ItemManifest
 from kvmem.storage.safetensors_file import SafetensorsFile, read_token_ids
 
@@ -19,6 +19,7 @@ __all__ = [
     "Storage",
     "for_filename",
     "manifest",
+    "opened",
     "read_token_ids",
     "remove_abandoned",
     "replacing",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import ClassVar
 
@@ -11,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from kvmem.cache import KVCacheItem, ModelFingerprint
-from kvmem.errors import ConfigError, did_you_mean
+from kvmem.errors import ConfigError, StorageError, did_you_mean
 from kvmem.registry import Registry
 
 
@@ -37,6 +41,25 @@ class Storage(ABC):
 
         Raises StorageError (damaged, unsafe, newer version) or FingerprintError, which name the file and the reason.
         """
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[io.FileIO]:
+    """The file, open for reading, without a buffer. Raises StorageError if it can't be read or is not a plain file.
+
+    A pipe would keep its reader waiting, and a device may have no end.
+    """
+    try:
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StorageError(f"{path} is a pipe, a socket or a device. Give the path of a file.")
+            yield file
+    except OSError as error:
+        raise StorageError(f"{path} can't be read ({error}). Dump a memory there, or give another folder.") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has none
 
 
 FORMATS = Registry(Storage, "kvmem.storage", "file format")

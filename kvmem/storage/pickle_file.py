@@ -8,6 +8,7 @@ of everything before it.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from kvmem.cache import (
 from kvmem.errors import DamagedFileError, StorageError
 from kvmem.storage import manifest, safe_unpickler
 from kvmem.storage.atomic_write import CHUNK_BYTES, HashingWriter, replacing, write_all
-from kvmem.storage.base import Storage
+from kvmem.storage.base import Storage, opened
 from kvmem.storage.manifest import ItemManifest
 
 SEAL = b"kvmem xxh3_128: "
@@ -75,14 +76,9 @@ class PickleFile(Storage):
     def load(
         self, path: Path, fingerprint: ModelFingerprint, config: PreTrainedConfig, device: torch.device
     ) -> list[KVCacheItem]:
-        try:
-            with open(path, "rb") as file:
-                sealed = _check_seal(file, path)
-                contents = safe_unpickler.load(file, path)
-        except OSError as error:
-            raise StorageError(
-                f"{path} can't be read ({error}). Dump a memory there, or give another folder."
-            ) from error
+        with opened(path) as unbuffered, io.BufferedReader(unbuffered) as file:
+            sealed = _check_seal(file, path)
+            contents = safe_unpickler.load(file, path)
         entries = _entries(contents, path)
         if isinstance(contents, dict) and MANIFEST_KEY in contents:
             if not sealed:

@@ -21,8 +21,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,7 +35,7 @@ from kvmem.cache import KVCacheItem, MappedFile, ModelFingerprint, dynamic_cache
 from kvmem.errors import DamagedFileError, StorageError
 from kvmem.storage import manifest, parallel_read
 from kvmem.storage.atomic_write import HashingWriter, replacing, write_all
-from kvmem.storage.base import Storage
+from kvmem.storage.base import Storage, opened
 from kvmem.storage.checksums import DIGEST_BYTES, REGION_BYTES, RegionHash, Regions, checksum_error, region_count
 
 DTYPES = {
@@ -93,7 +92,7 @@ class SafetensorsFile(Storage):
     def load(
         self, path: Path, fingerprint: ModelFingerprint, config: PreTrainedConfig, device: torch.device
     ) -> list[KVCacheItem]:
-        with _opened(path) as file:
+        with opened(path) as file:
             header = read_header(file, path)
             mapped = _mapped(file, header, path) if header.regions is None else None  # verifies the header too
             contents = manifest.from_json(header.manifest, path)
@@ -123,7 +122,7 @@ def read_token_ids(path: Path) -> tuple[int, ...]:
     Raises StorageError for a file that can't be read, or whose header is damaged. In an older file, whose header has no
     checksum of its own, damage may go unnoticed.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         header = read_header(file, path)
     items = manifest.from_json(header.manifest, path).items
     if not items:
@@ -328,15 +327,6 @@ def _has_checksum(data: memoryview, start: bytes) -> bool:
     digest.update(NO_CHECKSUM)
     digest.update(data[end:])
     return data[at:end] == digest.hexdigest().encode()
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[io.FileIO]:
-    try:
-        with open(path, "rb", buffering=0) as file:
-            yield file
-    except OSError as error:
-        raise StorageError(f"{path} can't be read ({error}). Dump a memory there, or give another folder.") from error
 
 
 def _mapped(file: io.FileIO, header: Header, path: Path) -> MappedFile:

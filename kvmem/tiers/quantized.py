@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 
 from kvmem.cache import KVCacheItem, KVCacheMetadata, ModelFingerprint, dynamic_cache
 from kvmem.engines import Backend
-from kvmem.errors import ConfigError, DamagedFileError, StorageError
-from kvmem.storage import Storage, manifest, replacing, write_all
+from kvmem.errors import ConfigError, DamagedFileError
+from kvmem.storage import Storage, manifest, opened, replacing, write_all
 from kvmem.tiers.base import DiskStore
 
 BITS = {"int8": 8, "int4": 4}
@@ -92,11 +92,9 @@ class QuantizedFile(Storage):
         self, path: Path, fingerprint: ModelFingerprint, config: PreTrainedConfig, device: torch.device
     ) -> list[KVCacheItem]:
         try:
-            with safetensors.safe_open(path, "pt") as file:
+            with opened(path), safetensors.safe_open(path, "pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dictionary
-        except OSError as error:
-            raise StorageError(f"{path} can't be read ({error}). Build the memory again.") from error
         except safetensors.SafetensorError as error:
             raise DamagedFileError(f"{path} is damaged ({error}). Build the memory again.") from error
         text = header.get("manifest", "")

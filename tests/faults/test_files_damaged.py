@@ -459,6 +459,24 @@ def test_a_manifest_in_the_cold_tier_that_lies_is_refused(tmp_path: Path) -> Non
     again.close()
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pickle", "int8"])
+def test_a_pipe_or_a_device_is_no_file(tmp_path: Path, suffix: str) -> None:
+    """A pipe keeps its reader waiting, and a device may have no end. A dump replaces them."""
+    path = tmp_path / f"memory.{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match=f"memory.{suffix} is a pipe"):
+        load_file(path)
+    assert len(load_file(dump_file(path, stored.item()))) == 1
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(StorageError, match=f"memory.{suffix} is a pipe, a socket or a device"):
+        load_file(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError, match=f"memory.{suffix} can't be read"):
+        load_file(path)
+
+
 def test_quantized_files_of_two_schemes_are_told_apart(tmp_path: Path) -> None:
     path = dump_file(tmp_path / "memory.int8", stored.item())
     path.rename(tmp_path / "memory.int4")
