@@ -8,6 +8,8 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +40,8 @@ class _Handler:
         self.process = os.getpid()
         self.stopped: Stopped | None = None
         self.at_s = 0.0
+        self.lost = False
+        """Whether `stopped` was raised where Python drops exceptions, as in `__del__`."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a forked child has inherited this handler: end as without it
@@ -46,9 +50,18 @@ class _Handler:
         elif self.stopped is None:
             self.stopped, self.at_s = Stopped(number), time.monotonic()
             raise self.stopped
+        elif self.lost:
+            self.lost = False
+            raise self.stopped
         elif time.monotonic() - self.at_s > AGAIN_S:
             end_processes(grace_s=0)
             os._exit(self.stopped.exit_status)
+
+    def dropped(self, number: int) -> None:
+        """Raises `stopped` again, a moment later."""
+        self.lost = True
+        thread = threading.get_ident()  # the main thread, where a signal also ends a system call that waits
+        threading.Timer(0.05, signal.pthread_kill, [thread, number]).start()
 
     def at_exit(self) -> None:
         if self.stopped is not None and os.getpid() == self.process:
@@ -73,12 +86,22 @@ def raised() -> Iterator[None]:
         signal.signal(number, handler)
     atexit.register(handler.at_exit)
     _handlers.append(handler)
+    report = sys.unraisablehook
+
+    def report_others(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, Stopped):
+            handler.dropped(*dropped.exc_value.args)
+        else:
+            report(dropped)
+
+    sys.unraisablehook = report_others
     try:
         yield
     finally:
         if handler.stopped is None:
             _handlers.remove(handler)
             atexit.unregister(handler.at_exit)
+            sys.unraisablehook = report
             for number, function in earlier.items():
                 signal.signal(number, function)
 
@@ -88,6 +111,27 @@ def check() -> None:
     for handler in _handlers:
         if handler.stopped is not None:
             raise handler.stopped
+
+
+def leave_to(process: int) -> None:
+    """Leaves it to another process, the one that a user interrupts, to end this one.
+
+    Ctrl-C is ignored here from now on. If the other process is killed, this one ends within a second or so.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        import psutil
+
+        try:
+            while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1)
+        except psutil.NoSuchProcess:
+            pass
+        end_processes(grace_s=1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_processes(parent: int | None = None, grace_s: float = GRACE_S) -> None:

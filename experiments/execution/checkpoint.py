@@ -41,9 +41,15 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
 
 
 def hash_of_run(run_dir: Path) -> str | None:
-    """`config_hash` of the config.yaml in a run's folder, which may be from an older version; None without a file."""
-    path = run_dir / CONFIG
-    return config_hash(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    """`config_hash` of the config.yaml in a run's folder, which may be from an older version.
+
+    None if there is no such file, or it is damaged.
+    """
+    try:
+        cards = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return config_hash(cards) if isinstance(cards, dict) else None
 
 
 def _without_modules(value: Any) -> Any:
@@ -108,14 +114,14 @@ class Ledger:
 
 def is_finished(run_dir: Path) -> bool:
     """Whether every cell of a run is finished."""
-    path = run_dir / DONE
-    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
+    ledger = _ledger(run_dir / DONE)
+    return ledger is not None and ledger.finished
 
 
 def finished_cells(run_dir: Path) -> list[str]:
     """The names of the cells that a run's folder has rows of; none if it is no run's."""
-    path = run_dir / DONE
-    return list(json.loads(path.read_text(encoding="utf-8"))["cells"]) if path.is_file() else []
+    ledger = _ledger(run_dir / DONE)
+    return ledger.cells if ledger else []
 
 
 def make(run_dir: Path) -> None:
@@ -159,22 +165,32 @@ def opened(run_dir: Path, resolved: Mapping[str, Any]) -> Iterator[Ledger]:
 
 
 def _read(path: Path, config_hash: str) -> Ledger:
-    if not path.is_file():
+    ledger = _ledger(path)
+    if ledger is None:
         if (rows := path.with_name(ROWS_FILE)).is_file() and rows.stat().st_size:
             raise ConfigError(
-                f"{path.parent} holds rows, but no {DONE} that says which configuration they belong to. Choose another "
-                f"folder, or remove its {ROWS_FILE}."
+                f"{path.parent} holds rows, but no {DONE} that can be read and says which configuration they belong "
+                f"to. Choose another folder, or move its {ROWS_FILE} away."
             )
         ledger = Ledger(path, config_hash)
         ledger.write()
         return ledger
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["config_hash"] != config_hash and hash_of_run(path.parent) != config_hash:
+    if ledger.config_hash != config_hash and hash_of_run(path.parent) != config_hash:
         raise ConfigError(
-            f"{path.parent} holds rows of another configuration ({content['config_hash']}; this one is {config_hash}). "
+            f"{path.parent} holds rows of another configuration ({ledger.config_hash}; this one is {config_hash}). "
             "Choose another folder, or remove that one."
         )
-    return Ledger(path, config_hash, content["cells"], content["finished"])
+    ledger.config_hash = config_hash
+    return ledger
+
+
+def _ledger(path: Path) -> Ledger | None:
+    """What DONE.json says; None if there is no such file, or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Ledger(path, str(content["config_hash"]), list(content["cells"]), bool(content["finished"]))
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _replace(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import sys
@@ -43,6 +44,8 @@ def job(config: DictConfig) -> None:
     here = HydraConfig.get()
     tracebacks = bool(config.get("tracebacks"))
     run_dir = displayed_path(Path(here.runtime.output_dir))
+    if multiprocessing.parent_process() is not None:  # this is a worker of launcher=joblib
+        signals.leave_to(os.getppid())
     try:
         chosen = compose.validate(config)
         logging = OmegaConf.to_container(here.job_logging, resolve=True)

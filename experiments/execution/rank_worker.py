@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from experiments import signals
 from experiments.config import RunConfig, compose
 from experiments.execution import ranks
 from experiments.execution.runner import cells_by_name, measure_cell, run
@@ -32,6 +33,7 @@ def follow(config: RunConfig) -> None:
 
 def main(task: ranks.RankTask) -> int:
     """Runs as rank 0, or follows it. Returns the exit status."""
+    signals.leave_to(task.started_by)
     config = compose.validate(OmegaConf.create(task.resolved))
     try:
         if os.environ["RANK"] == "0":

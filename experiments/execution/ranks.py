@@ -36,6 +36,8 @@ class RankTask:
     overrides: list[str]
     logging: dict[str, Any]
     errors: str
+    started_by: int
+    """The process that started the ranks, with which they end."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def run(
     """Runs `count` processes on this machine, and returns the rows. Raises the error of the first rank that failed."""
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "task.json"
-        task.write_text(json.dumps(asdict(RankTask(str(run_dir), resolved, list(overrides), dict(logging), folder))))
+        contents = RankTask(str(run_dir), resolved, list(overrides), dict(logging), folder, os.getpid())
+        task.write_text(json.dumps(asdict(contents)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         command += ["-m", "experiments.execution.rank_worker", str(task)]
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

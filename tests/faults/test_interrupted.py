@@ -42,6 +42,25 @@ from experiments import run
 sys.exit(run.main())
 """
 
+WHERE_PYTHON_DROPS_EXCEPTIONS = """
+import os, signal, time
+from experiments import signals
+
+class Interrupts:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+try:
+    with signals.raised():
+        Interrupts()
+        print("dropped", flush=True)
+        time.sleep(60)
+        print("lost")
+except signals.Stopped as stopped:
+    print(stopped.name, stopped.exit_status)
+"""
+
 
 def test_ctrl_c_in_a_run_is_one_line_whose_command_goes_on(tmp_path: Path) -> None:
     command = start(tmp_path, *TINY, THREE_CELLS, "scenario.pairs=60")
@@ -76,7 +95,13 @@ def test_ctrl_c_while_everything_is_still_imported_is_one_line(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C"])
+def test_a_signal_where_python_drops_exceptions_is_not_lost(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WHERE_PYTHON_DROPS_EXCEPTIONS]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | ENV, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["dropped", "Ctrl-C 130"] and done.stderr == ""
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C", "SIGKILL"])
 def test_a_sweep_that_is_ended_leaves_no_process_and_no_folder_in_use(tmp_path: Path, how: str) -> None:
     sweep = ("-m", *TINY, ONE_CELL, "scenario.pairs=300", "seed=0,1", "launcher=joblib", "hydra.sweep.dir=sweep")
     command = start(tmp_path, *sweep)
@@ -84,15 +109,11 @@ def test_a_sweep_that_is_ended_leaves_no_process_and_no_folder_in_use(tmp_path: 
         assert command.poll() is None, finish(command)
         time.sleep(0.05)
     workers = descendants(command)
-    if how == "SIGTERM":
-        command.send_signal(signal.SIGTERM)
-    else:
+    if how == "Ctrl-C":
         ctrl_c(command)
+    else:
+        command.send_signal(signal.Signals[how])
     status, output = finish(command)
-    assert status == (143 if how == "SIGTERM" else 130)
-    last = output.splitlines()[-1]
-    assert last == f"Interrupted ({how}) after 0 finished jobs, in sweep. The same command goes on with the others."
-    assert "Traceback" not in output
     assert len(workers) >= 2 and alive(workers) == []
     for job in range(2):
         with (
@@ -100,6 +121,13 @@ def test_a_sweep_that_is_ended_leaves_no_process_and_no_folder_in_use(tmp_path: 
             checkpoint.opened(tmp_path / f"sweep/{job}", {}),
         ):
             pass
+    if how == "SIGKILL":  # which leaves no time to say anything
+        assert status == -signal.SIGKILL
+        return
+    assert status == (143 if how == "SIGTERM" else 130)
+    last = output.splitlines()[-1]
+    assert last == f"Interrupted ({how}) after 0 finished jobs, in sweep. The same command goes on with the others."
+    assert "Traceback" not in output
 
 
 def test_sigterm_ends_the_ranks_of_a_run(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.execution import UNDECIDED, run_experiment, run_folder
+from experiments.execution import UNDECIDED, checkpoint, run_experiment, run_folder
 from experiments.results import read_rows
-from kvmem.errors import StorageError
+from kvmem.errors import ConfigError, StorageError
 from tests.faults.commands import ENV, THREE_CELLS, TINY, run
 from tests.helpers import mounts
+from tests.helpers.rows import grid
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,3 +62,18 @@ def test_a_full_disk_is_one_line_and_the_rows_before_are_whole(tmp_path: Path) -
     status, output = run(tmp_path, *TINY, THREE_CELLS, "hydra.run.dir=kept")
     assert status in (0, UNDECIDED), output
     assert read_rows(kept)[0] == rows[0] and len(read_rows(kept)) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"cells": 3}', b'{"config_ha', b"\xff\xfe"])
+def test_a_damaged_ledger_is_named_and_rows_are_kept(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "DONE.json").write_bytes(content)
+    rows = "".join(f"{row.to_json()}\n" for row in grid()[:2])
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert not checkpoint.is_finished(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=r"holds rows, but no DONE\.json that can be read"),
+        checkpoint.opened(tmp_path, {}),
+    ):
+        pass
+    assert (tmp_path / "rows.jsonl").read_text() == rows
