@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config.compose import compose, validate
+from experiments.execution import UNDECIDED
 from experiments.results import read_rows
 from experiments.traces import jsonl
 from experiments.workloads import docs_texts
@@ -109,7 +110,7 @@ def test_equal_lines_of_a_file_are_one_memory_which_is_said(tmp_path: Path) -> N
     knobs = ("workload=files", "workload.memory=[notes.jsonl]", "workload.questions=[ask.txt]", "workload.memories=3")
     model = ("model=tiny", "sink=none", "scenario.pairs=1", "scenario.answer_tokens=2", "hydra.run.dir=run")
     status, output = run(tmp_path, *model, *knobs)
-    assert status == 0, output
+    assert status in (0, UNDECIDED), output
     assert output.count("notes:3 has the same text as notes:1. They are one memory.") == 1
     (row,) = read_rows(tmp_path / "run")
     assert (row.status, row.memories, row.verdict) == ("done", 3, "ok")
@@ -163,5 +164,5 @@ def test_a_file_and_a_run_folder_may_have_a_name_of_240_characters(tmp_path: Pat
     knobs = ("workload=files", f"workload.memory=[{name}.md]", QUESTIONS, "workload.max_cells=1")
     folder = f"hydra.run.dir={name}"
     status, output = run(tmp_path, "model=tiny", "sink=wandb", "scenario.pairs=1", *knobs, folder, WANDB_MODE="offline")
-    assert status == 0, output
+    assert status in (0, UNDECIDED), output
     assert len(read_rows(tmp_path / name)) == 1
