@@ -27,10 +27,11 @@ MALFORMED = (
     OverflowError,
     MemoryError,
     RuntimeError,
+    AssertionError,
     struct.error,
     zipfile.BadZipFile,
 )
-"""The errors of an unpickler on bytes that are not a pickle. It validates little."""
+"""The errors of an unpickler, and of torch's reader of storages, on bytes that are neither. They validate little."""
 
 
 class _Frozen(type):
