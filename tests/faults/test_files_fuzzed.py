@@ -2,7 +2,7 @@
 
 Mutations are random, from a seed that an assertion names: bits, bytes, cuts, repeated and exchanged pieces, numbers of
 the header replaced by others, and pickle opcodes. Half of the mutated files get valid checksums, because a checksum
-refuses a mutation before the code behind it runs. To run longer: `python -m tests.faults.test_files_fuzzed SECONDS SEED`.
+refuses a mutation before the code behind it runs. Longer: `python -m tests.faults.test_files_fuzzed SECONDS SEED`.
 """
 
 from __future__ import annotations
