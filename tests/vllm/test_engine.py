@@ -22,7 +22,8 @@ from kvmem.engines.vllm.connector.protocol import file_path
 from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
 from kvmem.errors import BuildCancelled, ConfigError, EngineError, InjectionError, KVMemError, PromptError, StorageError
 from kvmem.prompt.template import TokenizedPrompt
-from tests.helpers.tiny import memory_on, pairs
+from kvmem.storage import SafetensorsFile
+from tests.helpers.tiny import CPU, memory_on, pairs
 from tests.vllm.conftest import on_engine
 
 TEXTS = [text for text, _ in pairs(4, 1400, seed=7)]
@@ -103,7 +104,8 @@ def test_a_damaged_file_is_one_requests_error(
 
 
 def test_the_file_of_another_model_is_one_requests_error(engine: VLLMBackend, batch: Batch) -> None:
-    item = batch.items[1]
+    # Loaded again: the file that batch.items[1] is mapped from was damaged in place by the tests before.
+    (item,) = SafetensorsFile().load(batch.views[1].file.path, engine.fingerprint, engine.model_config, CPU)
     foreign = item.metadata.fingerprint.model_copy(update={"weights": "0" * 32})
     other = KVCacheItem(item.kv_cache, item.metadata.model_copy(update={"fingerprint": foreign}))
     written = engine.store.write(other)  # kept: the file is deleted with the last reference to this
