@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
@@ -140,6 +142,15 @@ def _sweep(folder: Path) -> int:
             where = f"Interrupted ({stopped.name}) after {finished}, in {folder}."
             print(f"{where} The same command goes on with the others.", file=sys.stderr)
             return stopped.exit_status
+        except BrokenExecutor as error:
+            codes = re.search(r"exit codes? .*?(\{.*?\}|-?\d+)", str(error))
+            how = f" ({codes[1]})" if codes else ""
+            print(
+                f"error: A process of the sweep was killed{how}, and the others were ended. If memory ran out, run fewer "
+                "jobs side by side: hydra.launcher.n_jobs=1.",
+                file=sys.stderr,
+            )
+            return NOT_ALL_VALID
     return UNDECIDED if any(doubts(read_rows(run_dir)) for run_dir in runs_in(folder)) else 0
 
 

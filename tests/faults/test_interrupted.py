@@ -130,6 +130,22 @@ def test_a_sweep_that_is_ended_leaves_no_process_and_no_folder_in_use(tmp_path: 
     assert "Traceback" not in output
 
 
+def test_a_killed_worker_of_a_sweep_is_one_line(tmp_path: Path) -> None:
+    sweep = ("-m", *TINY, ONE_CELL, "scenario.pairs=300", "seed=0,1", "launcher=joblib", "hydra.sweep.dir=sweep")
+    command = start(tmp_path, *sweep)
+    writer = tmp_path / "sweep/1/WRITER"
+    while not (writer.is_file() and writer.read_text()):
+        assert command.poll() is None, finish(command)
+        time.sleep(0.05)
+    workers = descendants(command)
+    os.kill(int(writer.read_text().split()[1]), signal.SIGKILL)
+    status, output = finish(command)
+    assert status == 1 and "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: A process of the sweep was killed ({SIGKILL(-9)")
+    assert alive(workers) == []
+
+
 def test_sigterm_ends_the_ranks_of_a_run(tmp_path: Path) -> None:
     two = ("backend=hf_ranks", "model.shape=tiny_wide", "hardware.tensor_parallel=2", "hydra.run.dir=run")
     command = start(tmp_path, *TINY, *two, THREE_CELLS, "scenario.pairs=12", CUDA_VISIBLE_DEVICES="")
