@@ -146,7 +146,7 @@ def _sweep(folder: Path) -> int:
             codes = re.search(r"exit codes? .*?(\{.*?\}|-?\d+)", str(error))
             how = f" ({codes[1]})" if codes else ""
             print(
-                f"error: A process of the sweep was killed{how}, and the others were ended. If memory ran out, run fewer "
+                f"error: A process of the sweep was killed{how}, and the others ended. If memory ran out, run fewer "
                 "jobs side by side: hydra.launcher.n_jobs=1.",
                 file=sys.stderr,
             )
