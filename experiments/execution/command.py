@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -50,9 +51,9 @@ def job(config: DictConfig) -> None:
         signals.leave_to(os.getppid())
     try:
         chosen = compose.validate(config)
-        logging = OmegaConf.to_container(here.job_logging, resolve=True)
-        assert isinstance(logging, dict)
-        settings = {str(key): value for key, value in logging.items()}
+        log_card = OmegaConf.to_container(here.job_logging, resolve=True)
+        assert isinstance(log_card, dict)
+        settings = {str(key): value for key, value in log_card.items()}
         rows = run_job(chosen, run_dir, compose.resolved(config), here.overrides.task, settings)
     except torch.OutOfMemoryError as error:
         reason = f"{str(error).partition(' Including ')[0]} {OUT_OF_MEMORY_ADVICE}"
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns the exit status. Raises `signals.Stopped` if a signal came before a job began.
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    logging.raiseExceptions = wants_traceback  # logging prints a traceback for each line that a full disk refuses
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes exceptions on, instead of printing them and exiting
     try:
         command = command_line.read(arguments)

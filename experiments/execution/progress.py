@@ -37,10 +37,6 @@ class LogFile(logging.FileHandler):
         except OSError:  # of opening the file
             return
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
 
 def track(cells: Sequence[C]) -> Iterator[C]:
     """Yields the cells one by one, and shows how many are done."""
