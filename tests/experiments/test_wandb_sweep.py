@@ -14,7 +14,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from experiments import wandb_sweep
 from experiments.config import compose
 from experiments.config.compose import CONF
-from experiments.execution import checkpoint, sweep
+from experiments.execution import UNDECIDED, checkpoint, sweep
 from experiments.sinks.wandb import sweep_arguments
 from kvmem.errors import ConfigError
 
@@ -36,7 +36,7 @@ def test_an_agents_job_runs_in_the_sweeps_folder(tmp_path: Path) -> None:
     command = [word for part in file["command"] for word in says.get(part, [part])]
     env = os.environ | {"PYTHONPATH": str(CONF.parent), "WANDB_SWEEP_ID": "of no server"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode in (0, UNDECIDED), done.stderr
 
     folder = sweep.folder_of(OVERRIDES)
     assert folder.name == file["name"]

@@ -11,7 +11,7 @@ MODULES = (
     "kvmem.engines.vllm.server",
     "kvmem.engines.vllm.connector",
     "experiments.baselines.vllm_process",
-    "experiments.run",
+    "experiments.execution.command",
 )
 IMPORT_WITHOUT = """
 import importlib, sys
