@@ -1,4 +1,4 @@
-"""A run under load with more memories than the documentation has topics; SIGTERM ends it with the engine's processes."""
+"""A run under load with more memories than the documentation has topics; SIGTERM ends it and the engine's processes."""
 
 from __future__ import annotations
 
