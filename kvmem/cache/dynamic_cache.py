@@ -249,3 +249,14 @@ def nbytes(cache: DynamicCache) -> int:
 def has_sliding_layers(config: PreTrainedConfig) -> bool:
     """Whether any layer of the model has sliding-window attention."""
     return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
+
+
+def layer_count(config: PreTrainedConfig) -> int:
+    """The number of layers of the model's cache. Layers that share the keys and values of others have none in it."""
+    return len(DynamicCache(config=config).layers)
+
+
+def has_equal_layers(config: PreTrainedConfig) -> bool:
+    """Whether all layers of the model have the same number of heads, of the same size."""
+    differ = getattr(config, "is_heterogeneous", False) or getattr(config, "global_head_dim", None)
+    return not differ

@@ -128,34 +128,34 @@ def layouts_of(layers: Sequence[KV]) -> list[Layout]:
 def check_tensors(
     item: ItemManifest, layouts: Sequence[Layout], model: ModelFingerprint, config: PreTrainedConfig, path: Path
 ) -> None:
-    """Raises DamagedFileError if the tensors of an item are not those that its manifest and its model state.
+    """Raises DamagedFileError if the tensors of an item are not those that its manifest and its model state, and
+    StorageError if it has none, as a prefix on a server.
 
     layouts: of the keys and values, layer by layer. An item may hold a share of the heads: what one rank wrote. Sliding
     layers may hold fewer tokens than the item stands for.
     """
     tokens, known = item.cache_tokens, item.metadata.tokens
-    slides = dynamic_cache.has_sliding_layers(config)
-    if len(layouts) != 2 * item.layers or item.layers not in (0, model.layers):
-        raise _lies(item, f"{len(layouts)} tensors for {item.layers} layers, of {model.layers} of the model", path)
+    layers = dynamic_cache.layer_count(config)
+    if layers and not item.layers and not layouts:
+        raise StorageError(
+            f"{path}: item {item.kv_cache_id} is a prefix on a server and has no tensors. Extract it again."
+        )
+    if len(layouts) != 2 * item.layers or item.layers != layers:
+        raise _lies(item, f"{len(layouts)} tensors for {item.layers} layers, of {layers} of the model", path)
     if known.token_ids and item.layers and len(known.token_ids) != tokens:
         raise _lies(item, f"{len(known.token_ids)} token ids for {tokens} tokens", path)
     if not 0 <= known.header_tokens <= known.body_end <= len(known.token_ids):
         raise _lies(item, f"a body from token {known.header_tokens} to {known.body_end}", path)
+    slides, equal = dynamic_cache.has_sliding_layers(config), dynamic_cache.has_equal_layers(config)
     for dtype, shape in layouts:
         if str(dtype) != f"torch.{model.dtype}":
             raise _lies(item, f"a tensor of {dtype}, of a model of {model.dtype}", path)
         batch, heads, length, head_dim = shape if len(shape) == 4 else (0, 0, 0, 0)
-        if (
-            (batch, head_dim) != (1, model.head_dim)
-            or heads < 1
-            or model.kv_heads % heads
-            or not (length == tokens or (slides and 0 < length < tokens))
-        ):
-            raise _lies(
-                item,
-                f"a tensor of shape {shape}, for (1, {model.kv_heads}, {tokens}, {model.head_dim})",
-                path,
-            )
+        fits_tokens = length == tokens or (slides and 0 < length < tokens)
+        fits_heads = heads > 0 and (not equal or (model.kv_heads % heads == 0 and head_dim == model.head_dim))
+        if batch != 1 or not fits_tokens or not fits_heads:
+            expected = f"(1, {model.kv_heads}, {tokens}, {model.head_dim})"
+            raise _lies(item, f"a tensor of shape {shape}, for {expected}", path)
 
 
 def _lies(item: ItemManifest, what: str, path: Path) -> DamagedFileError:

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import xxhash
+from transformers import DynamicCache, LlamaConfig
 
 from kvmem import KVCacheItem
 from kvmem.cache.dynamic_cache import from_layers, layers_of
@@ -358,6 +359,33 @@ def test_layers_of_different_lengths_are_refused(tmp_path: Path) -> None:
     for suffix in ("safetensors", "pickle"):
         with pytest.raises(DamagedFileError, match="item a is not what its manifest says"):
             stored.load(stored.dump(tmp_path / f"memory.{suffix}", item))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pickle"])
+def test_models_whose_layers_differ_or_share_their_cache_are_not_refused(tmp_path: Path, suffix: str) -> None:
+    """Gemma 3n and 4: the last layers use the keys and values of others, and some layers have larger heads."""
+    sharing = LlamaConfig(**stored.CONFIG.to_dict())
+    sharing.num_kv_shared_layers = 1
+    first, _ = layers_of(stored.item().kv_cache)
+    one_layer = KVCacheItem(from_layers([first], sharing), stored.metadata(6, 0), "shared")
+    path = stored.dump(tmp_path / f"memory.{suffix}", one_layer)
+    assert stored.same(stored.load(path, config=sharing)[0], one_layer)
+    with pytest.raises(DamagedFileError, match="item shared is not what its manifest says"):
+        stored.load(path)
+    differing = LlamaConfig(**stored.CONFIG.to_dict())
+    differing.global_head_dim = 16
+    wide = (torch.ones(1, 1, 6, 16), torch.ones(1, 1, 6, 16))
+    item = KVCacheItem(from_layers([first, wide], differing), stored.metadata(6, 0), "wide")
+    assert stored.same(stored.load(stored.dump(path, item), config=differing)[0], item)
+    with pytest.raises(DamagedFileError, match="item wide is not what its manifest says"):
+        stored.load(path)
+
+
+def test_a_prefix_on_a_server_is_not_taken_for_tensors(tmp_path: Path) -> None:
+    prefix = KVCacheItem(DynamicCache(), stored.metadata(6, 0), "served")
+    path = stored.dump(tmp_path / "memory.safetensors", prefix)
+    with pytest.raises(StorageError, match="item served is a prefix on a server"):
+        stored.load(path)
 
 
 IDS = ["../../escaped", "/etc/escaped", "a/b\\c", "..", ".", "", "a\0b", "n" * 5000, "ü\n", "con"]
