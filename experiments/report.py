@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import signals
 from experiments.reporting import write_joined, write_report
 from experiments.results import read_run, runs_in
 from kvmem.errors import ConfigError
@@ -26,6 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: the run's folder, or {JOINED}")
     parser.add_argument("--log", action="store_true", help="send the rows to W&B (offline unless WANDB_MODE says so)")
     chosen = parser.parse_args(arguments)
+    try:
+        with signals.raised():
+            return _report(chosen)
+    except signals.Stopped as stopped:
+        print(f"Interrupted ({stopped.name}). The same command writes the report again.", file=sys.stderr)
+        return stopped.exit_status
+
+
+def _report(chosen: argparse.Namespace) -> int:
     try:
         runs = [run for folder in chosen.runs for run in runs_in(folder) or [folder]]
         out = chosen.out or (JOINED if len(chosen.runs) > 1 else chosen.runs[0])

@@ -28,6 +28,7 @@ from tests.faults.commands import (
     run,
     start,
 )
+from tests.helpers.rows import ttft_row
 
 BEFORE_IMPORTS = """
 import os, signal, sys
@@ -170,3 +171,16 @@ def test_a_folder_that_another_process_writes_is_no_wrong_command(tmp_path: Path
         f"error: run is being written by process {os.getpid()} on {os.uname().nodename}. Wait for it, end it, or "
         "choose another folder."
     ]
+
+
+def test_ctrl_c_in_a_report_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/rows.jsonl").write_text(f"{ttft_row().to_json()}\n")
+    interrupts = BEFORE_IMPORTS.replace('"torch"', '"experiments.sinks.wandb"').partition(
+        "from experiments import run"
+    )[0]
+    code = interrupts + "from experiments import report; sys.exit(report.main(['run', '--log']))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | ENV, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["Interrupted (Ctrl-C). The same command writes the report again."]
