@@ -148,9 +148,17 @@ def _card(group: str, card: dict[str, Any]) -> Any:
         return instantiate(card, _convert_="all")
     except InstantiationException as error:
         if not isinstance(error.__cause__, ValidationError):
-            raise ConfigError(f"{group}: {error}") from error
+            cause = _first_cause(error)
+            raise ConfigError(f"{group}: {card['_target_']} can't be made: {type(cause).__name__}: {cause}") from error
         known = [field.name for field in dataclasses.fields(get_class(card["_target_"])) if field.init]
         raise config_error(group, error.__cause__, known) from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What the code of a user's own strategy raised, below Hydra's own exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextmanager

@@ -97,7 +97,7 @@ MISTAKES = {
     "seed=one": "config.seed: Input should be a valid integer",
     "scenario.pairs=0": "scenario.pairs: Input should be greater than or equal to 1",
     "sink.mode=ofline": "sink.mode: Input should be 'auto', 'offline', 'online' or 'disabled'",
-    "merge._target_=kvmem.merge.Nothing": "merge: Error locating target",
+    "merge._target_=kvmem.merge.Nothing": "merge: kvmem.merge.Nothing can't be made: ",
     "merge._target_=experiments.bench.setup.StorageCard": "merge",
     "model.label=${nope}": "model.label: Interpolation key 'nope' not found",
     "~model": "'model' is missing",

@@ -168,6 +168,13 @@ def test_a_merge_counts_as_work_of_the_direct_arm() -> None:
     assert judged(build_all_s=[0.4, 0.5, 0.5], figures={"build_s": 0.5, "merge_s": 0.14}).verdict == "ok"
 
 
+def test_a_merge_may_compute_tokens_of_its_memories_again() -> None:
+    more, fewer = (changed("injected", computed_tokens=count) for count in (33, 29))
+    two = {"memories": 2}
+    assert judged(calls=more, row=two).verdict == "ok"
+    assert judged(calls=more).verdict == judged(calls=fewer, row=two).verdict == "invalid"
+
+
 def test_divergence_is_accepted_for_a_merge_that_is_not_exact() -> None:
     verdict = judged(exact=False, row={"equality": "diverged", "memories": 2})
     assert verdict.verdict == "ok"
