@@ -158,6 +158,19 @@ def check_tensors(
             raise _lies(item, f"a tensor of shape {shape}, for {expected}", path)
 
 
+def check_size(item: ItemManifest, model: ModelFingerprint, config: PreTrainedConfig, path: Path) -> None:
+    """Raises DamagedFileError if a manifest states more bytes of keys and values than its tokens have, or fewer.
+
+    For a manifest without its tensors. Sliding layers hold fewer tokens, and layers that differ are not known here.
+    """
+    if not dynamic_cache.has_equal_layers(config):
+        return
+    stated, whole = item.metadata.kv_bytes, model.kv_bytes(item.cache_tokens)
+    full = not dynamic_cache.has_sliding_layers(config) and dynamic_cache.layer_count(config) == model.layers
+    if stated > whole or (full and stated < whole):
+        raise _lies(item, f"{stated} bytes for {item.cache_tokens} tokens, which have {whole}", path)
+
+
 def _lies(item: ItemManifest, what: str, path: Path) -> DamagedFileError:
     return DamagedFileError(
         f"{path}: item {item.kv_cache_id} is not what its manifest says: {what}. Take another copy of the file."

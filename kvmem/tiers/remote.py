@@ -78,6 +78,9 @@ class RemoteStore(TierStore):
                         contents = manifest.from_json(text, Path(name))
                         manifest.check_model(contents, self._backend.fingerprint, Path(name))
                         for entry in contents.items:
+                            manifest.check_size(
+                                entry, self._backend.fingerprint, self._backend.model_config, Path(name)
+                            )
                             check_place(entry.kv_cache_id, self._names(entry.kv_cache_id)[1].rpartition("/")[2], name)
                         items += [ScannedItem(i.kv_cache_id, i.metadata, i.metadata.kv_bytes) for i in contents.items]
                     except (StorageError, FingerprintError) as error:

@@ -473,7 +473,10 @@ def test_a_manifest_in_the_cold_tier_that_lies_is_refused(tmp_path: Path) -> Non
         "null",
         "[" * 100_000,
         json.dumps(whole | {"version": 2}),
-        json.dumps({"version": 1, "items": [whole["items"][0] | {"metadata": metadata | {"kv_bytes": -(1 << 50)}}]}),
+        *(
+            json.dumps({"version": 1, "items": [whole["items"][0] | {"metadata": metadata | {"kv_bytes": kv_bytes}}]})
+            for kv_bytes in (-(1 << 50), TERABYTES, 1)
+        ),
     ):
         path.write_text(text)
         again = TieredCache(backend, {"cold": 1 << 30}, cold=url)
