@@ -113,7 +113,8 @@ def test_equal_lines_of_a_file_are_one_memory_which_is_said(tmp_path: Path) -> N
     assert status in (0, UNDECIDED), output
     assert output.count("notes:3 has the same text as notes:1. They are one memory.") == 1
     (row,) = read_rows(tmp_path / "run")
-    assert (row.status, row.memories, row.verdict) == ("done", 3, "ok")
+    assert (row.status, row.memories) == ("done", 3)
+    assert row.equality in ("bitwise", "tokens") and row.verdict in ("ok", "undecided")
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
