@@ -151,9 +151,12 @@ def mutate(kind: str, content: bytes, path: Path, chance: random.Random) -> None
             if isinstance(new, dict) and isinstance(new.get("__metadata__"), dict):
                 header.clear()
                 header.update({"__metadata__": new.pop("__metadata__")} | new)
+            if other_body:  # `finite` is its writer's word, as good as its checksums
+                header["__metadata__"].pop("finite", None)
 
         body_at = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
-        body = mutated_bytes(content[body_at:], chance) if chance.random() < 0.2 else content[body_at:]
+        other_body = chance.random() < 0.2
+        body = mutated_bytes(content[body_at:], chance) if other_body else content[body_at:]
         rewrite(path, change, content[:body_at] + body)
 
 
