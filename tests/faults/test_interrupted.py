@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -64,22 +65,26 @@ except signals.Stopped as stopped:
 
 
 def test_ctrl_c_in_a_run_is_one_line_whose_command_goes_on(tmp_path: Path) -> None:
-    command = start(tmp_path, *TINY, THREE_CELLS, "scenario.pairs=60")
+    command = start(tmp_path, *TINY, THREE_CELLS, "scenario.pairs=100")
     read_to(command, "[2/3]")
     ctrl_c(command)
     status, output = finish(command)
     assert status == 130
-    (line,) = output.splitlines()
-    assert line.startswith("Interrupted (Ctrl-C) after 1 finished cell. To go on: python -m experiments.run ")
+    # The second cell may have ended before the signal came.
+    said = [line for line in output.splitlines() if not re.match(r"\[\d/3\] |\d+/32: ", line)]
+    assert len(said) == 1, output
+    line = said[0]
+    assert re.match(r"Interrupted \(Ctrl-C\) after \d finished cells?\. To go on: python -m experiments\.run ", line)
     (folder,) = tmp_path.glob("outputs/*/*")
-    (kept,) = read_rows(folder)
+    kept = read_rows(folder)
+    assert 1 <= len(kept) < 3
 
     again = shlex.split(line.partition("To go on: python -m experiments.run ")[2])
     status, output = run(tmp_path, *again)
     assert status in (0, UNDECIDED), output
-    assert "1 of 3 cells are already finished" in output
+    assert f"{len(kept)} of 3 cells are already finished" in output
     rows = read_rows(folder)
-    assert rows[0] == kept and [row.context_tokens for row in rows] == [64, 96, 128]
+    assert rows[: len(kept)] == kept and [row.context_tokens for row in rows] == [64, 96, 128]
 
 
 def test_ctrl_c_while_everything_is_still_imported_is_one_line(tmp_path: Path) -> None:
@@ -155,10 +160,10 @@ def test_sigterm_ends_the_ranks_of_a_run(tmp_path: Path) -> None:
     command.send_signal(signal.SIGTERM)
     status, output = finish(command)
     assert status == 143
-    assert output.splitlines()[-1].startswith("Interrupted (SIGTERM) after 1 finished cell. To go on: ")
+    assert re.match(r"Interrupted \(SIGTERM\) after \d finished cells?\. To go on: ", output.splitlines()[-1])
     assert "Traceback" not in output
     assert len(ranks) >= 3 and alive(ranks) == []
-    assert [row.context_tokens for row in read_rows(tmp_path / "run")] == [64]
+    assert read_rows(tmp_path / "run")[0].context_tokens == 64
 
 
 def test_a_folder_that_another_process_writes_is_no_wrong_command(tmp_path: Path) -> None:
