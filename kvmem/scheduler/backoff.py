@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 FIRST_RETRY_USES = 16
 """A failed memory is retried after this many uses of any memory, then after twice as many, and so on."""
 
@@ -17,6 +19,9 @@ class Failure:
     reason: str
     retry_at: int
     """In observed uses."""
+
+
+_FAILURES = TypeAdapter(dict[str, Failure])
 
 
 class RetryBackoff(dict[str, Failure]):
@@ -43,5 +48,5 @@ class RetryBackoff(dict[str, Failure]):
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> RetryBackoff:
-        """The inverse of `state`."""
-        return cls({memory_id: Failure(**failure) for memory_id, failure in state.items()})
+        """The inverse of `state`. Raises ValueError for a state that is damaged."""
+        return cls(_FAILURES.validate_python(state))

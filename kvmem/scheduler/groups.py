@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 MIN_USES_TOGETHER = 3
 """Memories become a group after this many uses together in one order."""
 MAX_MEMBERS = 4
 MAX_COUNTED = 1024
 """Orders that are counted at a time; the least recently seen one is forgotten first."""
+
+_Order = Annotated[list[str], Field(min_length=2, max_length=MAX_MEMBERS)]
+_MEMBERS = TypeAdapter(list[_Order])
+_SEEN = TypeAdapter(list[tuple[_Order, int]])
 
 
 def group_id(memory_ids: Sequence[str]) -> str:
@@ -21,6 +27,21 @@ def group_id(memory_ids: Sequence[str]) -> str:
     '["faq", "prices"]'
     """
     return json.dumps(list(memory_ids), ensure_ascii=False)
+
+
+def is_about(id_: str, memory_id: str) -> bool:
+    """Whether `id_` is the memory's, or that of a group with it.
+
+    >>> is_about('["faq", "prices"]', "prices"), is_about("faq", "prices")
+    (True, False)
+    """
+    if id_ == memory_id:
+        return True
+    try:
+        members = json.loads(id_)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(members, list) and memory_id in members
 
 
 class Groups:
@@ -59,6 +80,16 @@ class Groups:
         first, *rest = self.members[group]
         return [first, *(group_id([first, *rest[:count]]) for count in range(1, len(rest)))]
 
+    def forget(self, memory_id: str) -> list[str]:
+        """Removes a memory, every group and every counted order with it. Returns the removed groups."""
+        with self._lock:
+            removed = self._groups_of.pop(memory_id, [])
+            for group in removed:
+                for other in set(self.members.pop(group)) - {memory_id}:
+                    self._groups_of[other].remove(group)
+            self._uses = {ids: count for ids, count in self._uses.items() if memory_id not in ids}
+            return removed
+
     def _form(self, memory_ids: tuple[str, ...]) -> None:
         group = group_id(memory_ids)
         if group not in self.members:
@@ -72,8 +103,9 @@ class Groups:
             return {"members": list(self.members.values()), "seen": list(self._uses.items())}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`. Raises KeyError or ValueError, and restores nothing, for a state that is damaged."""
+        members, seen = _MEMBERS.validate_python(state["members"]), _SEEN.validate_python(state["seen"])
         with self._lock:
-            for memory_ids in state["members"]:
+            for memory_ids in members:
                 self._form(tuple(memory_ids))
-            self._uses = {tuple(memory_ids): count for memory_ids, count in state["seen"]}
+            self._uses = {tuple(memory_ids): count for memory_ids, count in seen}

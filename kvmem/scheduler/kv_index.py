@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 
 from kvmem.cache import KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
 from kvmem.engines import BetweenLayers
@@ -56,17 +57,38 @@ class KVIndex:
             return True
 
     def drop_outdated(self) -> None:
-        """Drops the KV of texts that have changed."""
+        """Drops the KV of texts that have changed, and deletes its bytes even if an answer still uses it."""
         while self._outdated:
-            self.items.drop(self._outdated.popleft())
+            self.items.erase(self._outdated.popleft())
+
+    def forget(self, memory_id: str) -> list[str]:
+        """Removes a memory, its groups and their KV. Returns the removed ids; none if the memory is not known."""
+        with self._lock:
+            removed = self.groups.forget(memory_id)
+            if self.texts.pop(memory_id, None) is not None:
+                removed = [memory_id, *removed]
+            self._tokens.pop(memory_id, None)
+            for id_ in removed:
+                stored = self._stored.pop(id_, None)
+                if stored is not None:
+                    self._outdated.append(stored)
+        return removed
 
     def members(self, id_: str) -> tuple[str, ...]:
         """The memories of a group, in order; for a memory, only itself."""
         return self.groups.members.get(id_, (id_,))
 
     def texts_of(self, id_: str) -> Texts:
-        """The current texts of a memory or group."""
-        return tuple(self.texts[memory_id] for memory_id in self.members(id_))
+        """The current texts of a memory or group. Raises UnknownMemoryError if one is not known."""
+        try:
+            return tuple(self.texts[memory_id] for memory_id in self.members(id_))
+        except KeyError as error:
+            raise UnknownMemoryError(f"The text of {error.args[0]} is not known.") from error
+
+    def are_texts_of(self, id_: str, texts: Texts) -> bool:
+        """Whether these are still the current texts of a memory or group."""
+        current = (self.texts.get(memory_id) for memory_id in self.members(id_))
+        return [text and text.memory for text in current] == [text.memory for text in texts]
 
     def tokens(self, memory: TextualMemoryItem) -> MemoryTokens:
         """The tokens of the memory's KV. Raises PromptError for a text that can't be stored."""
@@ -100,10 +122,12 @@ class KVIndex:
 
         Raises BudgetError if it does not fit.
         """
+        if not self.are_texts_of(id_, texts):
+            return False
         self.items.put(item, tier)
         with self._lock:
-            if [text.memory for text in self.texts_of(id_)] != [text.memory for text in texts]:
-                self.items.drop(item.kv_cache_id)
+            if not self.are_texts_of(id_, texts):
+                self.items.erase(item.kv_cache_id)
                 return False
             self._drop(id_)
             self._stored[id_] = item.kv_cache_id
@@ -134,7 +158,7 @@ class KVIndex:
         """The texts that an item was built from."""
         if id_ in self.groups.members:
             assert metadata.textual_memory is not None  # set in `build`
-            return list(metadata.textual_memory.metadata["texts"])
+            return list(metadata.textual_memory.metadata.get("texts", []))
         return [metadata.tokens.source]
 
     def move(self, id_: str, tier: str) -> bool:
@@ -153,8 +177,12 @@ class KVIndex:
 
     def stored(self) -> dict[str, tuple[str, str]]:
         """Id -> (kv_cache_id, tier) of all stored KV."""
+        found = {}
         with self._lock:
-            return {id_: (item_id, self.items.tier_of(item_id)) for id_, item_id in self._stored.items()}
+            for id_, item_id in self._stored.items():
+                with suppress(UnknownMemoryError):  # erased since
+                    found[id_] = item_id, self.items.tier_of(item_id)
+        return found
 
     def tiers(self) -> dict[str, str]:
         """Id -> tier of all stored KV."""

@@ -75,6 +75,14 @@ class Planner:
         row = self.table.track(memory_id)
         self.table.tokens[row], self.table.nbytes[row] = tokens, tokens * self.costs.kv_bytes_a_token
 
+    def forget(self, memory_id: str) -> None:
+        """Removes a memory or a group and its counts. Unknown ids are ignored."""
+        self.heads.pop(memory_id, None)
+        row = self.table.row_of.get(memory_id)
+        if row is not None:
+            self.policy.forgotten(self.table, row)
+            self.table.forget(memory_id)
+
     def joined(self, group: str, heads: Sequence[str]) -> None:
         """Plans a group of memories as one memory from now on. heads: what it begins with, shortest first."""
         self.heads[group] = list(heads)
@@ -160,8 +168,14 @@ class Planner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`. Ignores what another policy has learned, and keeps its counts."""
-        self.table, self.query_tokens = UsageTable.of_state(state["table"]), state["query_tokens"]
+        """The inverse of `state`. Ignores what another policy has learned, and keeps its counts.
+
+        Raises KeyError, TypeError or ValueError for a state that is damaged. What could be read is then used.
+        """
+        table, query_tokens = UsageTable.of_state(state["table"]), float(state["query_tokens"])
+        if not 0 <= query_tokens < np.inf:
+            raise ValueError(f"query_tokens is {query_tokens}")
+        self.table, self.query_tokens = table, query_tokens
         if state["policy"] == self.policy.name:
             self.policy.restore(state["learned"])
 

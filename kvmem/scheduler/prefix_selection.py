@@ -127,6 +127,12 @@ class PrefixSelector:
         else:
             self.unreachable[memory_id] = str(error)
 
+    def forget(self, ids: Sequence[str]) -> None:
+        """Forgets why KV of these memories or groups could not be read."""
+        for id_ in ids:
+            self.unreadable.pop(id_, None)
+            self.unreachable.pop(id_, None)
+
     def probe(self) -> None:
         """Loads one item of each tier that was never measured, or whose loads were declined `PROBE_AFTER` times.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Self
 
-from kvmem.cache import CacheView, TextualMemoryItem
+from kvmem.cache import CacheView
 from kvmem.engines import Generation, Sampling
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import (
@@ -27,6 +27,7 @@ from kvmem.prompt import Query
 from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
 from kvmem.scheduler.cost_model import Costs, LoadEstimator
+from kvmem.scheduler.groups import is_about
 from kvmem.scheduler.journal import Journal
 from kvmem.scheduler.kv_index import KVIndex
 from kvmem.scheduler.observations import ObservationQueue, TextMemories, text_memories_of
@@ -34,7 +35,9 @@ from kvmem.scheduler.planner import Move, Planner, check_budgets
 from kvmem.scheduler.policies import Policy
 from kvmem.scheduler.policies import policy as policy_by_name
 from kvmem.scheduler.prefix_selection import PrefixSelector
-from kvmem.tiers import TieredCache
+from kvmem.tiers import ORPHANS_AFTER_S, TieredCache
+
+CANCEL_AGAIN_S = 0.05
 
 
 class MemScheduler:
@@ -52,12 +55,14 @@ class MemScheduler:
         costs: Costs | None = None,
         max_builds: int = 1,
         cold: str | None = None,
+        orphans_after_s: float = ORPHANS_AFTER_S,
     ) -> None:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). The tiers `disk_int8` and `disk_int4`
         are lossy, and answers say so. folder: for the state and the disk tiers; None: the state ends with the process.
         With a namespace, a folder of that name in it is used, and likewise at the URL of the cold tier.
         costs: prefill and load times; None: measured now. max_builds: at most so many builds in a tick. cold: the URL
-        of the cold tier.
+        of the cold tier. orphans_after_s: a file of an earlier process that can't be used, because it is damaged or
+        another model's, is deleted so many seconds after this scheduler was opened, by the monotonic clock.
 
         Raises ArgumentError for an argument of the wrong type, ConfigError for a bad value, and StorageError if the
         folder can't be used.
@@ -86,24 +91,37 @@ class MemScheduler:
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         check_budgets(budget)
         costs = costs or Costs.measured(self.backend)
-        self.journal = Journal(Path(folder)) if folder is not None else None
-        self.items = TieredCache(self.backend, budget, None if folder is None else Path(folder) / "kv", cold)
-        self.index = KVIndex(self.backend, self.items, memory.config.separator)
-        loads = LoadEstimator(costs, self.items.loads)
-        self.planner = Planner(chosen, budget, costs, self.items.size, loads)
-        self.prefix_selector = PrefixSelector(self.index, loads)
         self.failures = RetryBackoff()
+        with ExitStack() as opened:  # if the state can't be used, the folders are left to the next scheduler
+            self.journal = Journal(Path(folder)) if folder is not None else None
+            if self.journal is not None:
+                opened.enter_context(closing(self.journal))
+            self.items = TieredCache(
+                self.backend, budget, None if folder is None else Path(folder) / "kv", cold, orphans_after_s
+            )
+            opened.enter_context(closing(self.items))
+            self.index = KVIndex(self.backend, self.items, memory.config.separator)
+            loads = LoadEstimator(costs, self.items.loads)
+            self.planner = Planner(chosen, budget, costs, self.items.size, loads)
+            self.prefix_selector = PrefixSelector(self.index, loads)
+            self.observations = ObservationQueue(self.planner, self.index, self.failures, self.journal)
+            self.index.adopt()
+            opened.pop_all()
         self.builds = self.cancelled_builds = 0
         self.failed_ticks, self.last_failed_tick = 0, ""
         """Ticks of the thread that ended in an error, and the last error. The thread continues."""
         self.gate = BuildGate()
         self._max_builds = max_builds
-        self._building: str | None = None
+        self._moving: str | None = None
+        """The memory or group that a build or a move is for."""
+        self._moved = threading.Condition()
+        self._forgetting = 0
+        """Running calls of `forget`, during which no build or move starts."""
+        self._forgotten: list[set[str]] = []
+        """For each running answer, what was forgotten since it began."""
         self._ticking = threading.Lock()
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self.observations = ObservationQueue(self.planner, self.index, self.failures, self.journal)
-        self.index.adopt()
 
     def observe(self, memories: TextMemories, query: Query) -> None:
         """Records that a query used this text memory, or these in this order. Returns at once; `tick` does the rest.
@@ -119,18 +137,67 @@ class MemScheduler:
             self._cancel_build_of(changed)
         self._wake.set()
 
-    def update(self, text_memory: TextualMemoryItem) -> None:
-        """Sets a memory's text. KV of the old text is no longer served, and a running build of it is cancelled."""
-        (changed,) = text_memories_of([text_memory])
+    def update(self, text_memories: TextMemories) -> None:
+        """Sets the text of a memory, or of several. KV of the old text is no longer served, and a running build of it
+        is cancelled.
+
+        If a text is replaced, nothing of the old one is left in a file afterwards: its KV is deleted and the state is
+        written, once for each call. An old text that `answer` or `observe` replaced is gone after the next tick.
+        Raises StorageError if the state can't be written. The text is set all the same, and the next tick tries again.
+        """
+        given = text_memories_of(text_memories)
         self._check_open()
-        if self.observations.set_text(changed):
-            self._cancel_build_of(text_memory.id)
+        changed = [memory.id for memory in given if self.observations.set_text(memory)]
+        for memory_id in changed:
+            self._cancel_build_of(memory_id)
         self._wake.set()
+        if self.observations.holds_outdated:
+            self._wait_while(lambda moving: any(is_about(moving, memory_id) for memory_id in changed))
+            self.index.drop_outdated()
+            self.observations.snapshot()
+
+    def forget(self, memory_id: str) -> bool:
+        """Removes a memory: its text, its KV in every tier, the groups with it, their KV, and all counts, in memory and
+        in files. When it returns, no file of the scheduler or its tiers holds the text.
+
+        A running build is cancelled. Answers that use the memory's KV at this moment finish, and are not observed.
+        Returns whether the memory was known. Raises StorageError if a file can't be deleted or written now; the rest is
+        done then, and each tick, or another call, tries again.
+        """
+        check_kind("A memory's id", memory_id, str, way_out="Give the id of a text memory.")
+        self._check_open()
+        with self._moved:
+            self._forgetting += 1
+            for forgotten in self._forgotten:
+                forgotten.add(memory_id)
+        try:
+            removed = self.observations.forget(memory_id)
+            self._wait_while(lambda moving: True)
+            self.index.drop_outdated()
+            self.prefix_selector.forget([memory_id, *removed])
+            left = self.items.erase_memories(lambda id_: is_about(id_, memory_id))
+            self.observations.snapshot()
+        finally:
+            with self._moved:
+                self._forgetting -= 1
+        if left:
+            raise StorageError(
+                f"{memory_id} is forgotten, but its KV can't be deleted now: {'; '.join(left)}. Each tick tries again."
+            )
+        return bool(removed)
 
     def _cancel_build_of(self, changed: str) -> None:
-        building = self._building
-        if building is not None and changed in self.index.members(building):
+        moving = self._moving
+        if moving is not None and is_about(moving, changed):
             self.gate.cancel()
+
+    def _wait_while(self, concerns: Callable[[str], bool]) -> None:
+        """Waits while a build or a move runs whose memory or group `concerns` the caller. A build is cancelled, again
+        and again: one that just begins overhears it, and one that waits for a request would wait for the caller."""
+        with self._moved:
+            while self._moving is not None and concerns(self._moving):
+                self.gate.cancel()
+                self._moved.wait(CANCEL_AGAIN_S)
 
     def answer(
         self,
@@ -145,9 +212,17 @@ class MemScheduler:
         comes from a quantized tier, `lossy` names its form.
         """
         used = text_memories_of(text_memories)
-        with self.view(used) as cache:
-            generation = self.backend.generate(query, cache, max_new_tokens, sampling)
-        if not self._closing.is_set():  # closed meanwhile: the answer is still valid
+        forgotten: set[str] = set()
+        with self._moved:
+            self._forgotten.append(forgotten)
+        try:
+            with self.view(used) as cache:
+                generation = self.backend.generate(query, cache, max_new_tokens, sampling)
+        finally:
+            with self._moved:
+                self._forgotten = [each for each in self._forgotten if each is not forgotten]
+        # If it was closed meanwhile, or a memory forgotten, the answer is still valid.
+        if not self._closing.is_set() and not forgotten.intersection(memory.id for memory in used):
             self.observe(used, query)
         return generation
 
@@ -166,10 +241,13 @@ class MemScheduler:
             self.observations.count()
             if not self._closing.is_set():  # after closing, the tiers may belong to another process
                 self.items.pending_deletes.retry()
-            barred = self.failures.barred(self.planner.table.now)
+                self.items.collect_orphans()
             made, lost = [], self.items.pending_deletes.by_tier()
-            for move in self.planner.plan(self.index.tiers(), self._max_builds, barred, lost):
-                if not self._closing.is_set() and self._execute(move):
+            with self.observations.counts:
+                barred = self.failures.barred(self.planner.table.now)
+                moves = self.planner.plan(self.index.tiers(), self._max_builds, barred, lost)
+            for move in moves:
+                if self._execute(move):
                     made.append(move)
             self.prefix_selector.probe()
             self.observations.snapshot()
@@ -178,7 +256,7 @@ class MemScheduler:
     def explain(self, memory_id: str) -> str:
         """Why a memory is in its tier, in one line with the numbers. Raises UnknownMemoryError."""
         check_kind("A memory's id", memory_id, str, way_out="Give the id of a text memory.")
-        with self._ticking:
+        with self._ticking, self.observations.counts:
             self.observations.count()
             if memory_id not in self.index.texts and memory_id not in self.index.groups.members:
                 raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.index.texts)} memories.")
@@ -244,6 +322,18 @@ class MemScheduler:
             raise ClosedError("This scheduler is closed. Make another: with the same folder it goes on as this did.")
 
     def _execute(self, move: Move) -> bool:
+        with self._moved:
+            if self._closing.is_set() or self._forgetting:
+                return False
+            self._moving = move.memory_id
+        try:
+            return self._moved_as_planned(move)
+        finally:
+            with self._moved:
+                self._moving = None
+                self._moved.notify_all()
+
+    def _moved_as_planned(self, move: Move) -> bool:
         if move.target is None:
             return self.index.evict(move.memory_id)
         if move.source is None:
@@ -253,17 +343,26 @@ class MemScheduler:
         except BudgetError:  # an item that should have left is in use; the next tick plans again
             return False
         except StorageError as error:
-            self.failures.add(move.memory_id, error, self.planner.table.now)
+            self._failed(move.memory_id, error)
             return False
 
+    def _failed(self, memory_id: str, error: Exception) -> None:
+        """Counts a failure, unless the memory was forgotten meanwhile."""
+        with self.observations.counts:
+            if memory_id in self.planner.table.row_of:
+                self.failures.add(memory_id, error, self.planner.table.now)
+
     def _build(self, memory_id: str, tier: str) -> bool:
-        tokens = int(self.planner.table.tokens[self.planner.table.row_of[memory_id]])
+        with self.observations.counts:
+            row = self.planner.table.row_of.get(memory_id)
+            if row is None:  # forgotten since it was planned
+                return False
+            tokens = int(self.planner.table.tokens[row])
         if self.items.size(tier, tokens) > self.items.budgets[tier] - self.items.used_bytes()[tier]:
             return False  # an item that should have left is in use; the next tick plans again
         try:
             with self.gate.build() as between_layers:
-                self._building = memory_id
-                if self._closing.is_set():
+                if self._closing.is_set() or self._forgetting:
                     return False
                 texts = self.index.texts_of(memory_id)
                 item = self.index.build(memory_id, texts, between_layers)
@@ -272,10 +371,9 @@ class MemScheduler:
             self.cancelled_builds += 1
             return False
         except (KVMemError, RuntimeError, OSError) as error:  # RuntimeError: torch's, such as out of memory
-            self.failures.add(memory_id, error, self.planner.table.now)
+            self._failed(memory_id, error)
             return False
-        finally:
-            self._building = None
         self.builds += 1
-        self.failures.pop(memory_id, None)
+        with self.observations.counts:
+            self.failures.pop(memory_id, None)
         return stored

@@ -94,6 +94,18 @@ class UsageTable:
         self.edits[row] += 1
         return row
 
+    def forget(self, memory_id: str) -> None:
+        """Removes a row, as if the memory had never been used. Later rows move up by one."""
+        row, n = self.row_of[memory_id], len(self)
+        self._decay(row)
+        self.totals = np.maximum(self.totals - self.use_weights[row], 0.0)
+        for name in self._COLUMNS:
+            column = getattr(self, name)
+            column[row : n - 1] = column[row + 1 : n]
+            column[n - 1] = 0
+        del self.ids[row]
+        self.row_of = {other: at for at, other in enumerate(self.ids)}
+
     def weights(self) -> tuple[np.ndarray, np.ndarray]:
         """Use and edit weights of every row as of now, each (rows, half-lives)."""
         n = len(self)
@@ -115,12 +127,23 @@ class UsageTable:
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> UsageTable:
-        """The inverse of `state`."""
-        table = cls(list(state["ids"]), state["now"], np.array(state["totals"]))
+        """The inverse of `state`. Raises KeyError, TypeError or ValueError for a state that is damaged."""
+        ids, now, totals = state["ids"], state["now"], np.array(state["totals"], dtype=float)
+        if not isinstance(ids, list) or not all(isinstance(memory_id, str) for memory_id in ids):
+            raise TypeError("ids have to be a list of texts")
+        if len(set(ids)) < len(ids) or type(now) is not int or now < 0:
+            raise ValueError("ids have to differ, and now is a number of uses")
+        if totals.shape != HALF_LIVES.shape or not np.isfinite(totals).all():
+            raise ValueError(f"totals have to be {len(HALF_LIVES)} finite numbers")
+        table = cls(list(ids), now, totals)
         n = len(table)
-        for name, values in state["columns"].items():
+        for name in cls._COLUMNS:
+            values = state["columns"][name]
             if name == "last_use":
                 values = [-np.inf if last is None else last for last in values]
+            column, rows = np.array(values, dtype=float), getattr(table, name)[:n]
+            if n and (column.shape != rows.shape or not np.isfinite(column[column != -np.inf]).all()):
+                raise ValueError(f"the column {name} has to be finite numbers of shape {rows.shape}")
             if n:
-                getattr(table, name)[:n] = values
+                rows[:] = column
         return table

@@ -4,20 +4,22 @@
 `LoadTimes` measures every load, so that a tier is not used if prefilling is faster; `LoadEstimate` compares the two.
 """
 
-from kvmem.tiers.base import DiskStore, MemoryStore, PendingDeletes, TierStore
+from kvmem.tiers.base import DiskStore, MemoryStore, PendingDeletes, RefusedFile, TierStore
 from kvmem.tiers.load_times import LoadEstimate, LoadTimes
 from kvmem.tiers.quantized import BITS, QuantizedStore, check_hqq, quantized_bytes
 from kvmem.tiers.remote import RemoteStore
-from kvmem.tiers.tiered_cache import TieredCache
+from kvmem.tiers.tiered_cache import ORPHANS_AFTER_S, TieredCache
 
 __all__ = [
     "BITS",
+    "ORPHANS_AFTER_S",
     "DiskStore",
     "LoadEstimate",
     "LoadTimes",
     "MemoryStore",
     "PendingDeletes",
     "QuantizedStore",
+    "RefusedFile",
     "RemoteStore",
     "TierStore",
     "TieredCache",

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import torch
 from filelock import FileLock, Timeout
 
 from kvmem.cache import KVCacheItem, KVCacheMetadata, dynamic_cache
 from kvmem.engines import Backend
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError
-from kvmem.storage import SafetensorsFile, Storage, remove_abandoned
+from kvmem.storage import SafetensorsFile, Storage, manifest, remove_abandoned
 
 
 class TierStore(ABC):
@@ -40,6 +42,10 @@ class TierStore(ABC):
     def nbytes(self, tokens: int, built_bytes: int) -> int:
         """The bytes in this store of keys and values of `tokens` that had `built_bytes` when they were built."""
         return built_bytes
+
+    def delete_refused(self, name: str) -> None:
+        """Deletes a file that `scan` refused. Raises StorageError or OSError if it stays."""
+        raise NotImplementedError(f"{type(self).__name__} has no files")
 
     def close(self) -> None:  # noqa: B027 - a store in memory has nothing to release
         """Releases the store for another process."""
@@ -132,6 +138,40 @@ class ScannedItem:
     """Bytes of its keys and values."""
 
 
+@dataclass(frozen=True)
+class RefusedFile:
+    """A file that an earlier process left in a store, and that can't be used: it is damaged, or another model's."""
+
+    name: str
+    reason: str
+    ids: frozenset[str] | None
+    """The text memories or groups that it states. None if its manifest can't be read: it may be of any."""
+
+    @property
+    def is_of_a_store(self) -> bool:
+        """Whether its name is one that a store gives. A store leaves any other file alone if it states no memory."""
+        return STEM.fullmatch(self.name.rpartition(".")[0]) is not None
+
+
+STEM = re.compile("[0-9a-f]{32}")
+"""The name of an item's file without its suffix."""
+
+
+def stem_of(item_id: str) -> str:
+    """The name of the item's file without its suffix."""
+    return hashlib.sha256(item_id.encode()).hexdigest()[:32]
+
+
+def ids_in(manifest_json: str, path: Path) -> frozenset[str] | None:
+    """The text memories or groups that a manifest is about; None if it can't be read."""
+    try:
+        items = manifest.from_json(manifest_json, path).items
+    except (StorageError, ValueError):
+        return None
+    sources = [item.metadata.textual_memory for item in items]
+    return frozenset(source.id for source in sources if source is not None) if all(sources) else None
+
+
 class MemoryStore(TierStore):
     """Tensors on a device. `pinned`: in page-locked host memory, which a GPU reads at full speed."""
 
@@ -152,7 +192,7 @@ class MemoryStore(TierStore):
         return self._items[item_id]
 
     def delete(self, item_id: str) -> None:
-        del self._items[item_id]
+        self._items.pop(item_id, None)
 
 
 def check_place(item_id: str, expected: str, found: str) -> None:
@@ -183,7 +223,7 @@ class DiskStore(TierStore):
     @staticmethod
     def file_of(folder: Path, item_id: str) -> Path:
         """The path of the item's file in a store in `folder`."""
-        return folder / f"{hashlib.sha256(item_id.encode()).hexdigest()[:32]}.safetensors"
+        return folder / f"{stem_of(item_id)}.safetensors"
 
     def path(self, item_id: str) -> Path:
         """The path of the item's file."""
@@ -198,18 +238,21 @@ class DiskStore(TierStore):
     def delete(self, item_id: str) -> None:
         self.path(item_id).unlink(missing_ok=True)
 
-    def scan(self) -> tuple[list[ScannedItem], dict[str, str]]:
-        """The items that an earlier process left, and by file name why a file was refused."""
+    def scan(self) -> tuple[list[ScannedItem], list[RefusedFile]]:
+        """The items that an earlier process left, and the files that can't be used."""
         items: list[ScannedItem] = []
-        refused: dict[str, str] = {}
+        refused: list[RefusedFile] = []
         for path in sorted(self._folder.glob("*.safetensors")):
             try:
                 item = self._load(path)
                 check_place(item.kv_cache_id, self.path(item.kv_cache_id).name, path.name)
                 items.append(ScannedItem(item.kv_cache_id, item.metadata, dynamic_cache.nbytes(item.kv_cache)))
             except (StorageError, FingerprintError) as error:
-                refused[path.name] = str(error)
+                refused.append(RefusedFile(path.name, str(error), _ids_in_file(path)))
         return items, refused
+
+    def delete_refused(self, name: str) -> None:
+        (self._folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         self._lock.release()
@@ -220,3 +263,12 @@ class DiskStore(TierStore):
         if len(items) != 1:
             raise DamagedFileError(f"{path} holds {len(items)} items, and files of a tier hold one. Build them again.")
         return items[0]
+
+
+def _ids_in_file(path: Path) -> frozenset[str] | None:
+    """As `ids_in`, for a safetensors file."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return ids_in((file.metadata() or {}).get("manifest", ""), path)
+    except (OSError, safetensors.SafetensorError):
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from kvmem.cache import KVCacheItem
 from kvmem.engines import Backend
 from kvmem.errors import FingerprintError, StorageError
 from kvmem.storage import SafetensorsFile, manifest
-from kvmem.tiers.base import ScannedItem, TierStore, check_place
+from kvmem.tiers.base import STEM, RefusedFile, ScannedItem, TierStore, check_place, ids_in, stem_of
 
 
 class RemoteStore(TierStore):
@@ -56,21 +55,24 @@ class RemoteStore(TierStore):
             return self._format.load(local, backend.fingerprint, backend.model_config, backend.device)[0]
 
     def delete(self, item_id: str) -> None:
-        tensors, metadata = self._names(item_id)
+        self._delete(f"{self._root}/{stem_of(item_id)}")
+
+    def _delete(self, stem: str) -> None:
         with self._store_errors("removed"):
-            for name in (metadata, tensors):
+            for name in (f"{stem}.json", f"{stem}.safetensors"):
                 with suppress(FileNotFoundError):
                     self._store.rm_file(name)
 
-    def scan(self) -> tuple[list[ScannedItem], dict[str, str]]:
-        """The items that an earlier process left, and by file name why a file was refused."""
+    def scan(self) -> tuple[list[ScannedItem], list[RefusedFile]]:
+        """The items that an earlier process left, and the files that can't be used."""
         items: list[ScannedItem] = []
-        refused: dict[str, str] = {}
+        refused: list[RefusedFile] = []
         with self._store_errors("listed"):
             names = {str(name).rpartition("/")[2] for name in self._store.ls(self._root, detail=False, refresh=True)}
             for name in sorted(names):
                 stem, _, suffix = name.rpartition(".")
-                if suffix == "safetensors" and f"{stem}.json" not in names:  # from a killed writer
+                if suffix == "safetensors" and STEM.fullmatch(stem) and f"{stem}.json" not in names:
+                    # from a killed writer
                     self._store.rm_file(f"{self._root}/{name}")
                 elif suffix == "json":
                     text = self._store.cat_file(f"{self._root}/{name}").decode(errors="replace")
@@ -84,11 +86,14 @@ class RemoteStore(TierStore):
                             check_place(entry.kv_cache_id, self._names(entry.kv_cache_id)[1].rpartition("/")[2], name)
                         items += [ScannedItem(i.kv_cache_id, i.metadata, i.metadata.kv_bytes) for i in contents.items]
                     except (StorageError, FingerprintError) as error:
-                        refused[name] = str(error)
+                        refused.append(RefusedFile(name, str(error), ids_in(text, Path(name))))
         return items, refused
 
+    def delete_refused(self, name: str) -> None:
+        self._delete(f"{self._root}/{Path(name).stem}")
+
     def _names(self, item_id: str) -> tuple[str, str]:
-        stem = f"{self._root}/{hashlib.sha256(item_id.encode()).hexdigest()[:32]}"
+        stem = f"{self._root}/{stem_of(item_id)}"
         return f"{stem}.safetensors", f"{stem}.json"
 
     @contextmanager

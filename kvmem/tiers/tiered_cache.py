@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 
 from kvmem.cache import KVCacheItem, KVCacheMetadata, device_transfer, dynamic_cache
 from kvmem.engines import Backend
-from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, UnknownMemoryError, did_you_mean
-from kvmem.tiers.base import DiskStore, MemoryStore, PendingDeletes, TierStore
+from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, StorageError, UnknownMemoryError, did_you_mean
+from kvmem.tiers.base import DiskStore, MemoryStore, PendingDeletes, RefusedFile, TierStore
 from kvmem.tiers.load_times import LoadTimes
 from kvmem.tiers.quantized import BITS, QuantizedStore
 from kvmem.tiers.remote import RemoteStore
@@ -33,6 +33,20 @@ class _Entry:
     moving: bool = False
     dropped: bool = False
     """Dropped while in use or moving: hidden, and freed after the last use or the end of the move."""
+    erased: bool = False
+    """Dropped, and its bytes are deleted from the store already."""
+
+
+@dataclass(frozen=True)
+class _Orphan:
+    store: DiskStore | RemoteStore
+    file: RefusedFile
+    found_at: float
+    """By the monotonic clock."""
+
+
+ORPHANS_AFTER_S = 24 * 3600.0
+"""A file of an earlier process that can't be used is deleted so many seconds after the tiers were opened."""
 
 
 class TieredCache:
@@ -50,9 +64,16 @@ class TieredCache:
     NAMES: ClassVar[tuple[str, ...]] = ("gpu", "ram", "disk", "cold", *(f"disk_{scheme}" for scheme in BITS))
 
     def __init__(
-        self, backend: Backend, budgets: Mapping[str, int], folder: str | Path | None = None, cold: str | None = None
+        self,
+        backend: Backend,
+        budgets: Mapping[str, int],
+        folder: str | Path | None = None,
+        cold: str | None = None,
+        orphans_after_s: float = ORPHANS_AFTER_S,
     ) -> None:
         """Restores the items that an earlier process left on disk and in the cold tier.
+
+        orphans_after_s: see `collect_orphans`.
 
         Raises ConfigError if a tier is unknown or unavailable.
         """
@@ -64,6 +85,9 @@ class TieredCache:
         """Seconds of loads by tier. Host memory is not measured: its copies to a GPU overlap with the forward pass."""
         self._backend = backend
         self._entries: dict[str, _Entry] = {}
+        self._orphans: dict[tuple[str, str], _Orphan] = {}
+        """By tier and file name."""
+        self._orphans_after_s = orphans_after_s
         self._incoming: set[str] = set()
         self._used = dict.fromkeys(self.budgets, 0)
         self._lock = threading.Lock()
@@ -95,7 +119,9 @@ class TieredCache:
     def _restore(self, name: str, store: DiskStore | RemoteStore) -> TierStore:
         """Registers the items that an earlier process left in `store`, and deletes those that are not usable."""
         items, refused = store.scan()
-        self.refused |= refused
+        for file in refused:
+            self.refused[file.name] = file.reason
+            self._orphans[name, file.name] = _Orphan(store, file, time.monotonic())
         for item in items:
             duplicate = item.item_id in self._entries
             nbytes = store.nbytes(item.metadata.token_count, item.nbytes)
@@ -143,7 +169,12 @@ class TieredCache:
             entry.ref_count += 1
             tier = entry.tier
         try:
-            item = self._read(item_id, tier, entry.nbytes)
+            try:
+                item = self._read(item_id, tier, entry.nbytes)
+            except (KeyError, StorageError) as error:
+                if entry.erased:
+                    raise UnknownMemoryError(f"Not in the tiers any more: {item_id}.") from error
+                raise
             cache = device_transfer.to_device(item.kv_cache, self._backend.device, self._backend.model_config)
             yield KVCacheItem(cache, item.metadata, item.kv_cache_id)
         finally:
@@ -196,6 +227,67 @@ class TieredCache:
             entry.dropped = True
             self._free_if_dropped(item_id, entry)
         return True
+
+    def erase(self, item_id: str) -> None:
+        """Removes the item, if there is one, and deletes its bytes at once: an open view keeps its tensors until it
+        ends, and they count in the budget until then."""
+        with self._lock:
+            entry = self._entries.get(item_id)
+            if entry is not None:
+                self._erase(item_id, entry)
+
+    def erase_memories(self, is_meant: Callable[[str], bool]) -> list[str]:
+        """Erases all items of some text memories and groups, and everything else that may hold their text.
+
+        is_meant: whether the id of a text memory or a group is meant. Items that were dropped before and are in use, or
+        could not be deleted, are erased too. So are the files of an earlier process that can't be used: those that
+        state the id, and those whose manifest can't be read. Returns what could not be deleted now, and why.
+        """
+        with self._lock:
+            for item_id, entry in list(self._entries.items()):
+                if _is_of(entry.metadata, is_meant):
+                    self._erase(item_id, entry)
+        left = []
+        for (tier, item_id), pending in list(self.pending_deletes.items()):
+            if _is_of(pending.metadata, is_meant) and not self.pending_deletes.delete(
+                pending.store, tier, item_id, pending.nbytes, pending.metadata
+            ):
+                left.append(f"in {tier}: {self.pending_deletes[tier, item_id].reason}")
+        for key, orphan in list(self._orphans.items()):
+            ids = orphan.file.ids
+            if orphan.file.is_of_a_store if ids is None else any(map(is_meant, ids)):
+                left += self._delete_orphan(key, orphan)
+        return left
+
+    def collect_orphans(self) -> None:
+        """Deletes the files of earlier processes that can't be used, `orphans_after_s` after they were found.
+
+        The time is that of the monotonic clock, so a clock of the day that jumps deletes nothing early. Files that can
+        be used are items, see `ids`; unfinished files of a killed process are deleted when the tiers are opened.
+        """
+        for key, orphan in list(self._orphans.items()):
+            if orphan.file.is_of_a_store and time.monotonic() - orphan.found_at >= self._orphans_after_s:
+                self._delete_orphan(key, orphan)
+
+    def _delete_orphan(self, key: tuple[str, str], orphan: _Orphan) -> list[str]:
+        """Returns why the file could not be deleted, if so."""
+        try:
+            orphan.store.delete_refused(orphan.file.name)
+        except (StorageError, OSError) as error:
+            return [f"in {key[0]}: {orphan.file.name}: {error}"]
+        self._orphans.pop(key, None)
+        self.refused.pop(orphan.file.name, None)
+        return []
+
+    def _erase(self, item_id: str, entry: _Entry) -> None:
+        entry.dropped = True
+        if not entry.moving and not entry.erased:
+            entry.erased = True
+            self._delete_bytes(item_id, entry)
+        self._free_if_dropped(item_id, entry)
+
+    def _delete_bytes(self, item_id: str, entry: _Entry) -> None:
+        self.pending_deletes.delete(self._stores[entry.tier], entry.tier, item_id, entry.nbytes, entry.metadata)
 
     def ids(self) -> list[str]:
         """The ids of all items, in every tier."""
@@ -264,4 +356,9 @@ class TieredCache:
         if entry.dropped and not entry.ref_count and not entry.moving and self._entries.get(item_id) is entry:
             del self._entries[item_id]
             self._used[entry.tier] -= entry.nbytes
-            self.pending_deletes.delete(self._stores[entry.tier], entry.tier, item_id, entry.nbytes, entry.metadata)
+            if not entry.erased:
+                self._delete_bytes(item_id, entry)
+
+
+def _is_of(metadata: KVCacheMetadata, is_meant: Callable[[str], bool]) -> bool:
+    return metadata.textual_memory is not None and is_meant(metadata.textual_memory.id)

@@ -32,12 +32,15 @@ class Policy(ABC):
     def observed(self, table: UsageTable, row: int) -> None:  # noqa: B027 - most policies learn nothing of their own
         """Called for each use of `row`, before the table counts it."""
 
+    def forgotten(self, table: UsageTable, row: int) -> None:  # noqa: B027 - see above
+        """Called before `row` is removed from the table and later rows move up. Forgets what was learned of it."""
+
     def state(self) -> dict[str, Any]:
         """What the policy has learned beyond the table, as plain values."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 - see above
-        """The inverse of `state`."""
+        """The inverse of `state`. Raises KeyError, TypeError or ValueError for a state that is damaged."""
 
     def explain(self, table: UsageTable, row: int, held: bool) -> str:
         """The numbers behind the score of `row`, as a clause."""

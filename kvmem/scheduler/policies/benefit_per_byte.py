@@ -53,6 +53,10 @@ class BenefitPerByte(Policy):
             self._success = self.memory * self._success + np.log(predicted)
         self._recent.append(table.ids[row])
 
+    def forgotten(self, table: UsageTable, row: int) -> None:
+        kept = [memory_id for memory_id in self._recent if memory_id != table.ids[row]]
+        self._recent = deque(kept, maxlen=self.lag)
+
     def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
         n = len(table)
         net_s = self._expected_uses(table) * table.saved_s[:n] - np.where(held, 0.0, table.build_s[:n])
@@ -77,8 +81,12 @@ class BenefitPerByte(Policy):
         return {"success": self._success.tolist(), "recent": list(self._recent)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._success = np.array(state["success"])
-        self._recent = deque(state["recent"], maxlen=self.lag)
+        success, recent = np.array(state["success"], dtype=float), state["recent"]
+        if success.shape != HALF_LIVES.shape or not np.isfinite(success).all():
+            raise ValueError(f"success has to be {len(HALF_LIVES)} finite numbers")
+        if not isinstance(recent, list) or not all(isinstance(memory_id, str) for memory_id in recent):
+            raise TypeError("recent has to be a list of ids")
+        self._success, self._recent = success, deque(recent, maxlen=self.lag)
 
     def explain(self, table: UsageTable, row: int, held: bool) -> str:
         uses = self._expected_uses(table)[row]

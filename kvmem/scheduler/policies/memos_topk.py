@@ -34,6 +34,10 @@ class MemOSTopK(Policy):
         self._decided: np.ndarray = np.zeros(0)
         self._decided_at = -self.refresh_uses
 
+    def forgotten(self, table: UsageTable, row: int) -> None:
+        if row < len(self._decided):
+            self._decided = np.delete(self._decided, row)
+
     def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
         n = len(table)
         if table.now - self._decided_at >= self.refresh_uses:

@@ -35,6 +35,9 @@ class TinyLFU(Policy):
         if self._uses % self.sample == 0:
             self._counts = {memory_id: count / 2 for memory_id, count in self._counts.items()}
 
+    def forgotten(self, table: UsageTable, row: int) -> None:
+        self._counts.pop(table.ids[row], None)
+
     def scores(self, table: UsageTable, held: np.ndarray) -> np.ndarray:
         counts = np.array([self._counts.get(memory_id, 0.0) for memory_id in table.ids])
         return np.where(table.nbytes[: len(table)] > 0, counts, 0.0)
@@ -60,4 +63,7 @@ class TinyLFU(Policy):
         return {"counts": self._counts, "seen": self._uses}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._counts, self._uses = dict(state["counts"]), state["seen"]
+        counts, seen = state["counts"], state["seen"]
+        if not isinstance(counts, dict) or type(seen) is not int:
+            raise TypeError("counts have to be numbers by id, and seen a number of uses")
+        self._counts, self._uses = {memory_id: float(count) for memory_id, count in counts.items()}, seen

@@ -1,0 +1,25 @@
+"""One line of the journal."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+
+class SavedEvent(BaseModel):
+    """A use of memories in an order, a new text of a memory, or that a memory was forgotten."""
+
+    kind: Literal["use", "text", "forget"]
+    id: str
+    query_tokens: int = Field(0, ge=0)
+    behind: list[str] = []
+    """The other memories of a use, in their order."""
+    memory: dict[str, Any] | None = None
+    """The fields of the text memory, for a new text."""
+
+    @model_validator(mode="after")
+    def _has_a_text(self) -> SavedEvent:
+        if (self.kind == "text") != (self.memory is not None):
+            raise ValueError("an event of the kind text has a memory, and no other has one")
+        return self
