@@ -164,6 +164,7 @@ def _calls(bench: Bench, measured: Measured, arm: str, direct: str, context_toke
                     user_s=sample.user_s,
                     engine_s=sample.engine_s,
                     cache_s=sample.cache_s,
+                    split_s=sample.split_s,
                     token=sample.token.id,
                     prompt_tokens=len(sample.prompt.ids),
                     digest=sample.prompt.digest,

@@ -41,6 +41,8 @@ class Sample:
     """The time of the whole call by the clock of `interleaved`. It shows what `user_s` leaves out."""
     computed_tokens: int | None = None
     """The number of tokens that entered the model, counted by a witness outside the engine; None without a witness."""
+    split_s: float | None = None
+    """The part of `user_s` that makes token ids of the text; None where it is not timed apart."""
 
 
 def nothing() -> None:
@@ -65,7 +67,8 @@ def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str]
     ready = time.perf_counter()
     token = backend.first_token(prompt, cache)
     done = time.perf_counter()
-    return Sample(done - ready, done - started, fetched - started, token, prompt, backend.held_tokens(prompt, cache))
+    held = backend.held_tokens(prompt, cache)
+    return Sample(done - ready, done - started, fetched - started, token, prompt, held, split_s=ready - fetched)
 
 
 def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Sample:
@@ -76,7 +79,7 @@ def direct(backend: MeasuredBackend, tokens: MemoryTokens, query: Query) -> Samp
     ready = time.perf_counter()
     token = backend.first_token(prompt)
     done = time.perf_counter()
-    return Sample(done - ready, done - started, 0.0, token, prompt)
+    return Sample(done - ready, done - started, 0.0, token, prompt, split_s=ready - started)
 
 
 def native_hit(
@@ -94,7 +97,8 @@ def native_hit(
     ready = time.perf_counter()
     token = (first_token or backend.first_token)(TokenizedPrompt((), prompt.ids))
     done = time.perf_counter()
-    return Sample(done - ready, done - started, 0.0, token, prompt, whole_blocks(backend, len(prompt.memory_ids)))
+    held = whole_blocks(backend, len(prompt.memory_ids))
+    return Sample(done - ready, done - started, 0.0, token, prompt, held, split_s=ready - started)
 
 
 def fill_prefix_cache(

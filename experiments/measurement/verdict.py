@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Literal
 
+from experiments.measurement.recomputed import wrong_figures
 from experiments.measurement.statistics import BATCHES, NOISY_SPREAD, Interval, paired_ratio, spread
 from experiments.results import ALONE, ArmTimes, Evidence, Row, TimedCall, TTFTPayload
 
@@ -22,6 +23,10 @@ MAX_BUILD_OVER_DIRECT, BUILD_SLACK_S = 1.5, 0.1
 """A build computes fewer tokens than the direct arm; storing them is left some time."""
 MAX_LOST_SHARE, LOST_SLACK_S = 0.03, 1e-3
 """What an arm's clock may miss of the clock around it: returning and a garbage-free Python call."""
+LEAST_BUILDS = 3
+LEAST_LIMIT_SHARE, LONG_S = 0.1, 0.1
+"""The share of an independent forward pass's time that the hardware's limit is at least, where it takes so long that
+overheads don't count. Measured: 0.6 on a CPU. A limit far below says that the calibrated rates are too high."""
 ROUNDING = 1e-6
 BASELINE = "baseline"
 """The arm that times the independent forward pass; `ALONE` is the query without a memory."""
@@ -155,8 +160,37 @@ def clocks(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
             )
         if any(call.engine_s + call.cache_s > call.user_s * (1 + ROUNDING) for call in calls):
             yield f"the parts of the {arm} arm's TTFT exceed the whole"
+        split = [call for call in calls if call.split_s is not None]
+        gaps_s = [call.user_s - call.engine_s - call.cache_s - (call.split_s or 0.0) for call in split]
+        if gaps_s and median(gaps_s) > max(MAX_LOST_SHARE * whole_s, LOST_SLACK_S):
+            yield f"{1e3 * median(gaps_s):.4g} ms of the {arm} arm's user TTFT are in none of its parts"
         if any(call.user_s > call.outer_s * (1 + ROUNDING) for call in calls):
             yield f"the {arm} arm's clock ran longer than the clock around it"
+
+
+def figures_follow(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """Every figure of the row follows from its timed calls and builds."""
+    for name, stored, again in wrong_figures(row, figures, evidence):
+        yield f"{name} is stored as {_number(stored)}, and the timed calls give {_number(again)}"
+
+
+def builds_measured(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The build was measured at least three times."""
+    if len(evidence.build_all_s) < LEAST_BUILDS:
+        yield f"the build was measured {len(evidence.build_all_s)} times, and {LEAST_BUILDS} are needed"
+
+
+def limit_is_plausible(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The limit is a plausible share of what the independent forward pass took: the calibrated rates are not too high.
+
+    A limit that is too low catches nothing. It is told for prefills long enough that overheads don't count.
+    """
+    seconds = [call.engine_s for call in _calls(evidence, BASELINE)]
+    if not seconds or median(seconds) < LONG_S or figures.direct_limit_s is None:
+        return
+    share = figures.direct_limit_s / median(seconds)
+    if share < LEAST_LIMIT_SHARE:
+        yield f"the hardware's limit is {share:.1%} of {evidence.reference}: the calibrated rates are not plausible"
 
 
 def interleaved(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
@@ -257,13 +291,14 @@ RULES: tuple[Rule, ...] = (
     floor,
     baseline,
     build,
+    figures_follow,
     clocks,
     interleaved,
     answers,
     timed_is_graded,
     stored_kv,
 )
-DOUBTS: tuple[Rule, ...] = (enough_pairs, calm, build_is_clear, baseline_is_clear)
+DOUBTS: tuple[Rule, ...] = (enough_pairs, builds_measured, calm, limit_is_plausible, build_is_clear, baseline_is_clear)
 
 
 def _build_too_slow(row: Row, build_s: float, direct_s: float) -> str | None:
@@ -285,6 +320,10 @@ def _over_baseline(evidence: Evidence) -> tuple[float, Interval | None]:
     if not baseline_s:
         return 1.0, None
     return paired_ratio([call.engine_s for call in _calls(evidence, evidence.direct_arm)], baseline_s)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"
 
 
 def beats_limit(arm: str, ttft_s: float, limit_s: float) -> str | None:

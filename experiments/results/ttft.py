@@ -35,6 +35,8 @@ class TimedCall:
     user_s: float
     engine_s: float
     cache_s: float = 0.0
+    split_s: float | None = None
+    """The part of `user_s` that makes token ids of the text; None where it is not timed apart."""
     token: int
     prompt_tokens: int
     digest: str

@@ -1,0 +1,34 @@
+"""Every planted fault."""
+
+from __future__ import annotations
+
+from tests.mutations import (
+    baseline,
+    build,
+    clocks,
+    excusing_noise,
+    few_or_noisy,
+    formulas,
+    hf_graph,
+    limits,
+    ungraded,
+    wrong_kv,
+)
+from tests.mutations.mutation import Mutation
+
+MUTATIONS: list[Mutation] = [
+    mutation
+    for kind in (
+        wrong_kv,
+        excusing_noise,
+        ungraded,
+        clocks,
+        baseline,
+        formulas,
+        limits,
+        hf_graph,
+        few_or_noisy,
+        build,
+    )
+    for mutation in kind.MUTATIONS
+]

@@ -1,0 +1,36 @@
+"""Faults of the engine that runs a model's weights without its modules, so that no hook counts its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from kvmem.engines.graph import HFGraphBackend
+from kvmem.prompt import TokenizedPrompt
+from tests.mutations.mutation import Mutation, Patch, first_token_with_cache
+from tests.mutations.ungraded import TIMED
+
+KIND = "hf_graph"
+GRAPH = ("backend=hf_graph",)
+
+
+def _query_alone(first_token: Any, backend: Any, prompt: Any, cache: Any) -> Any:
+    return replace(first_token(backend, TokenizedPrompt((), prompt.query_ids)), cached_tokens=len(prompt.memory_ids))
+
+
+def _zero(first_token: Any, backend: Any, prompt: Any, cache: Any) -> Any:
+    return replace(first_token(backend, prompt, cache), id=0)
+
+
+def _no_hit(first_token: Any, backend: Any, prompt: Any, cache: Any) -> Any:
+    return replace(first_token(backend, prompt, cache), cached_tokens=0)
+
+
+MUTATIONS = [
+    Mutation(KIND, name, expected, (Patch(HFGraphBackend, "first_token", first_token_with_cache(body)),), GRAPH)
+    for name, expected, body in (
+        ("the query is answered without the memory", TIMED, _query_alone),
+        ("token 0 is returned", TIMED, _zero),
+        ("a hit is not told", "tokens came from the cache", _no_hit),
+    )
+]

@@ -1,0 +1,48 @@
+"""Runs the smallest cell with one planted fault, and says whether the run noticed it."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import run_experiment
+from experiments.execution.runner import doubts, problems
+from tests.mutations.mutation import Mutation
+
+SMALLEST = (
+    "model=tiny",
+    "sink=none",
+    "workload.context_tokens=[128]",
+    "workload.query_tokens=[32]",
+    "workload.max_cells=1",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """noticed: no row is ok and the exit status is not 0. expected: a reason is the one that the fault should have."""
+
+    noticed: bool
+    expected: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def word(self) -> str:
+        return "noticed" if self.noticed and self.expected else "by chance" if self.noticed else "ESCAPED"
+
+
+def run(mutation: Mutation, out: Path) -> Outcome:
+    """Measures one cell with the fault in `mutation`, in the new folder `out`."""
+    with ExitStack() as applied:
+        for patch in mutation.patches:
+            applied.enter_context(patch.applied())
+        rows = run_experiment(*SMALLEST, *mutation.overrides, out=out)
+    reasons = (*problems(rows, exact=True), *doubts(rows))
+    noticed = bool(reasons) and not any(row.verdict == "ok" and _is_mutated(row.arm, mutation) for row in rows)
+    return Outcome(noticed, any(re.search(mutation.expected, reason) for reason in reasons), reasons)
+
+
+def _is_mutated(arm: str, mutation: Mutation) -> bool:
+    return not mutation.arm or arm == mutation.arm
