@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from statistics import median
 from typing import Any
 
 import pytest
 
-from experiments.measurement import BASELINE, Verdict, judge
+from experiments.measurement import BASELINE, Verdict, judge, statistics
 from experiments.measurement.published_rules import Finding, hardware_card, validate_published
 from experiments.results import ALONE, Evidence, TimedCall, TTFTPayload, published
 from tests.helpers.rows import ttft_row
@@ -28,7 +29,7 @@ def sound_calls() -> list[TimedCall]:
         for name in names[round_ % 4 :] + names[: round_ % 4]:
             tokens = 30 if name == ALONE else 613
             cached = 583 if name == "injected" else 0
-            seconds = ARMS[name] * (1 + 0.001 * round_)
+            seconds = ARMS[name] * (1 + 0.001 * (round_ - 2.5))
             calls.append(
                 TimedCall(
                     arm=name,
@@ -63,6 +64,32 @@ def changed(arm: str, **fields: Any) -> list[TimedCall]:
     ]
 
 
+def derived(evidence: Evidence, memories: int) -> dict[str, Any]:
+    """The figures that follow from the timed calls."""
+    clocks = {
+        (arm, clock): [getattr(call, clock) for call in evidence.calls if call.arm == arm]
+        for arm in ARMS
+        for clock in ("engine_s", "user_s", "cache_s")
+    }
+    kv_s, direct_s = clocks["injected", "engine_s"], clocks["direct", "engine_s"]
+    kv_user_s, direct_user_s = median(clocks["injected", "user_s"]), median(clocks["direct", "user_s"])
+    cache_s, build_s = median(clocks["injected", "cache_s"]), median(evidence.build_all_s)
+    return {
+        "kv_ttft_s": median(kv_s),
+        "direct_ttft_s": median(direct_s),
+        "kv_user_ttft_s": kv_user_s,
+        "direct_user_ttft_s": direct_user_s,
+        "speedup_pct": statistics.speedup_pct(kv_s, direct_s),
+        "speedup_interval": statistics.speedup_interval(kv_s, direct_s),
+        "break_even_queries": build_s / (direct_user_s - kv_user_s) if direct_user_s > kv_user_s else None,
+        "build_s": build_s,
+        "merge_s": cache_s if memories > 1 else None,
+        "fetch_s": cache_s if memories == 1 else None,
+        "query_alone_s": median(clocks[ALONE, "engine_s"]) if clocks[ALONE, "engine_s"] else None,
+        "pairs": len(kv_s),
+    }
+
+
 def judged(figures: dict[str, Any] | None = None, row: dict[str, Any] | None = None, **evidence: Any) -> Verdict:
     """The verdict on a sound cell with some things changed: figures of the payload, fields of the row, the evidence."""
     sound = Evidence(
@@ -79,8 +106,8 @@ def judged(figures: dict[str, Any] | None = None, row: dict[str, Any] | None = N
             **evidence,
         }
     )
-    times = {"kv_ttft_s": 0.18, "direct_ttft_s": 0.9, "limit_s": 0.1, "direct_limit_s": 0.8, "build_s": 0.8}
-    known = ttft_row(583, 30, **{"pairs": ROUNDS, **times, **(figures or {}), **(row or {})}, evidence=sound)
+    times = {"limit_s": 0.1, "direct_limit_s": 0.8, **derived(sound, (row or {}).get("memories", 1))}
+    known = ttft_row(583, 30, **{**times, **(figures or {}), **(row or {})}, evidence=sound)
     payload = known.payload
     assert isinstance(payload, TTFTPayload)
     return judge(known, payload)
@@ -120,6 +147,11 @@ BROKEN: dict[str, dict[str, Any]] = {
     "the parts of the direct arm's TTFT exceed the whole": {"calls": changed("direct", cache_s=0.5)},
     "the direct arm's clock ran longer than the clock around it": {
         "calls": changed("direct", outer_s=lambda s: 0.99 * s)
+    },
+    "the speed-up is stored as 90, and the timed calls give 80": {"figures": {"speedup_pct": 90.0}},
+    "the build time is stored as 0.4, and the timed calls give 0.8": {"figures": {"build_s": 0.4}},
+    "of the injected arm's user TTFT are in none of its parts": {
+        "calls": changed("injected", engine_s=lambda s: 0.98 * s, cache_s=0.0, split_s=0.0)
     },
     "the answers diverge, and a logit is": {"row": {"equality": "diverged"}},
     "the answers have equal tokens, and a logit is 0.5 off": {
@@ -164,8 +196,9 @@ def test_every_reason_is_listed() -> None:
 
 
 def test_a_merge_counts_as_work_of_the_direct_arm() -> None:
-    assert judged(build_all_s=[0.4, 0.5, 0.5], figures={"build_s": 0.5}).verdict == "invalid"
-    assert judged(build_all_s=[0.4, 0.5, 0.5], figures={"build_s": 0.5, "merge_s": 0.14}).verdict == "ok"
+    builds_s = [0.55, 0.563, 0.563]
+    assert judged(build_all_s=builds_s).verdict == "invalid"
+    assert judged(build_all_s=builds_s, row={"memories": 2}).verdict == "ok"
 
 
 def test_a_merge_may_compute_tokens_of_its_memories_again() -> None:
@@ -190,9 +223,14 @@ def disturbed(arm: str, rounds: range, factor: float) -> list[TimedCall]:
 
 
 DOUBTS: dict[str, dict[str, Any]] = {
-    "3 pairs give no interval": {"row": {"pairs": 3}},
-    "the direct arm was disturbed": {"calls": disturbed("direct", range(0, ROUNDS, 2), 0.5)},
-    "for the work of build and injected arm": {"figures": {"build_s": 0.3}},
+    "3 pairs give no interval": {"calls": [call for call in sound_calls() if call.round < 3]},
+    "the direct arm was disturbed": {
+        "calls": disturbed("direct", range(0, ROUNDS, 2), 0.5),
+        "figures": {"direct_limit_s": 0.4},
+    },
+    "for the work of build and injected arm": {"build_all_s": [0.3, 0.3, 0.8]},
+    "the build was measured 1 times": {"build_all_s": [0.8]},
+    "the calibrated rates are not plausible": {"figures": {"direct_limit_s": 0.08}},
     "too noisy to tell": {"calls": disturbed(BASELINE, range(2, ROUNDS), 0.8)},
 }
 

@@ -1,0 +1,38 @@
+"""A quick subset of the suite, on the tiny model, and an honest run of the same cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutations.catalogue import MUTATIONS
+from tests.mutations.mutation import Mutation
+from tests.mutations.suite import run
+
+QUICK = (
+    "stored: values scaled",
+    "in the view values scaled",
+    "positions behind a cache are 7 off",
+    "a remembered token is returned and the query counted",
+    "the cache is ignored and its hit claimed",
+    "the arms are not interleaved",
+    "the build time is halved",
+)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_planted_fault_is_noticed(name: str, tmp_path: Path) -> None:
+    (mutation,) = (one for one in MUTATIONS if one.name == name)
+    outcome = run(mutation, tmp_path / "run")
+    assert outcome.noticed and outcome.expected, outcome.reasons
+
+
+def test_an_honest_run_is_not_invalid(tmp_path: Path) -> None:
+    outcome = run(Mutation("none", "nothing", "", ()), tmp_path / "run")
+    assert not any("invalid" in reason or "failed" in reason for reason in outcome.reasons), outcome.reasons
+
+
+def test_every_fault_has_a_name_of_its_own() -> None:
+    names = [(mutation.kind, mutation.name) for mutation in MUTATIONS]
+    assert len(set(names)) == len(names) >= 60
