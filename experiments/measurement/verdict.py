@@ -190,7 +190,10 @@ def limit_is_plausible(row: Row, figures: TTFTPayload, evidence: Evidence) -> It
         return
     share = figures.direct_limit_s / median(seconds)
     if share < LEAST_LIMIT_SHARE:
-        yield f"the hardware's limit is {share:.1%} of {evidence.reference}: the calibrated rates are not plausible, or the machine was busy"
+        yield (
+            f"the hardware's limit is {share:.1%} of {evidence.reference}: the calibrated rates are not plausible, "
+            "or the machine was busy"
+        )
 
 
 def interleaved(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
