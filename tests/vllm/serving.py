@@ -72,17 +72,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(store: Path, log: Path) -> Iterator[str]:
-    """Starts a server by the launcher. Gives its base URL, and ends its process group with the block.
+def running(store: Path, log: Path, *options: str) -> Iterator[str]:
+    """Starts a server by the launcher, with the launcher's `options`. Gives its base URL, and ends its process group
+    with the block.
 
     Raises AssertionError with the server's log if it does not start.
     """
     port = free_port()
-    command = [sys.executable, "-m", "kvmem.engines.vllm.server.serve", "--model", MODEL, "--store", str(store), "--"]
+    command = [sys.executable, "-m", "kvmem.engines.vllm.server.serve", "--model", MODEL, "--store", str(store)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [*command, *FLAGS, "--port", str(port)],
+            [*command, *options, "--", *FLAGS, "--port", str(port)],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,

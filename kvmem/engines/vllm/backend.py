@@ -110,9 +110,9 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
                     return answer_of(output, token_ids)
         raise EngineError("The engine aborted the request; its log says why.")
 
-    def hold_prefix(self, token_ids: tuple[int, ...]) -> float:
+    def hold_prefix(self, token_ids: tuple[int, ...], cache_salt: str | None) -> float:
         started = time.perf_counter()
-        self.answer_prompt(TokenizedPrompt((), token_ids))
+        self.answer_prompt(TokenizedPrompt((), token_ids), cache_salt=cache_salt)
         return time.perf_counter() - started
 
     def reset(self, unpin: bool = False) -> None:

@@ -12,6 +12,7 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ from kvmem.cache import (
 from kvmem.engines.base import Backend, BetweenLayers, FileHandle, Injectable
 from kvmem.engines.generation import Sampling, Token, as_text, check_generation
 from kvmem.engines.vllm.connector import ITEM, LOAD, SAVE
-from kvmem.engines.vllm.memory_files import FileStore, as_file_handle, block_salt, split_behind
+from kvmem.engines.vllm.memory_files import FileStore, as_file_handle, block_salt, salt_within, split_behind, tenant_of
 from kvmem.engines.vllm.requests import EngineAnswer, EngineRequest, GenerationRequest, VLLMGeneration, verified
 from kvmem.errors import EngineError, KVMemError, MergeError, PromptError
 from kvmem.merge import MergeStrategy, merged_tokens
@@ -76,8 +77,9 @@ class FileInjectingEngine(Backend):
         generator aborts the request."""
 
     @abstractmethod
-    def hold_prefix(self, token_ids: tuple[int, ...]) -> float:
-        """Prefills token ids into the engine's own prefix cache. Returns the seconds that this took."""
+    def hold_prefix(self, token_ids: tuple[int, ...], cache_salt: str | None) -> float:
+        """Prefills token ids into the engine's own prefix cache, for requests of this salt. Returns the seconds that
+        this took."""
 
     @property
     @abstractmethod
@@ -114,29 +116,37 @@ class FileInjectingEngine(Backend):
             between_layers()
         store = self.store
         if store is None:
-            metadata = manifest.metadata.model_copy(update={"build_s": self.hold_prefix(tokens.token_ids)})
+            build_s = self.hold_prefix(tokens.token_ids, namespace or self.default_salt)
+            metadata = manifest.metadata.model_copy(update={"build_s": build_s})
             return KVCacheItem(dynamic_cache.from_layers([], self.model_config, 0), metadata, manifest.kv_cache_id)
-        name = store.new_name()
-        transfer = {SAVE: name, ITEM: manifest.model_dump_json()}
+        transfer = self.save_order() | {ITEM: manifest.model_dump_json()}
         base_file = None if base is None else store.file_of(base)
         if base_file is not None:
             transfer[LOAD] = base_file.name
         started = time.perf_counter()
         # A salt of its own: the build is a real prefill, not a hit on what an earlier one left in the engine.
-        request = EngineRequest(tokens.token_ids, BUILD_TOKENS, salt=name, transfer=transfer, past_end=True)
-        reason = self._not_saved(self.submit(request))
+        salt = salt_within(namespace or self.default_salt, uuid.uuid4().hex)
+        request = EngineRequest(tokens.token_ids, BUILD_TOKENS, salt=salt, transfer=transfer, past_end=True)
+        name, reason = self._saved(self.submit(request))
         if reason:
-            store.discard(name, self.ranks)
+            if name:
+                (store.folder / name).unlink(missing_ok=True)
             raise EngineError(f"The memory was not saved: {reason}")
         item = store.adopt(name, self.fingerprint, self.model_config, self.ranks)
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
         return item
 
-    def _not_saved(self, answer: EngineAnswer) -> str:
-        """Why the file was not saved or the base's file was not loaded; "" if all went well."""
-        if answer.report is None:
-            return "The engine does not run kvmem's connector."
-        return answer.report.save_error or ("" if self.may_recompute else answer.report.load_error)
+    def save_order(self) -> dict[str, Any]:
+        """What a request says to have its prompt saved, besides the manifest."""
+        return {SAVE: True}
+
+    def _saved(self, answer: EngineAnswer) -> tuple[str, str]:
+        """The name of the file that was saved, "" if none was, and why the item can't be used, "" if it can."""
+        report = answer.report
+        if report is None:
+            return "", "The engine does not run kvmem's connector."
+        reason = report.save_error or ("" if self.may_recompute else report.load_error)
+        return report.saved, reason or ("" if report.saved else "The engine's kvmem is older. Use the same version.")
 
     @property
     def max_tokens(self) -> int:
@@ -167,13 +177,16 @@ class FileInjectingEngine(Backend):
         Raises MergeError for a merge that needs tensors if the engine has no store.
         """
         if len(items) == 1:
-            return self.store.view(items[0]) if self.store else FileHandle(items[0].metadata.tokens, None)
+            if self.store is not None:
+                return self.store.view(items[0])
+            return FileHandle(items[0].metadata.tokens, None, namespace=items[0].metadata.namespace)
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self.check_length(len(tokens.token_ids), 1)
         if merge.exact:
-            self.hold_prefix(tokens.token_ids)
-            return FileHandle(tokens, None)
+            namespace = items[0].metadata.namespace
+            self.hold_prefix(tokens.token_ids, namespace or self.default_salt)
+            return FileHandle(tokens, None, namespace=namespace)
         if self.store is None:
             raise MergeError(
                 f"{merge.name} needs tensors; item {items[0].kv_cache_id} is a prefix on a server. Use merge=Reprefill."
@@ -261,14 +274,17 @@ class FileInjectingEngine(Backend):
         return self.verify(self.submit(self.engine_request(prompt, request)), prompt, request)
 
     def engine_request(self, prompt: TokenizedPrompt, request: GenerationRequest) -> EngineRequest:
-        """What is sent to the engine for `request`, whose prompt is `prompt`."""
+        """What is sent to the engine for `request`, whose prompt is `prompt`.
+
+        Raises NamespaceError if the request's cache_salt is of another namespace than its memory.
+        """
         check_generation(request.max_new_tokens, request.sampling)
         cache_view = as_file_handle(request.kv_cache)
         return EngineRequest(
             prompt.ids,
             min(request.max_new_tokens, self.window - len(prompt.ids)),
             request.sampling,
-            block_salt(request.cache_salt or self.default_salt, cache_view),
+            block_salt(tenant_of(request.cache_salt, cache_view, self.default_salt), cache_view),
             {LOAD: cache_view.file.name} if cache_view and cache_view.file else {},
             request.past_end,
         )

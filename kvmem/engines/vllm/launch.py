@@ -13,7 +13,17 @@ from kvmem.cache import ModelFingerprint
 from kvmem.engines.huggingface import DTYPES
 from kvmem.engines.vllm import process, worker_weights
 from kvmem.engines.vllm.config import VLLMConfig
-from kvmem.engines.vllm.connector import CONNECTOR_CLASS, CONNECTOR_MODULE, FINGERPRINT, FOLDER, check_version
+from kvmem.engines.vllm.connector import (
+    ANYONE,
+    CONNECTOR_CLASS,
+    CONNECTOR_MODULE,
+    FINGERPRINT,
+    FOLDER,
+    ORPHANS_AFTER_S,
+    PINS,
+    SAVES,
+    check_version,
+)
 from kvmem.errors import ConfigError, EngineError
 from kvmem.models import loading
 
@@ -45,15 +55,28 @@ def check_installed() -> None:
         )
 
 
-def transfer_config(store: Path, fingerprint: ModelFingerprint) -> dict[str, Any]:
-    """vLLM's kv_transfer_config for kvmem's connector, as plain JSON."""
+def transfer_config(
+    store: Path,
+    fingerprint: ModelFingerprint,
+    saves: str = ANYONE,
+    pins: bool = True,
+    orphans_after_s: float | None = None,
+) -> dict[str, Any]:
+    """vLLM's kv_transfer_config for kvmem's connector, as plain JSON. The defaults are for an engine in this process,
+    whose requests are all its owner's."""
     return {
         "kv_connector": CONNECTOR_CLASS,
         "kv_connector_module_path": CONNECTOR_MODULE,
         "kv_role": "kv_both",
         # If a load fails, the request is computed and its report says why. "fail" would end it without a reason.
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {FOLDER: str(store), FINGERPRINT: fingerprint.model_dump_json()},
+        "kv_connector_extra_config": {
+            FOLDER: str(store),
+            FINGERPRINT: fingerprint.model_dump_json(),
+            SAVES: saves,
+            PINS: pins,
+            ORPHANS_AFTER_S: orphans_after_s,
+        },
     }
 
 

@@ -1,4 +1,7 @@
-"""Memories as files that an engine injects: one file for each item, deleted when the item is no longer used."""
+"""Memories as files that an engine injects: one file for each item, deleted when the item is no longer used.
+
+On a server a client also keeps a lease, so that the server can delete the files of a client that was killed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,8 +18,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvmem.cache import KV, KVCacheItem, MemoryTokens, ModelFingerprint, dynamic_cache
 from kvmem.engines.base import FileHandle, Injectable, StoredFile
-from kvmem.engines.vllm.connector import part_name
-from kvmem.errors import StorageError, check_kind
+from kvmem.engines.vllm.connector import (
+    NAMESPACE_END,
+    NO_LEASE,
+    lease_name,
+    lease_of,
+    memory_name,
+    namespace_of,
+    part_name,
+    renewal_s,
+)
+from kvmem.errors import NamespaceError, StorageError, check_kind
 from kvmem.merge import MergeStrategy
 from kvmem.prompt import PromptTemplate, Query, TokenizedPrompt
 from kvmem.storage import SafetensorsFile
@@ -31,9 +44,66 @@ def as_file_handle(kv_cache: Injectable | None) -> FileHandle | None:
     return None
 
 
-def block_salt(cache_salt: str | None, cache_view: FileHandle | None) -> str | None:
+def tenant_of(cache_salt: str | None, cache_view: FileHandle | None, default: str | None = None) -> str | None:
+    """The salt of a request: its own, else the memory's namespace, else the default one.
+
+    Raises NamespaceError if the request gives the salt of another namespace than the memory's.
+    """
+    namespace = cache_view.namespace if cache_view else ""
+    salt = cache_salt or namespace or default
+    if namespace and namespace_of(salt) != namespace:
+        raise NamespaceError(
+            f"The memory belongs to the namespace {namespace!r}, and the request's cache_salt is {cache_salt!r}. Leave "
+            "cache_salt out, or use a memory of that namespace."
+        )
+    return salt
+
+
+def block_salt(tenant: str | None, cache_view: FileHandle | None) -> str | None:
     """The salt of the engine's blocks: the tenant's, and the salt of KV that differs from a prefill of its ids."""
-    return " ".join(salt for salt in (cache_salt, cache_view.salt if cache_view else None) if salt) or None
+    return salt_within(tenant, cache_view.salt) if cache_view and cache_view.salt else tenant
+
+
+def salt_within(tenant: str | None, part: str) -> str:
+    """The salt of blocks that only requests with the same `part` share, in the tenant's namespace."""
+    return f"{tenant or ''}{NAMESPACE_END}{part}"
+
+
+class Lease:
+    """A client's sign of life in a server's folder: a file that a thread of its own touches every so many seconds."""
+
+    def __init__(self, folder: Path, every_s: float) -> None:
+        self.client = uuid.uuid4().hex
+        """What the client tells the server as its lease."""
+        self.name = lease_of(self.client)
+        """What stands in the names of its files."""
+        path, ended = folder / lease_name(self.name), threading.Event()
+        try:
+            path.touch()
+        except OSError as error:
+            raise StorageError(f"{path} can't be written ({error}). A client writes into a server's store.") from error
+        threading.Thread(target=_renew, args=(path, every_s, ended), name="kvmem-lease", daemon=True).start()
+        weakref.finalize(self, _end_lease, path, ended)
+
+
+def _renew(path: Path, every_s: float, ended: threading.Event) -> None:
+    while not ended.wait(every_s):
+        with suppress(OSError):  # the folder can't be reached for the moment
+            path.touch()
+
+
+def _end_lease(path: Path, ended: threading.Event) -> None:
+    ended.set()
+    with suppress(OSError):
+        path.unlink()
+
+
+class LeasedFile(StoredFile):
+    """A file on a server. It keeps its lease alive."""
+
+    def __init__(self, path: Path, lease: Lease | None) -> None:
+        super().__init__(path)
+        self.lease = lease
 
 
 def split_behind(template: PromptTemplate, query: Query, kv_cache: Injectable | None) -> TokenizedPrompt:
@@ -48,10 +118,18 @@ def split_behind(template: PromptTemplate, query: Query, kv_cache: Injectable | 
 class FileStore:
     """A folder of memory files. Each item is written once, when it is first needed; a view keeps the file alive."""
 
-    def __init__(self, parent: Path | None = None, shared: Path | None = None) -> None:
+    def __init__(
+        self,
+        parent: Path | None = None,
+        shared: Path | None = None,
+        orphans_after_s: float | None = None,
+        default_namespace: str = "",
+    ) -> None:
         """parent: where a temporary folder is created; None uses the system's folder for temporary files.
         shared: use a server's own folder instead. Files that this store writes are deleted one by one; files of other
-        clients stay."""
+        clients stay.
+        orphans_after_s: when the server deletes files whose client gives no sign of life; None: never.
+        default_namespace: of items that state none."""
         if shared is not None:
             self.folder = shared
         else:
@@ -59,11 +137,10 @@ class FileStore:
                 parent.mkdir(parents=True, exist_ok=True)
             self.temporary = tempfile.TemporaryDirectory(prefix="kvmem-", dir=parent, ignore_cleanup_errors=True)
             self.folder = Path(self.temporary.name)
+        self.lease = None if orphans_after_s is None else Lease(self.folder, renewal_s(orphans_after_s))
+        self.default_namespace = default_namespace
         self.files: weakref.WeakKeyDictionary[KVCacheItem, StoredFile] = weakref.WeakKeyDictionary()
         self.lock = threading.Lock()
-
-    def new_name(self) -> str:
-        return f"{uuid.uuid4()}.safetensors"
 
     def file_of(self, item: KVCacheItem) -> StoredFile:
         """The item's file, which is written now if it does not exist yet."""
@@ -75,7 +152,8 @@ class FileStore:
     def view(self, item: KVCacheItem) -> FileHandle:
         """The handle of one item. A salt separates KV of unknown origin from what a prefill of its ids gives."""
         file = self.file_of(item)
-        return FileHandle(item.metadata.tokens, file, file.name if item.metadata.fingerprint is None else None)
+        salt = file.name if item.metadata.fingerprint is None else None
+        return FileHandle(item.metadata.tokens, file, salt, item.metadata.namespace)
 
     def view_merged(
         self,
@@ -89,13 +167,14 @@ class FileStore:
         cache = merge.merge(items, separator_ids, model)
         update = {"tokens": tokens, "kv_bytes": dynamic_cache.nbytes(cache), "textual_memory": None}
         file = self.write(KVCacheItem(cache, items[0].metadata.model_copy(update=update)))
-        return FileHandle(tokens, file, file.name)
+        return FileHandle(tokens, file, file.name, items[0].metadata.namespace)
 
     def write(self, item: KVCacheItem) -> StoredFile:
         """Writes the item to a new file, which is deleted with the last reference to the returned object."""
-        name = self.new_name()
-        SafetensorsFile().dump(self.folder / name, [item])
-        return StoredFile(self.folder / name)
+        lease = NO_LEASE if self.lease is None else self.lease.name
+        path = self.folder / memory_name(item.metadata.namespace or self.default_namespace, lease)
+        SafetensorsFile().dump(path, [item])
+        return LeasedFile(path, self.lease)
 
     def adopt(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> KVCacheItem:
         """The item that an engine has saved as `name`. Its tensors are mapped from the file and read when used.
@@ -108,13 +187,8 @@ class FileStore:
             SafetensorsFile().dump(path, [self._joined(name, fingerprint, config, ranks)])
         (item,) = SafetensorsFile().load(path, fingerprint, config, CPU)
         with self.lock:
-            self.files[item] = StoredFile(path)
+            self.files[item] = LeasedFile(path, self.lease)
         return item
-
-    def discard(self, name: str, ranks: int) -> None:
-        """Deletes what an engine wrote of a build that failed: the files of all ranks, of some, or of none."""
-        for rank in range(ranks):
-            (self.folder / part_name(name, rank, ranks)).unlink(missing_ok=True)
 
     def _joined(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> KVCacheItem:
         paths = [self.folder / part_name(name, rank, ranks) for rank in range(ranks)]

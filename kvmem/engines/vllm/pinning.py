@@ -9,7 +9,7 @@ from collections.abc import Callable
 from kvmem.cache import KVCacheItem
 from kvmem.engines.vllm.connector import LOAD, PIN
 from kvmem.engines.vllm.engine_loop import EngineLoop, answer_of
-from kvmem.engines.vllm.memory_files import FileStore, block_salt
+from kvmem.engines.vllm.memory_files import FileStore, block_salt, tenant_of
 from kvmem.engines.vllm.requests import EngineRequest
 from kvmem.errors import EngineError, UnknownMemoryError
 
@@ -38,7 +38,7 @@ class Pins:
         cache_view = self.store.view(item)
         assert cache_view.file is not None  # a store's view always has one
         self.check_length(len(cache_view.tokens.token_ids), 1)
-        salt = block_salt(cache_salt, cache_view)
+        salt = block_salt(tenant_of(cache_salt, cache_view), cache_view)
         with self.loop.lock:
             pinned = self.names.get(item, {})
             name = pinned.get(salt) or uuid.uuid4().hex

@@ -1,42 +1,76 @@
 """The part that runs inside vLLM: a KV connector that saves, injects and pins memories.
 
 `protocol` defines the request parameters and the report, and is all that this package exports: importing it does not
-import vLLM. `connector` is the class that vLLM loads; `scheduler_side` and `block_pins` run in vLLM's scheduler, and
-`worker_side`, `block_layouts` and `host_cache` run in its workers.
+import vLLM. `connector` is the class that vLLM loads; `scheduler_side`, `block_pins` and `orphans` run in vLLM's
+scheduler, and `worker_side`, `block_layouts` and `host_cache` run in its workers.
 """
 
 from kvmem.engines.vllm.connector.protocol import (
+    ANYONE,
     CONNECTOR_CLASS,
     CONNECTOR_MODULE,
     FINGERPRINT,
     FOLDER,
     ITEM,
+    LEASE,
     LOAD,
+    NAMESPACE_END,
+    NO_LEASE,
+    NOBODY,
+    ORPHANS_AFTER_S,
     PIN,
+    PINS,
     REPORT,
     REPORT_TO,
     SAVE,
+    SAVE_KEY,
+    SAVES,
+    STORE,
     UNPIN,
     Report,
     check_version,
+    lease_name,
+    lease_of,
+    make_save_key,
+    memory_name,
+    namespace_of,
     part_name,
+    renewal_s,
     report_name,
+    save_key,
 )
 
 __all__ = [
+    "ANYONE",
     "CONNECTOR_CLASS",
     "CONNECTOR_MODULE",
     "FINGERPRINT",
     "FOLDER",
     "ITEM",
+    "LEASE",
     "LOAD",
+    "NAMESPACE_END",
+    "NOBODY",
+    "NO_LEASE",
+    "ORPHANS_AFTER_S",
     "PIN",
+    "PINS",
     "REPORT",
     "REPORT_TO",
     "SAVE",
+    "SAVES",
+    "SAVE_KEY",
+    "STORE",
     "UNPIN",
     "Report",
     "check_version",
+    "lease_name",
+    "lease_of",
+    "make_save_key",
+    "memory_name",
+    "namespace_of",
     "part_name",
+    "renewal_s",
     "report_name",
+    "save_key",
 ]

@@ -14,8 +14,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvmem.cache import ModelFingerprint
 from kvmem.engines.vllm.connector.block_pins import BlockPins
-from kvmem.engines.vllm.connector.protocol import FINGERPRINT, FOLDER, HOST_BYTES, check_version
-from kvmem.engines.vllm.connector.scheduler_side import SchedulerSide, Transfers
+from kvmem.engines.vllm.connector.orphans import Orphans
+from kvmem.engines.vllm.connector.protocol import (
+    FINGERPRINT,
+    FOLDER,
+    HOST_BYTES,
+    NOBODY,
+    ORPHANS_AFTER_S,
+    PINS,
+    SAVES,
+    check_version,
+)
+from kvmem.engines.vllm.connector.scheduler_side import Permissions, SchedulerSide, Transfers
 from kvmem.engines.vllm.connector.worker_side import WorkerSide
 from kvmem.errors import EngineError
 
@@ -52,7 +62,18 @@ class KVMemConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             block_size = vllm_config.cache_config.block_size
             self.block_pins = BlockPins(-(-vllm_config.model_config.max_model_len // block_size))
-            self.scheduler_side = SchedulerSide(folder, block_size, self.block_pins)
+            after_s = extra.get(ORPHANS_AFTER_S)
+            self.orphans = None if after_s is None else Orphans(folder, after_s)
+            self.scheduler_side = SchedulerSide(
+                folder,
+                block_size,
+                vllm_config.parallel_config.tensor_parallel_size,
+                self.block_pins,
+                Permissions(extra.get(SAVES, NOBODY), extra.get(PINS, False)),
+                self.orphans,
+            )
+            if self.orphans is not None:
+                self.orphans.start()
         else:
             from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -83,10 +104,14 @@ class KVMemConnector(KVConnectorBase_V1):
         return self.scheduler_side.plan_step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        self.scheduler_side.record_failures(connector_output)
+        self.scheduler_side.record_outcomes(connector_output)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return False, self.scheduler_side.on_finished(request, block_ids)
+
+    def shutdown(self) -> None:
+        if self.role is KVConnectorRole.SCHEDULER and self.orphans is not None:
+            self.orphans.stop()
 
     # The worker's half.
 
@@ -109,7 +134,7 @@ class KVMemConnector(KVConnectorBase_V1):
         return self.worker_side.take_failed_blocks()
 
     def build_connector_worker_meta(self) -> Any:
-        return self.worker_side.take_failures()
+        return self.worker_side.take_outcomes()
 
     def _transfers(self) -> Transfers:
         transfers = self._get_connector_metadata()

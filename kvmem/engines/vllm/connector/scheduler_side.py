@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import hmac
 import json
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pydantic
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 from vllm.v1.request import RequestStatus
 
 from kvmem.engines.vllm.connector.block_pins import BlockPins
+from kvmem.engines.vllm.connector.orphans import Orphans
 from kvmem.engines.vllm.connector.protocol import (
+    ANYONE,
     ITEM,
+    LEASE,
     LOAD,
+    NO_LEASE,
+    NOBODY,
     PIN,
     REPORT,
     REPORT_TO,
     SAVE,
+    SAVE_KEY,
     UNPIN,
     FileState,
     Report,
+    check_namespace,
     file_path,
     file_state,
+    lease_of,
+    memory_name,
+    namespace_of,
+    part_name,
     report_name,
+    save_key,
 )
 from kvmem.errors import StorageError
 from kvmem.prompt import common_prefix
-from kvmem.storage import read_token_ids
+from kvmem.storage import ItemManifest, read_token_ids
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -60,16 +76,29 @@ class Transfers(KVConnectorMetadata):
 
 
 @dataclass
-class Failures(KVConnectorWorkerMetadata):
-    """By request id, why its load or save failed in this step on any rank."""
+class Outcomes(KVConnectorWorkerMetadata):
+    """By request id, what became of its load and save in this step on any rank."""
 
-    loads: dict[str, str] = field(default_factory=dict)
-    saves: dict[str, str] = field(default_factory=dict)
+    failed_loads: dict[str, str] = field(default_factory=dict)
+    failed_saves: dict[str, str] = field(default_factory=dict)
+    """Each with the reason."""
+    saved: set[str] = field(default_factory=set)
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> Failures:
-        """The failures of two ranks."""
-        assert isinstance(other, Failures)
-        return Failures(self.loads | other.loads, self.saves | other.saves)
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Outcomes:
+        """The outcomes of two ranks."""
+        assert isinstance(other, Outcomes)
+        return Outcomes(
+            self.failed_loads | other.failed_loads, self.failed_saves | other.failed_saves, self.saved | other.saved
+        )
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What requests may order, besides loads."""
+
+    saves: str = NOBODY
+    """ANYONE, STORE or NOBODY."""
+    pins: bool = False
 
 
 @dataclass
@@ -87,15 +116,28 @@ class Orders:
     """Tokens of the prompt in the engine's prefix cache when the request was scheduled."""
     block_ids: list[int] = field(default_factory=list)
     save_sent: bool = False
+    saved: bool = False
+    """Whether every rank that reported has written its file."""
 
 
 class SchedulerSide:
     """Plans the transfers of each step, and keeps the reports until their requests finish. One for each engine."""
 
-    def __init__(self, folder: Path, block_size: int, pins: BlockPins) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        block_size: int,
+        ranks: int,
+        pins: BlockPins,
+        permissions: Permissions,
+        orphans: Orphans | None,
+    ) -> None:
         self.folder = folder
         self.block_size = block_size
+        self.ranks = ranks
         self.pins = pins
+        self.permissions = permissions
+        self.orphans = orphans
         self.orders: dict[str, Orders] = {}
         """Orders of running requests, by request id."""
         self.loads: list[Transfer] = []
@@ -106,7 +148,8 @@ class SchedulerSide:
     def on_new_request(self, request: Request) -> None:
         """Releases what a new request unpins, before it is given any block."""
         names = (request.kv_transfer_params or {}).get(UNPIN)
-        self.pins.release(map(str, names) if isinstance(names, list) else ())
+        if self.permissions.pins:
+            self.pins.release(map(str, names) if isinstance(names, list) else ())
 
     def matched_tokens(self, request: Request, computed: int) -> int:
         """How many tokens behind the first `computed` ones the request's file gives. May be called more than once."""
@@ -154,18 +197,21 @@ class SchedulerSide:
             )
         return transfers
 
-    def record_failures(self, output: KVConnectorOutput) -> None:
+    def record_outcomes(self, output: KVConnectorOutput) -> None:
         """Records what the workers report. vLLM computes the tokens of a failed load, and all that follow, again, for
         every request that has the failed blocks."""
-        failures = output.kv_connector_worker_meta
-        if isinstance(failures, Failures):
-            for request_id, reason in failures.loads.items():
+        outcomes = output.kv_connector_worker_meta
+        if isinstance(outcomes, Outcomes):
+            for request_id, reason in outcomes.failed_loads.items():
                 if request_id in self.orders:
-                    self.orders[request_id].report.load_error = reason
+                    self.orders[request_id].report.load_error = self._without_folder(reason)
                     self.orders[request_id].save_sent = False
-            for request_id, reason in failures.saves.items():
+            for request_id, reason in outcomes.failed_saves.items():
                 if request_id in self.orders:
-                    self.orders[request_id].report.save_error = reason
+                    self.orders[request_id].report.save_error = self._without_folder(reason)
+            for request_id in outcomes.saved - outcomes.failed_loads.keys():
+                if request_id in self.orders:
+                    self.orders[request_id].saved = True
         if output.invalid_block_ids:
             for orders in self.orders.values():
                 invalid = (i for i, block in enumerate(orders.block_ids) if block in output.invalid_block_ids)
@@ -183,7 +229,9 @@ class SchedulerSide:
             return None
         report = orders.report
         report.preemptions = request.num_preemptions
-        if orders.pin is not None and not report.load_error:
+        if orders.save is not None:
+            self._close_save(orders, request)
+        if orders.pin is not None and not report.load_error and not report.pin_error:
             whole_blocks = min(request.num_computed_tokens, orders.prompt_tokens) // self.block_size
             report.pin_error = self.pins.pin(orders.pin, block_ids[:whole_blocks])
             report.pinned_tokens = 0 if report.pin_error else whole_blocks * self.block_size
@@ -191,25 +239,92 @@ class SchedulerSide:
             self._write_report(orders.report_to, report)
         return {REPORT: asdict(report)}
 
+    def _close_save(self, orders: Orders, request: Request) -> None:
+        """Names the file in the report if it was written whole; if not, or if nobody hears of it, deletes its parts."""
+        assert orders.save is not None
+        report, aborted = orders.report, request.status is RequestStatus.FINISHED_ABORTED
+        if orders.saved and not report.save_error and not aborted:
+            report.saved = orders.save
+            return
+        report.save_error = report.save_error or (
+            "The request ended before the outcome of its save was known. Generate two tokens or more, past end tokens."
+        )
+        for rank in range(self.ranks):
+            with suppress(OSError):
+                (self.folder / part_name(orders.save, rank, self.ranks)).unlink(missing_ok=True)
+
     def _write_report(self, name: str, report: Report) -> None:
-        try:
-            file_path(self.folder, report_name(name)).write_text(json.dumps(asdict(report)))
-        except (StorageError, OSError):
-            return  # a bad name or a full disk is an error for the client, who misses the file; other requests go on
+        # A full disk, or a name that was used before, is an error for the client, who misses the file.
+        with suppress(OSError), open(self.folder / report_name(name), "x") as file:
+            file.write(json.dumps(asdict(report)))
 
     def _orders_of(self, request: Request) -> Orders | None:
         """The request's orders; None if it gave none."""
         if request.request_id not in self.orders:
             params = request.kv_transfer_params or {}
-            # A server takes these from anyone: values that are not names become names that no file has.
-            load, save, pin, report_to = (
-                None if params.get(key) is None else str(params[key]) for key in (LOAD, SAVE, PIN, REPORT_TO)
+            # A server takes these from anyone: values that are not texts become names that nothing has.
+            load, pin, report_to = (
+                None if params.get(key) is None else str(params[key]) for key in (LOAD, PIN, REPORT_TO)
             )
-            if load is None and save is None and pin is None:
+            wants_save = params.get(SAVE) is not None
+            if load is None and pin is None and not wants_save:
                 return None
-            item, tokens = str(params.get(ITEM, "")), request.num_prompt_tokens
-            self.orders[request.request_id] = Orders(load, save, pin, item, report_to, tokens)
+            orders = Orders(load, None, pin, "", report_to, request.num_prompt_tokens)
+            self.orders[request.request_id] = orders
+            namespace = namespace_of(request.cache_salt)
+            if load is not None:
+                try:
+                    check_namespace(load, namespace)
+                    if self.orphans is not None:
+                        self.orphans.renew(load)
+                except StorageError as error:
+                    orders.load, orders.report.load_error = None, str(error)
+            if wants_save:
+                try:
+                    orders.item = self._checked_manifest(params, request, namespace)
+                    lease = params.get(LEASE)
+                    of_client = uuid.uuid4().hex if lease is None else lease_of(str(lease))
+                    orders.save = memory_name(namespace, NO_LEASE if self.orphans is None else of_client)
+                except StorageError as error:
+                    orders.report.save_error = str(error)
+            if pin is not None and not self.permissions.pins:
+                orders.report.pin_error = "This server takes no pins. Pin memories of an engine in your own process."
         return self.orders[request.request_id]
+
+    def _checked_manifest(self, params: Mapping[str, Any], request: Request, namespace: str) -> str:
+        """The manifest of a file to save. Raises StorageError if the request may not save, or not this."""
+        if params[SAVE] is not True:
+            raise StorageError(f"{SAVE} is true, or left out: the connector names the file, and the report says how.")
+        if self.permissions.saves == NOBODY:
+            raise StorageError("Nobody may save here. Start the server with --saves store, or --saves anyone.")
+        if self.permissions.saves != ANYONE:
+            key, given = save_key(self.folder), str(params.get(SAVE_KEY, ""))
+            if not key or not hmac.compare_digest(key.encode(), given.encode("utf-8", "replace")):
+                raise StorageError(
+                    f"Only clients that read the server's folder may save here, and this request lacks its {SAVE_KEY}. "
+                    "Give that folder as store_dir, or start the server with --saves anyone."
+                )
+        if request.max_tokens < 2:
+            raise StorageError(
+                "The outcome of a save is known one step after the prompt's last token. Set max_tokens to 2 or more."
+            )
+        try:
+            entry = ItemManifest.model_validate_json(str(params.get(ITEM)))
+        except pydantic.ValidationError as error:
+            raise StorageError(f"{ITEM} is not the manifest of a memory: {error}.") from error
+        tokens = entry.metadata.tokens.token_ids
+        if request.prompt_token_ids is None or tokens != tuple(request.prompt_token_ids):
+            raise StorageError(f"The manifest in {ITEM} has other token ids than the prompt. Give those of the prompt.")
+        if entry.metadata.namespace not in ("", namespace):
+            raise StorageError(
+                f"The manifest in {ITEM} is of the namespace {entry.metadata.namespace!r}, and the request is of "
+                f"{namespace!r} by its cache_salt. Send the namespace as cache_salt."
+            )
+        return entry.model_dump_json()
+
+    def _without_folder(self, reason: str) -> str:
+        """A reason for a client, who is told names of files, but not where the server keeps them."""
+        return reason.replace(f"{self.folder}/", "")
 
     def _covered(self, orders: Orders, prompt_ids: Sequence[int] | None) -> int:
         """How many first tokens file and prompt share, without the prompt's last one, whose logits are needed."""
@@ -220,7 +335,7 @@ class SchedulerSide:
         try:
             file_ids = self._token_ids_of(orders.load)
         except StorageError as error:
-            orders.report.load_error = str(error)
+            orders.report.load_error = self._without_folder(str(error))
             return 0
         most = min(len(file_ids), len(prompt_ids) - 1)
         return most if tuple(prompt_ids[:most]) == file_ids[:most] else common_prefix(file_ids[:most], prompt_ids)

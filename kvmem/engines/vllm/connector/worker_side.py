@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pydantic
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -14,7 +13,7 @@ from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
 from kvmem.engines.vllm.connector.block_layouts import Layout, layout_for
 from kvmem.engines.vllm.connector.host_cache import HostCache
 from kvmem.engines.vllm.connector.protocol import file_path, part_name
-from kvmem.engines.vllm.connector.scheduler_side import Failures, Transfer, Transfers
+from kvmem.engines.vllm.connector.scheduler_side import Outcomes, Transfer, Transfers
 from kvmem.errors import FingerprintError, StorageError
 from kvmem.storage import ItemManifest, SafetensorsFile
 
@@ -37,7 +36,7 @@ class WorkerSide:
         self.model_config: PreTrainedConfig = config.model_config.hf_text_config
         self.rank, self.ranks = rank, config.parallel_config.tensor_parallel_size
         self.host_bytes = host_bytes
-        self.failures = Failures()
+        self.outcomes = Outcomes()
         self.failed_blocks: set[int] = set()
         self.loaded: dict[str, torch.cuda.Event] = {}
         """By layer, the end of its loads that the forward pass has not waited for yet."""
@@ -76,7 +75,7 @@ class WorkerSide:
             try:
                 ready.append((self.files.layers(transfer.name), transfer))
             except (StorageError, FingerprintError) as error:
-                self.failures.loads[transfer.request_id] = str(error)
+                self.outcomes.failed_loads[transfer.request_id] = str(error)
                 size = self.layout.block_size
                 self.failed_blocks.update(transfer.block_ids[transfer.start // size : -(-transfer.end // size)])
         if not ready:
@@ -109,23 +108,25 @@ class WorkerSide:
         """Writes this step's files. Each rank writes its own heads."""
         self.wait_for_all()
         for transfer in transfers.saves:
-            if transfer.request_id in self.failures.loads:
+            if transfer.request_id in self.outcomes.failed_loads:
                 continue  # its first tokens are computed again, and then it is saved
             try:
                 path = file_path(self.folder, part_name(transfer.name, self.rank, self.ranks))
                 SafetensorsFile().dump(path, [self._item(transfer)])
-            except (StorageError, pydantic.ValidationError) as error:  # the latter: a client sent no manifest
-                self.failures.saves[transfer.request_id] = str(error)
+            except StorageError as error:
+                self.outcomes.failed_saves[transfer.request_id] = str(error)
+            else:
+                self.outcomes.saved.add(transfer.request_id)
 
     def take_failed_blocks(self) -> set[int]:
         """Ids of the blocks whose loads have failed since the last call."""
         failed, self.failed_blocks = self.failed_blocks, set()
         return failed
 
-    def take_failures(self) -> Failures | None:
-        """The failures since the last call, with their reasons; None if there were none."""
-        failures, self.failures = self.failures, Failures()
-        return failures if failures.loads or failures.saves else None
+    def take_outcomes(self) -> Outcomes | None:
+        """The outcomes since the last call; None if nothing failed and nothing was saved."""
+        outcomes, self.outcomes = self.outcomes, Outcomes()
+        return outcomes if outcomes.failed_loads or outcomes.failed_saves or outcomes.saved else None
 
     def _slots(self, transfer: Transfer) -> torch.Tensor:
         """The slots of the transfer's tokens, copied to the device once for all layers, without waiting for it."""
@@ -143,4 +144,5 @@ class WorkerSide:
             keys_BHTD, values_BHTD = (tensor.to(CPU).transpose(0, 1)[None] for tensor in (keys_THD, values_THD))
             layers.append((keys_BHTD.contiguous(), values_BHTD.contiguous()))
         entry = ItemManifest.model_validate_json(transfer.item)
-        return KVCacheItem(dynamic_cache.from_layers(layers, self.model_config), entry.metadata, entry.kv_cache_id)
+        metadata = entry.metadata.model_copy(update={"fingerprint": self.fingerprint})  # whatever the client says
+        return KVCacheItem(dynamic_cache.from_layers(layers, self.model_config), metadata, entry.kv_cache_id)

@@ -11,16 +11,16 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig
 
 from kvmem.cache import KVCacheItem, Source
 from kvmem.engines.base import FileHandle, Injectable
-from kvmem.engines.vllm.connector import LOAD, REPORT_TO, SAVE, report_name
+from kvmem.engines.vllm.connector import LEASE, LOAD, REPORT_TO, SAVE, SAVE_KEY, namespace_of, report_name, save_key
 from kvmem.engines.vllm.file_injection import FileInjectingEngine
-from kvmem.engines.vllm.memory_files import FileStore, as_file_handle
+from kvmem.engines.vllm.memory_files import FileStore, as_file_handle, tenant_of
 from kvmem.engines.vllm.requests import EngineAnswer, EngineRequest, GenerationRequest, VLLMGeneration, without_end
 from kvmem.engines.vllm.server.card import ServerCard, fingerprint_of_served_model
 from kvmem.engines.vllm.server.client import START, Chunk, ServerClient, check_tokens_and_counts
@@ -59,7 +59,9 @@ class VLLMServerBackend(FileInjectingEngine):
         self.larger_window = "start the server with a larger --max-model-len"
         folder = Path(config.store_dir) if config.store_dir else None
         card = ServerCard.read(folder) if folder else None
-        self.store = FileStore(shared=folder) if folder else None
+        self.store = None
+        if folder and card:
+            self.store = FileStore(None, folder, card.orphans_after_s, namespace_of(config.cache_salt))
         self.model_name = card.model if card else config.model
         self.tokenizer = loading.load_tokenizer(config.tokenizer_name_or_path or self.model_name)
         self.template = PromptTemplate(self.tokenizer, template)
@@ -113,20 +115,30 @@ class VLLMServerBackend(FileInjectingEngine):
             yield from without_end(chunk.token_ids, chunk.finish_reason)
         return self.client.joined(chunks, report_path)
 
-    def hold_prefix(self, token_ids: tuple[int, ...]) -> float:
-        return self.prefixes.warm_up(token_ids, self.default_salt)
+    def save_order(self) -> dict[str, Any]:
+        order = super().save_order()
+        if self.store is not None:
+            order[SAVE_KEY] = save_key(self.store.folder)
+            if self.store.lease is not None:
+                order[LEASE] = self.store.lease.client
+        return order
+
+    def hold_prefix(self, token_ids: tuple[int, ...], cache_salt: str | None) -> float:
+        return self.prefixes.warm_up(token_ids, cache_salt)
 
     def warm_up(self, memory: KVCacheItem | FileHandle | Source, cache_salt: str | None = None) -> int:
         """Prefills a memory into the server's own prefix cache, for one tenant. Repeat it after an eviction or restart.
 
         Returns how many tokens (whole blocks) this spares each later request, by the server's own count.
         """
+        namespace = ""
         if isinstance(memory, KVCacheItem):
-            tokens = memory.metadata.tokens
+            tokens, namespace = memory.metadata.tokens, memory.metadata.namespace
         else:
+            namespace = memory.namespace if isinstance(memory, FileHandle) else ""
             tokens = memory.tokens if isinstance(memory, FileHandle) else self.template.memory_tokens(memory)
         self.check_length(len(tokens.token_ids), 1)
-        salt = cache_salt or self.default_salt
+        salt = tenant_of(cache_salt, FileHandle(tokens, None, namespace=namespace), self.default_salt)
         self.prefixes.warm_up(tokens.token_ids, salt)
         return self.prefixes.held[tokens.token_ids, salt]
 
@@ -149,11 +161,12 @@ class VLLMServerBackend(FileInjectingEngine):
         """Raises InjectionError for a prefix that was not warmed up for this tenant, unless it may be computed."""
         cache_view = as_file_handle(request.kv_cache)
         if cache_view and cache_view.file is None and not self.may_recompute:
-            self.prefixes.check_warm(cache_view, request.cache_salt or self.default_salt)
+            self.prefixes.check_warm(cache_view, tenant_of(request.cache_salt, cache_view, self.default_salt))
         return super().engine_request(prompt, request)
 
     def verify(self, answer: EngineAnswer, prompt: TokenizedPrompt, request: GenerationRequest) -> VLLMGeneration:
-        cache_view, salt = as_file_handle(request.kv_cache), request.cache_salt or self.default_salt
+        cache_view = as_file_handle(request.kv_cache)
+        salt = tenant_of(request.cache_salt, cache_view, self.default_salt)
         generation = super().verify(answer, prompt, request)
         return self.prefixes.verified(generation, prompt, cache_view, salt, self.may_recompute)
 

@@ -30,6 +30,8 @@ class ServerCard(BaseModel):
     """The model's config.json."""
     ranks: int
     """Tensor-parallel ranks, each of which saves its own heads."""
+    orphans_after_s: float | None = None
+    """After so many seconds without a sign of life from its client a file is deleted. None: never."""
 
     def write(self, store: Path) -> None:
         """Writes the card into the store, which is created if it does not exist."""

@@ -21,6 +21,7 @@ import torch
 from kvmem.cache import fingerprint_of
 from kvmem.engines.vllm import launch
 from kvmem.engines.vllm.config import VLLMConfig
+from kvmem.engines.vllm.connector import ANYONE, NOBODY, STORE, make_save_key
 from kvmem.engines.vllm.launch import dtype_of, load_description
 from kvmem.engines.vllm.server.card import ServerCard
 from kvmem.errors import KVMemError, config_error
@@ -28,6 +29,9 @@ from kvmem.models import loading
 
 CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(int(launch.CPU_KV_CACHE_GIB * 2**30)))
 """Without a GPU: compiling takes minutes there, and by default vLLM takes half of the machine's memory."""
+
+
+ORPHANS_AFTER_S = 86_400.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,17 +70,27 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
     if given.store is not None:
         store = given.store.resolve()
         fingerprint = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
+        orphans_after_s = given.orphans_after or None
         card = ServerCard(
             model=folder,
             fingerprint=fingerprint,
             config=loaded.model.config.to_dict(),
             ranks=given.tensor_parallel_size,
+            orphans_after_s=orphans_after_s,
         )
         card.write(store)
+        make_save_key(store)
         # No asynchronous scheduling: see launch.start.
         command += ["--no-async-scheduling", "--kv-transfer-config"]
-        command.append(json.dumps(launch.transfer_config(store, fingerprint)))
+        command.append(json.dumps(launch.transfer_config(store, fingerprint, given.saves, False, orphans_after_s)))
     return [*command, *for_vllm]  # last, because the last of two values counts
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{text} is not a number of seconds")
+    return seconds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,6 +103,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--served-model-name", help="the name that clients use; default: --model")
     parser.add_argument(
         "--store", type=Path, help="folder of memory files, shared with clients; created if it is missing"
+    )
+    parser.add_argument(
+        "--saves",
+        choices=(STORE, ANYONE, NOBODY),
+        default=STORE,
+        help="who may save memories in the store: clients that can read it (the default), anyone with a key, or nobody",
+    )
+    parser.add_argument(
+        "--orphans-after",
+        type=_seconds,
+        default=ORPHANS_AFTER_S,
+        metavar="SECONDS",
+        help="when the file of a client that gives no sign of life is deleted; default: a day; 0: never",
     )
     parser.add_argument("--dtype", default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
