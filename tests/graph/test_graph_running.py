@@ -135,16 +135,40 @@ def test_a_model_on_the_second_gpu():
     """Graphs, kernels and buffers follow the model, and not the thread's own GPU."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"{torch.cuda.device_count()} GPUs are here, and this needs 2")
-    answers = []
-    for device in ("cuda:0", "cuda:1"):
+    answers, engines = [], []
+    for device in ("cuda:0", "cuda:1"):  # the first captures first, and torch then has its stream for captures there
         setting = replace(SETTINGS["gpu-bf16-fastest"], device=device)
         fast = HFGraphBackend(
             weights(setting, setting.shape), "chat", GraphConfig(capacity_tokens=2048, compile="none")
         )
         memory, item = stored(fast, TEXTS[0])
         answers.append([fast.generate(query, memory.get_cache(item.kv_cache_id), 12) for query in QUESTIONS])
+        answers[-1] += fast.answer_batch(QUESTIONS, memory.get_cache(item.kv_cache_id), 4)
         assert {slot.buffer.layers[0][0].device for slot in fast.engine.slots} == {torch.device(device)}
+        assert fast.engine.warm_up.graphs > 0 and fast.engine.fused
+        engines.append((fast, memory.get_cache(item.kv_cache_id)))
     assert answers[0] == answers[1]
+    assert torch.cuda.current_device() == 0
+    for fast, cache_view in reversed(engines):  # and in turns, with lengths that were not captured yet
+        answers.append(
+            fast.generate("Which of these is the one that the last paragraph of the text is about?", cache_view)
+        )
+    assert answers[2] == answers[3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("current", [0, 1])
+def test_kernels_run_on_their_tensors_gpu(current: int):
+    """Whatever the current device is, which Triton would launch on."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"{torch.cuda.device_count()} GPUs are here, and this needs 2")
+    from kvmem.engines.graph import triton_kernels
+
+    device = torch.device("cuda", 1 - current)
+    x_C, weight_RC = torch.randn(64, device=device), torch.randn(32, 64, device=device)
+    with torch.cuda.device(current):
+        torch.testing.assert_close(triton_kernels.product(x_C, weight_RC), weight_RC @ x_C, rtol=1e-4, atol=1e-4)
+        assert torch.cuda.current_device() == current
 
 
 @pytest.mark.slow

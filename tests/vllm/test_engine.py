@@ -270,7 +270,8 @@ def test_a_request_that_does_not_fit_names_both_lengths(engine: VLLMBackend, mem
 
 
 def test_only_names_that_the_connector_gives_are_files(engine: VLLMBackend) -> None:
-    given = engine.store.file_of(engine.build(TEXTS[0][:200])).name
+    item = engine.build(TEXTS[0][:200])
+    given = engine.store.file_of(item).name
     assert file_path(engine.store.folder, given).is_file()
     for name in ("../elsewhere.safetensors", "/etc/passwd", "", "..", f"../{given}", f"{given}/", f"{given}\0", "a\n"):
         with pytest.raises(StorageError, match="not the name of a memory's file"):

@@ -30,7 +30,10 @@ class Run(Protocol):
 
 
 class Captured:
-    """The pass for a fixed number of new tokens in one buffer. The number of held rows and the ids are data."""
+    """The pass for a fixed number of new tokens in one buffer. The number of held rows and the ids are data.
+
+    Made and called with the buffer's GPU as the current device.
+    """
 
     def __init__(self, run: Run, buffer: Buffer, inputs: torch.Tensor, pool: Any, warm_up: WarmUp) -> None:
         """inputs: those of the current request, because warming up writes its rows."""
@@ -45,7 +48,8 @@ class Captured:
                 run(self.inputs.clone(), buffer)
         torch.cuda.current_stream(inputs.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        # On a stream of its own: torch's default one is of the GPU on which the process captured first.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.token, self.logits_V = run(self.inputs, buffer)
         torch.cuda.synchronize(inputs.device)
         warm_up.seconds += time.perf_counter() - started

@@ -139,7 +139,7 @@ class Engine:
             self.lock.release()
             try:
                 if self.device.type == "cuda":  # so that at most one layer is queued before a request
-                    torch.cuda.current_stream().synchronize()
+                    torch.cuda.current_stream(self.device).synchronize()
                 between_layers()
             finally:
                 self.lock.acquire()

@@ -1,6 +1,8 @@
 """Triton kernels of a decoding step, which reads every weight once: operations around a product are part of it.
 
 Tillet, Kung, Cox, "Triton", 2019. torch installs the package on platforms where it runs on a GPU.
+
+Triton launches on the current device, so each kernel is launched with its tensors' device as the current one.
 """
 
 from __future__ import annotations
@@ -109,25 +111,26 @@ def product(
     cols, rows = weight_RC.shape[1], weight_RC.shape[0] // (2 if gated else 1)
     block = GATED if gated else PLAIN if added_R is None else ADDED
     out_R = x_C.new_empty(rows)
-    _product[(triton.cdiv(rows, block.rows),)](
-        x_C,
-        weight_RC,
-        _or(norm_C, x_C),
-        _or(bias_R, x_C),
-        _or(added_R, x_C),
-        out_R,
-        rows,
-        cols,
-        eps,
-        norm_C is not None,
-        bias_R is not None,
-        added_R is not None,
-        gated,
-        block.rows,
-        min(block.cols, triton.next_power_of_2(cols)),
-        num_warps=block.warps,
-        **_overlapping(x_C),
-    )
+    with torch.cuda.device_of(x_C):
+        _product[(triton.cdiv(rows, block.rows),)](
+            x_C,
+            weight_RC,
+            _or(norm_C, x_C),
+            _or(bias_R, x_C),
+            _or(added_R, x_C),
+            out_R,
+            rows,
+            cols,
+            eps,
+            norm_C is not None,
+            bias_R is not None,
+            added_R is not None,
+            gated,
+            block.rows,
+            min(block.cols, triton.next_power_of_2(cols)),
+            num_warps=block.warps,
+            **_overlapping(x_C),
+        )
     return out_R
 
 
@@ -207,28 +210,29 @@ def place_heads(
     new, (_, kv_heads, rows, head_dim) = qkv.shape[1], k.shape
     tokens = 1 if new == 1 else HEADS_TOKENS
     q = qkv.new_empty(1, new, heads, head_dim)
-    _place_heads[(heads + 2 * kv_heads, triton.cdiv(new, tokens))](
-        qkv,
-        _or(q_norm, qkv),
-        _or(k_norm, qkv),
-        cos,
-        sin,
-        at,
-        q,
-        k,
-        v,
-        new,
-        rows,
-        eps,
-        heads,
-        kv_heads,
-        head_dim,
-        triton.next_power_of_2(head_dim // 2),
-        q_norm is not None,
-        tokens,
-        num_warps=1 if new == 1 else 4,
-        **_overlapping(qkv),
-    )
+    with torch.cuda.device_of(qkv):
+        _place_heads[(heads + 2 * kv_heads, triton.cdiv(new, tokens))](
+            qkv,
+            _or(q_norm, qkv),
+            _or(k_norm, qkv),
+            cos,
+            sin,
+            at,
+            q,
+            k,
+            v,
+            new,
+            rows,
+            eps,
+            heads,
+            kv_heads,
+            head_dim,
+            triton.next_power_of_2(head_dim // 2),
+            q_norm is not None,
+            tokens,
+            num_warps=1 if new == 1 else 4,
+            **_overlapping(qkv),
+        )
     return q
 
 
