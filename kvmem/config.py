@@ -13,7 +13,7 @@ from kvmem import storage
 from kvmem.engines import Backend, backend_class
 from kvmem.errors import ConfigError, config_error
 from kvmem.merge import MergeStrategy, strategy
-from kvmem.prompt import TemplateKind
+from kvmem.prompt import TemplateKind, check_template_kwargs
 
 NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}")
 
@@ -34,6 +34,7 @@ class KVCacheMemoryConfig(BaseModel):
     """The engine, as `extractor_llm={"backend": "huggingface", "config": {"model_name_or_path": …}}`, and the prompt.
 
     memory_filename: its suffix picks the file format. merge: a strategy or its name. template: `chat` or `plain`.
+    chat_template_kwargs: the chat template's own arguments, such as `enable_thinking` or `tools`; JSON values.
     separator: the text between merged memories. namespace: only memories of the same namespace are found, listed,
     merged, loaded and deleted; their files are in a folder of that name.
 
@@ -46,6 +47,7 @@ class KVCacheMemoryConfig(BaseModel):
     memory_filename: str = "activation_memory.safetensors"
     merge: MergeStrategy = Field(default_factory=lambda: strategy("Reprefill"))
     template: TemplateKind = "chat"
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     separator: str = "\n\n"
     namespace: str = ""
 
@@ -55,6 +57,7 @@ class KVCacheMemoryConfig(BaseModel):
         except pydantic.ValidationError as error:
             known = set(type(self).model_fields) | set(ExtractorLLM.model_fields)
             raise config_error("KVCacheMemoryConfig", error, known) from None
+        check_template_kwargs(self.chat_template_kwargs, self.template)
         llm = self.extractor_llm
         kind = llm.backend_class().config_class
         if not isinstance(llm.config, kind):

@@ -12,6 +12,7 @@ from kvmem.config import KVCacheMemoryConfig
 from kvmem.engines import Backend, Injectable
 from kvmem.errors import (
     ArgumentError,
+    ConfigError,
     DuplicateMemoryError,
     NamespaceError,
     PromptError,
@@ -38,7 +39,13 @@ class KVCacheMemory:
         check_kind("backend", backend, Backend, type(None), way_out="Leave it out to load the model that config names.")
         self.config = config
         llm = config.extractor_llm
-        self.backend = backend or llm.backend_class().open(llm.config, config.template)
+        kwargs = config.chat_template_kwargs
+        if backend is not None and kwargs and backend.template.kwargs != kwargs:
+            raise ConfigError(
+                "The backend was opened with other chat_template_kwargs than config names. Give them when you open it, "
+                "or leave the backend out."
+            )
+        self.backend = backend or llm.backend_class().open(llm.config, config.template, kwargs)
         self.namespace = config.namespace
         self._items: dict[str, KVCacheItem] = {}
 

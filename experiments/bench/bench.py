@@ -55,6 +55,7 @@ class Bench:
                 memory_filename=setup.storage.memory_filename,
                 merge=setup.merge,
                 template=setup.template,
+                chat_template_kwargs=setup.chat_template_kwargs,
                 separator=setup.separator,
             )
         )

@@ -71,6 +71,7 @@ class Setup:
     storage: StorageCard
     workload: Workload
     template: TemplateKind = "chat"
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     separator: str = "\n\n"
     seed: int = 0
 

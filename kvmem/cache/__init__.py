@@ -11,7 +11,7 @@ the model already computes.
 
 from kvmem.cache import device_transfer, dynamic_cache
 from kvmem.cache.dynamic_cache import CacheView
-from kvmem.cache.fingerprint import ModelFingerprint, fingerprint_of, hash_tokenizer, sha256
+from kvmem.cache.fingerprint import ModelFingerprint, fingerprint_of, hash_template, hash_tokenizer, sha256
 from kvmem.cache.items import (
     KVCacheItem,
     KVCacheMetadata,
@@ -42,6 +42,7 @@ __all__ = [
     "device_transfer",
     "dynamic_cache",
     "fingerprint_of",
+    "hash_template",
     "hash_tokenizer",
     "sha256",
     "text_fault",

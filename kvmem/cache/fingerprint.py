@@ -114,7 +114,17 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     tokens = (
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     )
-    return {"tokenizer": sha256(tokens), "template": sha256(tokenizer.chat_template or "")}
+    return {"tokenizer": sha256(tokens), "template": hash_template(tokenizer, {})}
+
+
+def hash_template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
+    """The field `template` of a fingerprint: hash of the chat template and of arguments that change a memory's tokens.
+
+    arguments: JSON values. A tokenizer with several named templates has one hash of all of them.
+    """
+    template = tokenizer.chat_template or ""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return sha256(text, json.dumps(arguments, sort_keys=True) if arguments else "")
 
 
 def _parameter_signatures(parameters: Mapping[str, torch.Tensor]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -94,8 +94,10 @@ class Backend(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, config: Any, template: TemplateKind) -> Backend:
-        """Loads the model that `config` names."""
+    def open(
+        cls, config: Any, template: TemplateKind, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> Backend:
+        """Loads the model that `config` names. chat_template_kwargs: the chat template's own arguments."""
 
     @abstractmethod
     def build(

@@ -6,6 +6,21 @@ does not state them (MemOS's pickles).
 """
 
 from kvmem.prompt.recover_ids import with_ids_from_text
-from kvmem.prompt.template import PromptTemplate, Query, TemplateKind, TokenizedPrompt, common_prefix
+from kvmem.prompt.template import (
+    PromptTemplate,
+    Query,
+    TemplateKind,
+    TokenizedPrompt,
+    check_template_kwargs,
+    common_prefix,
+)
 
-__all__ = ["PromptTemplate", "Query", "TemplateKind", "TokenizedPrompt", "common_prefix", "with_ids_from_text"]
+__all__ = [
+    "PromptTemplate",
+    "Query",
+    "TemplateKind",
+    "TokenizedPrompt",
+    "check_template_kwargs",
+    "common_prefix",
+    "with_ids_from_text",
+]

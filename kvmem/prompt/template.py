@@ -9,16 +9,18 @@ wrong answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from kvmem.cache import MemoryTokens, Message, Source, sha256, text_fault
-from kvmem.errors import PromptError
+from kvmem.cache import MemoryTokens, Message, Source, hash_template, sha256, text_fault
+from kvmem.errors import ConfigError, PromptError
 
 Query = str | Sequence[Message]
 """A query: a text, or the chat turns that follow the memory."""
@@ -37,6 +39,20 @@ A query that changes more of them costs a prefill of those, because the prefix i
 # Placeholders that occur in no real text. They show where a template puts the memory and the query.
 _MEMORY_PROBE = "kvmem memory probe 5b1f"
 _QUERY_PROBE = "kvmem query probe 9d3e"
+_TURNS_PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "<think>Why not?</think>\n\nBecause."},
+)
+
+_RENDERING_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError)
+"""What a chat template raises: it is a program of its own."""
+
+TAKEN_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    "tools",
+    "documents",
+    "kwargs",
+}
+"""Arguments of transformers' rendering that are not the template's own."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,8 @@ class _Rendered:
     memory_start: int
     memory_end: int
     query_start: int
+    memory_text: str
+    """The memory as the template renders it, which may trim or escape it."""
 
     def tokens_before(self, char: int) -> int:
         """How many tokens from the start of the prompt end at or before `char`."""
@@ -79,19 +97,54 @@ class PromptTemplate:
 
     `chat` renders the model's own chat template: the memory is the system turn, or the earlier turns, and the query is
     the user turn. If the template has no system role, the memory is the start of the user turn. `plain` concatenates
-    memory and query.
+    memory and query. A template that takes a content as a list of parts gets it as one part of text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, kind: TemplateKind) -> None:
-        """Raises PromptError for a tokenizer without character offsets, or for `chat` without a chat template."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, kind: TemplateKind, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """kwargs: the chat template's own arguments, such as `enable_thinking` or `tools`.
+
+        Raises PromptError for a tokenizer without character offsets, or for `chat` without a chat template, and
+        ConfigError for `kwargs` under `plain`, or that are no arguments of a template.
+        """
         if not tokenizer.is_fast:
             raise PromptError("The tokenizer has no character offsets, which the split needs. Load its fast version.")
         if kind == "chat" and not tokenizer.chat_template:
             raise PromptError(
                 "The tokenizer has no chat template. Use template='plain', or set tokenizer.chat_template."
             )
+        check_template_kwargs(kwargs or {}, kind)
         self.tokenizer = tokenizer
         self.kind = kind
+        self.kwargs = dict(kwargs or {})
+
+    def identity(self) -> str:
+        """The hash that a fingerprint states as `template`: of the chat template, and of those arguments that change
+        what stands before the query.
+
+        An argument that changes only the end of a prompt, as thinking on or off does, is left out.
+        """
+        if not self.kwargs:
+            return hash_template(self.tokenizer, {})
+        before_query = self._before_query(self.kwargs)
+        effective = {
+            name: value
+            for name, value in self.kwargs.items()
+            if self._before_query({k: v for k, v in self.kwargs.items() if k != name}) != before_query
+        }
+        return hash_template(self.tokenizer, effective)
+
+    def _before_query(self, kwargs: Mapping[str, Any]) -> list[str]:
+        """What a prompt is before the query, for a memory of text and for one of turns; "" where it is refused."""
+        texts = []
+        for source in (_MEMORY_PROBE, _TURNS_PROBE):
+            try:
+                text = self._apply(self._messages(source, _QUERY_PROBE), kwargs)
+            except PromptError:
+                text = ""
+            texts.append(text[: max(text.rfind(_QUERY_PROBE), 0)])
+        return texts
 
     def memory_tokens(self, source: Source) -> MemoryTokens:
         """The tokens of a memory that are stored, cut before the first one that a query could change.
@@ -120,13 +173,12 @@ class PromptTemplate:
         if barriers:
             cut, body_end = barriers[-1] + 1, memory_tokens
         else:  # no special token separates memory and query, so a query can change the memory's last tokens
-            text = self._text_of(source)
-            last_word = rendered.memory_end - (len(text) - len(_before_last_word(text)))
+            last_word = rendered.memory_start + len(_before_last_word(rendered.memory_text))
             before_word = min(rendered.tokens_before(last_word), memory_tokens)
             cut = body_end = min(max(before_word, memory_tokens - MOST_LEFT_OFF, header + 1), memory_tokens)
-        if cut <= header:
+        if cut <= header or not rendered.memory_text.strip():
             raise PromptError(
-                f"The template of {self.tokenizer.name_or_path} leaves no token of the memory {_shown(source)}. "
+                f"The chat template of {self.tokenizer.name_or_path} leaves no token of the memory {_shown(source)}. "
                 "Give it more text, or send it as part of the query."
             )
         return MemoryTokens(
@@ -178,24 +230,39 @@ class PromptTemplate:
         if self.kind == "plain":
             assert isinstance(source, str) and isinstance(query, str)
             ids, spans = self._tokenize(source + query)
-            return _Rendered(ids, spans, 0, len(source), len(source))
+            return _Rendered(ids, spans, 0, len(source), len(source), source)
         text = self._apply(self._messages(source, query))
         if isinstance(source, str):
-            start = self._apply(self._messages(_MEMORY_PROBE, query)).index(_MEMORY_PROBE)
-            if not text.startswith(source, start):  # some templates trim the content
-                source = source.strip()
-            end = start + len(source) if text.startswith(source, start) else start
+            before, behind = self._around(_MEMORY_PROBE, query)
+            start, end = len(before), len(text) - len(behind)
+            if not text.endswith(behind) or end < start:  # what is behind the memory depends on it
+                end = start + len(source) if text.startswith(source, start) else start
         else:
             first, last = source[0]["content"].strip(), source[-1]["content"].strip()
             start = max(text.find(first), 0)
-            if last not in text[start:]:  # some templates strip the thinking at the start of earlier turns
-                last = last[len(_before_last_word(last)) :].strip()
-            end = max(text.rfind(last, start), start) + len(last)
+            _, behind = self._around((*source[:-1], {**source[-1], "content": _MEMORY_PROBE}), query)
+            end = len(text) - len(behind)
+            if not text.endswith(behind) or end < start:
+                end = max(text.rfind(last, start), start) + len(last)
         query_start = text.rfind(_turns(query)[0]["content"].strip())
         if query_start < start:
             query_start = end
+        end = min(end, query_start)
         ids, spans = self._tokenize(text)
-        return _Rendered(ids, spans, start, min(end, query_start), query_start)
+        return _Rendered(ids, spans, start, end, query_start, text[start:end])
+
+    def _around(self, source: Source, query: Query) -> tuple[str, str]:
+        """What the template puts before and behind the placeholder memory in `source`.
+
+        Raises PromptError for a template that leaves it out.
+        """
+        before, probe, behind = self._apply(self._messages(source, query)).partition(_MEMORY_PROBE)
+        if not probe:
+            raise PromptError(
+                f"The chat template of {self.tokenizer.name_or_path} leaves out or rewrites the text of a turn. Use "
+                "template='plain', or set tokenizer.chat_template."
+            )
+        return before, behind
 
     def _tokenize(self, text: str) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
         # A chat template writes BOS itself; to a plain text the tokenizer adds its special tokens.
@@ -219,18 +286,57 @@ class PromptTemplate:
             return False
         return _MEMORY_PROBE in text
 
-    def _apply(self, messages: list[Message]) -> str:
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """True if the template takes a content as a list of parts, and leaves out or refuses a text."""
+        for takes_parts in (False, True):
+            try:
+                if _QUERY_PROBE in self._apply(_turns(_QUERY_PROBE), takes_parts=takes_parts):
+                    return takes_parts
+            except PromptError:
+                continue
+        return False
+
+    def _apply(
+        self, messages: list[Message], kwargs: Mapping[str, Any] | None = None, takes_parts: bool | None = None
+    ) -> str:
+        """The text of `messages`. kwargs, takes_parts: instead of this template's own."""
+        turns: list[Any] = messages
+        if self._takes_parts if takes_parts is None else takes_parts:
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
+        arguments = self.kwargs if kwargs is None else dict(kwargs)
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **arguments)
+        except _RENDERING_ERRORS as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise PromptError(f"The chat template refuses turns of the roles {roles}: {error}") from error
+            given = f" with the arguments {', '.join(arguments)}" if arguments else ""
+            reason = str(error) or type(error).__name__
+            raise PromptError(
+                f"The chat template refuses turns of the roles {roles}{given}: {reason}. Arguments that it needs, such "
+                "as tools, are chat_template_kwargs."
+            ) from error
         assert isinstance(text, str)  # tokenize=False
         return text
 
-    @staticmethod
-    def _text_of(source: Source) -> str:
-        return source if isinstance(source, str) else source[-1]["content"]
+
+def check_template_kwargs(kwargs: Mapping[str, Any], kind: TemplateKind) -> None:
+    """Raises ConfigError for arguments of a chat template under `plain`, for one that transformers takes itself, and
+    for one that is not JSON, as a file states its hash."""
+    if kwargs and kind == "plain":
+        raise ConfigError(
+            "chat_template_kwargs are arguments of a chat template. Use template='chat', or leave them out."
+        )
+    if taken := sorted(TAKEN_ARGUMENTS & kwargs.keys()):
+        raise ConfigError(
+            f"chat_template_kwargs names {', '.join(taken)}, which is set here and is not the template's. Leave it out."
+        )
+    for name, value in kwargs.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"chat_template_kwargs[{name!r}] is not JSON ({error}). Give plain values; tools as their JSON schemas."
+            ) from error
 
 
 def check_turns(what: str, given: object) -> None:

@@ -5,9 +5,9 @@ Items are the same as on backend=huggingface, so both engines can use each other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
@@ -48,17 +48,24 @@ class HFGraphBackend(HFBackend):
     grows_views: ClassVar[bool] = False
 
     def __init__(
-        self, loaded: loading.Loaded, template: TemplateKind = "chat", config: GraphConfig | None = None
+        self,
+        loaded: loading.Loaded,
+        template: TemplateKind = "chat",
+        config: GraphConfig | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(loaded, template)
+        super().__init__(loaded, template, chat_template_kwargs)
         self.engine = Engine(loaded.model, config or GraphConfig())
         self.attention = self.engine.kernel
 
     @classmethod
     def open(  # type: ignore[override] # each engine opens its own kind of configuration
-        cls, config: HFGraphConfig, template: TemplateKind = "chat"
+        cls,
+        config: HFGraphConfig,
+        template: TemplateKind = "chat",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> HFGraphBackend:
-        return cls(cls.loaded(config), template, config)
+        return cls(cls.loaded(config), template, config, chat_template_kwargs)
 
     def adopt_model(self) -> None:
         """As the base engine's. Weights that were written in place stay shared; replaced ones are taken over.
@@ -144,7 +151,8 @@ class HFGraphBackend(HFBackend):
     @cached_property
     def eager(self) -> HFBackend:
         """The same weights with transformers' own forward pass."""
-        return HFBackend(loading.Loaded(self.model, self.tokenizer, self.fingerprint.origin), self.template.kind)
+        same = loading.Loaded(self.model, self.tokenizer, self.fingerprint.origin)
+        return HFBackend(same, self.template.kind, self.template.kwargs)
 
     @property
     def max_tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,11 +46,16 @@ class HFBackend(MeasuredBackend):
     grows_views: ClassVar[bool] = True
     """Whether an answer grows the view that it is given, so that one view can serve one answer at a time."""
 
-    def __init__(self, loaded: loading.Loaded, template: TemplateKind = "chat") -> None:
+    def __init__(
+        self,
+        loaded: loading.Loaded,
+        template: TemplateKind = "chat",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
-        self.template = PromptTemplate(loaded.tokenizer, template)
-        self.guard = ModelGuard(loaded.model, loaded.tokenizer, loaded.origin)
+        self.template = PromptTemplate(loaded.tokenizer, template, chat_template_kwargs)
+        self.guard = ModelGuard(loaded.model, loaded.tokenizer, loaded.origin, self.template.identity)
         self.fingerprint = self.guard.fingerprint
         self.model_config = loaded.model.config
         self.device = self.compute_device = loaded.model.device
@@ -61,8 +66,13 @@ class HFBackend(MeasuredBackend):
         self.end_tokens = {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
 
     @classmethod
-    def open(cls, config: HFConfig, template: TemplateKind = "chat") -> HFBackend:
-        return cls(cls.loaded(config), template)
+    def open(
+        cls,
+        config: HFConfig,
+        template: TemplateKind = "chat",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> HFBackend:
+        return cls(cls.loaded(config), template, chat_template_kwargs)
 
     @staticmethod
     def loaded(config: HFConfig) -> loading.Loaded:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,8 +18,15 @@ class ModelGuard:
     there is one. What turns out the same, such as an adapter that was switched off and on, passes.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        origin: str,
+        template_identity: Callable[[], str],
+    ) -> None:
         self._model, self._tokenizer, self._origin = model, tokenizer, origin
+        self._template_identity = template_identity
         self.fingerprint = self._now()
         self._watch = ModelWatch(model)
 
@@ -54,4 +63,5 @@ class ModelGuard:
         return self.fingerprint
 
     def _now(self) -> ModelFingerprint:
-        return fingerprint_of(self._model, self._tokenizer, self._origin)
+        found = fingerprint_of(self._model, self._tokenizer, self._origin)
+        return found.model_copy(update={"template": self._template_identity()})

@@ -7,7 +7,7 @@ the same calls in the same order. A file holds all heads, so any number of ranks
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,8 +47,13 @@ class HFRanksBackend(HFBackend):
     name: ClassVar[str] = HFRanksConfig.backend
     config_class: ClassVar[type] = HFRanksConfig
 
-    def __init__(self, loaded: loading.Loaded, template: TemplateKind = "chat") -> None:
-        super().__init__(loaded, template)
+    def __init__(
+        self,
+        loaded: loading.Loaded,
+        template: TemplateKind = "chat",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(loaded, template, chat_template_kwargs)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.shards = self.ranks
         heads = self.fingerprint.kv_heads

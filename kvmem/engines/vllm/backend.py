@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +37,12 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
     config_class: ClassVar[type] = VLLMConfig
     store: FileStore
 
-    def __init__(self, config: VLLMConfig, template: TemplateKind = "chat") -> None:
+    def __init__(
+        self,
+        config: VLLMConfig,
+        template: TemplateKind = "chat",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         launch.check_installed()
         self.config = config
         on_gpu = torch.cuda.is_available()
@@ -46,8 +51,9 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
         self.own_weights = loaded.model.device.type == "meta"
         self.folder = loading.engine_folder(config.model_name_or_path, loaded)
         self.tokenizer = loaded.tokenizer
-        self.template = PromptTemplate(loaded.tokenizer, template)
-        self.fingerprint = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
+        self.template = PromptTemplate(loaded.tokenizer, template, chat_template_kwargs)
+        found = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
+        self.fingerprint = found.model_copy(update={"template": self.template.identity()})
         self.model_config = loaded.model.config
         self.device = torch.device("cpu")  # of loaded items: the engine takes them from files
         self.compute_device = torch.device("cuda" if on_gpu else "cpu")
@@ -72,8 +78,13 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
         self.benchmarking = Benchmarking(self, self.reset, self.prefix_block_tokens)
 
     @classmethod
-    def open(cls, config: VLLMConfig, template: TemplateKind = "chat") -> VLLMBackend:
-        return cls(config, template)
+    def open(
+        cls,
+        config: VLLMConfig,
+        template: TemplateKind = "chat",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> VLLMBackend:
+        return cls(config, template, chat_template_kwargs)
 
     @property
     def may_recompute(self) -> bool:

@@ -7,7 +7,7 @@ own cache.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from kvmem.engines.vllm.server.card import ServerCard, fingerprint_of_served_mod
 from kvmem.engines.vllm.server.client import START, Chunk, ServerClient, check_tokens_and_counts
 from kvmem.engines.vllm.server.config import VLLMServerConfig
 from kvmem.engines.vllm.server.prefixes import Prefixes
-from kvmem.errors import KVMemError, ServerError
+from kvmem.errors import ConfigError, KVMemError, ServerError
 from kvmem.models import loading
 from kvmem.prompt import PromptTemplate, TemplateKind, TokenizedPrompt
 
@@ -50,7 +50,12 @@ class VLLMServerBackend(FileInjectingEngine):
     name: ClassVar[str] = VLLMServerConfig.backend
     config_class: ClassVar[type] = VLLMServerConfig
 
-    def __init__(self, config: VLLMServerConfig, template: TemplateKind = "chat") -> None:
+    def __init__(
+        self,
+        config: VLLMServerConfig,
+        template: TemplateKind = "chat",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config
         self.client = ServerClient(config)
         self.default_salt = config.cache_salt
@@ -64,22 +69,33 @@ class VLLMServerBackend(FileInjectingEngine):
             self.store = FileStore(None, folder, card.orphans_after_s, namespace_of(config.cache_salt))
         self.model_name = card.model if card else config.model
         self.tokenizer = loading.load_tokenizer(config.tokenizer_name_or_path or self.model_name)
-        self.template = PromptTemplate(self.tokenizer, template)
+        self.template = PromptTemplate(self.tokenizer, template, chat_template_kwargs)
         if card:
             card.check_tokenizer(self.tokenizer)
             self.ranks = card.ranks
             self.fingerprint, self.model_config = card.fingerprint, card.pretrained_config()
+            if self.template.identity() != self.fingerprint.template:
+                raise ConfigError(
+                    f"These chat_template_kwargs change what stands before a memory, and the connector of "
+                    f"{self.client.name} takes files without them. Leave store_dir out, or use backend=vllm."
+                )
         else:
             self.ranks = 1
-            self.fingerprint = fingerprint_of_served_model(self.client.name, config.model, self.tokenizer)
+            served = fingerprint_of_served_model(self.client.name, config.model, self.tokenizer)
+            self.fingerprint = served.model_copy(update={"template": self.template.identity()})
             self.model_config = PreTrainedConfig.from_dict({"num_hidden_layers": 0})
         self.device = torch.device("cpu")
         self.prefixes = Prefixes(self.client)
         check_tokens_and_counts(self.client, self.tokenizer, self.window)
 
     @classmethod
-    def open(cls, config: VLLMServerConfig, template: TemplateKind = "chat") -> VLLMServerBackend:
-        return cls(config, template)
+    def open(
+        cls,
+        config: VLLMServerConfig,
+        template: TemplateKind = "chat",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> VLLMServerBackend:
+        return cls(config, template, chat_template_kwargs)
 
     @property
     def may_recompute(self) -> bool:
