@@ -61,7 +61,8 @@ def validate(config: DictConfig) -> RunConfig:
     for key in root:
         if key not in known:
             raise ConfigError(f"Unknown key {key!r}. {did_you_mean(key, known)}")
-    fields = {key: _card(key, card) if isinstance(card, dict) else card for key, card in root.items()}
+    plain = "chat_template_kwargs"  # the only mapping that is a value and no card
+    fields = {key: _card(key, card) if isinstance(card, dict) and key != plain else card for key, card in root.items()}
     try:
         return RunConfig(**fields)
     except ValidationError as error:

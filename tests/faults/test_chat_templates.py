@@ -29,7 +29,7 @@ THINKING = AS_TEXT + "{% if enable_thinking is defined and not enable_thinking %
 TOOLS = "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}" + AS_TEXT
 NEEDED = "{% if not tools %}{{ raise_exception('give me tools') }}{% endif %}" + TOOLS
 
-MEMORY = 'The <b>capital</b> of France & its river are "Paris" and \'Seine\'; 3 < 4 > 2 holds there.'
+MEMORY = "The <b>capital</b> of France & its river are \"Paris\" and 'Seine'; 3 < 4 > 2 holds there."
 TURNS = [
     {"role": "user", "content": "Is 3 < 4 & 5 > 4?"},
     {"role": "assistant", "content": "Yes: <b>both</b> & more."},
