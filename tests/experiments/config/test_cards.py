@@ -76,7 +76,7 @@ def test_random_weights_reach_the_backend() -> None:
 
 
 MISTAKES = {
-    "moddel=tiny": "Unknown key 'moddel'. Did you mean model? Choices: backend, chat_template_kwargs, experiment, hardware",
+    "moddel=tiny": "Unknown key 'moddel'. Did you mean model? Choices: backend, chat_template_kwargs, experiment",
     "moddel.name=x": "Unknown key 'moddel'. Did you mean model?",
     "+moddel=tiny": "Unknown key 'moddel'. Did you mean model?",
     "model=tinny": "Unknown choice model=tinny. Did you mean tiny? Choices: llama3_1_8b, ",
