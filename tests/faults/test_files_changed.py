@@ -17,6 +17,7 @@ from kvmem.engines.graph.backend import HFGraphBackend
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.vllm.connector.host_cache import HostCache
+from kvmem.engines.vllm.connector.protocol import NO_LEASE, memory_name
 from kvmem.errors import ChangedFileError, DamagedFileError
 from kvmem.merge.ropeshift import RopeShift
 from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
@@ -193,7 +194,7 @@ def test_vllms_worker_reads_an_overwritten_file_again(qwen3: HFBackend, tmp_path
     """It holds copies of what it verified, by the state of the file."""
     memory = memory_on(qwen3)
     memory.add(memory.extract(TEXT))
-    path = memory.dump(tmp_path)
+    path = memory.dump(tmp_path).rename(tmp_path / memory_name("", NO_LEASE))
     config = qwen3.model_config
     files = HostCache(tmp_path, qwen3.fingerprint, config, 0, 1, qwen3.dtype, pinned=False)
     first = [layer.clone() for layer in files.layers(path.name)]
