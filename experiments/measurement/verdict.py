@@ -24,7 +24,9 @@ MAX_BUILD_OVER_DIRECT, BUILD_SLACK_S = 1.5, 0.1
 MAX_LOST_SHARE, LOST_SLACK_S = 0.03, 1e-3
 """What an arm's clock may miss of the clock around it: returning and a garbage-free Python call."""
 LEAST_BUILDS = 3
-LEAST_LIMIT_SHARE, LONG_S = 0.1, 0.1
+LEAST_LIMIT_SHARE, SHORT_LIMIT_S = 1e-3
+"""Below this limit an engine's overheads outweigh a tiny model's work, so the limit says nothing about the rates."""
+LONG_S = 0.1, 0.1
 """The share of an independent forward pass's time that the hardware's limit is at least, where it takes so long that
 overheads don't count. Measured: 0.6 on a CPU. A limit far below says that the calibrated rates are too high."""
 ROUNDING = 1e-6
@@ -186,8 +188,9 @@ def limit_is_plausible(row: Row, figures: TTFTPayload, evidence: Evidence) -> It
     A limit that is too low catches nothing. It is told for prefills long enough that overheads don't count.
     """
     seconds = [call.engine_s for call in _calls(evidence, BASELINE)]
-    if not seconds or median(seconds) < LONG_S or figures.direct_limit_s is None:
+    if not seconds or median(seconds) < LONG_S or (figures.direct_limit_s or 0.0) < SHORT_LIMIT_S:
         return
+    assert figures.direct_limit_s is not None
     share = figures.direct_limit_s / median(seconds)
     if share < LEAST_LIMIT_SHARE:
         yield (

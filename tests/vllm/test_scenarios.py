@@ -34,7 +34,7 @@ def test_prefix_reuse_counts_every_hit(engine: VLLMBackend, monkeypatch: pytest.
         128,
         "tokens",
     )  # one block of 128
-    assert (injected.verdict, native.verdict) == ("ok", "ok"), injected.verdict_reason + native.verdict_reason
+    assert {injected.verdict, native.verdict} == {"undecided"}, "one pair gives no verdict"
     assert injected.payload.injected_over_native_hit > 0
     assert injected.payload.injected_over_native_hit_interval is injected.payload.speedup_interval is None
 
@@ -63,7 +63,7 @@ def test_kv_vs_direct_takes_vllm_too(engine: VLLMBackend) -> None:
     (cell,) = bench.setup.scenario.cells(bench)
     (row,) = bench.setup.scenario.measure(bench, cell)
     assert (row.backend, row.memories, row.payload.cached_tokens, row.equality) == ("vllm", 2, 128, "tokens")
-    assert row.verdict == "ok", row.verdict_reason
+    assert row.verdict == "undecided" and "2 pairs give no interval" in row.verdict_reason
 
 
 def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
