@@ -24,9 +24,9 @@ MAX_BUILD_OVER_DIRECT, BUILD_SLACK_S = 1.5, 0.1
 MAX_LOST_SHARE, LOST_SLACK_S = 0.03, 1e-3
 """What an arm's clock may miss of the clock around it: returning and a garbage-free Python call."""
 LEAST_BUILDS = 3
-LEAST_LIMIT_SHARE, SHORT_LIMIT_S = 1e-3
+SHORT_LIMIT_S = 1e-3
 """Below this limit an engine's overheads outweigh a tiny model's work, so the limit says nothing about the rates."""
-LONG_S = 0.1, 0.1
+LEAST_LIMIT_SHARE, LONG_S = 0.1, 0.1
 """The share of an independent forward pass's time that the hardware's limit is at least, where it takes so long that
 overheads don't count. Measured: 0.6 on a CPU. A limit far below says that the calibrated rates are too high."""
 ROUNDING = 1e-6
