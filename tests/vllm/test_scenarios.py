@@ -95,4 +95,4 @@ def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
 def test_an_engine_without_a_prefix_cache_is_refused_by_name(scenario: str) -> None:
     config = compose.validate(compose.compose(["model=tiny", f"scenario={scenario}", "sink=none"]))
     with pytest.raises(ConfigError, match="backend=huggingface"):
-        config.scenario.cells(Bench.open(config))
+        config.scenario.check(config)
