@@ -118,11 +118,14 @@ def limit(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
 
 
 def floor(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
-    """The injected arm is not faster than the same engine's prefill of the query alone, up to `FLOOR_SHARE`."""
+    """The injected arm is not faster than the same engine's prefill of the query alone, up to `FLOOR_SHARE`.
+
+    Without an interval nothing is said: one disturbed call would decide.
+    """
     alone_s = [call.engine_s for call in _calls(evidence, ALONE)]
     if alone_s:
         ratio, interval = paired_ratio([call.engine_s for call in _calls(evidence, row.arm)], alone_s)
-        if (interval[1] if interval else ratio) < FLOOR_SHARE:
+        if interval is not None and interval[1] < FLOOR_SHARE:
             yield f"the {row.arm} arm took {ratio:.2f} times what the query alone takes: it did not compute all of it"
 
 
@@ -141,8 +144,11 @@ def build(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
 
     And a build takes no more than the direct arm, which computes more tokens. Both hold even between the fastest calls
     of the one side and the slowest of the other, with `MAX_DIRECT_RATIO` and `MAX_BUILD_OVER_DIRECT` left for noise.
+    Fewer than 6 rounds do not tell slow work from a disturbance, so they are left to `enough_pairs`.
     """
     direct_s = [call.engine_s for call in _calls(evidence, evidence.direct_arm)]
+    if len(direct_s) < BATCHES:
+        return
     kv_s = max(call.engine_s for call in _calls(evidence, row.arm))
     if reason := direct_too_slow(min(direct_s), max(evidence.build_all_s), kv_s, figures.merge_s or 0.0):
         yield reason
@@ -156,7 +162,7 @@ def clocks(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
         calls = _calls(evidence, arm)
         lost_s = median(call.outer_s - call.user_s for call in calls)
         whole_s = median(call.outer_s for call in calls)
-        if lost_s > max(MAX_LOST_SHARE * whole_s, LOST_SLACK_S):
+        if len(calls) >= BATCHES and lost_s > max(MAX_LOST_SHARE * whole_s, LOST_SLACK_S):
             yield (
                 f"{1e3 * lost_s:.4g} ms of the {1e3 * whole_s:.4g} ms of a call of the {arm} arm are not in its TTFT"
             )
@@ -164,7 +170,7 @@ def clocks(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
             yield f"the parts of the {arm} arm's TTFT exceed the whole"
         split = [call for call in calls if call.split_s is not None]
         gaps_s = [call.user_s - call.engine_s - call.cache_s - (call.split_s or 0.0) for call in split]
-        if gaps_s and median(gaps_s) > max(MAX_LOST_SHARE * whole_s, LOST_SLACK_S):
+        if len(gaps_s) >= BATCHES and median(gaps_s) > max(MAX_LOST_SHARE * whole_s, LOST_SLACK_S):
             yield f"{1e3 * median(gaps_s):.4g} ms of the {arm} arm's user TTFT are in none of its parts"
         if any(call.user_s > call.outer_s * (1 + ROUNDING) for call in calls):
             yield f"the {arm} arm's clock ran longer than the clock around it"
