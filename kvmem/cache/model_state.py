@@ -12,7 +12,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from operator import attrgetter, getitem, is_
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -106,30 +107,24 @@ def tensors_within(value: Any) -> Iterator[torch.Tensor]:
 class ModelWatch:
     """Notices that a model may no longer compute what it did when the watch was made.
 
-    `changed` compares identities, storage addresses and version counters: some tens of microseconds, without reading a
-    weight or waiting for a device. It does not see writes through `tensor.data`, which torch does not count.
+    `changed` compares identities, version counters and addresses: some tens of microseconds, without reading a weight
+    or waiting for a device. It does not see writes through `tensor.data`, which torch does not count.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        holders: list[tuple[str, Mapping[str, Any], str, Any]] = []
+        dicts: list[tuple[str, dict[str, Any]]] = []
         for name, module in model.named_modules():
-            for key, child in module._modules.items():
-                holders.append((f"{name}.{key}", module._modules, key, child))
-            for kind in (module._parameters, module._buffers):
-                holders += [(f"{name}.{key}", kind, key, tensor) for key, tensor in kind.items()]
-        self._model = model
-        self._names = [name.removeprefix(".") for name, *_ in holders]
-        self._holders = [holder for _, holder, _, _ in holders]
-        self._keys = [key for *_, key, _ in holders]
-        self._held = [value for *_, value in holders]
-        self._dicts = list({id(holder): holder for holder in self._holders}.values())
-        self._lengths = list(map(len, self._dicts))
-        self._tensors = [value for value in self._held if isinstance(value, torch.Tensor) and not value.is_inference()]
-        self._tensor_names = [
-            name
-            for name, value in zip(self._names, self._held, strict=True)
-            if isinstance(value, torch.Tensor) and not value.is_inference()
+            dicts += [(name, kind) for kind in (module._modules, module._parameters, module._buffers)]
+        self._held_by_name = [(name, held, dict(held)) for name, held in dicts]
+        self._empty = [held for _, held in dicts if not held]
+        self._values = [held.values() for _, held in dicts if held]
+        self._held = list(chain.from_iterable(self._values))
+        self._single = [(i, value) for i, value in enumerate(self._held) if _is_tensor(value) and value.numel() == 1]
+        names = (_joined(name, key) for name, held in dicts for key in held)
+        counted = [
+            pair for pair in zip(names, self._held, strict=True) if _is_tensor(pair[1]) and not pair[1].is_inference()
         ]
+        self._names, self._tensors = [name for name, _ in counted], [tensor for _, tensor in counted]
         self._versions = list(map(_version, self._tensors))
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
         self._tuners = list(_tuner_layers(model))
@@ -138,28 +133,53 @@ class ModelWatch:
     def changed(self) -> str | None:
         """What changed since, as the start of a sentence ("model.layers.0.mlp.up_proj.weight was written in place"), or
         None."""
-        try:
-            if not all(map(is_, map(getitem, self._holders, self._keys), self._held)):
-                at = list(map(is_, map(getitem, self._holders, self._keys), self._held)).index(False)
-                return f"{self._names[at]} was replaced"
-        except KeyError as error:
-            return f"{error.args[0]} was removed"
-        if list(map(_version, self._tensors)) != self._versions:
-            at = [a == b for a, b in zip(map(_version, self._tensors), self._versions, strict=True)].index(False)
-            return f"{self._tensor_names[at]} was written in place"
-        if list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses:
-            addresses = map(torch.Tensor.data_ptr, self._tensors)
-            at = [a == b for a, b in zip(addresses, self._addresses, strict=True)].index(False)
-            return f"{self._tensor_names[at]} was given other memory"
-        if list(map(len, self._dicts)) != self._lengths:
-            return "A module, parameter or buffer was added"
+        if not self._holds_the_same_objects():
+            return self._first_difference()
+        for now, before, what in (
+            (list(map(_version, self._tensors)), self._versions, "was written in place"),
+            (list(map(torch.Tensor.data_ptr, self._tensors)), self._addresses, "was given other memory"),
+        ):
+            if now != before:
+                at = [a == b for a, b in zip(now, before, strict=True)].index(False)
+                return f"{self._names[at]} {what}"
         for (name, layer), state in zip(self._tuners, self._tuner_states, strict=True):
             if _state(layer) != state:
                 return f"An adapter of {name} was switched, scaled, merged or disabled"
         return None
 
+    def _holds_the_same_objects(self) -> bool:
+        """Whether every module, parameter and buffer is the object that it was, and none came or went."""
+        if any(self._empty):
+            return False
+        now = list(chain.from_iterable(self._values))
+        try:
+            # Objects that are the same one are equal without a look inside. Other tensors are unequal, or have no truth
+            # value, unless they are of one element, which is therefore compared by identity.
+            return now == self._held and all(now[i] is tensor for i, tensor in self._single)
+        except (RuntimeError, TypeError):
+            return False
+
+    def _first_difference(self) -> str:
+        for name, held, before in self._held_by_name:
+            for key, value in before.items():
+                if key not in held:
+                    return f"{_joined(name, key)} was removed"
+                if held[key] is not value:
+                    return f"{_joined(name, key)} was replaced"
+            if added := held.keys() - before.keys():
+                return f"{_joined(name, min(added))} was added"
+        return "The order of modules, parameters or buffers was changed"
+
 
 _version = attrgetter("_version")
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}".removeprefix(".")
 
 
 def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -44,24 +44,36 @@ def test_beyond_the_capacity_is_refused_with_the_knob(open_engine):
     with pytest.raises(CapacityError, match="101 tokens"):
         fast.decode_one_token(7, answer_of)
     with pytest.raises(CapacityError, match="capacity_tokens=100"):
-        fast.answer_batch(["Why?"], memory.get_cache(item.kv_cache_id), 100)
-    with pytest.raises(CapacityError, match="capacity_tokens=100"):
         memory.extract(TEXTS[1])
     assert fast.first_token(prompt_of(0, 100)).cached_tokens == 0  # the last row is usable too
 
 
-def test_a_batch_has_the_capacity_of_one_answer(open_engine):
-    """The last token of an answer takes no row, because nothing is computed after it."""
+def test_answers_end_at_the_capacity_and_say_so(open_engine):
+    """Prompt and answer fill the buffer, as they fill a model's positions on every engine, and the answer says so."""
     fast = open_engine(capacity_tokens=100)
     memory, item = stored(fast, TEXTS[0][:150])
     cache_view = memory.get_cache(item.kv_cache_id)
-    most = 100 - len(fast.split("Why?", cache_view).ids) + 1
+    most = 100 - len(fast.split("Why?", cache_view).ids)
     alone = fast.generate("Why?", cache_view, most)
-    assert len(alone.token_ids) == most
-    assert [len(answer.token_ids) for answer in fast.answer_batch(["Why?"] * 2, cache_view, most)] == [most] * 2
-    for answer in (fast.generate, lambda query, *rest: fast.answer_batch([query], *rest)):
-        with pytest.raises(CapacityError, match="capacity_tokens=100"):
-            answer("Why?", cache_view, most + 1)
+    assert len(alone.token_ids) == most and alone.finish_reason == "length"
+    assert fast.generate("Why?", cache_view, most + 1) == replace(alone, finish_reason="context_length")
+    *_, last = fast.stream("Why?", cache_view, most + 1)
+    assert last.finish_reason == "context_length"
+    for asked, reason in ((most, "length"), (most + 1, "context_length"), (100, "context_length")):
+        answers = fast.answer_batch(["Why?"] * 2, cache_view, asked)
+        assert [(len(answer.token_ids), answer.finish_reason) for answer in answers] == [(most, reason)] * 2
+
+
+def test_in_a_batch_each_answer_ends_at_the_capacity(open_engine):
+    fast = open_engine(capacity_tokens=100)
+    memory, item = stored(fast, TEXTS[0][:150])
+    queries = ["Why?", "Why is that so, and since when, and who said it first?"]
+    prompts = [fast.split(query, memory.get_cache(item.kv_cache_id)) for query in queries]
+    answers = fast.answer_batch(queries, memory.get_cache(item.kv_cache_id), 100)
+    assert [len(answer.token_ids) for answer in answers] == [100 - len(prompt.ids) for prompt in prompts]
+    if fast.dtype == torch.float32:
+        alone = [fast.generate(query, memory.get_cache(item.kv_cache_id), 100) for query in queries]
+        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
 
 
 @pytest.mark.parametrize("tokens", [0, -8])
@@ -112,7 +124,7 @@ def test_decoding_ahead_is_decoding_step_by_step(open_engine):
 def test_decoding_stops_at_the_capacity(open_engine):
     fast = open_engine(capacity_tokens=200)
     logits_V, answer = fast.prefill(prompt_of(0, 190))
-    with pytest.raises(CapacityError, match="201 tokens"):
+    with pytest.raises(CapacityError, match="210 tokens"):
         fast.engine.greedy(answer, int(logits_V.argmax()), 20, set())
     assert len(fast.engine.greedy(fast.prefill(prompt_of(0, 190))[1], 5, 10, set())) == 10
 

@@ -157,3 +157,41 @@ def test_hf_graph_computes_with_the_weights_that_it_adopted(change):
         assert injected == backend.generate(prompt, None, 4).token_ids
         transformers_own = HFBackend(Loaded(model.model, model.tokenizer, "the same")).generate(prompt, None, 4)
         assert injected == transformers_own.token_ids
+
+
+def a_new_parameter_in_a_module_without_any(module: nn.Sequential) -> None:
+    module[1].gain = nn.Parameter(torch.ones(3))
+
+
+def an_equal_scalar(module: nn.Sequential) -> None:
+    module[2].weight = nn.Parameter(module[2].weight.detach().clone())
+
+
+def one_module_less(module: nn.Sequential) -> None:
+    del module[2]
+
+
+def another_order(module: nn.Sequential) -> None:
+    module._modules["1"], module._modules["2"] = module._modules["2"], module._modules["1"]
+
+
+def a_replaced_weight_of_another_shape(module: nn.Sequential) -> None:
+    module[0].weight = nn.Parameter(torch.ones(7, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "sign"),
+    [
+        (a_new_parameter_in_a_module_without_any, "1.gain was added"),
+        (an_equal_scalar, "2.weight was replaced"),
+        (one_module_less, "2 was removed"),
+        (another_order, "1 was replaced"),
+        (a_replaced_weight_of_another_shape, "0.weight was replaced"),
+    ],
+)
+def test_a_watch_names_what_changed(change: Callable[[nn.Sequential], None], sign: str) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.PReLU())
+    watch = ModelWatch(module)
+    assert watch.changed() is None
+    change(module)
+    assert watch.changed() == sign

@@ -16,11 +16,11 @@ from transformers import DynamicCache
 
 from kvmem.cache import CacheView, KVCacheItem, dynamic_cache
 from kvmem.engines.base import BetweenLayers, FirstToken
-from kvmem.engines.generation import Generation, Sampler, Sampling, check_generation
+from kvmem.engines.generation import Generation, Sampler, Sampling, check_generation, greedy_token
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.engines.graph.engine import Engine, RunningSequence
 from kvmem.engines.graph.shared_prefix_batch import SharedPrefixBatch
-from kvmem.engines.huggingface import HFBackend, HFConfig, held_by, origin_of
+from kvmem.engines.huggingface import HFBackend, HFConfig, held_by
 from kvmem.errors import check_kind
 from kvmem.merge import MergeStrategy
 from kvmem.models import loading
@@ -107,11 +107,20 @@ class HFGraphBackend(HFBackend):
         if sampling and sampling.temperature > 0:
             return super().generate(query, kv_cache, max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
+        possible = self.room(prompt, max_new_tokens)
         logits_V, answer = self.prefill(prompt, kv_cache)
-        first = int(logits_V.argmax())
+        first = greedy_token(logits_V)
         ends = self.end_tokens
-        ids = () if first in ends else (first, *self.engine.greedy(answer, first, max_new_tokens - 1, ends))
-        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), *origin_of(prompt, kv_cache))
+        ids = () if first in ends else (first, *self.engine.greedy(answer, first, possible - 1, ends))
+        return self.generation(ids, prompt, len(prompt.memory_ids), kv_cache, possible, max_new_tokens)
+
+    def room(self, prompt: TokenizedPrompt, max_new_tokens: int) -> int:
+        """As the base engine's, for the smaller of the model's positions and `capacity_tokens`.
+
+        Raises CapacityError if the prompt fills a buffer.
+        """
+        self.engine.check_room(len(prompt.ids) + 1)
+        return super().room(prompt, max_new_tokens)
 
     def answer_batch(
         self,
@@ -130,22 +139,25 @@ class HFGraphBackend(HFBackend):
         if held == 0:
             return [self.generate(query, kv_cache, max_new_tokens, sampling) for query in queries]
         new = [prompt.ids[held:] for prompt in prompts]
-        batch = SharedPrefixBatch(self.engine, kv_cache, held, len(new), max(map(len, new)) + max_new_tokens - 1)
+        possible = [self.room(prompt, max_new_tokens) for prompt in prompts]
+        rows = max(len(ids) + tokens - 1 for ids, tokens in zip(new, possible, strict=True))
+        batch = SharedPrefixBatch(self.engine, kv_cache, held, len(new), rows)
         samplers = [Sampler(sampling or Sampling(), self.device) for _ in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         logits_BV = batch.extend(new)
-        for step in range(max_new_tokens):
+        for step in range(max(possible)):
             tokens = [sampler.pick(logits_V) for sampler, logits_V in zip(samplers, logits_BV, strict=True)]
             running -= {i for i in running if tokens[i] in self.end_tokens}
             for i in running:
                 answers[i].append(tokens[i])
-            if not running or step + 1 == max_new_tokens:
+            running -= {i for i in running if step + 1 == possible[i]}
+            if not running:
                 break
             logits_BV = batch.extend([(token,) for token in tokens])
         return [
-            Generation(self._text(answer), tuple(answer), len(prompt.ids), held, *origin_of(prompt, kv_cache))
-            for answer, prompt in zip(answers, prompts, strict=True)
+            self.generation(answer, prompt, held, kv_cache, tokens, max_new_tokens)
+            for answer, prompt, tokens in zip(answers, prompts, possible, strict=True)
         ]
 
     @cached_property

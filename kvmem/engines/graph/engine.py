@@ -96,7 +96,7 @@ class Engine:
         """Copies a memory to the head of a buffer before a query needs it. Does not wait for the GPU."""
         with self.turn():
             length = cache.get_seq_length()
-            self._check_room(length)
+            self.check_room(length)
             self.slot_for(cache).buffer.place(cache, length)
 
     def forget(self) -> None:
@@ -133,7 +133,7 @@ class Engine:
         a time.
         """
         tokens = held + len(ids)
-        self._check_room(tokens)
+        self.check_room(tokens)
 
         def pause() -> None:
             self.lock.release()
@@ -155,15 +155,16 @@ class Engine:
         """At most `most` greedy tokens after `token`, up to an end token, which is not included.
 
         Each step is launched before the token of the previous step is read, so the GPU does not wait for the host.
+        Raises CapacityError, before anything is computed, if the buffer has no room for all of them.
         """
         with self.turn():
-            most_new = min(most, self.config.capacity_tokens - sequence.length)
+            self.check_room(sequence.length + most)
             step = self._decoding(sequence, token)
-            on_host = torch.empty(most_new, dtype=torch.long, pin_memory=self.device.type == "cuda")
+            on_host = torch.empty(most, dtype=torch.long, pin_memory=self.device.type == "cuda")
             tokens: list[int] = []
             launched: list[torch.cuda.Event] = []
-            for i in range(most_new + 1):
-                if i < most_new:
+            for i in range(most + 1):
+                if i < most:
                     on_host[i : i + 1].copy_(step(), non_blocking=True)
                     if self.device.type == "cuda":
                         launched.append(torch.cuda.Event())
@@ -175,9 +176,7 @@ class Engine:
                 if int(on_host[i - 1]) in ends:
                     break
                 tokens.append(int(on_host[i - 1]))
-            sequence.length += min(len(tokens) + 1, most_new)
-            if len(tokens) == most_new < most:
-                self._check_room(sequence.length + 1)
+            sequence.length += min(len(tokens) + 1, most)
             return tokens
 
     def _warm(self, new: int) -> None:
@@ -215,7 +214,7 @@ class Engine:
                 return self._used(slot)
         slot = self.slot_for(sequence.cache)
         if sequence.cache is not None:
-            self._check_room(sequence.held)
+            self.check_room(sequence.held)
             slot.buffer.place(sequence.cache, sequence.held)
         if sequence.tail is not None:
             slot.buffer.written_from(sequence.held)
@@ -225,7 +224,7 @@ class Engine:
         return slot
 
     def _run(self, slot: Slot, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_room(held + len(ids))
+        self.check_room(held + len(ids))
         inputs = self._inputs(held, ids)
         new = len(inputs) - 2
         slot.buffer.written_from(held)
@@ -274,7 +273,8 @@ class Engine:
         self.slots.append(slot)
         return slot
 
-    def _check_room(self, tokens: int) -> None:
+    def check_room(self, tokens: int) -> None:
+        """Raises CapacityError if a sequence of so many tokens does not fit a buffer."""
         if tokens > self.config.capacity_tokens:
             shape = self.run.shape
             a_token = 2 * len(self.run.layers) * shape.kv_heads * shape.head_dim * self.dtype.itemsize

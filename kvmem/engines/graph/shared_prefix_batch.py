@@ -65,5 +65,6 @@ class SharedPrefixBatch:
                     w,
                     run.shape,
                 )
-        self.lengths_B += real_B
+        # A row whose answer has ended goes on with the others, in the rows behind its room, which nobody reads.
+        self.lengths_B = (self.lengths_B + real_B).clamp(max=self.room)
         return F.linear(rms_norm(x_BSC + added_BSC, run.last_norm, run.shape.eps), run.head)[:, 0]

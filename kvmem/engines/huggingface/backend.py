@@ -25,7 +25,15 @@ from kvmem.cache import (
     dynamic_cache,
 )
 from kvmem.engines.base import BetweenLayers, FirstToken, GreedyAnswer, MeasuredBackend, check_view
-from kvmem.engines.generation import Generation, Sampler, Sampling, Token, as_text, check_generation
+from kvmem.engines.generation import (
+    Generation,
+    Sampler,
+    Sampling,
+    Token,
+    as_text,
+    check_generation,
+    finish_reason,
+)
 from kvmem.engines.huggingface.config import DTYPES, HFConfig, device_of
 from kvmem.engines.huggingface.model_guard import ModelGuard
 from kvmem.errors import PromptError
@@ -218,12 +226,15 @@ class HFBackend(MeasuredBackend):
     ) -> Generation:
         """Answers `query` (text or chat turns), with the memory in `kv_cache` or without one.
 
+        The answer ends where prompt and answer fill the model's positions, and its `finish_reason` says so.
+
         Raises PromptError, FingerprintError, ConfigError or ArgumentError before anything is computed.
         """
         check_generation(max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
-        ids = tuple(self.decode(prompt, kv_cache, max_new_tokens, sampling or Sampling()))
-        return Generation(self._text(ids), ids, len(prompt.ids), len(prompt.memory_ids), *origin_of(prompt, kv_cache))
+        possible = self.room(prompt, max_new_tokens)
+        ids = tuple(self.decode(prompt, kv_cache, possible, sampling or Sampling()))
+        return self.generation(ids, prompt, len(prompt.memory_ids), kv_cache, possible, max_new_tokens)
 
     def stream(
         self,
@@ -235,8 +246,32 @@ class HFBackend(MeasuredBackend):
         """The same answer as `generate`, token by token. Raises as `generate`, before the first token."""
         check_generation(max_new_tokens, sampling)
         prompt = self.split(query, kv_cache)
-        tokens = self.decode(prompt, kv_cache, max_new_tokens, sampling or Sampling())
-        return as_text(tokens, self._text, max_new_tokens)
+        possible = self.room(prompt, max_new_tokens)
+        tokens = self.decode(prompt, kv_cache, possible, sampling or Sampling())
+        return as_text(tokens, self._text, possible, max_new_tokens)
+
+    def room(self, prompt: TokenizedPrompt, max_new_tokens: int) -> int:
+        """How many of `max_new_tokens` have a position behind `prompt`. Raises PromptError if none has."""
+        possible = min(max_new_tokens, self.max_tokens - len(prompt.ids))
+        if possible < 1:
+            raise PromptError(
+                f"The prompt's {len(prompt.ids)} tokens fill the model's {self.max_tokens} positions, and leave none "
+                "to an answer. Shorten the memory or the query."
+            )
+        return possible
+
+    def generation(
+        self,
+        ids: Sequence[int],
+        prompt: TokenizedPrompt,
+        held: int,
+        kv_cache: CacheView | None,
+        possible: int,
+        requested: int,
+    ) -> Generation:
+        """The answer `ids` to `prompt`, whose first `held` tokens came from `kv_cache`."""
+        reason = finish_reason(len(ids), possible, requested)
+        return Generation(self._text(ids), tuple(ids), len(prompt.ids), held, reason, *origin_of(prompt, kv_cache))
 
     def _text(self, token_ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)

@@ -256,7 +256,7 @@ class FileInjectingEngine(Backend):
             answer = yield from self.submit_stream(engine_request)
             self.verify(answer, prompt, request)
 
-        return as_text(token_ids(), self.text, max_new_tokens)
+        return as_text(token_ids(), self.text, engine_request.max_new_tokens, max_new_tokens)
 
     def answer_prompt(
         self,
@@ -291,7 +291,14 @@ class FileInjectingEngine(Backend):
 
     def verify(self, answer: EngineAnswer, prompt: TokenizedPrompt, request: GenerationRequest) -> VLLMGeneration:
         """The answer as text. Raises InjectionError if the engine did not reuse what memory and prompt share."""
-        return verified(answer, prompt, as_file_handle(request.kv_cache), self.may_recompute, self.text)
+        return verified(
+            answer,
+            prompt,
+            as_file_handle(request.kv_cache),
+            self.may_recompute,
+            self.text,
+            request.max_new_tokens,
+        )
 
     def result(
         self, answer: EngineAnswer | KVMemError, prompt: TokenizedPrompt, request: GenerationRequest

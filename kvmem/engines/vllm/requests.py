@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvmem.engines.base import FileHandle, Injectable
-from kvmem.engines.generation import Generation, Sampling
+from kvmem.engines.generation import Generation, Sampling, finish_reason
 from kvmem.engines.vllm.connector import Report
 from kvmem.errors import EngineError, InjectionError
 from kvmem.prompt import Query, TokenizedPrompt
@@ -93,16 +93,22 @@ def verified(
     cache_view: FileHandle | None,
     may_recompute: bool,
     decode: Callable[[Sequence[int]], str],
+    max_new_tokens: int,
 ) -> VLLMGeneration:
     """The answer as text, if the engine reused what memory and prompt promise.
 
     may_recompute: a memory that could not be loaded is counted as recomputed and is not an error.
 
+    max_new_tokens: how many were asked for; the engine's window may have had room for fewer.
+
     Raises EngineError if the engine aborted the request, and InjectionError if the memory was not loaded, or the
     engine's count differs from the connector's, or is less than what memory and prompt share.
     """
-    if answer.finish_reason == "error":
-        raise EngineError("The engine aborted the request; its log says why.")
+    if answer.finish_reason not in ("stop", "length"):
+        raise EngineError(
+            "The engine ended the request before its answer was complete "
+            f"({answer.finish_reason or 'no reason given'}). Its log says why."
+        )
     report = answer.report or Report(local_tokens=answer.cached_tokens)
     expected, cached = len(prompt.memory_ids), report.local_tokens + report.injected_tokens
     if report.load_error:
@@ -123,6 +129,9 @@ def verified(
         ids,
         len(prompt.ids),
         cached,
+        finish_reason(len(answer.token_ids), len(answer.token_ids), max_new_tokens)
+        if answer.finish_reason == "length"
+        else "stop",
         local_tokens=report.local_tokens,
         injected_tokens=report.injected_tokens,
         recomputed_tokens=max(expected - cached, 0) if report.load_error else 0,
