@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 NOISY_SPREAD = 0.25
 """A run in which an arm's interquartile range exceeds this share of its median was disturbed, and is repeated."""
@@ -13,6 +14,18 @@ BATCHES = 6
 COVERAGE = 1 - 2 * 0.5**BATCHES
 """Of such an interval, 96.9%: all of `BATCHES` independent medians lie on one side of the true one with 2 × 0.5^6."""
 Interval = tuple[float, float]
+
+
+def interval_name(rules: Iterable[int]) -> str:
+    """What a table calls the intervals of rows with verdicts by these versions of the rules.
+
+    >>> interval_name([2]), interval_name([0]), interval_name([0, 2])
+    ('96.9% interval', '95% interval', 'Interval')
+    """
+    versions = {version >= 2 for version in rules}  # before, it was a bootstrap interval of 95%
+    if len(versions) != 1:
+        return "Interval"
+    return f"{COVERAGE:.1%} interval" if versions.pop() else "95% interval"
 
 
 def spread(seconds: Sequence[float]) -> float:
@@ -47,5 +60,12 @@ def median_interval(values: Sequence[float]) -> Interval | None:
     """
     if len(values) < BATCHES:
         return None
-    medians = [float(np.median(batch)) for batch in np.array_split(np.asarray(values), BATCHES)]
-    return min(medians), max(medians)
+    low_R, high_R = median_intervals(np.asarray(values, dtype=np.float64)[None])
+    return float(low_R[0]), float(high_R[0])
+
+
+def median_intervals(values_RN: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The lower and the upper ends of `median_interval` for each of R runs of N values, at least 6."""
+    batches = np.array_split(values_RN, BATCHES, axis=1)
+    medians_RB = np.stack([np.median(batch, axis=1) for batch in batches], axis=1)
+    return medians_RB.min(axis=1), medians_RB.max(axis=1)

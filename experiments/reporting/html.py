@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from experiments.measurement import statistics
 from experiments.reporting import findings, plots, tables
 from experiments.reporting.theme import DARK, LIGHT
 from experiments.results import AnswerPayload, Row, Run, formatting, labels, ttft_of
@@ -59,6 +60,7 @@ class CellView:
     truth: str | None
     answers: Mapping[str, str]
     speedup_interval: tuple[float, float] | None
+    interval_name: str
 
 
 def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
@@ -154,6 +156,7 @@ def cell(row: Row) -> CellView:
         answered.truth if answered else None,
         answered.answers if answered else {},
         ttft.speedup_interval if ttft else None,
+        statistics.interval_name([row.rules]),
     )
 
 

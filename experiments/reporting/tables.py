@@ -15,7 +15,7 @@ import rich.console
 import rich.table
 from rich.text import Text
 
-from experiments.measurement import MAX_DIRECT_RATIO
+from experiments.measurement import MAX_DIRECT_RATIO, statistics
 from experiments.results import (
     Kind,
     Label,
@@ -39,7 +39,7 @@ _ROW_FIELDS = {field.name for field in dataclasses.fields(Row)}
 _HEADINGS = {"arm": "Arm", "attention": "Attention", "run": "Run"}
 _USER_COLUMNS = ("Merge time", "KV user TTFT", "Dir user TTFT")
 """Shown where several memories are merged, for a merge's seconds are in the user's TTFT and not in the engine's."""
-_TTFT_COLUMNS = ("Build", "KV TTFT", "Dir TTFT", "Speedup", "95% interval", "Equality", "Verdict", "Break even")
+_ENGINE_COLUMNS = ("Build", "KV TTFT", "Dir TTFT")
 _TEXT_COLUMNS = {"Model", "Ctx", "Qry", "Equality", "Verdict"}
 
 
@@ -143,8 +143,11 @@ def _ttft_table(title: str, rows: Sequence[Row]) -> Table:
         if cell != following:  # below the last arm of a cell
             lines += [_published_line(other, extra, merged) for other in published.beside(*cell)]
     names = [_HEADINGS.get(name, name.capitalize()) for name in extra]
-    engine, rest = _TTFT_COLUMNS[:3], _TTFT_COLUMNS[3:]
-    columns = ("Model", "Ctx", "CtxTok", "Qry", "QryTok", *names, *engine, *(_USER_COLUMNS if merged else ()), *rest)
+    interval = statistics.interval_name(row.rules for row in rows if row.status != "failed")
+    columns = (
+        *("Model", "Ctx", "CtxTok", "Qry", "QryTok", *names, *_ENGINE_COLUMNS, *(_USER_COLUMNS if merged else ())),
+        *("Speedup", interval, "Equality", "Verdict", "Break even"),
+    )
     return Table(title, caption(rows), columns, frozenset(_TEXT_COLUMNS | set(names)), tuple(lines))
 
 

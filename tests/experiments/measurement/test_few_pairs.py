@@ -62,7 +62,7 @@ def test_a_quick_look_has_rows_and_no_interval(
             assert isinstance(row.payload, InjectionCostPayload)
             assert row.payload.ttft_s > 0 and row.payload.ttft_low_s is row.payload.ttft_high_s is None
     for table in tables.tables(of_pairs):
-        shown = [name for name in table.columns if name in ("95% interval", "ttft low", "ttft high")]
+        shown = [name for name in table.columns if name in ("96.9% interval", "ttft low", "ttft high")]
         assert (shown or scenario == "injection_cost") and not [
             name for name in table.columns if name.endswith(" interval") and name not in shown
         ]

@@ -68,11 +68,20 @@ def test_published_columns_come_first_and_in_order():
     )
 
 
+@pytest.mark.parametrize(
+    ("rules", "name"), [([2, 2], "96.9% interval"), ([0, 0], "95% interval"), ([0, 2], "Interval")]
+)
+def test_the_interval_is_named_by_what_it_holds(rules, name):
+    rows = [dataclasses.replace(row, rules=version) for row, version in zip(grid(), rules, strict=False)]
+    assert [column for column in tables.tables(rows)[0].columns if "nterval" in column] == [name]
+
+
 @pytest.mark.parametrize("row", [invalid_row(), ttft_row(verdict=None), failed_row(payload=ttft_row().payload)])
 def test_no_speedup_without_an_ok_verdict(row):
     line = tables.tables([row])[0].lines[0]
     shown = dict(zip(tables.tables([row])[0].columns, line.cells, strict=True))
-    assert (shown["Speedup"], shown["95% interval"], shown["Break even"]) == (formatting.NONE,) * 3
+    (interval,) = (name for name in shown if "nterval" in name)
+    assert (shown["Speedup"], shown[interval], shown["Break even"]) == (formatting.NONE,) * 3
     assert line.speedup_pct is None
 
 
