@@ -132,7 +132,7 @@ NOISES = (
         "correlated, own",
         "AR(1) of 0.5 in one arm, 5%",
         _own_correlated,
-        "Few pairs hold hardly more than one batch of noise that neighbours share. Use 30 pairs for a figure to publish.",
+        "Few pairs hold hardly more than one batch of noise that neighbours share. A figure to publish has 30 pairs.",
     ),
     Noise("periodic", "busy for a quarter of each 5.3 rounds, 20%", _periodic),
     Noise("two clocks", "each call at one of two clocks, 10% apart", _two_clocks),

@@ -98,7 +98,7 @@ class InjectionCostPayload(AnswerPayload):
     cached_tokens: int | None = None
     ttft_s: float
     ttft_low_s: float | None = None
-    """96.9% interval of the median; None for fewer than 3 rounds."""
+    """96.9% interval of the median; None for fewer than 6 rounds."""
     ttft_high_s: float | None = None
     limit_s: float
     """The shortest time for the same work that the roofline model allows."""
