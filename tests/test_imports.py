@@ -32,7 +32,8 @@ FLOORS = {
         {"scenarios"},
         {"config", "reporting"},
         {"execution", "report"},
-        {"run"},
+        {"audit"},
+        {"run", "verify"},
         {"wandb_sweep"},
     ),
 }

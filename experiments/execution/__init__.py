@@ -10,6 +10,7 @@ from experiments.execution.runner import (
     JobFailed,
     doubts,
     log,
+    measure_one,
     problems,
     run,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "JobFailed",
     "doubts",
     "log",
+    "measure_one",
     "problems",
     "run",
     "run_experiment",

@@ -52,6 +52,12 @@ def hash_of_run(run_dir: Path) -> str | None:
     return config_hash(cards) if isinstance(cards, dict) else None
 
 
+def recorded_hash(run_dir: Path) -> str | None:
+    """The hash of the configuration that a run's rows were measured with, as DONE.json records it; None without it."""
+    ledger = _ledger(run_dir / DONE)
+    return ledger.config_hash if ledger else None
+
+
 def _without_modules(value: Any) -> Any:
     if isinstance(value, Mapping):
         cards = {key: _without_modules(item) for key, item in value.items()}

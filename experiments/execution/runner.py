@@ -27,6 +27,8 @@ from experiments.measurement import from_rank0
 from experiments.reporting import findings, tables, write_report
 from experiments.results import Row, formatting, ttft_of
 from experiments.sinks import JSONL, Guarded, Sink
+from kvmem.engines.huggingface import HFRanksConfig
+from kvmem.errors import ConfigError, did_you_mean
 
 log = logging.getLogger("experiments")
 
@@ -80,6 +82,7 @@ def _measure_missing(
     from_rank0(list(missing))
     if len(missing) < len(cells):
         log.info("%d of %d cells are already finished", len(cells) - len(missing), len(cells))
+    _warn_of_other_commits(rows)
     with ExitStack() as closing:
         for sink in sinks:
             sink.open(run_dir, resolved, rows)
@@ -103,6 +106,34 @@ def _measure_missing(
             console.print(f"\n{answer}", markup=False, highlight=False)
     for name in ("report.html", "table.md", "rows.jsonl"):
         log.info("%s", run_dir / name)
+
+
+def measure_one(config: RunConfig, name: str) -> list[Row]:
+    """Measures one cell of `config` and writes nothing. `name`: as in a row's `conditions["cell"]`.
+
+    Raises ConfigError if there is no such cell, or if the engine runs in several processes.
+    """
+    if isinstance(config.backend, HFRanksConfig):
+        raise ConfigError("backend=hf_ranks measures in several processes, which only a whole run starts.")
+    config.scenario.check(config)
+    bench = config.scenario.open(config)
+    cells = cells_by_name(config.scenario.cells(bench))
+    if name not in cells:
+        raise ConfigError(f"The configuration has no cell {name!r}. {did_you_mean(name, cells)}")
+    rows = measure_cell(config, bench, cells[name])
+    return [replace(row, conditions=row.conditions | {"cell": name}) for row in rows]
+
+
+def _warn_of_other_commits(kept: Iterable[Row]) -> None:
+    """Rows of two versions of the code are no longer one measurement."""
+    others = {str(row.conditions.get("commit")) for row in kept} - {str(layout.commit())}
+    if others:
+        log.warning(
+            "The finished cells were measured by commit %s, and this is commit %s. The folder will hold rows of both, "
+            "which `python -m experiments.verify` reports. Another folder has all cells measured by one version.",
+            ", ".join(sorted(others)),
+            layout.commit(),
+        )
 
 
 def problems(rows: Iterable[Row], exact: bool) -> list[str]:

@@ -3,6 +3,6 @@
 from experiments.sinks.base import Sink
 from experiments.sinks.guarded import Guarded
 from experiments.sinks.jsonl import JSONL
-from experiments.sinks.wandb import WandB, log_run
+from experiments.sinks.wandb import WandB, as_logged, log_run, logged_rows
 
-__all__ = ["JSONL", "Guarded", "Sink", "WandB", "log_run"]
+__all__ = ["JSONL", "Guarded", "Sink", "WandB", "as_logged", "log_run", "logged_rows"]

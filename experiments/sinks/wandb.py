@@ -206,6 +206,23 @@ def log_run(run_dir: Path) -> str | None:
     return sink.close(run_dir)
 
 
+def logged_rows(run_dir: Path) -> tuple[Path, list[dict[str, Any]]] | None:
+    """The table of rows in the newest offline W&B run of a run's folder: its file, and each row by column.
+
+    None if there is no such table: the run was online, had another sink, or was interrupted.
+    """
+    tables = sorted((run_dir / "wandb").glob("offline-run-*/files/media/table/rows*.json"))
+    if not tables:
+        return None
+    table = json.loads(tables[-1].read_text(encoding="utf-8"))
+    return tables[-1], [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
+
+
+def as_logged(row: Row) -> dict[str, Any]:
+    """The fields of a row and of its payload, as the cells of W&B's table hold them."""
+    return {name: _plain(value) for name, value in columns(row).items()}
+
+
 def _plain(value: Any) -> str | int | float | bool | None:
     return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
 
