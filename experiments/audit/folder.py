@@ -58,6 +58,10 @@ def audit(folder: Path) -> Audit:
 
 
 def _lines(run: Run) -> Iterator[Finding]:
+    for row in run.rows:
+        if verdicts := row.conditions.get("earlier_verdicts"):
+            text = f"the cell was measured {len(verdicts) + 1} times; before it was {', then '.join(verdicts)}"
+            yield Finding(name_of(row), text, differs=False)
     if not run.rows:
         yield Finding("rows.jsonl", "it holds no row")
     if run.unread_lines:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from experiments.measurement import statistics
 from experiments.results import ROWS_FILE, Row, read_run
 from kvmem.errors import ConfigError, StorageError
 
@@ -82,7 +83,7 @@ class Ledger:
     """DONE.json in a run's folder: the cells whose rows are all in rows.jsonl.
 
     Each row names its cell in `conditions`. Rows of any other cell come from a failed or interrupted measurement. That
-    cell is measured again.
+    cell is measured again, and so is one whose row is invalid or undecided.
     """
 
     path: Path
@@ -90,9 +91,13 @@ class Ledger:
     cells: list[str] = field(default_factory=list)
     finished: bool = False
     """Whether `cells` holds every cell of the run."""
+    earlier: dict[str, list[str]] = field(default_factory=dict)
+    """The verdicts of the earlier measurements of a cell that is measured again, in order of time."""
 
     def finished_rows(self) -> list[Row]:
         """Returns the rows of the finished cells, and removes all other rows from rows.jsonl.
+
+        A cell with an `unsettled` row no longer counts as finished; its verdict is kept in `earlier`.
 
         A cell without a row no longer counts as finished: its rows were lost if the machine crashed before they were on
         disk.
@@ -101,6 +106,10 @@ class Ledger:
             return []
         found = read_run(self.path.parent).rows if self.path.with_name(ROWS_FILE).is_file() else ()
         rows = [row for row in found if row.conditions.get("cell") in self.cells]
+        open_cells = unsettled(rows)
+        for cell, verdict in open_cells.items():
+            self.earlier.setdefault(cell, []).append(verdict)
+        rows = [row for row in rows if row.conditions["cell"] not in open_cells]
         with_rows = {row.conditions["cell"] for row in rows}
         if not with_rows.issuperset(self.cells):
             self.cells, self.finished = [cell for cell in self.cells if cell in with_rows], False
@@ -115,7 +124,28 @@ class Ledger:
 
     def write(self) -> None:
         content = {"config_hash": self.config_hash, "cells": self.cells, "finished": self.finished}
+        if self.earlier:
+            content["earlier"] = self.earlier
         _replace(self.path, json.dumps(content, indent=2) + "\n")
+
+
+def unsettled(rows: Iterable[Row]) -> dict[str, str]:
+    """The cells with an invalid or undecided row, each with the worst verdict: the same command measures them again.
+
+    A row of too few pairs stays: another measurement of as few could not decide it.
+    """
+    found: dict[str, str] = {}
+    for row in rows:
+        too_few = row.pairs < statistics.BATCHES
+        if row.verdict == "invalid" or (row.verdict == "undecided" and not too_few):
+            cell = str(row.conditions.get("cell"))
+            found[cell] = "invalid" if found.get(cell) == "invalid" else row.verdict
+    return found
+
+
+def is_settled(run_dir: Path) -> bool:
+    """Whether the same command would measure nothing: every cell is finished, and none has an `unsettled` row."""
+    return is_finished(run_dir) and (run_dir / ROWS_FILE).is_file() and not unsettled(read_run(run_dir).rows)
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -194,8 +224,9 @@ def _ledger(path: Path) -> Ledger | None:
     """What DONE.json says; None if there is no such file, or it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Ledger(path, str(content["config_hash"]), list(content["cells"]), bool(content["finished"]))
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        earlier = {str(cell): list(verdicts) for cell, verdicts in content.get("earlier", {}).items()}
+        return Ledger(path, str(content["config_hash"]), list(content["cells"]), bool(content["finished"]), earlier)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

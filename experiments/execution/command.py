@@ -35,7 +35,7 @@ from experiments.execution.runner import (
     problems,
 )
 from experiments.reporting import write_joined
-from experiments.results import displayed_path, formatting, read_rows, runs_in
+from experiments.results import Row, displayed_path, formatting, read_rows, runs_in
 from kvmem.errors import ConfigError, KVMemError
 
 RUN_FOLDER_KNOB = "hydra.run.dir"
@@ -71,9 +71,11 @@ def job(config: DictConfig) -> None:
         raise SystemExit(stopped.exit_status) from stopped
     if found := problems(rows, chosen.merge.exact):
         log.error("error: %d of %d rows are not valid:\n  %s", len(found), len(rows), "\n  ".join(found))
+        _say_how_to_repeat(rows, run_dir)
         _end(here.mode, JobFailed(NOT_ALL_VALID, "; ".join(found)))
     if found := doubts(rows):
         log.warning("no verdict on %d of %d rows:\n  %s", len(found), len(rows), "\n  ".join(found))
+        _say_how_to_repeat(rows, run_dir)
         if here.mode is RunMode.RUN:  # a sweep has one status for all of its jobs
             _end(here.mode, JobFailed(UNDECIDED, "; ".join(found)))
 
@@ -87,6 +89,13 @@ def _end(mode: RunMode | None, failed: JobFailed, cause: Exception | None = None
     if mode is RunMode.RUN:
         raise SystemExit(failed.exit_status) from failed
     raise failed
+
+
+def _say_how_to_repeat(rows: Sequence[Row], run_dir: Path) -> None:
+    if again := checkpoint.unsettled(rows):
+        cells = formatting.plural(len(again), "cell")
+        how = _command_for(run_dir) if HydraConfig.get().mode is RunMode.RUN else "the same command"
+        log.info("To measure %s again: %s", cells, how)
 
 
 def _command_for(run_dir: Path) -> str:

@@ -60,7 +60,7 @@ def run_job(
     `resolved` is the configuration as plain cards. `logging` is rank 0's logging configuration
     (`logging.config.dictConfig`); None keeps Python's default. `runner.run` says what a run writes into `run_dir`.
     """
-    if (count := process_count(config)) > 1 and not checkpoint.is_finished(run_dir):
+    if (count := process_count(config)) > 1 and not checkpoint.is_settled(run_dir):
         return run(count, run_dir, resolved, overrides, logging or {"version": 1})
     return runner.run(config, run_dir, resolved, overrides)
 

@@ -54,7 +54,7 @@ def run(config: RunConfig, run_dir: Path, resolved: dict[str, Any], overrides: S
 
     `resolved` is the configuration as plain cards. A cell that raises becomes a failed row, and the run continues with
     the next cell. Each row is written as soon as it is measured. Cells that are finished in `run_dir` are not measured
-    again.
+    again, unless they have an invalid or undecided row: then the new row replaces it, and names the earlier verdicts.
 
     Raises ConfigError if `run_dir` holds rows of another configuration, or if another process is writing to it.
     """
@@ -80,6 +80,8 @@ def _measure_missing(
     cells = cells_by_name(config.scenario.cells(bench))
     missing = {name: cell for name, cell in cells.items() if name not in done.cells}
     from_rank0(list(missing))
+    for name in missing.keys() & done.earlier.keys():
+        log.info("measuring %s again: it was %s", name, ", then ".join(done.earlier[name]))
     if len(missing) < len(cells):
         log.info("%d of %d cells are already finished", len(cells) - len(missing), len(cells))
     _warn_of_other_commits(rows)
@@ -90,7 +92,8 @@ def _measure_missing(
         for name, cell in zip(missing, progress.track(list(missing.values())), strict=True):
             found = measure_cell(config, bench, cell)
             signals.check()  # a cell that failed because it was interrupted has no row
-            for row in (replace(row, conditions=row.conditions | {"cell": name}) for row in found):
+            of_cell = {"cell": name} | ({"earlier_verdicts": done.earlier[name]} if name in done.earlier else {})
+            for row in (replace(row, conditions=row.conditions | of_cell) for row in found):
                 rows.append(row)
                 for sink in sinks:
                     sink.write(row)

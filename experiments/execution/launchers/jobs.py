@@ -81,7 +81,7 @@ class PerJobLauncher(Launcher):
         configs: dict[int, DictConfig] = {}
         for index, overrides in enumerate(job_overrides, initial_job_idx):
             config = self._config(overrides, index)
-            if checkpoint.is_finished(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)):
+            if checkpoint.is_settled(Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)):
                 outcomes[index] = self._run_here(config)
             else:
                 configs[index] = config

@@ -64,6 +64,40 @@ def test_a_failed_cell_is_tried_again_and_its_row_replaced(tmp_path: Path) -> No
     assert not checkpoint.is_finished(tmp_path / "run")
 
 
+@pytest.mark.parametrize("verdict", ["invalid", "undecided"])
+def test_a_cell_without_a_good_verdict_is_measured_again(tmp_path: Path, verdict: str) -> None:
+    here = [*KNOBS, TWO_CELLS, "scenario.pairs=6", "hydra.run.dir=run"]
+    run(tmp_path, *here)
+    rows_file = tmp_path / "run/rows.jsonl"
+    first, second = (json.loads(line) | {"verdict": "ok"} for line in rows_file.read_text().splitlines())
+    rows_file.write_text("".join(json.dumps(line) + "\n" for line in (first, second | {"verdict": verdict})))
+    assert checkpoint.is_finished(tmp_path / "run") and not checkpoint.is_settled(tmp_path / "run")
+    again = run(tmp_path, *here)
+    assert "1 of 2 cells are already finished" in again.stdout
+    assert f"measuring 1 96/32 again: it was {verdict}" in again.stdout
+    kept, new = (json.loads(line) for line in rows_file.read_text().splitlines())
+    assert kept["payload"] == first["payload"] and new["payload"] != second["payload"]
+    assert new["conditions"]["earlier_verdicts"] == [verdict] and "earlier_verdicts" not in kept["conditions"]
+    if new["verdict"] != "ok":
+        assert "To measure 1 cell again: python -m experiments.run" in again.stdout
+    assert checkpoint.is_finished(tmp_path / "run")
+
+
+def test_too_few_pairs_and_good_rows_are_settled(tmp_path: Path) -> None:
+    good, few, noisy = (
+        ttft_row(pairs=pairs, verdict=verdict, conditions={"cell": verdict})
+        for pairs, verdict in ((6, "ok"), (5, "undecided"), (6, "undecided"))
+    )
+    assert checkpoint.unsettled([good, few]) == {} and checkpoint.unsettled([noisy]) == {"undecided": "undecided"}
+    for times in (1, 2):  # the ledger remembers the verdicts of all earlier measurements
+        with checkpoint.opened(tmp_path, {"seed": 0}) as done:
+            done.finish("undecided")
+            (tmp_path / "rows.jsonl").write_text(noisy.to_json() + "\n")
+            assert done.finished_rows() == [] and done.cells == []
+            assert done.earlier == {"undecided": ["undecided"] * times}
+        (tmp_path / "rows.jsonl").unlink()
+
+
 @pytest.mark.parametrize("left", [0, 1, None], ids=["none", "one", "no file"])
 def test_a_finished_cell_whose_row_is_lost_is_measured_again(tmp_path: Path, left: int | None) -> None:
     lines = [ttft_row(context, conditions={"cell": f"{context}/32"}).to_json() + "\n" for context in (64, 96)]
