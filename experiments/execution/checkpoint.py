@@ -83,7 +83,7 @@ class Ledger:
     """DONE.json in a run's folder: the cells whose rows are all in rows.jsonl.
 
     Each row names its cell in `conditions`. Rows of any other cell come from a failed or interrupted measurement. That
-    cell is measured again, and so is one whose row is invalid or undecided.
+    cell is measured again. So is one whose row is invalid or undecided, once every cell has been tried.
     """
 
     path: Path
@@ -93,11 +93,14 @@ class Ledger:
     """Whether `cells` holds every cell of the run."""
     earlier: dict[str, list[str]] = field(default_factory=dict)
     """The verdicts of the earlier measurements of a cell that is measured again, in order of time."""
+    ended: bool = False
+    """Whether the last command tried every cell. An interrupted one is continued first."""
 
     def finished_rows(self) -> list[Row]:
         """Returns the rows of the finished cells, and removes all other rows from rows.jsonl.
 
-        A cell with an `unsettled` row no longer counts as finished; its verdict is kept in `earlier`.
+        If the last command ended, a cell with an `unsettled` row no longer counts as finished; its verdict is kept in
+        `earlier`.
 
         A cell without a row no longer counts as finished: its rows were lost if the machine crashed before they were on
         disk.
@@ -106,13 +109,14 @@ class Ledger:
             return []
         found = read_run(self.path.parent).rows if self.path.with_name(ROWS_FILE).is_file() else ()
         rows = [row for row in found if row.conditions.get("cell") in self.cells]
-        open_cells = unsettled(rows)
+        open_cells = unsettled(rows) if self.ended else {}
         for cell, verdict in open_cells.items():
             self.earlier.setdefault(cell, []).append(verdict)
         rows = [row for row in rows if row.conditions["cell"] not in open_cells]
         with_rows = {row.conditions["cell"] for row in rows}
         if not with_rows.issuperset(self.cells):
             self.cells, self.finished = [cell for cell in self.cells if cell in with_rows], False
+            self.ended = False
             self.write()
         _replace(self.path.with_name(ROWS_FILE), "".join(f"{row.to_json()}\n" for row in rows))
         return rows
@@ -123,7 +127,7 @@ class Ledger:
         self.write()
 
     def write(self) -> None:
-        content = {"config_hash": self.config_hash, "cells": self.cells, "finished": self.finished}
+        content = {"config_hash": self.config_hash, "cells": self.cells, "finished": self.finished, "ended": self.ended}
         if self.earlier:
             content["earlier"] = self.earlier
         _replace(self.path, json.dumps(content, indent=2) + "\n")
@@ -225,7 +229,9 @@ def _ledger(path: Path) -> Ledger | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         earlier = {str(cell): list(verdicts) for cell, verdicts in content.get("earlier", {}).items()}
-        return Ledger(path, str(content["config_hash"]), list(content["cells"]), bool(content["finished"]), earlier)
+        finished = bool(content["finished"])
+        ended = bool(content.get("ended", finished))
+        return Ledger(path, str(content["config_hash"]), list(content["cells"]), finished, earlier, ended)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

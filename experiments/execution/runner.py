@@ -99,7 +99,7 @@ def _measure_missing(
                     sink.write(row)
             if from_rank0(all(row.status == "done" for row in found)):
                 done.finish(name)
-        done.finished = len(done.cells) == len(cells)
+        done.finished, done.ended = len(done.cells) == len(cells), True
         done.write()
         with checkpoint.writing(run_dir):
             write_report(run_dir)

@@ -207,7 +207,7 @@ def test_a_run_continued_by_another_commit_is_told(measured: Path, tmp_path: Pat
     rows, done = tmp_path / "run/rows.jsonl", tmp_path / "run/DONE.json"
     rows.write_text(rows.read_text().splitlines(keepends=True)[0])
     ledger = json.loads(done.read_text())
-    done.write_text(json.dumps(ledger | {"cells": ledger["cells"][:1], "finished": False}))
+    done.write_text(json.dumps(ledger | {"cells": ledger["cells"][:1], "finished": False, "ended": False}))
     assert "were measured by commit one, and this is commit two" in run(tmp_path, "two")
     (text,) = texts(tmp_path / "run")
     assert "different values of commit: one in 1" in text and "two in 1" in text

@@ -41,7 +41,7 @@ def test_only_missing_cells_are_measured(tmp_path: Path) -> None:
 
     # the state after a kill while the second cell's line is written
     rows_file.write_text(first + second[: len(second) // 2])
-    done_file.write_text(json.dumps(done | {"cells": done["cells"][:1], "finished": False}))
+    done_file.write_text(json.dumps(done | {"cells": done["cells"][:1], "finished": False, "ended": False}))
     again = run(tmp_path, *here)
     assert "1 of 2 cells are already finished" in again.stdout
     assert rows_file.read_text().startswith(first)
@@ -91,6 +91,7 @@ def test_too_few_pairs_and_good_rows_are_settled(tmp_path: Path) -> None:
     assert checkpoint.unsettled([good, few]) == {} and checkpoint.unsettled([noisy]) == {"undecided": "undecided"}
     for times in (1, 2):  # the ledger remembers the verdicts of all earlier measurements
         with checkpoint.opened(tmp_path, {"seed": 0}) as done:
+            done.ended = True
             done.finish("undecided")
             (tmp_path / "rows.jsonl").write_text(noisy.to_json() + "\n")
             assert done.finished_rows() == [] and done.cells == []
