@@ -33,9 +33,9 @@ class Generation:
     """The form to which the memory's KV had been quantized ("int8"); "" if it is as it was built."""
 
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 1e6
-"""Below the first, vLLM samples with it instead, and logits divided by less may overflow. Above the second, the choice
-is uniform."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+"""vLLM's own bounds, so that a value means the same on every engine: below the first it samples with the first instead,
+and above the second it refuses."""
 MAX_TOP_K, MAX_SEED = 2**31 - 1, 2**63 - 1
 """What every engine can take: vLLM's top_k has 32 bits, and torch's seeds have 64 with a sign."""
 
@@ -43,7 +43,7 @@ MAX_TOP_K, MAX_SEED = 2**31 - 1, 2**63 - 1
 class Sampling(BaseModel):
     """How tokens are chosen. The same values are allowed on every engine, whatever it could do with others.
 
-    temperature 0: greedy. Otherwise temperature (0.01 to 1e6), top_k (0: all) and top_p (1: all) apply, and `seed` (0
+    temperature 0: greedy. Otherwise temperature (0.01 to 2), top_k (0: all) and top_p (1: all) apply, and `seed` (0
     to 2^63 - 1) draws: equal seeds give equal answers on one engine. Raises ConfigError for any other value or name.
     """
 

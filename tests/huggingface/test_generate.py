@@ -66,8 +66,8 @@ def test_top_k_top_p_and_temperature_choose_among_the_right_tokens():
     assert set(draws(logits_V, top_k=2)) == {1, 4}
     assert set(draws(logits_V, top_p=0.8)) == {1, 4, 3}  # 0.4 + 0.3 do not reach 0.8, with 0.15 they do
     assert set(draws(logits_V, top_k=3, top_p=0.5)) == {1, 4}
-    hot, usual, cold = (draws(logits_V, temperature=t)[1] for t in (10.0, 1.0, 0.2))
-    assert hot < 120 < usual < 200 < 280 < cold  # of 400: 20%, 40% and 79%
+    hot, usual, cold = (draws(logits_V, temperature=t)[1] for t in (2.0, 1.0, 0.2))
+    assert hot < 135 < usual < 200 < 280 < cold  # of 400: 30%, 40% and 79%
     assert set(draws(logits_V, temperature=0.01)) == {1}
 
 
@@ -76,7 +76,7 @@ def test_top_k_top_p_and_temperature_choose_among_the_right_tokens():
     [
         {"temperature": -1.0},
         {"temperature": 0.001},  # vLLM would sample with 0.01 instead
-        {"temperature": 1e7},
+        {"temperature": 2.1},  # vLLM refuses more than 2
         {"temperature": math.nan},
         {"temperature": math.inf},
         {"top_p": 0.0},
@@ -95,7 +95,7 @@ def test_sampling_refuses_by_name_what_no_engine_takes(knob):
 
 
 @pytest.mark.parametrize(
-    "knob", [{"temperature": 0.01}, {"temperature": 1e6}, {"top_p": 1e-9}, {"top_k": 2**31 - 1}, {"seed": 2**63 - 1}]
+    "knob", [{"temperature": 0.01}, {"temperature": 2.0}, {"top_p": 1e-9}, {"top_k": 2**31 - 1}, {"seed": 2**63 - 1}]
 )
 def test_the_extremes_that_are_allowed_draw_a_token(qwen3, view, knob):
     assert len(qwen3.generate(QUERY, view(), 4, Sampling(**{"temperature": 1.0, **knob})).token_ids) == 4
@@ -113,7 +113,7 @@ def test_stream_is_generate_token_by_token(qwen3, view, sampling):
 def test_stream_holds_back_half_a_character(qwen3):
     """At a high temperature, random weights sometimes give a token that ends inside a character."""
     for seed in range(60):
-        sampling = Sampling(temperature=4.0, seed=seed)
+        sampling = Sampling(temperature=2.0, seed=seed)
         streamed = list(qwen3.stream("Name it.", None, 40, sampling))
         whole = qwen3.generate("Name it.", None, 40, sampling)
         assert "".join(token.text for token in streamed) == whole.text

@@ -269,6 +269,29 @@ def test_a_request_that_does_not_fit_names_both_lengths(engine: VLLMBackend, mem
         engine.generate(QUERY, None, 0)
 
 
+def test_an_answer_ends_with_the_window_and_says_so(engine: VLLMBackend) -> None:
+    words = "word " * 1500
+    left = engine.window - len(engine.split(words).ids)
+    assert 2 < left < 8  # fewer than the tokens that the model answers before its end token
+    answers = engine.generate_batch([GenerationRequest(words, max_new_tokens=asked) for asked in (2, left, left + 20)])
+    assert all(isinstance(answer, VLLMGeneration) for answer in answers)
+    assert [(len(answer.token_ids), answer.finish_reason) for answer in answers] == [
+        (2, "length"),
+        (left, "length"),
+        (left, "context_length"),
+    ]
+    *_, last = engine.stream(words, None, left + 20)
+    assert last.finish_reason == "context_length"
+
+
+@pytest.mark.parametrize(
+    "knob", [{"temperature": 0.01}, {"temperature": 2.0}, {"top_p": 1e-9}, {"top_k": 2**31 - 1}, {"seed": 2**63 - 1}]
+)
+def test_the_extremes_of_sampling_draw_a_token(engine: VLLMBackend, knob: dict[str, float]) -> None:
+    answer = engine.generate(QUERY, None, 2, Sampling(**{"temperature": 1.0, **knob}))
+    assert answer.token_ids
+
+
 def test_only_names_that_the_connector_gives_are_files(engine: VLLMBackend) -> None:
     item = engine.build(TEXTS[0][:200])
     given = engine.store.file_of(item).name
