@@ -34,7 +34,8 @@ def test_an_answer_ends_with_the_positions_and_says_so(engine: type[HFBackend], 
     cache_view = memory.get_cache(item.kv_cache_id)
     left = POSITIONS - len(short.split(QUERY, cache_view).ids)
     assert 20 < left < POSITIONS
-    whole = long.generate([{"role": "system", "content": TEXT}, {"role": "user", "content": QUERY}], None, left, sampling)
+    turns = [{"role": "system", "content": TEXT}, {"role": "user", "content": QUERY}]
+    whole = long.generate(turns, None, left, sampling)
     assert whole.finish_reason == "length"
     expected = replace(whole, cached_tokens=item.metadata.token_count, finish_reason="context_length")
     for asked in (left + 1, 10_000):
