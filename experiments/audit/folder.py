@@ -13,12 +13,10 @@ from experiments.audit.figures import check_row, checked_as, name_of, same
 from experiments.audit.finding import Finding
 from experiments.execution import checkpoint
 from experiments.reporting import html, tables
-from experiments.results import Row, Run, formatting, read_run
+from experiments.results import SHARED_CONDITIONS, Row, Run, formatting, measured_rows, read_run
 from experiments.sinks import as_logged, logged_rows
 
 SHARED_FIELDS = ("model", "weights", "dtype", "backend", "attention", "hardware")
-SHARED_CONDITIONS = ("commit", "kvmem", "torch", "transformers", "vllm", "python", "cuda", "machine", "threads")
-"""Conditions that are one in all rows of a run, unless it was continued with other code or on another machine."""
 OLDER = "measured by the rules before: only what is stored can be checked"
 WRITE_AGAIN = "python -m experiments.report writes it again"
 LONGEST = 160
@@ -76,8 +74,7 @@ def _lines(run: Run) -> Iterator[Finding]:
 def _provenance(folder: Path, rows: Sequence[Row]) -> Iterator[Finding]:
     """Whether all rows are of one commit and one configuration; a remark only if no row is of the present rules."""
     differs = any(checked_as(row) == "judged again" for row in rows)
-    # Simulated rows have no conditions but their cell.
-    measured = [row for row in rows if row.status != "failed" and row.conditions.keys() & set(SHARED_CONDITIONS)]
+    measured = measured_rows(rows)
     if measured and not any(row.conditions.get("commit") for row in measured):
         yield Finding("rows.jsonl", "no row says which commit measured it", differs=False)
     for name in (*SHARED_FIELDS, *SHARED_CONDITIONS):

@@ -31,6 +31,8 @@ class Measured:
     same_query: bool = False
     """Whether every round had the same query."""
     conditions: dict[str, Any] = field(default_factory=dict)
+    calls_made: dict[str, int] = field(default_factory=dict)
+    """How often each arm was called."""
 
     def engine_s(self, arm: str) -> list[float]:
         return [sample.engine_s for sample in self.samples[arm]]
@@ -78,6 +80,7 @@ def compare(
     kv_off, kv_allowed = kv_check(bench, items)
     evidence = Evidence(
         calls=_calls(bench, measured, arm, direct, cell.context_tokens),
+        calls_made={name: measured.calls_made[name] for name in (arm, direct) if name in measured.calls_made},
         exact=memories == 1 or merge.exact,
         direct_arm=direct,
         first_token_margins={name: _margin(traces[name], measured.samples[name][0]) for name in (arm, direct)},
@@ -175,6 +178,7 @@ def _calls(bench: Bench, measured: Measured, arm: str, direct: str, context_toke
                     else 0,
                     computed_tokens=sample.computed_tokens,
                     logits_apart=_apart(bench, sample, plain) if is_hit else None,
+                    ordinal=sample.ordinal,
                 )
             )
     return sorted(calls, key=lambda call: call.started_s)

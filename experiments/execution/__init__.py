@@ -11,6 +11,7 @@ from experiments.execution.runner import (
     doubts,
     log,
     measure_one,
+    mixtures,
     problems,
     run,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "doubts",
     "log",
     "measure_one",
+    "mixtures",
     "problems",
     "run",
     "run_experiment",

@@ -32,6 +32,7 @@ from experiments.execution.runner import (
     JobFailed,
     doubts,
     log,
+    mixtures,
     problems,
 )
 from experiments.reporting import write_joined
@@ -76,8 +77,10 @@ def job(config: DictConfig) -> None:
     if found := doubts(rows):
         log.warning("no verdict on %d of %d rows:\n  %s", len(found), len(rows), "\n  ".join(found))
         _say_how_to_repeat(rows, run_dir)
-        if here.mode is RunMode.RUN:  # a sweep has one status for all of its jobs
-            _end(here.mode, JobFailed(UNDECIDED, "; ".join(found)))
+    if mixed := mixtures(rows):
+        log.warning("not one measurement:\n  %s\nMeasure all cells in a new folder.", "\n  ".join(mixed))
+    if (undecided := [*found, *mixed]) and here.mode is RunMode.RUN:  # a sweep has one status for all of its jobs
+        _end(here.mode, JobFailed(UNDECIDED, "; ".join(undecided)))
 
 
 def _end(mode: RunMode | None, failed: JobFailed, cause: Exception | None = None) -> NoReturn:

@@ -25,7 +25,7 @@ from experiments.execution import checkpoint, progress
 from experiments.hardware import layout
 from experiments.measurement import from_rank0
 from experiments.reporting import findings, tables, write_report
-from experiments.results import Row, formatting, ttft_of
+from experiments.results import Row, different_conditions, formatting, ttft_of
 from experiments.sinks import JSONL, Guarded, Sink
 from kvmem.engines.huggingface import HFRanksConfig
 from kvmem.errors import ConfigError, did_you_mean
@@ -133,7 +133,7 @@ def _warn_of_other_commits(kept: Iterable[Row]) -> None:
     if others:
         log.warning(
             "The finished cells were measured by commit %s, and this is commit %s. The folder will hold rows of both, "
-            "which `python -m experiments.verify` reports. Another folder has all cells measured by one version.",
+            "so this run will end with status 3. In another folder all cells are measured by one version.",
             ", ".join(sorted(others)),
             layout.commit(),
         )
@@ -163,6 +163,15 @@ def doubts(rows: Iterable[Row]) -> list[str]:
         f"{row.model} {row.scenario} {row.context_tokens}/{row.query_tokens}: undecided: {row.verdict_reason}"
         for row in rows
         if row.verdict == "undecided"
+    ]
+
+
+def mixtures(rows: Sequence[Row]) -> list[str]:
+    """More reasons for exit status 3: what differs among rows that should be one measurement."""
+    return [
+        f"the rows have different values of {name}: "
+        + ", ".join(f"{value} in {formatting.plural(count, 'row')}" for value, count in values.items())
+        for name, values in different_conditions(rows).items()
     ]
 
 

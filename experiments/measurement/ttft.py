@@ -43,18 +43,28 @@ class Sample:
     """The number of tokens that entered the model, counted by a witness outside the engine; None without a witness."""
     split_s: float | None = None
     """The part of `user_s` that makes token ids of the text; None where it is not timed apart."""
+    ordinal: int | None = None
+    """The how manieth call of its arm this is. It shows whether later or earlier calls were left out."""
 
 
 def nothing() -> None:
     """The preparation of an arm that needs none."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arm:
-    """A method that gives a first token. `run` is timed; `prepare`, which is called before it, is not."""
+    """A method that gives a first token. `run` is timed; `prepare`, which is called before it, is not.
+
+    An arm counts its own calls, so that a row tells all of them, whoever chooses among the samples.
+    """
 
     run: Callable[[str], Sample]
     prepare: Callable[[], None] = nothing
+    calls: int = 0
+
+    def __call__(self, query: str) -> Sample:
+        self.calls += 1
+        return self.run(query)
 
 
 def injected(memory: KVCacheMemory, backend: MeasuredBackend, ids: Sequence[str], query: Query) -> Sample:
@@ -168,12 +178,18 @@ def interleaved(
                 arm.prepare()
                 counted = witness.count if witness else 0
                 started = time.perf_counter()
-                sample = arm.run(query)
+                sample = arm(query)
                 outer_s = time.perf_counter() - started
                 if round_ >= warmups:
                     computed = witness.count - counted if witness else None
                     samples[name].append(
-                        replace(sample, started_s=started - origin, outer_s=outer_s, computed_tokens=computed)
+                        replace(
+                            sample,
+                            started_s=started - origin,
+                            outer_s=outer_s,
+                            computed_tokens=computed,
+                            ordinal=arm.calls,
+                        )
                     )
     finally:
         gc.enable()

@@ -24,6 +24,8 @@ MAX_BUILD_OVER_DIRECT, BUILD_SLACK_S = 1.5, 0.1
 MAX_LOST_SHARE, LOST_SLACK_S = 0.03, 1e-3
 """What an arm's clock may miss of the clock around it: returning and a garbage-free Python call."""
 LEAST_BUILDS = 3
+MAX_WARMUPS, MAX_RUNS = 1, 2
+"""Calls of an arm before the timed ones, and runs of a cell's rounds."""
 SHORT_LIMIT_S = 1e-3
 """Below this limit an engine's overheads outweigh a tiny model's work, so the limit says nothing about the rates."""
 LEAST_LIMIT_SHARE, LONG_S = 0.1, 0.1
@@ -219,6 +221,24 @@ def interleaved(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[
         yield "the arms ran in the same order in every round"
 
 
+def last_run_counts(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The timed calls are an arm's last ones, and it was called no more often than the row tells.
+
+    So no run of a cell was chosen by its result: a cell is measured once, or twice if it was disturbed, and the last
+    run counts.
+    """
+    told = figures.measured_times or 1
+    for arm in (row.arm, evidence.direct_arm):
+        calls, made = _calls(evidence, arm), evidence.calls_made.get(arm)
+        ordinals = [call.ordinal for call in calls if call.ordinal is not None]
+        if made is None or not ordinals:
+            continue
+        if max(ordinals) != made or len(ordinals) != max(ordinals) - min(ordinals) + 1:
+            yield f"the {arm} arm was called {made} times, and its timed calls are not the last of them"
+        if not 0 <= made - told * len(calls) <= MAX_WARMUPS or told > MAX_RUNS:
+            yield f"the {arm} arm was called {made} times, and the row tells of {told} x {len(calls)}"
+
+
 def answers(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
     """The graded answers agree if the injection is exact, and the direct arm agrees with the independent forward."""
     if evidence.tolerance is None:
@@ -306,6 +326,7 @@ RULES: tuple[Rule, ...] = (
     figures_follow,
     clocks,
     interleaved,
+    last_run_counts,
     answers,
     timed_is_graded,
     stored_kv,

@@ -16,6 +16,7 @@ from experiments.results.labels import (
     varying,
     verdict,
 )
+from experiments.results.provenance import SHARED_CONDITIONS, different_conditions, measured_rows
 from experiments.results.row import PAYLOADS, Payload, Row, TimedPrefill
 from experiments.results.run_dir import ROWS_FILE, SWEEPS, Run, displayed_path, in_order, read_rows, read_run, runs_in
 from experiments.results.ttft import AnswerPayload, ArmTimes, Evidence, TimedCall, TTFTPayload, ttft_of
@@ -29,6 +30,7 @@ __all__ = [
     "IN_PLACE",
     "PAYLOADS",
     "ROWS_FILE",
+    "SHARED_CONDITIONS",
     "SWEEPS",
     "AnswerPayload",
     "ArmTimes",
@@ -44,11 +46,13 @@ __all__ = [
     "between",
     "caption",
     "condition",
+    "different_conditions",
     "displayed_path",
     "equality",
     "in_order",
     "kind",
     "label",
+    "measured_rows",
     "read_rows",
     "read_run",
     "runs_in",

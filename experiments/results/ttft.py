@@ -48,6 +48,8 @@ class TimedCall:
     """Tokens that entered the model, by a hook outside the engine; None where no hook can be set."""
     logits_apart: float | None = None
     """The largest difference of this call's logits from the direct arm's in the same round."""
+    ordinal: int | None = None
+    """The how manieth call of its arm this is, warm-up included; None in rows that did not count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class Evidence:
 
     calls: list[TimedCall] = field(default_factory=list)
     """Every timed call, in order of time."""
+    calls_made: dict[str, int] = field(default_factory=dict)
+    """How often each arm was called in the cell, warm-up and discarded rounds included."""
     exact: bool = True
     """Whether the injection promises the output of the prompt sent whole."""
     direct_arm: str = "direct"

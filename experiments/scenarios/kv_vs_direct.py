@@ -97,6 +97,7 @@ class KVvsDirect(ModelScenario[Cell]):
             runs,
             len(queries) == 1 < self.pairs,
             conditions,
+            {name: arm.calls for name, arm in arms.items()},
         )
         payload: Callable[..., KVvsDirectPayload] = KVvsDirectPayload
         if "shared_tensors" in samples:

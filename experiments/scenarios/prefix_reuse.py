@@ -125,7 +125,8 @@ class PrefixReuse(ModelScenario[Cell]):
             arms[GENERATE] = ttft.Arm(partial(ttft.native_hit, backend, tokens, first_token=generate), fill)
         rounds = [queries[i % len(queries)] for i in range(self.pairs)]
         samples, runs = ttft.interleaved_calm(arms, rounds, random.Random(bench.setup.seed), warmups=0)
-        measured = Measured(samples, traces, runs, len(queries) == 1 < self.pairs, bench.conditions_now())
+        calls = {name: arm.calls for name, arm in arms.items()}
+        measured = Measured(samples, traces, runs, len(queries) == 1 < self.pairs, bench.conditions_now(), calls)
         rows = []
         for name in ("injected", NATIVE):
             payload: Callable[..., PrefixReusePayload] = PrefixReusePayload

@@ -11,6 +11,7 @@ from tests.mutations import (
     formulas,
     hf_graph,
     limits,
+    provenance,
     ungraded,
     wrong_kv,
 )
@@ -29,6 +30,7 @@ MUTATIONS: list[Mutation] = [
         hf_graph,
         few_or_noisy,
         build,
+        provenance,
     )
     for mutation in kind.MUTATIONS
 ]

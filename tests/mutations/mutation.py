@@ -41,6 +41,9 @@ class Mutation:
     arm: str = ""
     """The arm whose rows must not be ok; "" for every arm."""
 
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.name}"
+
 
 def first_token_with_cache(body: Callable[..., Any]) -> Callable[[Any], Any]:
     """Replaces an engine's `first_token` for calls with a cache by `body(original, backend, prompt, cache)`."""

@@ -18,6 +18,8 @@ QUICK = (
     "the cache is ignored and its hit claimed",
     "the arms are not interleaved",
     "the build time is halved",
+    "the first of two runs is kept as the better one",
+    "another commit in the second cell",
 )
 
 
@@ -30,7 +32,7 @@ def test_a_planted_fault_is_noticed(name: str, tmp_path: Path) -> None:
 
 def test_an_honest_run_is_not_invalid(tmp_path: Path) -> None:
     outcome = run(Mutation("none", "nothing", "", ()), tmp_path / "run")
-    assert not any("invalid" in reason or "failed" in reason for reason in outcome.reasons), outcome.reasons
+    assert outcome.verdict != "invalid", outcome.reasons
 
 
 def test_every_fault_has_a_name_of_its_own() -> None:
