@@ -75,7 +75,8 @@ def _graph_method(
 
     def first_token(prompt: TokenizedPrompt) -> FirstToken:
         held = len(prompt.memory_ids)
-        return FirstToken(engine.first_token(cache, held, prompt.query_ids), held)
+        token, logits_V = engine.first_token(cache, held, prompt.query_ids)
+        return FirstToken(token, held, logits_V=logits_V)
 
     return InjectionMethod(_timed(engine.device, prompts, first_token), trace, DIRECT)
 

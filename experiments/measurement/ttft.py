@@ -185,6 +185,7 @@ def interleaved(
                     samples[name].append(
                         replace(
                             sample,
+                            token=_kept(sample.token),
                             started_s=started - origin,
                             outer_s=outer_s,
                             computed_tokens=computed,
@@ -194,6 +195,11 @@ def interleaved(
     finally:
         gc.enable()
     return samples
+
+
+def _kept(token: FirstToken) -> FirstToken:
+    """The token with a copy of its logits, which the engine's next call may overwrite."""
+    return token if token.logits_V is None else replace(token, logits_V=token.logits_V.detach().clone())
 
 
 def interleaved_calm(

@@ -225,7 +225,7 @@ class FirstToken:
     """One greedy token, and the engine's own count of prompt tokens that it did not compute for it.
 
     `local_tokens` of them came from the engine's prefix cache, the others from the memory. `logits_V`, (vocab,), are
-    the logits that gave the token, on the engine's device; None if the engine does not keep them.
+    the logits that gave the token, on the engine's device, until its next call; None if the engine does not give them.
     """
 
     id: int

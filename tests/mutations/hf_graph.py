@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
-from kvmem.engines.graph import HFGraphBackend
+from kvmem.cache import dynamic_cache
+from kvmem.engines.graph import HFGraphBackend, kv_buffers
 from kvmem.prompt import TokenizedPrompt
 from tests.mutations.mutation import Mutation, Patch, first_token_with_cache
 from tests.mutations.ungraded import TIMED
@@ -26,11 +28,25 @@ def _no_hit(first_token: Any, backend: Any, prompt: Any, cache: Any) -> Any:
     return replace(first_token(backend, prompt, cache), cached_tokens=0)
 
 
+def _in_place_already(original: Any) -> Any:
+    """Any memory counts as the one in the buffer's rows, so that rows of an earlier pass answer."""
+
+    def place(buffer: Any, cache: Any, held: int) -> int:
+        buffer.memory, buffer.intact = weakref.ref(dynamic_cache.layers_of(cache)[0][0]), held
+        return 0
+
+    return place
+
+
 MUTATIONS = [
     Mutation(KIND, name, expected, (Patch(HFGraphBackend, "first_token", first_token_with_cache(body)),), GRAPH)
     for name, expected, body in (
         ("the query is answered without the memory", TIMED, _query_alone),
         ("token 0 is returned", TIMED, _zero),
         ("a hit is not told", "tokens came from the cache", _no_hit),
+    )
+] + [
+    Mutation(
+        KIND, "any memory counts as in place", "a logit", (Patch(kv_buffers.Buffer, "place", _in_place_already),), GRAPH
     )
 ]

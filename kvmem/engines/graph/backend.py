@@ -88,7 +88,12 @@ class HFGraphBackend(HFBackend):
 
     def first_token(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> FirstToken:
         held = len(prompt.memory_ids) if kv_cache else 0
-        return FirstToken(self.engine.first_token(kv_cache, held, _new_ids(prompt, kv_cache)), held)
+        token, logits_V = self.engine.first_token(kv_cache, held, _new_ids(prompt, kv_cache))
+        return FirstToken(token, held, logits_V=logits_V)
+
+    def reset(self) -> None:
+        """Overwrites the buffers, so that a memory that lies in one already is placed again, and timed."""
+        self.engine.overwrite()
 
     def extend(self, token_ids: Sequence[int], state: RunningSequence) -> torch.Tensor:
         return self.engine.extend(state, token_ids)

@@ -105,11 +105,21 @@ class Engine:
             for slot in self.slots:
                 slot.buffer.memory, slot.buffer.intact = None, 0
 
-    def first_token(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> int:
-        """The greedy token after the first `held` tokens of `cache` and `ids`, on the host."""
+    def overwrite(self) -> None:
+        """Overwrites the buffers that no sequence is using, so that what they held can answer nothing."""
         with self.turn():
-            token, _ = self._run(self.take(RunningSequence(cache, held, held)), held, ids)
-            return int(token)
+            for slot in self.slots:
+                if slot.sequence is None:
+                    slot.buffer.overwrite()
+
+    def first_token(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> tuple[int, torch.Tensor]:
+        """The greedy token after the first `held` tokens of `cache` and `ids`, on the host, and its logits, (vocab,).
+
+        The engine's next call may overwrite the logits.
+        """
+        with self.turn():
+            token, logits_V = self._run(self.take(RunningSequence(cache, held, held)), held, ids)
+            return int(token), logits_V
 
     def begin(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, RunningSequence]:
         """The logits after the first `held` tokens of `cache` and `ids`, (vocab,), and the sequence to continue."""

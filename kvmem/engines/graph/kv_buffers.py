@@ -61,6 +61,13 @@ class Buffer:
         self.intact = min(self.intact, row)
 
     @torch.inference_mode()
+    def overwrite(self) -> None:
+        """Replaces every row by ones, so that the next `place` has to copy its memory. Not NaN: see the constructor."""
+        self.k_LBKTD.fill_(1)
+        self.v_LBKTD.fill_(1)
+        self.intact = 0
+
+    @torch.inference_mode()
     def write(self, start: int, blocks: Sequence[KV]) -> None:
         """Copies `blocks`, (1, kv_heads, tokens, head_dim) for each layer, to the rows from `start` on."""
         # Few calls, because the host takes longer than the GPU: the rows of all layers are sliced and copied at once.
