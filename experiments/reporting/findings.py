@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from experiments.results import Row
+from experiments.results import GRADES, SAME, Row, formatting, is_prediction
 from experiments.scenarios import SCENARIOS
 
 
@@ -15,7 +16,20 @@ def question(rows: Sequence[Row]) -> str:
 
 
 def answer(rows: Sequence[Row]) -> str:
-    """The answer that the first row's scenario reads from its valid rows; "" if it reads none."""
+    """The answer that the first row's scenario reads from its valid or predicted rows; "" if it reads none.
+
+    Before it stands in how many of them the output is the same, for a time says nothing without that.
+    """
     scenario = SCENARIOS.classes().get(rows[0].scenario) if rows else None
-    valid = [row for row in rows if row.scenario == rows[0].scenario and row.verdict == "ok"]
-    return scenario.answer(valid) if scenario and valid else ""
+    valid = [row for row in rows if row.scenario == rows[0].scenario and (row.verdict == "ok" or is_prediction(row))]
+    found = scenario.answer(valid) if scenario and valid else ""
+    return f"{_outputs(valid)}{found}" if found else ""
+
+
+def _outputs(rows: Sequence[Row]) -> str:
+    grades = Counter(row.equality for row in rows if row.equality is not None)
+    if not grades:
+        return ""
+    same = f"{sum(grades[grade] for grade in SAME)} of {formatting.plural(grades.total(), 'row')}"
+    others = [f"{grades[grade]} {name}" for grade, name in GRADES.items() if grade not in SAME and grades[grade]]
+    return f"The answer is the same in {', '.join([same, *others])}. "

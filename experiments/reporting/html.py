@@ -13,8 +13,9 @@ import jinja2
 
 from experiments.measurement import statistics
 from experiments.reporting import findings, plots, tables
+from experiments.reporting.headline import headline
 from experiments.reporting.theme import DARK, LIGHT
-from experiments.results import AnswerPayload, Row, Run, formatting, labels, ttft_of
+from experiments.results import AnswerPayload, Row, Run, TTFTPayload, formatting, labels, ttft_of
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 IN_SHORT = ("machine", "cuda", "torch", "transformers", "vllm", "graphs", "commit")
@@ -45,7 +46,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class CellView:
-    """A row with all its figures and both answers; `bars` are (arm, its time as text, time and limit in % of the
+    """A row with all its figures and both answers; `bars` are (arm, its user TTFT as text, time and limit in % of the
     longer arm's time)."""
 
     title: str
@@ -72,35 +73,49 @@ def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
         name: getattr(formatting, name) for name in ("seconds", "percent", "percent_range", "count")
     }
     environment.filters["zip"] = zip
-    environment.filters["times"] = lambda percent: formatting.times(100 / (100 - percent))
-    shown = sorted((row for row in rows if labels.shown_speedup(row) is not None), key=_speedup)
-    of_shown = [figures for row in shown if (figures := ttft_of(row))]
-    breaks_even = [figures.break_even_queries for figures in of_shown if figures.break_even_queries is not None]
+    environment.filters["width"] = _width
+    head, arms = headline(rows), [name for name in labels.varying(rows) if name in ("tier", "arm")]
+    predicted = bool(rows) and all(map(labels.is_prediction, rows))
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" · ".join(dict.fromkeys(row.model for row in rows)) or "an empty run",
         models=list(dict.fromkeys(row.model for row in rows)),
         runs=runs,
         rows=rows,
-        speedups=[labels.shown_speedup(row) for row in shown],
-        best=cell(shown[-1]) if shown else None,
-        worst_queries=formatting.digits(max(breaks_even)) if breaks_even else None,
+        head=head,
+        best=cell(head.row, arms) if head else None,
+        predicted=predicted,
+        break_even=_break_even(rows),
         kinds=Counter(labels.kind(row) for row in rows),
         grades=[(name, Counter(row.equality for row in rows)[grade]) for grade, name in labels.GRADES.items()],
         summary=labels.summary(rows),
-        in_short=in_short(rows),
+        in_short=in_short([row for row in rows if predicted or not labels.is_prediction(row)]),
         conditions=conditions(rows),
         tables=[tables.compact(table) for table in tables.tables(rows)],
         plots=_plots(rows),
         question=findings.question(rows),
         answer=findings.answer(rows),
-        cells=[cell(row) for row in rows if row.status != "failed"],
-        failed=[cell(row) for row in rows if row.status == "failed"],
+        cells=[] if predicted else [cell(row, arms) for row in rows if row.status != "failed"],
+        failed=[cell(row, arms) for row in rows if row.status == "failed"],
         last_line=labels.last_line,
     )
 
 
-def _speedup(row: Row) -> float:
-    return labels.shown_speedup(row) or 0.0
+def _width(table: tables.Table) -> int:
+    """About how many pixels a table needs, for browsers that can't tell whether it scrolls."""
+    cells = zip(table.columns, *(line.cells for line in table.lines), strict=True)
+    longest = [max(len(text) for text in column[1:]) for column in cells if column[0] != "Verdict"]
+    return sum(8 * letters + 16 for letters in longest) + 110
+
+
+def _break_even(rows: Sequence[Row]) -> str:
+    """After how many queries the builds of the valid cells have paid for themselves; "" if there is none."""
+    valid = [figures for row in rows if labels.kind(row) == "ok" and (figures := ttft_of(row))]
+    pay = [figures.break_even_queries for figures in valid if figures.break_even_queries is not None]
+    never = f"never in {len(valid) - len(pay)} of {formatting.plural(len(valid), 'cell')}"
+    if not pay:
+        return never if valid else ""
+    most = f"{'at most ' if len(pay) > 1 else ''}{formatting.digits(max(pay))} queries"
+    return most if len(pay) == len(valid) else f"{most}; {never}"
 
 
 def _plots(rows: Sequence[Row]) -> list[Plot]:
@@ -116,8 +131,11 @@ def _uri(svg: bytes) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
-def cell(row: Row) -> CellView:
-    """A row as a block of the page: every figure that it has, in words and units."""
+def cell(row: Row, arms: Sequence[str] = ()) -> CellView:
+    """A row as a block of the page: every figure that it has, in words and units.
+
+    arms: the conditions that tell the rows of one cell apart, which its title then names.
+    """
     own = row.payload.figures() if row.payload else {}
     if row.verdict != "ok":  # a speed-up is shown only where the verdict stands behind it
         own = {key: value for key, value in own.items() if not key.startswith("speedup")}
@@ -127,24 +145,25 @@ def cell(row: Row) -> CellView:
         (_CALLED.get(key, formatting.heading(key)), formatting.by_name(key, value)) for key, value in named.items()
     ]
     ttft = ttft_of(row)
-    arms = [("direct", ttft.direct_arm), ("injected", ttft.kv_arm)] if ttft else []
-    longest = max((times.ttft_s for _, times in arms), default=0.0)
+    times = _user_times(ttft) if ttft else []
+    longest = max((user_s for _, user_s, _ in times), default=0.0)
     bars = [
         (
             arm,
-            formatting.seconds(times.ttft_s),
-            100 * times.ttft_s / longest,
-            100 * times.limit_s / longest if times.limit_s is not None else None,
+            formatting.seconds(user_s),
+            100 * user_s / longest,
+            100 * limit_s / longest if limit_s is not None else None,
         )
-        for arm, times in arms
+        for arm, user_s, limit_s in times
     ]
     answered = row.payload if isinstance(row.payload, AnswerPayload) else None
     parts = [labels.label(row, "context"), labels.label(row, "query")]
     sizes = f"{formatting.count(row.context_tokens)} tokens of memory, {formatting.count(row.query_tokens)} of query"
     sizes_told = "" if all(part.replace(",", "").isdigit() for part in parts) else f"{' / '.join(parts)}: "
     title = f"{sizes_told}{sizes}" if row.context_tokens or row.query_tokens else row.scenario
+    told = list(dict.fromkeys(str(labels.condition(row, name)) for name in arms))
     return CellView(
-        title,
+        " · ".join([title, *told]),
         row,
         labels.kind(row),
         labels.verdict(row),
@@ -160,9 +179,19 @@ def cell(row: Row) -> CellView:
     )
 
 
+def _user_times(figures: TTFTPayload) -> list[tuple[str, float, float | None]]:
+    return [
+        ("direct", figures.direct_user_ttft_s, figures.direct_limit_s),
+        ("injected", figures.kv_user_ttft_s, figures.limit_s),
+    ]
+
+
 def in_short(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The conditions that a reader needs to judge the figures by: a few, all of them in `conditions`."""
     known = dict(conditions(rows))
+    predicted = bool(rows) and all(map(labels.is_prediction, rows))
+    if predicted:
+        return [(name, known[name]) for name in ("model", "dtype", "hardware") if name in known]
     names = ["model", *(name for name in labels.CONDITIONS if name not in ("arm", "memories")), *IN_SHORT]
     return [(name, known[name]) for name in names if name in known]
 

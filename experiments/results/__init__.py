@@ -4,11 +4,13 @@ from experiments.results.arms import ALONE, DIRECT, DIRECT_EAGER, GRAPH, IN_PLAC
 from experiments.results.formatting import between
 from experiments.results.labels import (
     GRADES,
+    PREDICTED,
     Kind,
     Label,
     caption,
     condition,
     equality,
+    is_prediction,
     kind,
     label,
     shown_speedup,
@@ -20,17 +22,21 @@ from experiments.results.provenance import SHARED_CONDITIONS, different_conditio
 from experiments.results.row import PAYLOADS, Payload, Row, TimedPrefill
 from experiments.results.run_dir import ROWS_FILE, SWEEPS, Run, displayed_path, in_order, read_rows, read_run, runs_in
 from experiments.results.ttft import AnswerPayload, ArmTimes, Evidence, TimedCall, TTFTPayload, ttft_of
+from experiments.results.user_speedup import CHANGED, SAME, user_calls, user_speedup
 
 __all__ = [
     "ALONE",
+    "CHANGED",
     "DIRECT",
     "DIRECT_EAGER",
     "GRADES",
     "GRAPH",
     "IN_PLACE",
     "PAYLOADS",
+    "PREDICTED",
     "ROWS_FILE",
     "SHARED_CONDITIONS",
+    "SAME",
     "SWEEPS",
     "AnswerPayload",
     "ArmTimes",
@@ -50,6 +56,7 @@ __all__ = [
     "displayed_path",
     "equality",
     "in_order",
+    "is_prediction",
     "kind",
     "label",
     "measured_rows",
@@ -59,6 +66,8 @@ __all__ = [
     "shown_speedup",
     "summary",
     "ttft_of",
+    "user_calls",
+    "user_speedup",
     "varying",
     "verdict",
 ]

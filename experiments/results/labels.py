@@ -21,6 +21,10 @@ GRADES = {
 }
 
 
+PREDICTED = "predicted"
+"""The engine of rows that are computed from a model of the hardware. No verdict applies to them."""
+
+
 @dataclass(frozen=True)
 class Label:
     """A short name, and the detail that is shown where there is room for it."""
@@ -56,6 +60,10 @@ def kind(row: Row) -> Kind:
             return "unjudged"
 
 
+def is_prediction(row: Row) -> bool:
+    return row.backend == PREDICTED
+
+
 def shown_speedup(row: Row) -> float | None:
     """The speed-up in %, if it was measured and the verdict is ok."""
     figures = ttft_of(row)
@@ -77,7 +85,7 @@ def verdict(row: Row) -> Label:
         case "undecided":
             return Label("undecided", row.verdict_reason)
         case "unjudged":
-            return Label("not judged")
+            return Label(PREDICTED if is_prediction(row) else "not judged")
         case other:
             return Label(other, row.verdict_reason)
 
@@ -123,6 +131,8 @@ def caption(rows: Sequence[Row]) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """How many rows, their verdicts and their equality grades, in a line."""
     kinds = Counter(kind(row) for row in rows)
+    if rows and all(map(is_prediction, rows)) and not kinds["failed"]:
+        return f"{formatting.plural(len(rows), 'row')}, predicted. Nothing was measured."
     verdicts = [f"{kinds['ok']} ok", f"{kinds['invalid']} invalid", f"{kinds['failed']} failed"]
     if kinds["undecided"]:
         verdicts.insert(2, f"{kinds['undecided']} undecided")

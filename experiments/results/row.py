@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from functools import cache
+from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -53,7 +54,7 @@ class Payload:
     def figures(self) -> dict[str, Any]:
         """Every field that holds a number or a text, None included, in order of declaration."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if not isinstance(value, (dict, list, tuple))}
+        return {name: value for name, value in values.items() if isinstance(value, (int, float, str, NoneType))}
 
 
 PAYLOADS = Registry(Payload, "experiments.scenarios", "scenario")

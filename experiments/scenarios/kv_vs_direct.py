@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -18,7 +17,7 @@ from experiments import baselines
 from experiments.baselines import SharedTensors
 from experiments.bench import Bench, Measured, build_once, builds_s, compare, judging_arms
 from experiments.measurement import Witness, embedding_of, statistics, ttft
-from experiments.results import GRADES, Row, TTFTPayload, between, formatting, ttft_of
+from experiments.results import Row, TTFTPayload, between, user_speedup
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell, other_questions
 from kvmem.cache import KVCacheItem
@@ -123,13 +122,11 @@ class KVvsDirect(ModelScenario[Cell]):
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
-        times = [100 / (100 - figures.speedup_pct) for row in rows if (figures := ttft_of(row))]
+        times = [100 / (100 - saved_pct) for row in rows if (saved_pct := user_speedup(row)) is not None]
         if not times:
             return ""
-        grades = Counter(row.equality for row in rows)
-        same = f"{grades['bitwise'] + grades['tokens']} of {formatting.plural(len(rows), 'cell')}"
-        others = [f"{grades[grade]} {GRADES[grade]}" for grade in ("near_tie", "drifted", "diverged") if grades[grade]]
+        merging = ", with merging" if any(row.memories > 1 for row in rows) else ""
         return (
             f"With an injected memory the first token comes {between(times)} times as fast as with the memory as "
-            f"prompt text. The answer is the same in {', '.join([same, *others])}."
+            f"prompt text, from text to the first token{merging}."
         )

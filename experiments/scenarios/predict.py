@@ -29,7 +29,7 @@ from experiments.performance_model import (
     points_of,
     size_fleet,
 )
-from experiments.results import Payload, Row, published, read_run
+from experiments.results import PREDICTED, Payload, Row, formatting, published, read_run
 from experiments.results.published import PublishedRow
 from experiments.scenarios.base import Scenario
 from kvmem.errors import ConfigError
@@ -185,6 +185,22 @@ class Predict(Scenario[PredictionInputs, Table]):
     question: ClassVar[str] = (
         "How long should the published cells take on their hardware, and from which length does a memory pay off?"
     )
+
+    @classmethod
+    def answer(cls, rows: Sequence[Row]) -> str:
+        cells = [row.payload for row in rows if isinstance(row.payload, PublishedCellPayload)]
+        if not cells:
+            return ""
+        direct, injected = (
+            formatting.percent(median(abs(getattr(cell, f"{arm}_error_pct")) for cell in cells))
+            for arm in ("direct", "injected")
+        )
+        beyond = sum(cell.published_beyond_its_hardware != "no" for cell in cells)
+        return (
+            f"Predicted, not measured: {len(cells)} cells beside their published times, from which the predictions "
+            f"differ by {direct} (direct) and {injected} (injected) in the median. The hardware that a table names "
+            f"can't reach {beyond} of the published cells."
+        )
 
     def open(self, setup: Setup) -> PredictionInputs:
         found = fit_engine(list(self.measured_points()), setup.seed) if self.fit_from else None
@@ -365,7 +381,7 @@ def _row(payload: Payload | None, model: str, layout: str, **fields: Any) -> Row
         "scenario": payload.name if payload else "",
         "weights": "none",
         "dtype": published_rules.PUBLISHED_DTYPE,
-        "backend": "predicted",
+        "backend": PREDICTED,
         "attention": "",
         "merge": "",
         "tier": "",

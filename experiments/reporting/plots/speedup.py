@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from experiments.reporting.plots.base import Plot, groups, measured
 from experiments.reporting.theme import Theme, style
-from experiments.results import Row, formatting, labels
+from experiments.results import CHANGED, Row, formatting, labels
 
 
 class Speedup(Plot):
@@ -21,8 +21,8 @@ class Speedup(Plot):
     name = "speedup"
     title = "Speed-up"
     caption = (
-        "How much less time the first token takes with the memory injected, and as a factor. Only cells whose verdict "
-        "is ok have one."
+        "How much less engine TTFT is with the memory injected, and as a factor, without fetching and merging. Only "
+        "cells whose verdict is ok have one. Where the output changed, the cell says so."
     )
     place = 2
 
@@ -66,6 +66,8 @@ def _heat(axes: Axes, rows: Sequence[Row], ramp: LinearSegmentedColormap, theme:
             red, green, blue, _ = face
             ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#10141a"
             text = formatting.percent(value) + (f"\n{formatting.times(100 / (100 - value))}" if value < 100 else "")
+        if value is not None and row.equality in CHANGED:
+            text = f"{labels.GRADES[row.equality]}\n{text}"
         axes.add_patch(
             Rectangle(
                 (x - 0.5, y - 0.5),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from textwrap import fill
 from typing import Any, Literal
 
 from matplotlib.axes import Axes
@@ -22,6 +23,8 @@ from experiments.results import ArmTimes, Row, formatting, labels, ttft_of
 
 MOST_PANELS = 6
 """Query lengths with a panel of their own; beyond that (a dialogue, say) all share one."""
+LEGEND_IN, LETTERS_AN_IN = 1.9, 12
+"""How many inches an entry of the legend takes, and how many letters of a heading fit an inch."""
 
 
 class TTFT(Plot):
@@ -41,11 +44,16 @@ class TTFT(Plot):
             return None
         wide = max(len(queries) for queries in lines_of.values())
         with style(theme):
-            figure = Figure(figsize=(max(3.3 * wide, 5.6) + 0.4, 2.75 * len(lines_of) + 0.75), layout="constrained")
+            handles, across_in = _legend(rows, theme), max(3.3 * wide, 5.6) + 0.4
+            columns = min(len(handles), int(across_in / LEGEND_IN))
+            high_in = 2.75 * len(lines_of) + 0.55 + 0.2 * -(-len(handles) // columns)
+            figure = Figure(figsize=(across_in, high_in), layout="constrained")
             lines = figure.subfigures(len(lines_of), 1, squeeze=False, hspace=0.02)[:, 0]
             for number, (subfigure, (name, queries)) in enumerate(zip(lines, lines_of.items(), strict=True)):
                 subfigure.set_facecolor("none")
-                subfigure.suptitle(name, x=0.01, ha="left", fontsize=9.5, color=theme.ink)
+                subfigure.suptitle(
+                    fill(name, int(across_in * LETTERS_AN_IN)), x=0.01, ha="left", fontsize=9.5, color=theme.ink
+                )
                 panels = subfigure.subplots(1, wide, squeeze=False, sharey=True)[0]
                 for axes, (query, group) in zip(panels, queries.items(), strict=False):
                     _arm(axes, group, "direct", theme.direct, "s")
@@ -60,7 +68,7 @@ class TTFT(Plot):
                 for axes in panels[len(queries) :]:
                     axes.set_axis_off()
                 panels[0].set_ylabel("time to first token")
-            figure.legend(handles=_legend(rows, theme), loc="outside upper left", ncols=5, columnspacing=1.6)
+            figure.legend(handles=handles, loc="outside upper left", ncols=columns, columnspacing=1.6)
         return figure
 
 
