@@ -15,7 +15,7 @@ from experiments.measurement import statistics
 from experiments.reporting import findings, plots, tables
 from experiments.reporting.headline import headline
 from experiments.reporting.theme import DARK, LIGHT
-from experiments.results import AnswerPayload, Row, Run, TTFTPayload, formatting, labels, ttft_of
+from experiments.results import AnswerPayload, Row, Run, TTFTPayload, formatting, labels, ttft_of, user_speedup
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 IN_SHORT = ("machine", "cuda", "torch", "transformers", "vllm", "graphs", "commit")
@@ -55,6 +55,7 @@ class CellView:
     verdict: labels.Label
     equality: labels.Label
     speedup_pct: float | None
+    user_pct: float | None
     figures: list[tuple[str, str]]
     bars: list[tuple[str, str, float, float | None]]
     question: str | None
@@ -169,6 +170,7 @@ def cell(row: Row, arms: Sequence[str] = ()) -> CellView:
         labels.verdict(row),
         labels.equality(row),
         labels.shown_speedup(row),
+        user_speedup(row),
         figures,
         bars,
         answered.question if answered else None,
