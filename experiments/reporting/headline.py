@@ -45,10 +45,8 @@ def headline(rows: Sequence[Row]) -> Headline | None:
         title = "The output changed"
     elif 0 < pct < 100:
         title, factor, after = "First token", formatting.times(100 / (100 - pct)), "sooner"
-    among, agreeing = (
-        len(kept or valid),
-        " whose output agrees up to rounding" if kept and len(kept) < len(valid) else "",
-    )
+    among = len(kept or valid)
+    agreeing = " whose output agrees up to rounding" if kept and len(kept) < len(valid) else ""
     of = f"the only valid cell{agreeing}" if among == 1 else f"the best of {among} valid cells{agreeing}"
     return Headline(
         output=_output([row for _, row in valid]),

@@ -192,7 +192,7 @@ def test_an_output_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_pat
         ("reuse_trace_smollm2_cpu", "benefit_per_byte saves 67.6 to 86.1%"),
         (
             "default_smollm2_cpu",
-            "as with the memory as prompt text. The answer is the same in 9 of 9 cells.",
+            "The answer is the same in 9 of 9 rows. With an injected memory the first token comes 2.26 to 9.98 times",
         ),
         ("prefix_reuse_qwen3_8b_h100", ""),
     ],
