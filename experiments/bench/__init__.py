@@ -1,11 +1,10 @@
 """The tools of a scenario: the configured model with its memory, injection methods, and comparisons of two arms."""
 
 from experiments.bench.bench import Bench, build_once, builds_s
-from experiments.bench.comparison import Measured, compare, p90
+from experiments.bench.comparison import Measured, TierEvidence, compare, judged_again, p90
 from experiments.bench.judging import judging_arms
-from experiments.bench.quality import Quality
 from experiments.bench.setup import ModelCard, Setup, StorageCard
-from experiments.bench.tier_probe import COLD, RECOMPUTE, WARM, TierProbe
+from experiments.bench.tier_probe import COLD, RECOMPUTE, WARM, TierProbe, reads_file
 from experiments.bench.trace_replay import replay
 
 __all__ = [
@@ -15,14 +14,16 @@ __all__ = [
     "Bench",
     "Measured",
     "ModelCard",
-    "Quality",
     "Setup",
     "StorageCard",
+    "TierEvidence",
     "TierProbe",
     "build_once",
     "builds_s",
     "compare",
+    "judged_again",
     "judging_arms",
     "p90",
+    "reads_file",
     "replay",
 ]

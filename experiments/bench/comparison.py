@@ -13,7 +13,7 @@ import numpy as np
 from experiments.bench.bench import Bench
 from experiments.bench.stored_kv import kv_check
 from experiments.measurement import BASELINE, RULES_VERSION, Sample, Trace, grade, judge, reference, statistics, ttft
-from experiments.results import ALONE, Evidence, Row, TimedCall, TTFTPayload
+from experiments.results import ALONE, Evidence, Loss, Row, TimedCall, TTFTPayload, judged_figures
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
 
@@ -41,6 +41,15 @@ class Measured:
         return median(sample.user_s for sample in self.samples[arm])
 
 
+@dataclass(frozen=True)
+class TierEvidence:
+    """What was measured of a tier beside its arm's calls; the fields are those of `Evidence`."""
+
+    loss: Loss | None = None
+    kv_off_built: float | None = None
+    least_fetch_s: float | None = None
+
+
 def compare(
     bench: Bench,
     scenario: str,
@@ -52,12 +61,17 @@ def compare(
     builds_s: Sequence[float],
     direct: str = "direct",
     payload: Callable[..., TTFTPayload] = TTFTPayload,
+    beside: Sequence[str] = (),
+    tier: TierEvidence | None = None,
 ) -> Row:
     """The row of `arm`, which reuses a memory, compared with the direct arm. Both were sampled in the same rounds.
 
     items: the memories that the arm reuses. builds_s: the seconds of every measured build of them.
     direct: the name of the direct arm.
     payload: makes the scenario's payload from the fields of `TTFTPayload`.
+    beside: other arms whose calls the row's figures need.
+    tier: what was measured of the tier that the arm loads the memory from.
+    The direct arm itself is judged if `arm` is its name.
     """
     reused, plain = measured.samples[arm], measured.samples[direct]
     hit = ttft.worst_hit(reused)
@@ -79,9 +93,9 @@ def compare(
     cache_s = median(sample.cache_s for sample in reused)
     kv_off, kv_allowed = kv_check(bench, items)
     evidence = Evidence(
-        calls=_calls(bench, measured, arm, direct, cell.context_tokens),
+        calls=_calls(bench, measured, (arm, direct, *beside), cell.context_tokens),
         calls_made={name: measured.calls_made[name] for name in (arm, direct) if name in measured.calls_made},
-        exact=memories == 1 or merge.exact,
+        exact=(memories == 1 or merge.exact) and (tier is None or tier.loss is None),
         direct_arm=direct,
         first_token_margins={name: _margin(traces[name], measured.samples[name][0]) for name in (arm, direct)},
         tolerance=equality.tolerance,
@@ -92,6 +106,9 @@ def compare(
         kv_tolerance=kv_allowed,
         reference=judged_by.name,
         build_all_s=list(builds_s),
+        loss=tier.loss if tier else None,
+        kv_off_built=tier.kv_off_built if tier else None,
+        least_fetch_s=tier.least_fetch_s if tier else None,
         same_query=measured.same_query,
     )
     nbytes = {item.kv_cache_id: item.metadata.kv_bytes for item in items}  # one memory may be injected twice
@@ -147,17 +164,28 @@ def compare(
         conditions=measured.conditions | bench.conditions,  # the limit may have been calibrated again
         payload=figures,
     )
+    return judged_again(row)
+
+
+def judged_again(row: Row) -> Row:
+    """`row` with the verdict that its stored figures give it."""
+    figures = judged_figures(row)
+    assert figures is not None
     verdict = judge(row, figures)
     return dataclasses.replace(row, verdict=verdict.verdict, verdict_reason=verdict.reason, rules=RULES_VERSION)
 
 
-def _calls(bench: Bench, measured: Measured, arm: str, direct: str, context_tokens: int) -> list[TimedCall]:
-    """The timed calls of the two arms and of those that they are held to, in order of time."""
-    names = [name for name in (arm, direct, BASELINE, ALONE) if name in measured.samples]
+def _calls(bench: Bench, measured: Measured, arms: Sequence[str], context_tokens: int) -> list[TimedCall]:
+    """The timed calls of `arms`, of which the second is the direct one, and of those that they are held to, in order.
+
+    An arm that covers a part of its prompt by a memory is a hit.
+    """
+    arm, direct = arms[:2]
+    names = [name for name in dict.fromkeys((*arms, BASELINE, ALONE)) if name in measured.samples]
     calls = []
     for name in names:
         for round_, (sample, plain) in enumerate(zip(measured.samples[name], measured.samples[direct], strict=True)):
-            is_hit = name == arm
+            is_hit = name == arm != direct
             calls.append(
                 TimedCall(
                     arm=name,

@@ -1,19 +1,18 @@
-"""Stores one memory in every tier of this machine, and answers one prompt with the memory from each."""
+"""Stores one memory in every tier of this machine, and answers prompts with the memory from each."""
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from experiments.bench.bench import Bench
-from experiments.bench.quality import Quality, nll, quality_of
-from experiments.measurement import page_cache, ttft
+from experiments.bench.judging import judging_arms
+from experiments.bench.quality import kv_distance, loss_of, score
+from experiments.measurement import Arm, Layers, Sample, Trace, page_cache, ttft
+from experiments.results import Loss
 from kvmem import KVCacheItem
 from kvmem.cache import dynamic_cache
 from kvmem.engines.huggingface import HFBackend
@@ -22,35 +21,31 @@ from kvmem.tiers import BITS, DiskStore, TieredCache, quantized_bytes
 
 RECOMPUTE = "recompute"
 COLD, WARM = "disk, cold", "disk, warm"
+IN_MEMORY = ("gpu", "ram")
 
 
-@dataclass(frozen=True)
-class TierSample:
-    """One answer with the memory from one tier."""
-
-    seconds: float
-    """TTFT, including the load from the tier."""
-    token: int
-    """The first token."""
-    fetch_s: float = 0.0
-    """Seconds of the load."""
-    read_s: float = 0.0
-    """Disk tiers: seconds of only reading the file, measured just before in the same state of the page cache."""
-    cached_pct: float = 0.0
-    """Cold disk tier: the share of the file that was still in the page cache, in percent."""
+def reads_file(arm: str) -> bool:
+    """Whether an arm reads its memory from a file."""
+    return arm not in (*IN_MEMORY, RECOMPUTE)
 
 
 class TierProbe:
-    """One memory in every tier, and one prompt."""
+    """One memory in every tier, and prompts that continue it.
+
+    `arms` are the methods to measure: one for each tier, recomputing, and those that the verdict needs.
+    """
 
     def __init__(
-        self, bench: Bench, item: KVCacheItem, question: str, folder: Path, compressed: Sequence[str] = ()
+        self, bench: Bench, item: KVCacheItem, questions: Sequence[str], folder: Path, compressed: Sequence[str] = ()
     ) -> None:
         """`folder` holds the disk tiers. `compressed` names the lossy tiers. Raises ConfigError for an unknown tier."""
         assert isinstance(bench.backend, HFBackend)
         self.backend = bench.backend
-        self.item, self.before = item, [(k.clone(), v.clone()) for k, v in dynamic_cache.layers_of(item.kv_cache)]
-        names = ["gpu", "ram"] if self.backend.device.type == "cuda" else ["ram"]
+        self.item = item
+        self.built: Layers = [(k[0].clone(), v[0].clone()) for k, v in dynamic_cache.layers_of(item.kv_cache)]
+        self.exact_score = score(self.backend, item) if compressed else None
+        names = list(IN_MEMORY) if self.backend.device.type == "cuda" else ["ram"]
+        self.resident = names[0]
         kv_bytes = item.metadata.kv_bytes
         self.tiers = {name: TieredCache(self.backend, {name: kv_bytes}) for name in names}
         self.compressed = list(compressed)
@@ -61,51 +56,61 @@ class TierProbe:
             tier.put(item, name)
         self.path = DiskStore.file_of(folder, item.kv_cache_id)
         self.buffer = bytearray(page_cache.BLOCK_BYTES)
+        self.read_s: dict[str, list[float]] = {WARM: [], COLD: []}
+        """Seconds of only reading the file, just before each call, in the same state of the page cache."""
+        self.cached_pct: list[float] = []
+        """The share of the file that was still in the page cache before each cold call, in percent."""
         cache_view = dynamic_cache.view_of(item.kv_cache, item.metadata.tokens, self.backend.model_config)
-        self.prompt = self.backend.split(question, cache_view)
-        self.arms: dict[str, Callable[[], TierSample]] = {
-            **{name: partial(self._answer, name) for name in names},
-            WARM: self._warm,
-            COLD: self._cold,
-            **{name: partial(self._answer, name) for name in self.compressed},
-            RECOMPUTE: self._recompute,
+        self.prompts = {question: self.backend.split(question, cache_view) for question in questions}
+        self.prompt = self.prompts[questions[0]]
+        self._in_use = ExitStack()
+        self.tier_of = {**{name: name for name in names}, WARM: "disk", COLD: "disk"}
+        self.tier_of |= {name: name for name in self.compressed}
+        """The tier of each arm that loads the memory, the fastest first."""
+        prepare = {WARM: self._warm, COLD: self._cold}
+        self.arms = {
+            **{
+                arm: Arm(partial(self._answer, tier), prepare.get(arm, self._free))
+                for arm, tier in self.tier_of.items()
+            },
+            RECOMPUTE: Arm(self._recompute, self._free),
+            **judging_arms(bench, lambda question: self.prompts[str(question)]),
         }
 
-    def round(self, rng: random.Random) -> dict[str, TierSample]:
-        """One sample of each tier, measured in random order."""
-        samples = {name: self.arms[name]() for name in rng.sample(sorted(self.arms), len(self.arms))}
-        return {name: samples[name] for name in self.arms}
+    def trace(self, arm: str, steps: int) -> Trace:
+        """The arm's greedy answer to the first question."""
+        if arm == RECOMPUTE:
+            return ttft.trace(self.backend, TokenizedPrompt((), self.prompt.ids), None, steps)
+        with self.used(arm) as item:
+            return ttft.trace(self.backend, self.prompt, partial(self._view, item), steps)
 
-    def wrong(self, first_tokens: int) -> str:
-        """What is wrong, as text; "" if every exact tier returns the built tensors, and all answers agree.
+    def kv_off_built(self, arm: str) -> float | None:
+        """How far the KV that the arm loads is from what was stored; None for recomputing."""
+        if arm == RECOMPUTE:
+            return None
+        with self.used(arm) as item:
+            return kv_distance(item, self.built)
 
-        `first_tokens` is the number of different first tokens among the answers. It counts in float32 only.
-        """
-        exact = self.tiers.keys() - set(self.compressed)
-        found = [name for name in self.tiers if name in exact and not self._same_bits(name, self.tiers[name])]
-        wrong = [f"the tensors from {name} differ from the built ones" for name in found]
-        if first_tokens > 1 and self.backend.dtype == torch.float32:
-            wrong.append("the answers begin with different tokens")
-        return "; ".join(wrong)
+    def loss(self, arm: str) -> Loss | None:
+        """What the arm's tier loses; None for tiers that are exact."""
+        if arm not in self.compressed:
+            return None
+        with self.used(arm) as item:
+            return loss_of(self.backend, arm.removeprefix("disk_"), item, self.built, self.exact_score)
 
-    def quality(self, steps: int) -> dict[str, Quality]:
-        """The quality of the item from each compressed tier. `steps` greedy tokens are compared."""
-        found = {}
-        direct = ttft.trace(self.backend, TokenizedPrompt((), self.prompt.ids), None, steps)
-        for name in self.compressed:
-            with self.tiers[name].use(self.item.kv_cache_id) as item:
-                found[name] = quality_of(self.backend, item, self.prompt, direct)
-        return found
+    def nbytes(self, arm: str) -> int:
+        """The size of the memory in an arm's tier, in bytes. Recomputing has that of the exact memory."""
+        if arm == RECOMPUTE:
+            return self.item.metadata.kv_bytes
+        return self.tiers[self.tier_of[arm]].nbytes(self.item.kv_cache_id)
 
-    def nll(self) -> float | None:
-        """The score (`quality.nll`) of the memory as it was built."""
-        return nll(self.backend, self.item)
-
-    def nbytes(self, name: str) -> int:
-        """The size of the memory in a tier, in bytes."""
-        return self.tiers[name].nbytes(self.item.kv_cache_id)
+    @contextmanager
+    def used(self, arm: str) -> Iterator[KVCacheItem]:
+        with self.tiers[self.tier_of[arm]].use(self.item.kv_cache_id) as item:
+            yield item
 
     def close(self) -> None:
+        self._free()
         for tier in self.tiers.values():
             tier.close()
 
@@ -115,35 +120,44 @@ class TierProbe:
         quantized = quantized_bytes(self.backend.fingerprint, scheme, metadata.token_count) if scheme in BITS else 0
         return max(metadata.kv_bytes, quantized)
 
-    def _same_bits(self, name: str, tier: TieredCache) -> bool:
-        with tier.use(self.item.kv_cache_id) as item:
-            now = [tensor for pair in dynamic_cache.layers_of(item.kv_cache) for tensor in pair]
-            return all(torch.equal(a, b) for a, b in zip(now, (t for pair in self.before for t in pair), strict=True))
+    def _view(self, item: KVCacheItem) -> dynamic_cache.CacheView:
+        metadata = item.metadata
+        return dynamic_cache.view_of(
+            item.kv_cache, metadata.tokens, self.backend.model_config, metadata.lossy, self.backend.fingerprint
+        )
 
-    def _answer(self, name: str) -> TierSample:
+    def _answer(self, tier: str, question: str) -> Sample:
+        """One first token, from the prompt's ids. The item is freed before the next call, outside of its time."""
+        prompt = self.prompts[question]
         ttft.synchronize(self.backend.device)
         started = time.perf_counter()
-        with self.tiers[name].use(self.item.kv_cache_id) as item:
-            fetched = time.perf_counter()
-            cache = dynamic_cache.view_of(item.kv_cache, item.metadata.tokens, self.backend.model_config)
-            token = self.backend.first_token(self.prompt, cache)
-            done = time.perf_counter()
-        return TierSample(done - started, token.id, fetched - started)
+        item = self._in_use.enter_context(self.tiers[tier].use(self.item.kv_cache_id))
+        fetched = time.perf_counter()
+        cache = self._view(item)
+        token = self.backend.first_token(prompt, cache)
+        done = time.perf_counter()
+        held = self.backend.held_tokens(prompt, cache)
+        return Sample(done - fetched, done - started, fetched - started, token, prompt, held, split_s=0.0)
 
-    def _warm(self) -> TierSample:
+    def _recompute(self, question: str) -> Sample:
+        prompt = TokenizedPrompt((), self.prompts[question].ids)
+        ttft.synchronize(self.backend.device)
+        started = time.perf_counter()
+        token = self.backend.first_token(prompt)
+        seconds = time.perf_counter() - started
+        return Sample(seconds, seconds, 0.0, token, prompt, split_s=0.0)
+
+    def _free(self) -> None:
+        self._in_use.close()
+
+    def _warm(self) -> None:
+        self._free()
         page_cache.read_s(self.path, self.buffer)
-        read_s = page_cache.read_s(self.path, self.buffer)
-        return replace(self._answer("disk"), read_s=read_s)
+        self.read_s[WARM].append(page_cache.read_s(self.path, self.buffer))
 
-    def _cold(self) -> TierSample:
+    def _cold(self) -> None:
+        self._free()  # mapped pages stay in the page cache
         page_cache.drop(self.path)
-        read_s = page_cache.read_s(self.path, self.buffer)
+        self.read_s[COLD].append(page_cache.read_s(self.path, self.buffer))
         page_cache.drop(self.path)
-        cached_pct = page_cache.resident_pct(self.path)
-        return replace(self._answer("disk"), read_s=read_s, cached_pct=cached_pct)
-
-    def _recompute(self) -> TierSample:
-        ttft.synchronize(self.backend.device)
-        started = time.perf_counter()
-        token = self.backend.first_token(TokenizedPrompt((), self.prompt.ids))
-        return TierSample(time.perf_counter() - started, token.id)
+        self.cached_pct.append(page_cache.resident_pct(self.path))

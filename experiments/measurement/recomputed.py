@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median
 
-from experiments.results import ALONE, Evidence, Row, TTFTPayload
+from experiments.results import ALONE, Evidence, JudgedPayload, Row, TTFTPayload
 
 BATCHES = 6
 CLOSE = 1e-6
@@ -44,6 +44,9 @@ def wrong_figures(
     ]
     if alone := _seconds(evidence, ALONE):
         pairs.append(("the TTFT of the query alone", figures.query_alone_s, median(alone)))
+    if isinstance(row.payload, JudgedPayload):
+        again_of = row.payload.from_calls(row, evidence)
+        pairs += [(name, getattr(row.payload, name), again) for name, again in again_of.items()]
     for name, stored, again in pairs:
         if (stored is None) != (again is None) or not math.isclose(
             stored or 0.0, again or 0.0, rel_tol=CLOSE, abs_tol=CLOSE

@@ -76,12 +76,17 @@ class TransformersForward(ReferenceForward):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._last: tuple[tuple[tuple[int, ...], int], ReferenceLogits] | None = None
 
     @torch.inference_mode()
     def logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int], at: int | None) -> ReferenceLogits:
+        """The last answer's logits are kept, because several arms are compared with the same direct answer."""
         ids, steps = (*prompt_ids, *answer_ids[:-1]), len(answer_ids)
+        if self._last is not None and self._last[0] == (ids, steps):
+            return self._last[1]
         runs = tuple(self._logits(ids, steps, rows, other) for rows, other in ((1, False), (2, False), (1, True)))
-        return ReferenceLogits(runs, tuple(range(steps)))
+        self._last = (ids, steps), ReferenceLogits(runs, tuple(range(steps)))
+        return self._last[1]
 
     @torch.inference_mode()
     def first_token(self, token_ids: Sequence[int]) -> int:

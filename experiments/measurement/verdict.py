@@ -31,6 +31,8 @@ SHORT_LIMIT_S = 1e-3
 LEAST_LIMIT_SHARE, LONG_S = 0.1, 0.1
 """The share of an independent forward pass's time that the hardware's limit is at least, where it takes so long that
 overheads don't count. Measured: 0.6 on a CPU. A limit far below says that the calibrated rates are too high."""
+RANDOM_WEIGHTS = "random"
+"""What the rows of a model that was never trained call its weights."""
 ROUNDING = 1e-6
 BASELINE = "baseline"
 """The arm that times the independent forward pass; `ALONE` is the query without a memory."""
@@ -70,7 +72,12 @@ def judge(row: Row, figures: TTFTPayload) -> Verdict:
 def remarks(row: Row, evidence: Evidence) -> list[str]:
     """What a reader of a valid row should know."""
     found = []
-    if not evidence.exact and row.equality in ("drifted", "diverged"):
+    if (loss := evidence.loss) is not None:
+        parts = [f"KV at most {loss.kv_off:.2g} off"]
+        if loss.nll_above is not None and loss.agreement_pct is not None:
+            parts += [f"{loss.nll_above:.2g} nats a token", f"{loss.agreement_pct:.3g}% of the next tokens the same"]
+        found.append(f"{loss.method} is lossy, within what it states: {', '.join(parts)}")
+    elif not evidence.exact and row.equality in ("drifted", "diverged"):
         found.append(f"the answers have {row.equality}, which is allowed because this merge is not exact")
     if evidence.same_query:
         found.append("every round had the same query: no other of the same length was found")
@@ -285,10 +292,60 @@ def stored_kv(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[st
         yield f"the stored KV of a token is {off:.3g} off (relative), and rounding explains {allowed:.3g}"
 
 
+def returned_kv(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """A tier that is exact gives back, to the bit, the keys and values that were stored in it."""
+    if evidence.exact and evidence.kv_off_built not in (None, 0.0):
+        yield f"the tensors from {row.arm} differ from the built ones: a token's KV is {evidence.kv_off_built:.3g} off"
+
+
+def stated_loss(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """A method that is not exact loses no more than it states: in its KV, in likelihood and in agreement.
+
+    With random weights only the KV is judged, because no text is likelier than another.
+    """
+    loss = evidence.loss
+    if loss is None:
+        return
+    # A NaN is beyond every bound.
+    if not loss.kv_off <= loss.most_kv_off:
+        yield f"{loss.method} states a KV at most {loss.most_kv_off:.3g} off (relative), and a token's is {loss.kv_off:.3g}"
+    if row.weights == RANDOM_WEIGHTS:
+        return
+    if loss.nll_above is not None and not loss.nll_above <= loss.most_nll_above:
+        yield (
+            f"{loss.method} states a loss of at most {loss.most_nll_above:.3g} nats a token, and it is "
+            f"{loss.nll_above:.3g}"
+        )
+    if loss.agreement_pct is not None and not loss.agreement_pct >= loss.least_agreement_pct:
+        yield (
+            f"{loss.method} states that at least {loss.least_agreement_pct:.3g}% of the next tokens are those of the "
+            f"exact memory, and {loss.agreement_pct:.3g}% are"
+        )
+
+
+def fetch_limit(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """No fetch that reads bytes is faster than this machine can read them."""
+    if evidence.least_fetch_s is None:
+        return
+    fetch_s = median(call.cache_s for call in _calls(evidence, row.arm))
+    if fetch_s < evidence.least_fetch_s:
+        yield (
+            f"the fetch from {row.arm} took {1e3 * fetch_s:.4g} ms, and reading its bytes takes at least "
+            f"{1e3 * evidence.least_fetch_s:.4g} ms"
+        )
+
+
+def loss_is_measured(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The loss of a method that is not exact was scored."""
+    if evidence.loss is not None and (evidence.loss.nll_above is None or evidence.loss.agreement_pct is None):
+        yield f"the memory is too short to score what {evidence.loss.method} loses"
+
+
 def enough_pairs(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
     """An interval needs 6 pairs."""
     if row.pairs < BATCHES:
-        yield f"{row.pairs} pairs give no interval; use scenario.pairs={BATCHES} or more"
+        setting = "repeats" if row.scenario in ("tiers", "storage") else "pairs"
+        yield f"{row.pairs} pairs give no interval; use scenario.{setting}={BATCHES} or more"
 
 
 def calm(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
@@ -330,8 +387,19 @@ RULES: tuple[Rule, ...] = (
     answers,
     timed_is_graded,
     stored_kv,
+    returned_kv,
+    stated_loss,
+    fetch_limit,
 )
-DOUBTS: tuple[Rule, ...] = (enough_pairs, builds_measured, calm, limit_is_plausible, build_is_clear, baseline_is_clear)
+DOUBTS: tuple[Rule, ...] = (
+    enough_pairs,
+    builds_measured,
+    calm,
+    limit_is_plausible,
+    build_is_clear,
+    baseline_is_clear,
+    loss_is_measured,
+)
 
 
 def _build_too_slow(row: Row, build_s: float, direct_s: float) -> str | None:

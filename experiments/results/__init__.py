@@ -21,7 +21,17 @@ from experiments.results.labels import (
 from experiments.results.provenance import SHARED_CONDITIONS, different_conditions, measured_rows
 from experiments.results.row import PAYLOADS, Payload, Row, TimedPrefill
 from experiments.results.run_dir import ROWS_FILE, SWEEPS, Run, displayed_path, in_order, read_rows, read_run, runs_in
-from experiments.results.ttft import AnswerPayload, ArmTimes, Evidence, TimedCall, TTFTPayload, ttft_of
+from experiments.results.ttft import (
+    AnswerPayload,
+    ArmTimes,
+    Evidence,
+    JudgedPayload,
+    Loss,
+    TimedCall,
+    TTFTPayload,
+    judged_figures,
+    ttft_of,
+)
 from experiments.results.user_speedup import CHANGED, SAME, user_calls, user_speedup
 
 __all__ = [
@@ -41,8 +51,10 @@ __all__ = [
     "AnswerPayload",
     "ArmTimes",
     "Evidence",
+    "JudgedPayload",
     "Kind",
     "Label",
+    "Loss",
     "Payload",
     "Row",
     "Run",
@@ -57,6 +69,7 @@ __all__ = [
     "equality",
     "in_order",
     "is_prediction",
+    "judged_figures",
     "kind",
     "label",
     "measured_rows",

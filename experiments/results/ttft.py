@@ -53,6 +53,26 @@ class TimedCall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What a method that is not exact loses, measured, and how much of it the method states beforehand.
+
+    The likelihood and the agreement are of next tokens of the memory's own text, given its KV as the method gives it.
+    They tell nothing about a model with random weights.
+    """
+
+    method: str
+    kv_off: float
+    """The largest relative distance of a token's keys or values from the exact memory's."""
+    most_kv_off: float
+    nll_above: float | None
+    """Mean negative log-likelihood above the exact memory's, in nats a token; None: too few tokens to score."""
+    most_nll_above: float
+    agreement_pct: float | None
+    """The share of the scored tokens for which the most likely token is the exact memory's."""
+    least_agreement_pct: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What the rules of a verdict are applied to, beside the figures: `experiments/measurement/verdict.py`."""
 
@@ -79,6 +99,12 @@ class Evidence:
     """What the independent forward pass is."""
     build_all_s: list[float] = field(default_factory=list)
     """Every build of the memories that was measured; `build_s` is their median."""
+    loss: Loss | None = None
+    """What an arm that states a loss lost; None for others."""
+    kv_off_built: float | None = None
+    """The largest relative distance of a token's KV, as a tier gave it back, from what was stored there."""
+    least_fetch_s: float | None = None
+    """Seconds in which this machine can read the bytes that a fetch reads; None where a fetch reads none."""
     same_query: bool = False
     """Whether every round had the same query, because no other of the same length was found."""
 
@@ -153,6 +179,23 @@ class TTFTPayload(AnswerPayload):
             TimedPrefill(row.arm, total - self.cached_tokens, self.cached_tokens, moved_bytes, self.kv_ttft_s),
             TimedPrefill("direct", total, 0, 0.0, self.direct_ttft_s),
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedPayload(Payload):
+    """Figures of a scenario whose arms are judged by the rules of an arm's TTFT against the direct arm's."""
+
+    judged: TTFTPayload | None = None
+    """The arm's TTFTs, with the calls that its verdict is given by; None in rows of older rules."""
+
+    def from_calls(self, row: Row, evidence: Evidence) -> dict[str, float | None]:
+        """The figures of this payload that follow from the timed calls, computed again from them, by name."""
+        return {}
+
+
+def judged_figures(row: Row) -> TTFTPayload | None:
+    """The TTFT figures that a row is judged by; None if it has none."""
+    return row.payload.judged if isinstance(row.payload, JudgedPayload) else ttft_of(row)
 
 
 def ttft_of(row: Row) -> TTFTPayload | None:

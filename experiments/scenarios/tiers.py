@@ -6,20 +6,33 @@ import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from experiments.bench import COLD, RECOMPUTE, WARM, Bench, Quality, Setup, TierProbe
-from experiments.measurement import transfer_s
-from experiments.results import Payload, Row, between
+from experiments.bench import (
+    COLD,
+    RECOMPUTE,
+    Bench,
+    Measured,
+    Setup,
+    TierEvidence,
+    TierProbe,
+    build_once,
+    builds_s,
+    compare,
+    judged_again,
+    reads_file,
+)
+from experiments.measurement import Witness, embedding_of, transfer_s, ttft
+from experiments.results import Evidence, JudgedPayload, Row, between, ttft_of
 from experiments.scenarios.base import ModelScenario
-from experiments.workloads import as_query, cut_memories, docs_texts
+from experiments.workloads import Cell, as_query, cut_memories, docs_texts, other_questions
 from kvmem.engines import Backend
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
@@ -35,7 +48,7 @@ class TiersCell:
 
 
 @plain_dataclass(frozen=True, kw_only=True)
-class TiersPayload(Payload):
+class TiersPayload(JudgedPayload):
     """One memory length in one tier. Seconds are medians over the rounds."""
 
     name: ClassVar[str] = "tiers"
@@ -54,6 +67,7 @@ class TiersPayload(Payload):
         "equality",
         "nll",
         "nll_above_built",
+        "agreement_pct",
         "lossy",
     )
 
@@ -82,8 +96,27 @@ class TiersPayload(Payload):
     """Mean negative log-likelihood of the memory's last tokens, given its KV cache, in nats a token."""
     nll_above_built: float | None = None
     """nll minus that of the memory before quantization."""
+    agreement_pct: float | None = None
+    """The share of the scored tokens for which the most likely token is the exact memory's."""
     lossy: str | None = None
     """The tier's quantization, such as int8; None if the tier is exact."""
+    resident: str = ""
+    """The arm of the fastest tier."""
+
+    def from_calls(self, row: Row, evidence: Evidence) -> dict[str, float | None]:
+        arm_s, resident_s, recompute_s = (
+            median(call.user_s for call in evidence.calls if call.arm == arm)
+            for arm in (row.arm, self.resident, RECOMPUTE)
+        )
+        fetches_s = [call.cache_s for call in evidence.calls if call.arm == row.arm]
+        return {
+            "ttft_s": arm_s,
+            "over_resident": arm_s / resident_s,
+            "saved_pct": 100 * (1 - arm_s / recompute_s),
+            "fetch_s": None if self.fetch_s is None else median(fetches_s),
+            "nll_above_built": evidence.loss.nll_above if evidence.loss else None,
+            "agreement_pct": evidence.loss.agreement_pct if evidence.loss else None,
+        }
 
     @property
     def may_diverge(self) -> bool:
@@ -98,15 +131,18 @@ class Tiers(ModelScenario[TiersCell]):
     Warm means that the file is in the page cache. Cold means that it was dropped from the page cache just before;
     `cached_pct` is the share that could not be dropped.
 
-    A compressed tier is lossy. Its answer is graded against the direct arm's. `nll` is the mean negative log-likelihood
-    (nats a token) of the memory's last 64 tokens, given its KV cache. The exact memory's is in the row of the fastest
-    tier.
+    Each arm is judged against recomputing by the rules of `kv_vs_direct`, with another question of the same length in
+    each round.
+
+    A compressed tier is lossy. Its answer is graded against that of recomputing. `nll` is the mean negative
+    log-likelihood (nats a token) of the memory's last 64 tokens, given its KV cache. The exact memory's is in the row
+    of the fastest tier. A tier that loses more than its scheme states (`experiments/bench/quality.py`) is invalid.
     """
 
     context_tokens: Annotated[list[PositiveInt], Field(min_length=2)] = field(
         default_factory=lambda: [128, 512, 1024, 2048]
     )
-    repeats: int = Field(default=5, ge=1)
+    repeats: int = Field(default=6, ge=1)
     compressed: list[str] = field(default_factory=lambda: ["disk_int8", "disk_int4"])
     """Lossy tiers to measure besides the exact ones. Their files are in the page cache. [] needs no hqq."""
     answer_tokens: int = Field(default=16, ge=1)
@@ -139,82 +175,100 @@ class Tiers(ModelScenario[TiersCell]):
                 self._measure_length(bench, i, tokens, Path(folder)) for i, tokens in enumerate(self.context_tokens)
             ]
         costs = _costs(bench, lengths)
-        conditions = bench.conditions_now()
         even = {tier: break_even_tokens(costs, lengths, tier) for tier in lengths[0].seconds if tier != RECOMPUTE}
-        return [
-            self._row(bench, length, tier, even.get(tier), conditions) for length in lengths for tier in length.seconds
-        ]
+        return [self._row(length, tier, row, even.get(tier)) for length in lengths for tier, row in length.rows.items()]
 
     def _measure_length(self, bench: Bench, i: int, tokens: int, folder: Path) -> LengthTimes:
         texts = docs_texts(bench.setup.seed, i, 1)
         template = bench.backend.template
         (text,) = cut_memories(texts.memories, tokens, template, bench.setup.separator, "scenario")
-        bench.memory.extract(text)  # warms up this shape
-        item = bench.memory.extract(text)
+        item = build_once(bench, text)
         question = as_query(template, texts.question_for(()).variants[0])
-        probe = TierProbe(bench, item, question, folder / str(tokens), self.compressed)
-        rng = random.Random(bench.setup.seed)
-        rounds = [probe.round(rng) for _ in range(1 + self.repeats)][1:]
-        seconds = {tier: [loads[tier].seconds for loads in rounds] for tier in rounds[0]}
-        exact = [tier for tier in seconds if tier not in self.compressed]
-        first_tokens = {loads[tier].token for loads in rounds for tier in exact}
-        length = LengthTimes(
-            tokens,
-            len(probe.prompt.query_ids),
-            item.metadata.kv_bytes,
-            seconds,
-            cached_pct=max(loads[COLD].cached_pct for loads in rounds),
-            read_s={tier: median(loads[tier].read_s for loads in rounds) for tier in (COLD, WARM)},
-            fetch_s={tier: median(loads[tier].fetch_s for loads in rounds) for tier in (COLD, WARM, *self.compressed)},
-            transfer_s=transfer_s(item.metadata.kv_bytes, bench.backend.device),
-            wrong=probe.wrong(len(first_tokens)),
-            quality=probe.quality(self.answer_tokens) if self.compressed else {},
-            lossy_bytes={tier: probe.nbytes(tier) for tier in self.compressed},
-            nll=probe.nll(),
-        )
-        probe.close()
-        return length
+        questions = other_questions(template, item.metadata.tokens, question, self.repeats, bench.setup.seed)
+        probe = TierProbe(bench, item, questions, folder / str(tokens), self.compressed)
+        try:
+            return self._measure_tiers(bench, probe, questions, text)
+        finally:
+            probe.close()
 
-    def _row(self, bench: Bench, length: LengthTimes, tier: str, even: int | None, conditions: dict[str, Any]) -> Row:
-        ttft_s = length.ttft_s(tier)
-        on_disk = tier in (COLD, WARM)
-        quality = length.quality.get(tier)
-        kv_bytes = length.lossy_bytes.get(tier, length.kv_bytes)
-        equality = quality.equality.grade if quality else "diverged" if length.wrong else "bitwise"
-        of_resident = length.nll if tier == length.resident else None
-        nll = quality.nll if quality else of_resident
+    def _measure_tiers(self, bench: Bench, probe: TierProbe, questions: Sequence[str], text: str) -> LengthTimes:
+        rounds = [questions[i % len(questions)] for i in range(self.repeats)]
+        with Witness.of(embedding_of(bench.backend)) as witness:
+            samples, runs = ttft.interleaved_calm(probe.arms, rounds, random.Random(bench.setup.seed), witness=witness)
+        kept = [*probe.tier_of, RECOMPUTE]
+        measured = Measured(
+            samples,
+            {arm: probe.trace(arm, self.answer_tokens) for arm in kept},
+            runs,
+            len(questions) == 1 < self.repeats,
+            bench.conditions_now(),
+        )
+        item = probe.item
+        tokens, query_tokens = item.metadata.token_count, len(probe.prompt.query_ids)
+        cell = Cell("", tokens, "", query_tokens, (text,), questions[0])
+        rows = {}
+        for arm in kept:
+            evidence = TierEvidence(
+                probe.loss(arm),
+                probe.kv_off_built(arm),
+                probe.nbytes(arm) / bench.roofline.rates.bytes_per_s if reads_file(arm) else None,
+            )
+            rows[arm] = compare(
+                bench,
+                self.name,
+                cell,
+                arm,
+                measured,
+                items=[item],
+                builds_s=builds_s(bench, [item]),
+                direct=RECOMPUTE,
+                beside=(probe.resident,),
+                tier=evidence,
+            )
+        timed = slice(-self.repeats, None)  # the rounds that count
+        return LengthTimes(
+            tokens,
+            query_tokens,
+            item.metadata.kv_bytes,
+            {arm: [sample.user_s for sample in samples[arm]] for arm in kept},
+            cached_pct=max(probe.cached_pct[timed]),
+            read_s={arm: median(read_s[timed]) for arm, read_s in probe.read_s.items()},
+            transfer_s=transfer_s(item.metadata.kv_bytes, bench.backend.device),
+            nbytes={arm: probe.nbytes(arm) for arm in kept},
+            exact_nll=probe.exact_score.nll if probe.exact_score else None,
+            rows=rows,
+        )
+
+    def _row(self, length: LengthTimes, tier: str, row: Row, even: int | None) -> Row:
+        """The row of `tier` with this scenario's figures; `row` has those that it is judged by."""
+        figures = ttft_of(row)
+        assert figures is not None and figures.evidence is not None
+        ttft_s, loss = length.ttft_s(tier), figures.evidence.loss
+        nll = length.exact_nll if tier == length.resident else None
+        if loss and loss.nll_above is not None and length.exact_nll is not None:
+            nll = length.exact_nll + loss.nll_above
+        read_s, fetch_s = length.read_s.get(tier), figures.fetch_s if reads_file(tier) else None
         payload = TiersPayload(
             memory_tokens=length.tokens,
-            kv_bytes=kv_bytes,
+            kv_bytes=length.nbytes[tier],
             ttft_s=ttft_s,
             over_resident=ttft_s / length.ttft_s(length.resident),
             saved_pct=100 * (1 - ttft_s / length.ttft_s(RECOMPUTE)),
-            fetch_s=length.fetch_s.get(tier),
-            read_s=length.read_s.get(tier),
-            of_read_pct=100 * length.read_s[tier] / length.fetch_s[tier] if on_disk else None,
+            fetch_s=fetch_s,
+            read_s=read_s,
+            of_read_pct=100 * read_s / fetch_s if read_s is not None and fetch_s else None,
             cached_pct=length.cached_pct if tier == COLD else None,
             transfer_s=length.transfer_s,
             break_even_tokens=even,
             ttft_all_s=length.seconds[tier],
             nll=nll,
-            nll_above_built=nll - length.nll if quality and nll is not None and length.nll is not None else None,
-            lossy=tier.removeprefix("disk_") if quality else None,
+            nll_above_built=loss.nll_above if loss else None,
+            agreement_pct=loss.agreement_pct if loss else None,
+            lossy=loss.method if loss else None,
+            judged=figures,
+            resident=length.resident,
         )
-        return bench.row(
-            self.name,
-            arm=tier,
-            tier=tier.partition(",")[0],
-            context_tokens=length.tokens,
-            query_tokens=length.query_tokens,
-            pairs=self.repeats,
-            equality=equality,
-            first_difference=quality.equality.first_difference if quality else None,
-            logit_max_abs_diff=quality.equality.logit_max_abs_diff if quality else None,
-            verdict="invalid" if length.wrong else "ok",
-            verdict_reason=length.wrong,
-            conditions=conditions,
-            payload=payload,
-        )
+        return judged_again(replace(row, arm=tier, tier=tier.partition(",")[0], payload=payload))
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
@@ -237,15 +291,15 @@ class LengthTimes:
     query_tokens: int
     kv_bytes: int
     seconds: dict[str, list[float]]
-    cached_pct: float
-    read_s: dict[str, float]
-    fetch_s: dict[str, float]
-    transfer_s: float | None
-    wrong: str
-    quality: dict[str, Quality] = field(default_factory=dict)
-    lossy_bytes: dict[str, int] = field(default_factory=dict)
-    nll: float | None = None
+    cached_pct: float = 0.0
+    read_s: dict[str, float] = field(default_factory=dict)
+    transfer_s: float | None = None
+    nbytes: dict[str, int] = field(default_factory=dict)
+    """The size of the memory in each tier."""
+    exact_nll: float | None = None
     """Of the memory before quantization."""
+    rows: dict[str, Row] = field(default_factory=dict)
+    """The comparison of each arm with recomputing, judged."""
 
     @property
     def resident(self) -> str:
