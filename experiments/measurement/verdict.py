@@ -308,7 +308,10 @@ def stated_loss(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[
         return
     # A NaN is beyond every bound.
     if not loss.kv_off <= loss.most_kv_off:
-        yield f"{loss.method} states a KV at most {loss.most_kv_off:.3g} off (relative), and a token's is {loss.kv_off:.3g}"
+        yield (
+            f"{loss.method} states a KV at most {loss.most_kv_off:.3g} off (relative), and a token's is "
+            f"{loss.kv_off:.3g}"
+        )
     if row.weights == RANDOM_WEIGHTS:
         return
     if loss.nll_above is not None and not loss.nll_above <= loss.most_nll_above:
