@@ -10,7 +10,7 @@ from typing import Literal
 
 from experiments.measurement.recomputed import wrong_figures
 from experiments.measurement.statistics import BATCHES, NOISY_SPREAD, Interval, paired_ratio, spread
-from experiments.results import ALONE, ArmTimes, Evidence, Row, TimedCall, TTFTPayload
+from experiments.results import ALONE, ArmTimes, Evidence, JudgedPayload, Row, TimedCall, TTFTPayload
 
 MAX_DIRECT_RATIO = 1.2
 """How long the direct arm may take, as a multiple of build + merge + injected prefill. One direct pass does the work of
@@ -344,6 +344,14 @@ def loss_is_measured(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iter
         yield f"the memory is too short to score what {evidence.loss.method} loses"
 
 
+def refers_to_valid(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The arms that figures of the row are multiples of are valid themselves."""
+    if isinstance(row.payload, JudgedPayload):
+        for arm, verdict in row.payload.refers_to.items():
+            if verdict != "ok":
+                yield f"its figures are multiples of the {arm} arm's, which is {verdict}"
+
+
 def enough_pairs(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
     """An interval needs 6 pairs."""
     if row.pairs < BATCHES:
@@ -402,6 +410,7 @@ DOUBTS: tuple[Rule, ...] = (
     build_is_clear,
     baseline_is_clear,
     loss_is_measured,
+    refers_to_valid,
 )
 
 

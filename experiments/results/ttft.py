@@ -187,6 +187,8 @@ class JudgedPayload(Payload):
 
     judged: TTFTPayload | None = None
     """The arm's TTFTs, with the calls that its verdict is given by; None in rows of older rules."""
+    refers_to: dict[str, str] = field(default_factory=dict)
+    """The verdicts of other arms that figures of this row are multiples of, by arm."""
 
     def from_calls(self, row: Row, evidence: Evidence) -> dict[str, float | None]:
         """The figures of this payload that follow from the timed calls, computed again from them, by name."""

@@ -202,6 +202,7 @@ class Tiers(ModelScenario[TiersCell]):
             runs,
             len(questions) == 1 < self.repeats,
             bench.conditions_now(),
+            {name: arm.calls for name, arm in probe.arms.items()},
         )
         item = probe.item
         tokens, query_tokens = item.metadata.token_count, len(probe.prompt.query_ids)
@@ -267,6 +268,7 @@ class Tiers(ModelScenario[TiersCell]):
             lossy=loss.method if loss else None,
             judged=figures,
             resident=length.resident,
+            refers_to={arm: str(length.rows[arm].verdict) for arm in (length.resident, RECOMPUTE) if arm != tier},
         )
         return judged_again(replace(row, arm=tier, tier=tier.partition(",")[0], payload=payload))
 

@@ -12,6 +12,7 @@ from tests.mutations import (
     hf_graph,
     limits,
     provenance,
+    tiers,
     ungraded,
     wrong_kv,
 )
@@ -31,6 +32,7 @@ MUTATIONS: list[Mutation] = [
         few_or_noisy,
         build,
         provenance,
+        tiers,
     )
     for mutation in kind.MUTATIONS
 ]

@@ -16,7 +16,7 @@ COUNTED = "tokens entered the model"
 TIMED = "a logit of the timed|timed call returned another token|returned different tokens"
 
 
-def _remembered(original: Any) -> Any:
+def remembered(original: Any) -> Any:
     known: dict[Any, FirstToken] = {}
 
     def body(first_token: Any, backend: Any, prompt: Any, cache: Any) -> FirstToken:
@@ -92,7 +92,7 @@ def _timed(name: str, expected: str, make: Any) -> Mutation:
 
 
 MUTATIONS = [
-    _timed("a remembered token is returned", COUNTED, _remembered),
+    _timed("a remembered token is returned", COUNTED, remembered),
     _timed("a remembered token is returned and the query counted", TIMED, _remembered_and_counted),
     _timed("half the query is computed", COUNTED, _query_from(0.5)),
     _timed("the query's first token is left out", COUNTED, _query_from(0.0)),

@@ -17,7 +17,7 @@ from kvmem.cache import KVCacheItem
 from kvmem.scheduler.cost_model import Costs
 from kvmem.tiers.tiered_cache import TieredCache
 
-TINY = ["model=tiny", "model.weights=random", "scenario=tiers", "scenario.repeats=2", "hardware.check=false"]
+TINY = ["model=tiny", "model.weights=random", "scenario=tiers", "scenario.repeats=6", "hardware.check=false"]
 
 
 def test_each_tier_has_a_row(tmp_path: Path) -> None:
@@ -27,10 +27,13 @@ def test_each_tier_has_a_row(tmp_path: Path) -> None:
     rows = on.setup.scenario.measure(on, cell)
     assert [row.arm for row in rows] == ["ram", "disk, warm", "disk, cold", "disk_int8", "disk_int4", "recompute"] * 2
     exact = [row for row in rows if not row.payload.lossy]
-    assert {row.verdict for row in rows} == {"ok"} and {row.equality for row in exact} == {"bitwise"}
+    assert {row.verdict for row in rows} <= {"ok", "undecided"} and {row.equality for row in exact} <= {
+        "bitwise",
+        "tokens",
+    }
     assert [row.context_tokens for row in rows] == [64] * 6 + [256] * 6
     for row in rows:
-        assert row.payload.ttft_s > 0 and len(row.payload.ttft_all_s) == 2
+        assert row.payload.ttft_s > 0 and len(row.payload.ttft_all_s) == 6
         assert (row.payload.of_read_pct is not None) == row.arm.startswith("disk,")
         assert (row.payload.over_resident == 1) or row.arm != "ram"
     for resident, int8, int4 in ((rows[i], rows[i + 3], rows[i + 4]) for i in (0, 6)):
@@ -67,7 +70,9 @@ def test_tensors_that_come_back_changed_are_invalid(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(TieredCache, "put", put_changed)
     (cell,) = on.setup.scenario.cells(on)
     rows = on.setup.scenario.measure(on, cell)
-    assert {row.verdict for row in rows} == {"invalid"} and "the tensors from ram" in rows[0].verdict_reason
+    assert "ok" not in {row.verdict for row in rows if row.arm != "recompute"}
+    assert rows[0].verdict == "invalid" and "the tensors from ram" in rows[0].verdict_reason
+    assert "multiples of the ram arm's, which is invalid" in rows[1].verdict_reason
 
 
 def test_a_dropped_file_is_not_in_the_page_cache(tmp_path: Path) -> None:
@@ -84,7 +89,7 @@ def test_the_break_even_is_where_the_lines_cross() -> None:
 
     def length(tokens: int, fixed_s: float, token_s: float) -> LengthTimes:
         seconds = {"ram": [0.05], "disk": [0.05 + fixed_s + token_s * tokens], "recompute": [0.05 + tokens * 0.001]}
-        return LengthTimes(tokens, 40, 100 * tokens, seconds, 0.0, {}, {}, None, "")
+        return LengthTimes(tokens, 40, 100 * tokens, seconds)
 
     slow_start = [length(100, 0.0302, 0.0004), length(300, 0.0302, 0.0004)]
     assert break_even_tokens(costs, slow_start, "disk") == 51  # 0.0302 + 0.0004 n = 0.001 n at 50.3
