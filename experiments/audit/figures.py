@@ -13,7 +13,7 @@ import numpy as np
 from experiments.audit.finding import Finding
 from experiments.measurement import BASELINE, RULES_VERSION, judge, recomputed, statistics
 from experiments.measurement import verdict as rules
-from experiments.results import Evidence, Row, TTFTPayload, ttft_of
+from experiments.results import Evidence, Row, TTFTPayload, judged_figures
 
 CLOSE = 1e-6
 """Relative difference of two numbers that are the same but for rounding."""
@@ -24,7 +24,7 @@ def checked_as(row: Row) -> Checked:
     """How a row can be checked: by the rules of now, or only by what it stores."""
     if row.status == "failed":
         return "failed"
-    figures = ttft_of(row)
+    figures = judged_figures(row)
     judged = figures is not None and figures.evidence is not None and row.rules == RULES_VERSION
     return "judged again" if judged else "checked by what is stored"
 
@@ -41,7 +41,7 @@ def check_row(row: Row) -> list[Finding]:
         return []
     if row.payload is None:
         return [Finding(name_of(row), "it is no failed row, and has no figures")]
-    figures = ttft_of(row)
+    figures = judged_figures(row)
     texts: list[str] = list(_by_name(row))
     if figures is not None:
         texts += _speedup_in_interval(figures)

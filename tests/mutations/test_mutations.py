@@ -20,6 +20,9 @@ QUICK = (
     "the build time is halved",
     "the first of two runs is kept as the better one",
     "another commit in the second cell",
+    "a compressed tier returns noise",
+    "the arms of the tiers compute nothing",
+    "a saving is too large",
 )
 
 
