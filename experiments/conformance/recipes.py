@@ -1,0 +1,69 @@
+"""A tiny model with random weights of any causal language model that transformers lists."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+RECIPES = Path(__file__).parent / "recipes.yaml"
+VOCABULARY = "vocab_size"  # raised as well where a family's own is smaller than the tokenizer's
+GAIN = 12.0
+"""By how much the weights are larger than transformers initializes them. Else a memory hardly affects an answer."""
+
+
+def architectures() -> list[str]:
+    """The model types of transformers' own list of causal language models, sorted."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@functools.cache
+def _recipes() -> Any:
+    return yaml.safe_load(RECIPES.read_text())
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """A tiny config of the family: its own defaults, with the fields of `recipes.yaml` made small.
+
+    Raises whatever the config class raises for values that don't fit together.
+    """
+    return _small(CONFIG_MAPPING[model_type], _recipes()["families"].get(model_type, {}))
+
+
+def _small(kind: type[PreTrainedConfig], family: Mapping[str, Any]) -> PreTrainedConfig:
+    return kind(**_fields(kind, family))
+
+
+def _fields(kind: type[PreTrainedConfig], family: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = kind().to_dict()
+    fields: dict[str, Any] = {"pad_token_id": 0}
+    own = {kind.attribute_map.get(name, name): value for name, value in _recipes()["small"].items()}
+    for name, value in own.items():
+        if type(default := defaults.get(name)) is int and (default > value or name == VOCABULARY):
+            fields[name] = value
+    for name, inner in kind.sub_configs.items():
+        if isinstance(inner, type) and issubclass(inner, PreTrainedConfig):
+            fields[name] = _fields(inner, family.get(name, {}))
+    for name, value in family.items():
+        if not isinstance(value, Mapping) or name not in kind.sub_configs:
+            fields[name] = value
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """The model of `tiny_config`, in fp32 on the CPU and in eval mode. Equal seeds give equal weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
+                module.weight.mul_(GAIN)
+    return model
