@@ -34,11 +34,12 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
     Raises whatever the config class raises for values that don't fit together.
     """
-    return _small(CONFIG_MAPPING[model_type], _recipes()["families"].get(model_type, {}))
+    kind = CONFIG_MAPPING[model_type]
+    return kind(**_fields(kind, {name: value for name, value in _family(model_type).items() if name != "gain"}))
 
 
-def _small(kind: type[PreTrainedConfig], family: Mapping[str, Any]) -> PreTrainedConfig:
-    return kind(**_fields(kind, family))
+def _family(model_type: str) -> Any:
+    return _recipes()["families"].get(model_type, {})
 
 
 def _fields(kind: type[PreTrainedConfig], family: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,8 +63,9 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
+    gain = _family(model_type).get("gain", GAIN)
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
-                module.weight.mul_(GAIN)
+                module.weight.mul_(gain)
     return model

@@ -23,7 +23,7 @@ from kvmem.cache.items import (
 )
 from kvmem.cache.layers import KV
 from kvmem.cache.mapped_files import MappedFile
-from kvmem.cache.model_state import ModelWatch
+from kvmem.cache.model_state import ModelWatch, underlying
 from kvmem.cache.plain_values import text_fault, value_fault
 
 __all__ = [
@@ -46,5 +46,6 @@ __all__ = [
     "hash_tokenizer",
     "sha256",
     "text_fault",
+    "underlying",
     "value_fault",
 ]

@@ -77,6 +77,25 @@ def _empty(config: PreTrainedConfig, kind: type[CacheT]) -> CacheT:
     return cache
 
 
+def check_layer_kinds(config: PreTrainedConfig) -> None:
+    """Raises ModelError for a model with a layer whose state is not keys and values of each token."""
+    _empty(config, DynamicCache)
+
+
+def layout_fault(cache: DynamicCache, tokens: int) -> str | None:
+    """What in a cache that a model filled with `tokens` can't be stored, as the end of "it …"; None if all can."""
+    for i, layer in enumerate(_attention_layers(cache)):
+        if layer.keys is None or layer.values is None:
+            return f"keeps no keys and values of a text in layer {i}: that layer has another state, or attends to images"
+        keys, values = tuple(layer.keys.shape), tuple(layer.values.shape)
+        if keys != values:
+            return f"has keys of shape {keys} and values of shape {values} in layer {i}, as latent attention does"
+        held = keys[-2] if len(keys) == 4 and keys[0] == 1 else 0
+        if held != tokens and not (isinstance(layer, DynamicSlidingWindowLayer) and 0 < held < tokens):
+            return f"has keys of shape {keys} in layer {i}, not (1, heads, {tokens}, head size), for {tokens} tokens"
+    return None
+
+
 def _attention_layers(cache: DynamicCache) -> list[DynamicLayer]:
     """The layers of a cache that was built here: `_empty` refuses every other kind."""
     return cast("list[DynamicLayer]", cache.layers)

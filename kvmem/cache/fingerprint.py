@@ -33,6 +33,7 @@ class ModelFingerprint(BaseModel):
     layers: int
     kv_heads: int
     head_dim: int
+    """Of the first layer, if layers differ."""
     rope: dict[str, Any]
     config: str
     weights: str
@@ -161,15 +162,16 @@ _IRRELEVANT_FIELDS = {
 
 def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str) -> ModelFingerprint:
     """The fingerprint of a loaded model with its tokenizer. `origin` describes where the weights came from."""
-    config = model.config
-    fields = {k: v for k, v in config.to_dict().items() if k not in _IRRELEVANT_FIELDS}
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in _IRRELEVANT_FIELDS}
+    config = model.config.get_text_config(decoder=True)  # the model's own, unless it wraps a language model
+    layer = config.per_layer_config[0] if getattr(config, "is_heterogeneous", False) else config
     heads = config.num_attention_heads
     return ModelFingerprint(
         architecture=type(underlying(model)).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=getattr(layer, "num_key_value_heads", None) or heads,
+        head_dim=getattr(layer, "head_dim", None) or config.hidden_size // heads,
         rope=json.loads(json.dumps(getattr(config, "rope_parameters", None) or {}, default=str)),
         config=sha256(json.dumps(fields, sort_keys=True, default=str)),
         # On the meta device there are no weights: an engine creates them itself, and `origin` says how.

@@ -25,6 +25,7 @@ from kvmem.cache import (
 )
 from kvmem.errors import ConfigError, FingerprintError, StoredCacheError, check_kind
 from kvmem.merge import MergeStrategy
+from kvmem.models import max_positions
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
 from kvmem.registry import Registry
 
@@ -127,8 +128,11 @@ class Backend(ABC):
 
     @property
     def max_tokens(self) -> int:
-        """The longest sequence that the engine computes: memory, query and answer together."""
-        return int(self.model_config.max_position_embeddings)
+        """The longest sequence that the engine computes: memory, query and answer together.
+
+        `kvmem.models.NO_MAXIMUM` if the model sets no limit, as with ALiBi.
+        """
+        return max_positions(self.model_config)
 
     def check_builds_in_one_step(self, between_layers: BetweenLayers | None) -> None:
         """Raises ConfigError if `between_layers` is given, for engines that compute a build in one step."""

@@ -9,5 +9,18 @@ from kvmem.models import loading
 from kvmem.models.forward import decode_one_token, prefill
 from kvmem.models.loading import Loaded, load, shape_config, shapes
 from kvmem.models.random_weights import STD
+from kvmem.models.structure import NO_MAXIMUM, decoder_layers, max_positions
 
-__all__ = ["STD", "Loaded", "decode_one_token", "load", "loading", "prefill", "shape_config", "shapes"]
+__all__ = [
+    "NO_MAXIMUM",
+    "STD",
+    "Loaded",
+    "decode_one_token",
+    "decoder_layers",
+    "load",
+    "loading",
+    "max_positions",
+    "prefill",
+    "shape_config",
+    "shapes",
+]

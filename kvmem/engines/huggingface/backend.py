@@ -35,10 +35,11 @@ from kvmem.engines.generation import (
     finish_reason,
 )
 from kvmem.engines.huggingface.config import DTYPES, HFConfig, device_of
+from kvmem.engines.huggingface.coverage import check_covered
 from kvmem.engines.huggingface.model_guard import ModelGuard
 from kvmem.errors import PromptError
 from kvmem.merge import MergeStrategy, merged_tokens
-from kvmem.models import decode_one_token, loading, prefill
+from kvmem.models import decode_one_token, decoder_layers, loading, max_positions, prefill
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt, common_prefix
 
 SAMPLES = 5
@@ -60,12 +61,13 @@ class HFBackend(MeasuredBackend):
         template: TemplateKind = "chat",
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        check_covered(loaded.model)
         self.model = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template, chat_template_kwargs)
         self.guard = ModelGuard(loaded.model, loaded.tokenizer, loaded.origin, self.template.identity)
         self.fingerprint = self.guard.fingerprint
-        self.model_config = loaded.model.config
+        self.model_config = loaded.model.config.get_text_config(decoder=True)
         self.device = self.compute_device = loaded.model.device
         self.dtype = loaded.model.dtype
         self.attention = self.model_config._attn_implementation
@@ -333,7 +335,7 @@ class HFBackend(MeasuredBackend):
                 self._synchronize()
                 between_layers()
 
-        hooks = [layer.register_forward_pre_hook(before_layer) for layer in self.model.get_decoder().layers]
+        hooks = [layer.register_forward_pre_hook(before_layer) for layer in decoder_layers(self.model)]
         try:
             yield
         finally:
@@ -345,7 +347,7 @@ class HFBackend(MeasuredBackend):
         return cache_view if dynamic_cache.crop(cache_view, length) else DynamicCache(config=self.model_config)
 
     def _check_length(self, tokens: int) -> None:
-        positions = self.model_config.max_position_embeddings
+        positions = max_positions(self.model_config)
         if tokens > positions:
             raise PromptError(
                 f"A text of {tokens} tokens does not fit the model's {positions} positions. "

@@ -1,0 +1,33 @@
+"""What families of models name differently: the number of positions, and the list of decoder layers."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kvmem.errors import ModelError
+
+NO_MAXIMUM = sys.maxsize
+"""The positions of a model that has no maximum."""
+
+_POSITION_FIELDS = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """How many positions the model has; NO_MAXIMUM for one with ALiBi and no limit, such as BLOOM."""
+    stated = (getattr(config, name, None) for name in _POSITION_FIELDS)
+    return next((int(positions) for positions in stated if positions), NO_MAXIMUM)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, in the order in which they are computed. Raises ModelError if the model has no such list."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(
+        f"{type(model).__name__} has no list of its {count} decoder layers, so a build can't pause between them. "
+        "Leave between_layers out."
+    )
