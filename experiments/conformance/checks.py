@@ -35,12 +35,14 @@ TOLERANCE = 1e-3
 BUDGET_BYTES = 1 << 30
 
 MEMORY = (
-    "The library opens at nine and closes at six. Members borrow five books for three weeks; visitors read in the hall. "
+    "The library opens at nine and closes at six. Members borrow five books for three weeks; guests read in the hall. "
     "A late book costs ten cents a day. The reading room on the second floor is silent, and the cafe is not."
 )
-OTHER_MEMORY = "The museum is closed on Mondays. On the first Sunday of a month nobody pays, and groups ring before they come."
+OTHER_MEMORY = (
+    "The museum is closed on Mondays. On the first Sunday of a month nobody pays, and groups ring before they come."
+)
 FIRST, SECOND = "When does the library open?", "What does a late book cost, and who may borrow one?"
-LATER = [{"role": "user", "content": "I am a visitor."}, {"role": "assistant", "content": "Then you read in the hall."}]
+LATER = [{"role": "user", "content": "I am a guest."}, {"role": "assistant", "content": "Then you read in the hall."}]
 
 Outcome = Literal["exact", "approximate", "refused", "failed"]
 
@@ -191,14 +193,20 @@ class Bench:
         return logits_SV.float()
 
 
-def columns() -> dict[str, Callable[[Bench], Outcome]]:
+SUFFIXES = tuple(sorted((kind.suffixes[0] for kind in FORMATS.classes().values() if kind.suffixes), reverse=True))
+"""One suffix of each file format that is installed."""
+ESSENTIAL = ("memory", "second query", "extended base", *SUFFIXES, "tier")
+"""The checks that have to be exact on a covered architecture."""
+
+
+def checks() -> dict[str, Callable[[Bench], Outcome]]:
     """The checks by name, in the order of the table. File formats and merge strategies are those that are installed."""
     found: dict[str, Callable[[Bench], Outcome]] = {
         "memory": Bench.injected,
         "second query": Bench.second_query,
         "extended base": Bench.extended_base,
     }
-    for suffix in sorted((kind.suffixes[0] for kind in FORMATS.classes().values() if kind.suffixes), reverse=True):
+    for suffix in SUFFIXES:
         found[suffix] = functools.partial(Bench.file, suffix=suffix)
     found["tier"] = Bench.tier
     for kind in sorted(STRATEGIES.classes().values(), key=lambda kind: (not kind.exact, kind.name)):
@@ -215,7 +223,7 @@ def check(architecture: str, tokenizer: PreTrainedTokenizerBase, only: Collectio
     except Exception as error:  # whatever a config class or a model says of values that it does not like
         return Findings(architecture, untested=f"{type(error).__name__}: {_first_sentence(error)}")
     bench = Bench(model, tokenizer)
-    cells = {name: _cell(run, bench) for name, run in columns().items() if not only or name in only}
+    cells = {name: _cell(run, bench) for name, run in checks().items() if not only or name in only}
     per_token, per_memory = _sizes(bench) if any(cell.outcome == "exact" for cell in cells.values()) else (None, None)
     seconds = time.perf_counter() - started
     return Findings(architecture, type(model).__name__, cells, per_token, per_memory, seconds=seconds)

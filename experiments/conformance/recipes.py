@@ -43,15 +43,16 @@ def _family(model_type: str) -> Any:
 
 
 def _fields(kind: type[PreTrainedConfig], family: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = kind().to_dict()
+    default = kind()
+    defaults = default.to_dict()
     fields: dict[str, Any] = {"pad_token_id": 0}
     own = {kind.attribute_map.get(name, name): value for name, value in _recipes()["small"].items()}
     for name, value in own.items():
-        if type(default := defaults.get(name)) is int and (default > value or name == VOCABULARY):
+        if type(usual := defaults.get(name)) is int and (usual > value or name == VOCABULARY):
             fields[name] = value
-    for name, inner in kind.sub_configs.items():
-        if isinstance(inner, type) and issubclass(inner, PreTrainedConfig):
-            fields[name] = _fields(inner, family.get(name, {}))
+    for name in kind.sub_configs:
+        if isinstance(inside := getattr(default, name, None), PreTrainedConfig):
+            fields[name] = {"model_type": inside.model_type, **_fields(type(inside), family.get(name, {}))}
     for name, value in family.items():
         if not isinstance(value, Mapping) or name not in kind.sub_configs:
             fields[name] = value

@@ -86,7 +86,9 @@ def layout_fault(cache: DynamicCache, tokens: int) -> str | None:
     """What in a cache that a model filled with `tokens` can't be stored, as the end of "it …"; None if all can."""
     for i, layer in enumerate(_attention_layers(cache)):
         if layer.keys is None or layer.values is None:
-            return f"keeps no keys and values of a text in layer {i}: that layer has another state, or attends to images"
+            return (
+                f"keeps no keys and values of a text in layer {i}: that layer has another state, or attends to images"
+            )
         keys, values = tuple(layer.keys.shape), tuple(layer.values.shape)
         if keys != values:
             return f"has keys of shape {keys} and values of shape {values} in layer {i}, as latent attention does"

@@ -1,0 +1,144 @@
+"""The findings as a page of the documentation, in Markdown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+import transformers
+
+from experiments.conformance.checks import Cell, Findings
+
+Verdict = Literal["exact", "partly", "refused", "failed", "untested"]
+
+INTRODUCTION = """\
+# Models that were tried
+
+`python -m experiments.conformance` writes this page; here with transformers {transformers} and torch {torch}, on a CPU.
+The command asks transformers for its list of causal language models, makes a tiny model with random weights of each
+from the family's own config class (`experiments/conformance/recipes.yaml` says how), and runs kvmem on it in fp32.
+`python -m experiments.conformance llama gemma3` shows single ones, with every reason.
+
+| exact | partly | refused | failed | untested |
+| --: | --: | --: | --: | --: |
+| {exact} | {partly} | {refused} | {failed} | {untested} |
+
+- **exact**: with a memory, with a second query to it, with a memory that extends a base, with a memory that was dumped
+  and loaded in each file format, and with one that moved from host memory to disk and back, {steps} greedy tokens and
+  their logits are those of transformers' forward pass over the whole prompt without a cache. Logits may differ by a
+  thousandth of their spread, which is fp32's rounding. The stored memory is unchanged after each answer.
+- **partly**: some of these are exact, and the others are refused with the reason below.
+- **refused**: the engine says when it opens the model why it does not cover it.
+- **failed**: an answer differs, or something raised another error than kvmem's own.
+- **untested**: no tiny model of this family could be made.
+
+A merge strategy that is not exact by design is **approx.** where it ran: the cache stands for all tokens, and an answer
+comes from it. [Merging](merging.md) says what each computes.
+
+Bytes are those of the tiny model's memory in fp32: what each token takes, and what a memory takes besides. Layers with
+a sliding window keep the last tokens only, so theirs are bytes a memory.
+"""
+
+SHOWN = {"exact": "exact", "approximate": "approx.", "refused": "refused", "failed": "**failed**"}
+
+
+def verdict(findings: Findings, essential: Iterable[str]) -> Verdict:
+    """What the page says of an architecture. essential: the checks that have to be exact."""
+    if findings.untested:
+        return "untested"
+    if any(cell.outcome == "failed" for cell in findings.cells.values()):
+        return "failed"
+    outcomes = {findings.cells[name].outcome for name in essential if name in findings.cells}
+    if outcomes == {"exact"}:
+        return "exact"
+    return "partly" if "exact" in outcomes else "refused"
+
+
+def markdown(all_findings: Sequence[Findings], essential: Sequence[str], steps: int) -> str:
+    """The page. essential: as in `verdict`; steps: greedy tokens of an answer."""
+    by_verdict: dict[str, list[Findings]] = {name: [] for name in ("exact", "partly", "refused", "failed", "untested")}
+    for findings in all_findings:
+        by_verdict[verdict(findings, essential)].append(findings)
+    counts = {name: len(found) for name, found in by_verdict.items()}
+    text = INTRODUCTION.format(transformers=transformers.__version__, torch=torch.__version__, steps=steps, **counts)
+    parts = [text, "## Covered\n", _cells(by_verdict["exact"] + by_verdict["partly"])]
+    if by_verdict["failed"]:
+        parts += ["## Failed\n", _cells(by_verdict["failed"]), _reasons(by_verdict["failed"], "failed")]
+    parts += ["## Refused when opened\n", _first_reasons(by_verdict["refused"])]
+    parts += [
+        "## Untested\n",
+        _table(("Architecture", "Why"), [(f.architecture, f.untested) for f in by_verdict["untested"]]),
+    ]
+    parts += ["## Why a check is refused\n", _reasons(by_verdict["exact"] + by_verdict["partly"], "refused")]
+    return "\n".join(parts)
+
+
+def lines(findings: Findings) -> list[str]:
+    """The findings on one architecture for the terminal: one line for each check, with its reason."""
+    if findings.untested:
+        return [f"{findings.architecture}: untested. {findings.untested}"]
+    sizes = (
+        []
+        if findings.bytes_per_token is None
+        else [f"  {findings.bytes_per_token} bytes a token, {findings.bytes_per_memory} bytes a memory besides"]
+    )
+    cells = [f"  {name}: {cell.outcome}{f'. {cell.why}' if cell.why else ''}" for name, cell in findings.cells.items()]
+    return [f"{findings.architecture} ({findings.model_class}, {findings.seconds:.1f} s)", *cells, *sizes]
+
+
+def _cells(some: Sequence[Findings]) -> str:
+    if not some:
+        return "None.\n"
+    some = sorted(some, key=lambda findings: findings.architecture)
+    names = list(some[0].cells)
+    rows = [
+        (
+            findings.architecture,
+            *(SHOWN[findings.cells[name].outcome] for name in names),
+            *(str(size) if size is not None else "" for size in (findings.bytes_per_token, findings.bytes_per_memory)),
+        )
+        for findings in some
+    ]
+    return _table(("Architecture", *(_heading(name) for name in names), "Bytes a token", "Bytes a memory"), rows)
+
+
+def _heading(name: str) -> str:
+    return f"`{name}`" if name.startswith(".") or "_" in name else name[:1].upper() + name[1:]
+
+
+def _first_reasons(some: Sequence[Findings]) -> str:
+    """One row for each architecture, with the reason of its first check: that of opening the model."""
+    rows = [(findings.architecture, next(iter(findings.cells.values())).why) for findings in some]
+    return _table(("Architecture", "Why"), rows)
+
+
+def _reasons(some: Sequence[Findings], outcome: str) -> str:
+    """One row for each architecture and reason, with the checks that have it."""
+    rows = []
+    for findings in sorted(some, key=lambda findings: findings.architecture):
+        by_reason: dict[str, list[str]] = {}
+        for name, cell in findings.cells.items():
+            if cell.outcome == outcome:
+                by_reason.setdefault(_without(name, cell), []).append(name)
+        rows += [(findings.architecture, ", ".join(names), reason) for reason, names in by_reason.items()]
+    return _table(("Architecture", "Checks", "Why"), rows)
+
+
+def _without(name: str, cell: Cell) -> str:
+    """The reason without the name of the check at its start, so that checks with the same reason share a row."""
+    return cell.why.removeprefix(name).strip()
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "None.\n"
+    escaped = [[cell.replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, [":--"] * len(heads), *escaped]) + "\n"
+
+
+def summary(all_findings: Sequence[Findings], essential: Sequence[str]) -> str:
+    """The counts of all verdicts, as one line."""
+    counts = Counter(verdict(findings, essential) for findings in all_findings)
+    return ", ".join(f"{counts[name]} {name}" for name in ("exact", "partly", "refused", "failed", "untested"))
