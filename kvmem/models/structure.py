@@ -12,7 +12,7 @@ from kvmem.errors import ModelError
 NO_MAXIMUM = sys.maxsize
 """The positions of a model that has no maximum."""
 
-_POSITION_FIELDS = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+_POSITION_FIELDS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # the last are MPT's, Whisper's
 
 
 def max_positions(config: PreTrainedConfig) -> int:

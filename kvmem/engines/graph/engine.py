@@ -19,6 +19,7 @@ from kvmem.engines.graph.config import GraphConfig
 from kvmem.engines.graph.cuda_graphs import Captured, Run, WarmUp
 from kvmem.engines.graph.kv_buffers import Buffer
 from kvmem.engines.graph.model import ModelRunner
+from kvmem.engines.graph.weights import check_covered
 from kvmem.errors import CapacityError, ConfigError
 
 
@@ -49,6 +50,7 @@ class Engine:
     """One model on one device. Calls of several threads run one at a time; sequences may continue in any order."""
 
     def __init__(self, model: PreTrainedModel, config: GraphConfig) -> None:
+        check_covered(model)
         self.device, self.dtype, self.config = model.device, model.dtype, config
         on_gpu = self.device.type == "cuda"
         self.pad_to = config.pad_to or (8 if on_gpu else 1)

@@ -13,7 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvmem.errors import ModelError
-from kvmem.merge import FIXED_FREQUENCIES, HALF_ROTATION
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of `model_type`. SmolLM2 is a llama, and Qwen2.5 is a qwen2."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""RoPE types with constant frequencies. Those of "dynamic" and "longrope" change with the length of the text."""
 
 
 class LayerWeights(NamedTuple):
@@ -38,16 +42,16 @@ def check_covered(model: PreTrainedModel) -> None:
     config = model.config
     kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}  # some families have none
     reason = None
-    if kind not in HALF_ROTATION:
-        reason = f"covers {', '.join(sorted(HALF_ROTATION))}"
+    if kind not in FAMILIES:
+        reason = f"covers {', '.join(FAMILIES)}, and this is a {kind}"
     elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         kind == "mistral" and config.sliding_window is not None
     ):
         reason = f"covers full attention, and this {kind} has a sliding window of {config.sliding_window} tokens"
     elif config.hidden_act != "silu":
         reason = f"covers the activation silu, and this {kind} has {config.hidden_act}"
-    elif rope.get("rope_type", "default") not in FIXED_FREQUENCIES:
-        reason = f"covers rope_type {', '.join(sorted(FIXED_FREQUENCIES))}, and this {kind} has {rope['rope_type']}"
+    elif rope.get("rope_type", "default") not in ROPE_TYPES:
+        reason = f"covers rope_type {', '.join(ROPE_TYPES)}, and this {kind} has {rope['rope_type']}"
     elif odd := [name for name, module in model.named_modules() if _is_replaced(name, module)]:
         reason = f"covers plain linear layers, and {odd[0]} is a {type(model.get_submodule(odd[0])).__name__}"
     if reason is not None:

@@ -39,6 +39,9 @@ def check_covered(model: PreTrainedModel) -> None:
         reason = "takes no past_key_values, as a state-space model or one without a cache"
         raise _refusal(inside, reason, _ANOTHER)
     config = inside.config.get_text_config(decoder=True)
+    for field in ("num_hidden_layers", "num_attention_heads"):
+        if getattr(config, field, None) is None:
+            raise _refusal(inside, f"is not one stack of decoder layers (its config states no {field})", _ANOTHER)
     dynamic_cache.check_layer_kinds(config)
     ids = list(range(1, PROBE_TOKENS + 1))
     cache, half = DynamicCache(config=config), PROBE_TOKENS // 2
@@ -66,7 +69,7 @@ def _tried(model: PreTrainedModel, inside: PreTrainedModel, ids: list[int], cach
         logits_1TV: torch.Tensor = model(input_ids=ids_1T, past_key_values=cache, use_cache=True).logits
     except _FORWARD_ERRORS as error:
         said = (str(error).strip().splitlines() or ["no message"])[0]
-        reason = f"takes no text of tokens alone behind a DynamicCache ({type(error).__name__}: {said})"
+        reason = f"takes no text alone with a DynamicCache ({type(error).__name__}: {said})"
         raise _refusal(inside, reason, _ANOTHER) from error
     return logits_1TV[0].float()
 
