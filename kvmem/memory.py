@@ -194,9 +194,13 @@ class KVCacheMemory:
         return len(items)
 
     def from_textual_memory(self, mem: TextualMemoryItem) -> KVCacheItem:
-        """Builds an item whose source keeps the text memory's id and metadata. Raises as `extract`; stores nothing."""
+        """Builds an item whose source keeps a copy of the text memory's id and metadata. Stores nothing.
+
+        Raises as `extract`, and ArgumentError if `mem` was assigned a text or metadata that a file can't keep.
+        """
         check_kind("A text memory", mem, TextualMemoryItem, way_out="Give TextualMemoryItem(memory=text).")
-        return self.backend.build(mem.memory, textual_memory=mem, namespace=self.namespace)
+        own = mem.checked()
+        return self.backend.build(own.memory, textual_memory=own, namespace=self.namespace)
 
     def _path(self, dir: str | Path) -> Path:
         return _folder(dir) / self.namespace / self.config.memory_filename

@@ -128,6 +128,21 @@ def test_every_verb_that_takes_a_text_refuses_a_lone_surrogate(qwen3: HFBackend)
             call()
 
 
+def test_an_item_keeps_a_text_memory_of_its_own(qwen3: HFBackend) -> None:
+    given = TextualMemoryItem(memory=MEMORIES[0].memory, metadata={"tags": ["a"]})
+    item = memory_on(qwen3).from_textual_memory(given)
+    given.metadata["tags"].append("of the caller, afterwards")
+    assert item.metadata.textual_memory == TextualSource(id=given.id, metadata={"tags": ["a"]})
+
+
+@pytest.mark.parametrize("name", NOT_KEPT)
+def test_what_was_assigned_to_a_text_memory_is_checked_when_it_is_built(qwen3: HFBackend, name: str) -> None:
+    given = TextualMemoryItem(memory=MEMORIES[0].memory)
+    given.metadata["assigned"] = NOT_KEPT[name]
+    with pytest.raises(ArgumentError, match="metadata"):
+        memory_on(qwen3).from_textual_memory(given)
+
+
 @pytest.mark.parametrize("field", ["memory", "metadata"])
 def test_one_bad_memory_never_stops_the_others(qwen3: HFBackend, tmp_path: Path, field: str) -> None:
     """A memory that becomes bad after it was made is refused by the scheduler, and the others are built."""
