@@ -222,8 +222,8 @@ class _Pickler(pickle._Pickler):
 def _write(file: HashingWriter, items: Sequence[KVCacheItem], manifest_json: str) -> None:
     contents = {
         ITEMS_KEY: {
-            item.kv_cache_id: _Item(
-                id=item.kv_cache_id,
+            _plain_text(item.kv_cache_id): _Item(
+                id=_plain_text(item.kv_cache_id),
                 memory=item.kv_cache,
                 metadata={
                     "source_text": item.metadata.source_text,
@@ -232,7 +232,7 @@ def _write(file: HashingWriter, items: Sequence[KVCacheItem], manifest_json: str
                 records=_Records(
                     text_memories=[item.metadata.source_text],
                     composed_text_memory=item.metadata.source_text,
-                    timestamp=item.metadata.extracted_at,
+                    timestamp=_plain_time(item.metadata.extracted_at),
                 ),
             )
             for item in items
@@ -242,6 +242,16 @@ def _write(file: HashingWriter, items: Sequence[KVCacheItem], manifest_json: str
     pickler = _Pickler(file, PROTOCOL)
     pickler.fast = True  # without a memo, which would keep the bytes of every tensor, when writing and when reading
     pickler.dump(contents)
+
+
+def _plain_text(text: str) -> str:
+    """The same text as a `str`: a pickle names a subclass (numpy's, an enum), and other readers refuse it."""
+    return str.__str__(text)
+
+
+def _plain_time(time: datetime) -> datetime:
+    """The same time in UTC, of plain classes: a pickle names the class of a time zone, and other readers refuse it."""
+    return datetime.fromisoformat((time if time.tzinfo is None else time.astimezone(UTC)).isoformat())
 
 
 def _entries(contents: Any, path: Path) -> list[dict[str, Any]]:

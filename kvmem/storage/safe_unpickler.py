@@ -196,6 +196,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("datetime", "datetime"): Record,
     ("datetime", "timezone"): Record,
     ("datetime", "timedelta"): Record,
+    ("pydantic_core._pydantic_core", "TzInfo"): Record,
     ("torch", "float64"): torch.float64,
     ("torch", "float32"): torch.float32,
     ("torch", "float16"): torch.float16,

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
 import resource
 import types
 import zipfile
+import zoneinfo
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 
+from kvmem import KVCacheItem as MemoryItem
 from kvmem.cache.dynamic_cache import layers_of
 from kvmem.errors import DamagedFileError, StorageError, UnsafeFileError
 from kvmem.storage import safe_unpickler
+from tests.faults.test_files_damaged import dump_file
 from tests.helpers import stored
 from tests.helpers.memos import KVCacheItem, OldItem, old_cache, stand_in
 from tests.helpers.tiny import copy_of, kind, memory_on, pairs, same_bits, tiny_backend
@@ -200,3 +207,39 @@ def test_unsafe_names_are_told_from_damage(path: Path) -> None:
     path.write_bytes(b"\x80\x02X")
     with pytest.raises(DamagedFileError, match="not a complete pickle"):
         stored.load(path)
+
+
+@pytest.mark.parametrize("first", ["memory.pickle", "memory.safetensors"])
+def test_what_was_loaded_can_be_dumped_as_a_pickle_and_loaded_again(tmp_path: Path, first: str) -> None:
+    """The time of a loaded item has a time zone of another class, which a pickle would name."""
+    item = stored.item()
+    (once,) = stored.load(dump_file(tmp_path / first, item))
+    (twice,) = stored.load(dump_file(tmp_path / "again.pickle", once))
+    assert twice.metadata == item.metadata and stored.same_tensors(twice.kv_cache, item.kv_cache)
+
+
+@pytest.mark.parametrize("zone", [zoneinfo.ZoneInfo("Asia/Tokyo"), timezone(timedelta(hours=-3)), None], ids=str)
+def test_a_time_of_any_zone_can_be_dumped(path: Path, zone: tzinfo | None) -> None:
+    item = stored.item()
+    item.metadata = item.metadata.model_copy(update={"extracted_at": datetime(2026, 5, 1, 12, tzinfo=zone)})
+    (loaded,) = stored.load(dump_file(path, item))
+    assert loaded.metadata.extracted_at == item.metadata.extracted_at
+
+
+class Id(enum.StrEnum):
+    A = "a"
+
+
+@pytest.mark.parametrize("id_", [np.str_("a"), Id.A], ids=kind)
+def test_an_id_of_another_class_of_texts_can_be_dumped(path: Path, id_: str) -> None:
+    item = stored.item()
+    (loaded,) = stored.load(dump_file(path, MemoryItem(item.kv_cache, item.metadata, id_)))
+    assert loaded.kv_cache_id == "a"
+
+
+def test_a_pickle_whose_times_name_the_zone_of_pydantic_is_read(memos: types.ModuleType, path: Path) -> None:
+    """As kvmem wrote them after a load."""
+    loaded_time = TypeAdapter(datetime).validate_json('"2026-05-01T12:00:00Z"')
+    item = KVCacheItem(id="a", memory=stored.item().kv_cache, metadata={"source_text": "A text", "at": loaded_time})
+    path.write_bytes(pickle.dumps({"kv_cache_memories": {"a": item}}))
+    assert [each.kv_cache_id for each in stored.load(path)] == ["a"]
