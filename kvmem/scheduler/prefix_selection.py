@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from kvmem.cache import CacheView, KVCacheItem, MemoryTokens, TextualMemoryItem, dynamic_cache
-from kvmem.errors import DamagedFileError, StorageError, UnknownMemoryError
+from kvmem.errors import ChangedFileError, DamagedFileError, StorageError, UnknownMemoryError
 from kvmem.prompt import common_prefix
 from kvmem.scheduler.cost_model import LoadEstimator
 from kvmem.scheduler.kv_index import KVIndex
@@ -46,41 +46,60 @@ class PrefixSelector:
 
         It holds the exact prefix whose load, with the prefill of the rest, takes the least time. That may be nothing;
         the prompt is the same either way. If KV that holds more of the prompt was not loaded, `note` says why.
+
+        If the block raises ChangedFileError, because a file changed while it was read, that KV is dropped: the next
+        view does not hold it.
         """
         if not memories:
             raise UnknownMemoryError("No text memory is given. Give one, or use backend.generate without a cache.")
         tokens = self._index.joint_tokens(memories)
         with ExitStack() as lease:
-            cache, note = self._best(memories, tokens, lease)
-            cache = cache or dynamic_cache.empty_view(tokens, self._backend.model_config)
+            chosen, cache, note = self._best(memories, tokens, lease)
+            cache = cache or self._as_text(tokens)
             cache.note = note
-            yield cache
+            try:
+                yield cache
+            except ChangedFileError as error:
+                if chosen is not None:
+                    self._read_failed(chosen.memory_id, chosen.item_id, error)
+                raise
+
+    def text(self, memories: Sequence[TextualMemoryItem], note: str) -> CacheView:
+        """A view without KV for the same prompt, all of which is prefilled. note: why nothing was loaded."""
+        cache = self._as_text(self._index.joint_tokens(memories))
+        cache.note = note
+        return cache
+
+    def _as_text(self, tokens: MemoryTokens) -> CacheView:
+        return dynamic_cache.empty_view(tokens, self._backend.model_config)
 
     def _best(
         self, memories: Sequence[TextualMemoryItem], tokens: MemoryTokens, lease: ExitStack
-    ) -> tuple[CacheView | None, str]:
-        """The best prefix that can be read, and the note for it."""
+    ) -> tuple[_Candidate | None, CacheView | None, str]:
+        """The best prefix that can be read, with the KV that it is of, and the note for it."""
         notes: list[str] = []
         for candidate in self._candidates(memories, tokens):
             if not candidate.load.pays:
                 self._decline(candidate)
                 notes.append(f"{candidate.memory_id} was not loaded: {candidate.load}.")
                 continue
-            try:
-                item = lease.enter_context(self._items.use(candidate.item_id))
-            except UnknownMemoryError:  # evicted since
-                continue
-            except (StorageError, OSError) as error:
-                self._read_failed(candidate.memory_id, candidate.item_id, error)
-                notes.append(f"{candidate.memory_id} was not loaded: {error}")
-                continue
-            self.unreachable.pop(candidate.memory_id, None)
-            with self._lock:
-                self.declined.pop(candidate.load.tier, None)
-            prefix = self._prefix(item, tokens, candidate.load.tokens)
-            if prefix is not None:
-                return prefix, " ".join(notes)
-        return None, " ".join(notes)
+            with ExitStack() as own_lease:
+                try:
+                    item = own_lease.enter_context(self._items.use(candidate.item_id))
+                    prefix = self._prefix(item, tokens, candidate.load.tokens)
+                except UnknownMemoryError:  # evicted since
+                    continue
+                except (StorageError, OSError) as error:  # also of a file that changed after it was loaded
+                    self._read_failed(candidate.memory_id, candidate.item_id, error)
+                    notes.append(f"{candidate.memory_id} was not loaded: {error}")
+                    continue
+                self.unreachable.pop(candidate.memory_id, None)
+                with self._lock:
+                    self.declined.pop(candidate.load.tier, None)
+                if prefix is not None:
+                    lease.push(own_lease.pop_all())
+                    return candidate, prefix, " ".join(notes)
+        return None, None, " ".join(notes)
 
     def _candidates(self, memories: Sequence[TextualMemoryItem], tokens: MemoryTokens) -> list[_Candidate]:
         """Stored KV that begins as the prompt does. First, so that the note mentions it, what holds more of the prompt

@@ -15,6 +15,7 @@ from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import (
     BudgetError,
     BuildCancelled,
+    ChangedFileError,
     ClosedError,
     ConfigError,
     KVMemError,
@@ -216,8 +217,13 @@ class MemScheduler:
         with self._moved:
             self._forgotten.append(forgotten)
         try:
-            with self.view(used) as cache:
-                generation = self.backend.generate(query, cache, max_new_tokens, sampling)
+            try:
+                with self.view(used) as cache:
+                    generation = self.backend.generate(query, cache, max_new_tokens, sampling)
+            except ChangedFileError as error:  # while it was read; its KV is dropped
+                with self.gate.request():
+                    cache = self.prefix_selector.text(used, f"Stored KV could not be read to its end: {error}")
+                    generation = self.backend.generate(query, cache, max_new_tokens, sampling)
         finally:
             with self._moved:
                 self._forgotten = [each for each in self._forgotten if each is not forgotten]

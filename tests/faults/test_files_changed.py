@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,61 @@ def test_a_scheduler_answers_from_the_text_and_says_so(qwen3: HFBackend, tmp_pat
         answer = scheduler.answer(QUERY, [text], 8)
     assert answer.token_ids == expected.token_ids and answer.cached_tokens == 0
     assert path.name in answer.note
+
+
+@contextmanager
+def with_kv_on_disk(engine: HFBackend, folder: Path) -> Iterator[tuple[MemScheduler, TextualMemoryItem, Path]]:
+    """A scheduler with a memory in its disk tier, the memory, and the path of its KV."""
+    text = TextualMemoryItem(id="m", memory=TEXT)
+    costs = Costs(0.001, 1e-4, 0.0, kv_bytes_a_token(engine))
+    with MemScheduler(memory_on(engine), "benefit_per_byte", {"disk": 1 << 30}, folder, costs) as scheduler:
+        for _ in range(4):
+            scheduler.observe(text, QUERY)
+        scheduler.tick()
+        assert scheduler.answer(QUERY, [text], 8).cached_tokens
+        (path,) = folder.rglob("*.safetensors")
+        yield scheduler, text, path
+
+
+def test_a_file_that_changes_between_load_and_view_costs_no_answer(
+    qwen3: HFBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = qwen3.generate([{"role": "system", "content": TEXT}, {"role": "user", "content": QUERY}], None, 8)
+    with with_kv_on_disk(qwen3, tmp_path) as (scheduler, text, path):
+        use = scheduler.items.use
+
+        @contextmanager
+        def use_and_overwrite(item_id: str) -> Iterator[KVCacheItem]:
+            with use(item_id) as item:
+                overwrite(path)
+                yield item
+
+        monkeypatch.setattr(scheduler.items, "use", use_and_overwrite)
+        answer = scheduler.answer(QUERY, [text], 8)
+        assert answer.token_ids == expected.token_ids and answer.cached_tokens == 0
+        assert path.name in answer.note and "overwritten" in scheduler.prefix_selector.unreadable["m"]
+        assert not scheduler.index.tiers() and not path.exists() and not scheduler.items.used_bytes()["disk"]
+
+
+def test_a_file_that_changes_while_an_answer_reads_it_costs_no_answer(engine: HFBackend, tmp_path: Path) -> None:
+    expected = engine.generate([{"role": "system", "content": TEXT}, {"role": "user", "content": QUERY}], None, 8)
+    with with_kv_on_disk(engine, tmp_path) as (scheduler, text, path):
+        split = engine.split
+
+        def split_and_overwrite(*given: Any) -> Any:
+            prompt = split(*given)
+            if path.exists():
+                overwrite(path)
+            return prompt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "split", split_and_overwrite)
+            answer = scheduler.answer(QUERY, [text], 8)
+        assert answer.token_ids == expected.token_ids and answer.cached_tokens == 0
+        assert path.name in answer.note and "overwritten" in scheduler.prefix_selector.unreadable["m"]
+        assert not scheduler.index.tiers() and not path.exists() and not scheduler.items.used_bytes()["disk"]
+        scheduler.tick()
+        assert scheduler.planner.table.now == 6, "both answers are observed, and the failed attempt is not"
 
 
 def test_vllms_worker_reads_an_overwritten_file_again(qwen3: HFBackend, tmp_path: Path) -> None:

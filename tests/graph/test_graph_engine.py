@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kvmem.cache.dynamic_cache import layers_of
+from kvmem.cache.dynamic_cache import empty_view, layers_of
 from tests.graph.conftest import prompt_of, stored
 from tests.helpers.tiny import copy_of, pairs, same_bits
 
@@ -53,6 +53,19 @@ def test_lengths_behind_a_memory(open_engine, eager, setting, new):
     for _ in range(2):  # the second finds the memory in place
         assert along(fast, eager, prompt, cache, 3) < setting.tolerance
     assert before is None or same_bits(item, before)
+
+
+def test_a_view_without_tokens_is_a_prompt_without_memory(open_engine, eager, setting):
+    """MemScheduler answers with one while a memory's KV is not built; a stored memory may lie in a buffer already."""
+    fast = open_engine()
+    memory, item = stored(fast, TEXTS[0])
+    view = empty_view(item.metadata.tokens, fast.model_config)
+    for _ in range(2):
+        prompt = fast.split(QUERY, view)
+        assert prompt.memory_ids == () and along(fast, eager, prompt, view, 3) < setting.tolerance
+        first = fast.generate(QUERY, view, 1)
+        assert fast.first_token(prompt, view).id in (*first.token_ids, *fast.end_tokens) and first.cached_tokens == 0
+        memory.get_cache(item.kv_cache_id)
 
 
 def test_one_graph_serves_every_memory(open_engine, eager, setting):

@@ -120,12 +120,13 @@ class Engine:
         The engine's next call may overwrite the logits.
         """
         with self.turn():
-            token, logits_V = self._run(self.take(RunningSequence(cache, held, held)), held, ids)
+            sequence = RunningSequence(cache if held else None, held, held)
+            token, logits_V = self._run(self.take(sequence), held, ids)
             return int(token), logits_V
 
     def begin(self, cache: DynamicCache | None, held: int, ids: Sequence[int]) -> tuple[torch.Tensor, RunningSequence]:
         """The logits after the first `held` tokens of `cache` and `ids`, (vocab,), and the sequence to continue."""
-        sequence = RunningSequence(cache, held, held)
+        sequence = RunningSequence(cache if held else None, held, held)  # an empty cache has no tensors
         return self.extend(sequence, ids), sequence
 
     def extend(self, sequence: RunningSequence, ids: Sequence[int]) -> torch.Tensor:
@@ -158,7 +159,7 @@ class Engine:
 
         with self.building, self.turn():
             buffer = self._new_buffer()
-            if cache is not None:
+            if cache is not None and held:
                 buffer.place(cache, held)
             self.run(self._inputs(held, ids).to(self.device), buffer, pause)
             return buffer.read(0, tokens)
