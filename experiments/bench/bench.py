@@ -12,7 +12,7 @@ from typing import Any
 from experiments.bench.setup import Setup
 from experiments.hardware import layout
 from experiments.measurement import ReferenceForward, engine_conditions, reference_forward
-from experiments.performance_model import Rates, Roofline, calibrate
+from experiments.performance_model import Rates, Roofline, calibrate, datasheet
 from experiments.results import Row
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.cache import KVCacheItem, Source
@@ -37,8 +37,8 @@ class Bench:
     """The items of this run, in the order of their builds. Cells with the same memory share one item."""
     build_times_s: dict[str, list[float]] = field(default_factory=dict)
     """The seconds of every measured build of an item, by the item's id."""
-    kv_checks: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """The distance of an item's KV from the reference's and its tolerance, by the item's id."""
+    kv_checks: dict[str, Any] = field(default_factory=dict)
+    """What `kv_check` found of an item, by the item's id."""
 
     @classmethod
     def open(cls, setup: Setup) -> Bench:
@@ -64,6 +64,8 @@ class Bench:
             raise ConfigError(f"backend={setup.backend.backend} can't be measured. Use another backend.")
         rates = _rates(backend)
         conditions = {"rates": dataclasses.asdict(rates), "origin": backend.fingerprint.origin}
+        if backend.fingerprint.dtype in setup.hardware.peak_tflops and setup.hardware.bandwidth_gb_s is not None:
+            conditions["data_sheet"] = dataclasses.asdict(datasheet(setup.hardware, backend.fingerprint.dtype))
         return cls(setup, memory, backend, Roofline(rates, backend.model_config), conditions)
 
     @cached_property

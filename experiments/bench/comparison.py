@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench.bench import Bench
-from experiments.bench.stored_kv import kv_check
+from experiments.bench.stored_kv import kv_check, view_check
 from experiments.measurement import BASELINE, RULES_VERSION, Sample, Trace, grade, judge, reference, statistics, ttft
 from experiments.results import ALONE, Evidence, Loss, Row, TimedCall, TTFTPayload, judged_figures
 from experiments.workloads import Cell
@@ -91,7 +91,7 @@ def compare(
         limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain[0].prompt.ids), 0)
     merge = bench.setup.merge
     cache_s = median(sample.cache_s for sample in reused)
-    kv_off, kv_allowed = kv_check(bench, items)
+    kv = kv_check(bench, items)
     evidence = Evidence(
         calls=_calls(bench, measured, (arm, direct, *beside), cell.context_tokens),
         calls_made={name: measured.calls_made[name] for name in (arm, direct) if name in measured.calls_made},
@@ -102,8 +102,11 @@ def compare(
         rounding_noise=equality.rounding_noise,
         direct_off_reference=equality.direct_off_reference,
         injected_off_reference=equality.injected_off_reference,
-        kv_off_reference=kv_off,
-        kv_tolerance=kv_allowed,
+        kv_off_reference=kv.token.off if kv else None,
+        kv_tolerance=kv.token.allowed if kv else None,
+        kv_scale_off=kv.scale.off if kv else None,
+        kv_scale_tolerance=kv.scale.allowed if kv else None,
+        view_off_stored=view_check(bench, items),
         reference=judged_by.name,
         build_all_s=list(builds_s),
         loss=tier.loss if tier else None,

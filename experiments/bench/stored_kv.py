@@ -1,40 +1,92 @@
-"""Whether a stored memory's keys and values are those of the independent forward pass on the same tokens."""
+"""Whether a stored memory's keys and values are those of the independent forward pass, and what an answer is given."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from experiments.bench.bench import Bench
 from experiments.measurement import NOISE_MULTIPLE, Layers
-from kvmem.cache import KVCacheItem, dynamic_cache
+from kvmem.cache import CacheView, KVCacheItem
+from kvmem.cache.dynamic_cache import layers_of
 
 MOST_UNITS = {torch.float32: 2000.0, torch.bfloat16: 40.0, torch.float16: 100.0}
 """The noise of a token's KV counts as at most so many units in the last place, relative to the token's norm."""
+SCALE_UNITS = 0.25
+"""The rounding errors of a layer's many numbers cancel in its scale, so that it is known to a part of one unit."""
 
 
-def kv_check(bench: Bench, items: Sequence[KVCacheItem]) -> tuple[float | None, float | None]:
-    """The largest distance of a token's stored KV from the reference's, and what rounding explains of it.
+class Distance(NamedTuple):
+    """A distance from the reference, and what rounding explains of it."""
 
-    A distance is relative: the norm of the difference of a token's keys (or values) over all heads of a layer, over the
-    reference's norm. (None, None) for items without tensors here, or whose loss is stated.
+    off: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class KVCheck:
+    """How far stored keys and values are from the reference's.
+
+    token: relative: the norm of the difference of a token's keys (or values) over all heads of a layer, over the
+    reference's norm; the largest of all tokens. scale: how far the factor that fits a layer's keys (or values) to the
+    reference's is from 1; the largest of all layers. It shows errors that are the same everywhere and, for each token,
+    below the rounding of 16-bit numbers.
     """
-    checked = [pair for item in items if (pair := _of_item(bench, item)) is not None]
-    return max(checked, key=lambda pair: pair[0] / pair[1]) if checked else (None, None)
+
+    token: Distance
+    scale: Distance
 
 
-def _of_item(bench: Bench, item: KVCacheItem) -> tuple[float, float] | None:
+def kv_check(bench: Bench, items: Sequence[KVCacheItem]) -> KVCheck | None:
+    """The worst of each distance. None for items without tensors here, or whose loss is stated."""
+    checked = [found for item in items if (found := _of_item(bench, item)) is not None]
+    if not checked:
+        return None
+    return KVCheck(_worst([found.token for found in checked]), _worst([found.scale for found in checked]))
+
+
+def view_check(bench: Bench, items: Sequence[KVCacheItem]) -> float | None:
+    """The largest difference of a number between a memory and the view that an answer is given: 0 if it is a copy.
+
+    None if the engine has no tensors here, or merges several memories.
+    """
+    if len(items) != 1:
+        return None
+    view = bench.memory.get_cache([items[0].kv_cache_id])
+    stored = layers_of(items[0].kv_cache)
+    if not stored or not isinstance(view, CacheView):
+        return None
+    given = [(keys.to(stored[0][0].device), values.to(stored[0][0].device)) for keys, values in layers_of(view)]
+    return max(
+        float((mine - theirs).abs().max()) if mine.shape == theirs.shape else float("inf")
+        for mine, theirs in _pairs(stored, given)
+    )
+
+
+def _worst(distances: Sequence[Distance]) -> Distance:
+    return max(distances, key=lambda one: one.off / one.allowed)
+
+
+def _of_item(bench: Bench, item: KVCacheItem) -> KVCheck | None:
     known = bench.kv_checks.get(item.kv_cache_id)
     if known is None and not item.metadata.lossy:
-        stored = [(keys[0], values[0]) for keys, values in dynamic_cache.layers_of(item.kv_cache)]
+        stored = [(keys[0], values[0]) for keys, values in layers_of(item.kv_cache)]
         runs = bench.reference.keys_values(item.metadata.tokens.token_ids) if stored else ()
         if not runs or any(a[0].shape != b[0].shape for a, b in zip(stored, runs[0], strict=True)):
             return None
         unit = torch.finfo(bench.backend.dtype).eps
         noise = max(distance(other, runs[0]) for other in runs[1:])
-        allowed = NOISE_MULTIPLE * min(max(noise, unit), MOST_UNITS[bench.backend.dtype] * unit)
-        known = bench.kv_checks[item.kv_cache_id] = (distance(stored, runs[0]), allowed)
+        scale_noise = max(scale_off(other, runs[0]) for other in runs[1:])
+        known = bench.kv_checks[item.kv_cache_id] = KVCheck(
+            Distance(
+                distance(stored, runs[0]),
+                NOISE_MULTIPLE * min(max(noise, unit), MOST_UNITS[bench.backend.dtype] * unit),
+            ),
+            Distance(scale_off(stored, runs[0]), max(NOISE_MULTIPLE * min(scale_noise, unit), SCALE_UNITS * unit)),
+        )
     return known
 
 
@@ -42,6 +94,21 @@ def distance(layers: Layers, reference: Layers) -> float:
     """The largest relative distance of a token's keys or values, (heads, tokens, head_dim) in each layer."""
     return max(
         float(((mine - theirs).norm(dim=(0, 2)) / theirs.norm(dim=(0, 2)).clamp_min(1e-12)).max())
-        for layer, other in zip(layers, reference, strict=True)
-        for mine, theirs in ((a.float(), b.float()) for a, b in zip(layer, other, strict=True))
+        for mine, theirs in _pairs(layers, reference)
     )
+
+
+def scale_off(layers: Layers, reference: Layers) -> float:
+    """How far from 1 the factor is that fits the reference's keys or values best to those of a layer."""
+    return max(
+        abs(float((mine.double() * theirs).sum() / theirs.double().square().sum().clamp_min(1e-12)) - 1)
+        for mine, theirs in _pairs(layers, reference)
+    )
+
+
+def _pairs(layers: Layers, reference: Layers) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [
+        (mine.float(), theirs.float())
+        for layer, other in zip(layers, reference, strict=True)
+        for mine, theirs in zip(layer, other, strict=True)
+    ]

@@ -8,6 +8,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Literal
 
+from scipy import stats
+
 from experiments.measurement.recomputed import wrong_figures
 from experiments.measurement.statistics import BATCHES, NOISY_SPREAD, Interval, paired_ratio, spread
 from experiments.results import ALONE, ArmTimes, Evidence, JudgedPayload, Row, TimedCall, TTFTPayload
@@ -33,6 +35,11 @@ LEAST_LIMIT_SHARE, LONG_S = 0.1, 0.1
 overheads don't count. Measured: 0.6 on a CPU. A limit far below says that the calibrated rates are too high."""
 RANDOM_WEIGHTS = "random"
 """What the rows of a model that was never trained call its weights."""
+MAX_OVER_DATA_SHEET = 1.05
+"""Calibrated rates over those of the data sheet."""
+MAX_DRIFT, CHANCE_OF_DRIFT = 0.15, 0.02
+"""How far the ratio of the arms may move from the first third of the rounds to the last, if it does so steadily: in an
+order that independent rounds have with at most this chance."""
 ROUNDING = 1e-6
 BASELINE = "baseline"
 """The arm that times the independent forward pass; `ALONE` is the query without a memory."""
@@ -151,17 +158,16 @@ def baseline(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str
 def build(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
     """Build, merge and injected prefill together take no less than the direct arm, which does the work of all three.
 
-    And a build takes no more than the direct arm, which computes more tokens. Both hold even between the fastest calls
-    of the one side and the slowest of the other, with `MAX_DIRECT_RATIO` and `MAX_BUILD_OVER_DIRECT` left for noise.
-    Fewer than 6 rounds do not tell slow work from a disturbance, so they are left to `enough_pairs`.
+    It holds even between the fastest calls of the one side and the slowest of the other, with `MAX_DIRECT_RATIO` left
+    for noise. Fewer than 6 rounds do not tell slow work from a disturbance, so they are left to `enough_pairs`. A build
+    that takes too long is a doubt, `build_is_clear`: builds are not measured in the rounds, so that a busy moment can
+    slow all of them.
     """
     direct_s = [call.engine_s for call in _calls(evidence, evidence.direct_arm)]
     if len(direct_s) < BATCHES:
         return
     kv_s = max(call.engine_s for call in _calls(evidence, row.arm))
     if reason := direct_too_slow(min(direct_s), max(evidence.build_all_s), kv_s, figures.merge_s or 0.0):
-        yield reason
-    if reason := _build_too_slow(row, min(evidence.build_all_s), max(direct_s)):
         yield reason
 
 
@@ -200,9 +206,16 @@ def builds_measured(row: Row, figures: TTFTPayload, evidence: Evidence) -> Itera
 def limit_is_plausible(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
     """The limit is a plausible share of what the independent forward pass took: the calibrated rates are not too high.
 
-    A limit that is too low catches nothing. It is told for prefills long enough that overheads don't count.
+    A limit that is too low catches nothing. It is told for prefills long enough that overheads don't count. Where the
+    hardware's card has a data sheet, no rate exceeds its rates.
     """
     seconds = [call.engine_s for call in _calls(evidence, BASELINE)]
+    if figures.direct_limit_s is not None and figures.direct_limit_s <= 0:
+        yield "the hardware's limit is 0: it holds no arm to anything"
+    sheet, rates = row.conditions.get("data_sheet") or {}, row.conditions.get("rates") or {}
+    for name in ("flop_per_s", "bytes_per_s"):
+        if name in sheet and rates.get(name, 0.0) > MAX_OVER_DATA_SHEET * sheet[name]:
+            yield f"the calibrated {name} is {rates[name] / sheet[name]:.3g} times the data sheet's"
     if not seconds or median(seconds) < LONG_S or (figures.direct_limit_s or 0.0) < SHORT_LIMIT_S:
         return
     assert figures.direct_limit_s is not None
@@ -290,6 +303,15 @@ def stored_kv(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[st
     off, allowed = evidence.kv_off_reference, evidence.kv_tolerance
     if evidence.exact and off is not None and allowed is not None and off > allowed:
         yield f"the stored KV of a token is {off:.3g} off (relative), and rounding explains {allowed:.3g}"
+    scale, most = evidence.kv_scale_off, evidence.kv_scale_tolerance
+    if evidence.exact and scale is not None and most is not None and scale > most:
+        yield f"the stored KV of a layer is {1 + scale:.4g} or {1 - scale:.4g} times what it should be"
+
+
+def view_is_stored(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """What an answer is given is the stored memory, bit by bit."""
+    if evidence.exact and (evidence.view_off_stored or 0.0) > 0:
+        yield f"the view that an answer is given is up to {evidence.view_off_stored:.3g} off the stored memory"
 
 
 def returned_kv(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
@@ -367,8 +389,22 @@ def calm(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
             yield f"the {arm} arm was disturbed: its interquartile range is {share:.0%} of its median"
 
 
+def steady(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """The ratio of the arms does not drift, by Kendall's rank correlation with the round."""
+    ratios = [a.engine_s / b.engine_s for a, b in _rounds(evidence, row.arm, evidence.direct_arm)]
+    if len(ratios) < BATCHES:
+        return
+    third = len(ratios) // 3
+    change = median(ratios[-third:]) / median(ratios[:third]) - 1
+    if abs(change) > MAX_DRIFT and stats.kendalltau(range(len(ratios)), ratios).pvalue < CHANCE_OF_DRIFT:
+        yield f"the {row.arm} arm drifted by {change:+.0%} against the direct arm while it was measured"
+
+
 def build_is_clear(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
-    """Build and direct arm, which are not measured in the same rounds, agree by their medians too."""
+    """Build and direct arm, which are not measured in the same rounds, agree by their medians too.
+
+    And a build takes no more than the direct arm, which computes more tokens, by `MAX_BUILD_OVER_DIRECT`.
+    """
     if reason := direct_too_slow(figures.direct_ttft_s, figures.build_s, figures.kv_ttft_s, figures.merge_s or 0.0):
         yield reason
     if reason := _build_too_slow(row, figures.build_s, figures.direct_ttft_s):
@@ -398,6 +434,7 @@ RULES: tuple[Rule, ...] = (
     answers,
     timed_is_graded,
     stored_kv,
+    view_is_stored,
     returned_kv,
     stated_loss,
     fetch_limit,
@@ -406,6 +443,7 @@ DOUBTS: tuple[Rule, ...] = (
     enough_pairs,
     builds_measured,
     calm,
+    steady,
     limit_is_plausible,
     build_is_clear,
     baseline_is_clear,

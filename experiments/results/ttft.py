@@ -95,6 +95,12 @@ class Evidence:
     kv_off_reference: float | None = None
     """The largest relative distance of a token's stored keys or values from the independent forward pass's."""
     kv_tolerance: float | None = None
+    kv_scale_off: float | None = None
+    """How far from 1 the factor is that fits the independent forward pass's keys or values to the stored ones, in the
+    worst layer."""
+    kv_scale_tolerance: float | None = None
+    view_off_stored: float | None = None
+    """The largest difference of a number between the stored memory and the view that an answer is given."""
     reference: str = ""
     """What the independent forward pass is."""
     build_all_s: list[float] = field(default_factory=list)

@@ -55,7 +55,7 @@ def _all_logits(original: Any) -> Any:
     def prefill(model: Any, token_ids: Any, cache: Any) -> torch.Tensor:
         if cache.get_seq_length():
             return original(model, token_ids, cache)  # type: ignore[no-any-return]
-        ids = torch.tensor([token_ids])
+        ids = torch.tensor([token_ids], device=model.device)
         logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
         return logits[0, -1]
 

@@ -27,7 +27,7 @@ def _behind_a_cache(off: int, original: Any) -> Any:
         held = cache.get_seq_length()
         if not held:
             return original(model, token_ids, cache)  # type: ignore[no-any-return]
-        positions = torch.arange(held + off, held + off + len(token_ids))[None]
+        positions = torch.arange(held + off, held + off + len(token_ids), device=model.device)[None]
         return _forward(model, token_ids, cache, position_ids=positions)
 
     return prefill
@@ -36,14 +36,15 @@ def _behind_a_cache(off: int, original: Any) -> Any:
 def _positions_doubled(original: Any) -> Any:
     def prefill(model: Any, token_ids: Any, cache: DynamicCache) -> torch.Tensor:
         held = cache.get_seq_length()
-        return _forward(model, token_ids, cache, position_ids=2 * torch.arange(held, held + len(token_ids))[None])
+        positions = 2 * torch.arange(held, held + len(token_ids), device=model.device)[None]
+        return _forward(model, token_ids, cache, position_ids=positions)
 
     return prefill
 
 
 def _autocast(original: Any) -> Any:
     def prefill(model: Any, token_ids: Any, cache: DynamicCache) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16):
             return original(model, token_ids, cache).float()  # type: ignore[no-any-return]
 
     return prefill
@@ -55,9 +56,9 @@ def _logits_scaled(original: Any) -> Any:
 
 def _first_token_masked(original: Any) -> Any:
     def prefill(model: Any, token_ids: Any, cache: DynamicCache) -> torch.Tensor:
-        mask = torch.ones(1, cache.get_seq_length() + len(token_ids), dtype=torch.long)
+        mask = torch.ones(1, cache.get_seq_length() + len(token_ids), dtype=torch.long, device=model.device)
         mask[0, 0] = 0
-        positions = torch.arange(cache.get_seq_length(), cache.get_seq_length() + len(token_ids))[None]
+        positions = torch.arange(cache.get_seq_length(), mask.shape[1], device=model.device)[None]
         return _forward(model, token_ids, cache, attention_mask=mask, position_ids=positions)
 
     return prefill

@@ -10,7 +10,7 @@ from kvmem.engines.huggingface import HFBackend
 from tests.mutations.mutation import SMOLLM2, Mutation, Patch, first_token_with_cache
 
 KIND = "statistics"
-DISTURBED = "was disturbed"
+DISTURBED = "was disturbed|drifted"
 
 
 def _delayed(delay: Any) -> Patch:

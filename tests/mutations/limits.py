@@ -10,7 +10,7 @@ from kvmem.engines.huggingface import HFBackend
 from tests.mutations.mutation import SMOLLM2, Mutation, Patch, first_token_with_cache
 
 KIND = "limit"
-LOW = "calibrated rates are not plausible"
+LOW = "calibrated rates are not plausible|times the data sheet|limit is 0"
 
 
 def _rates(times: float) -> Patch:

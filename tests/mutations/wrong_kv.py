@@ -13,7 +13,7 @@ from tests.mutations.mutation import Mutation, Patch
 
 KIND = "wrong KV"
 Edit = Callable[[list[tuple[torch.Tensor, torch.Tensor]]], None]
-STORED = "stored KV of a token|a logit is|a logit of the timed"
+STORED = "stored KV of a|a logit is|a logit of the timed"
 
 
 def stored(edit: Edit) -> Patch:
@@ -129,7 +129,7 @@ MUTATIONS = [
         )
     ),
     *(
-        Mutation(KIND, f"in the {edit.__name__.replace('_', ' ')}", "a logit is|a logit of the timed", (viewed(edit),))
+        Mutation(KIND, f"in the {edit.__name__.replace('_', ' ')}", "view that an answer is given", (viewed(edit),))
         for edit in (view_values_scaled, view_last_key_zero, view_keys_rolled)
     ),
 ]
