@@ -28,7 +28,13 @@ def start(folder: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=interruptible,
     )
+
+
+def interruptible() -> None:
+    """Undoes what a shell does to commands in the background: a process inherits that it ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(folder: Path, *overrides: str, **env: str) -> tuple[int, str]:

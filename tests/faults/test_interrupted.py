@@ -25,6 +25,7 @@ from tests.faults.commands import (
     ctrl_c,
     descendants,
     finish,
+    interruptible,
     read_to,
     run,
     start,
@@ -64,12 +65,24 @@ except signals.Stopped as stopped:
 """
 
 
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | ENV,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=interruptible,
+    )
+
+
 def test_ctrl_c_in_a_run_is_one_line_whose_command_goes_on(tmp_path: Path) -> None:
     command = start(tmp_path, *TINY, THREE_CELLS, "scenario.pairs=100")
     read_to(command, "[2/3]")
     ctrl_c(command)
     status, output = finish(command)
-    assert status == 130
+    assert status == 130, output
     # The second cell may have ended before the signal came.
     said = [line for line in output.splitlines() if not re.match(r"\[\d/3\] |\d+/32: ", line)]
     assert len(said) == 1, output
@@ -88,14 +101,7 @@ def test_ctrl_c_in_a_run_is_one_line_whose_command_goes_on(tmp_path: Path) -> No
 
 
 def test_ctrl_c_while_everything_is_still_imported_is_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BEFORE_IMPORTS],
-        cwd=tmp_path,
-        env=os.environ | ENV,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(BEFORE_IMPORTS, tmp_path)
     assert done.returncode == 130
     assert done.stderr.splitlines() == ["Interrupted (Ctrl-C) before anything was measured."]
     assert list(tmp_path.iterdir()) == []
@@ -103,7 +109,15 @@ def test_ctrl_c_while_everything_is_still_imported_is_one_line(tmp_path: Path) -
 
 def test_a_signal_where_python_drops_exceptions_is_not_lost(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WHERE_PYTHON_DROPS_EXCEPTIONS]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | ENV, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | ENV,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=interruptible,
+    )
     assert done.stdout.splitlines() == ["dropped", "Ctrl-C 130"] and done.stderr == ""
 
 
@@ -186,6 +200,14 @@ def test_ctrl_c_in_a_report_is_one_line(tmp_path: Path) -> None:
     )[0]
     code = interrupts + "from experiments import report; sys.exit(report.main(['run', '--log']))"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | ENV, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | ENV,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=interruptible,
+    )
     assert done.returncode == 130
     assert done.stderr.splitlines() == ["Interrupted (Ctrl-C). The same command writes the report again."]
