@@ -24,9 +24,8 @@ ANSWER_S = 0.040
 
 def main(shapes: list[str]) -> None:
     if shapes:
-        torch.set_default_device("cuda")
-        model = AutoModelForCausalLM.from_config(loading.shape_config(shapes[0]), dtype=torch.bfloat16)
-        torch.set_default_device("cpu")
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(loading.shape_config(shapes[0]), dtype=torch.bfloat16)
     else:
         model = loading.load("smollm2-135m", torch.device("cpu"), torch.float32).model
     watch = ModelWatch(model)
