@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from transformers import DynamicCache
 
 from kvmem import storage
 from kvmem.cache import KV, KVCacheItem, Source, TextualMemoryItem, dynamic_cache
@@ -103,6 +104,15 @@ class HFRanksBackend(HFBackend):
         metadata = item.metadata.model_copy(update={"kv_bytes": self.ranks * item.metadata.kv_bytes})
         kv_cache_id, metadata = self._from_first((item.kv_cache_id, metadata))  # the same on all ranks
         return KVCacheItem(item.kv_cache, metadata, kv_cache_id)
+
+    def check_built(self, cache: DynamicCache, computed: int) -> None:
+        """Raises on all ranks if the heads of any rank are not finite, so that no rank waits for another."""
+        failed: KVMemError | OSError | None = None
+        try:
+            super().check_built(cache, computed)
+        except KVMemError as error:
+            failed = error
+        self._raise_any(failed)
 
     def measure_prefill(self, lengths: Sequence[int]) -> list[float]:
         """The first rank's seconds, on all ranks."""
