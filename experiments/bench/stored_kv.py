@@ -10,8 +10,7 @@ import torch
 
 from experiments.bench.bench import Bench
 from experiments.measurement import NOISE_MULTIPLE, Layers
-from kvmem.cache import CacheView, KVCacheItem
-from kvmem.cache.dynamic_cache import layers_of
+from kvmem.cache import CacheView, KVCacheItem, dynamic_cache
 
 MOST_UNITS = {torch.float32: 2000.0, torch.bfloat16: 40.0, torch.float16: 100.0}
 """The noise of a token's KV counts as at most so many units in the last place, relative to the token's norm."""
@@ -56,10 +55,12 @@ def view_check(bench: Bench, items: Sequence[KVCacheItem]) -> float | None:
     if len(items) != 1:
         return None
     view = bench.memory.get_cache([items[0].kv_cache_id])
-    stored = layers_of(items[0].kv_cache)
+    stored = dynamic_cache.layers_of(items[0].kv_cache)
     if not stored or not isinstance(view, CacheView):
         return None
-    given = [(keys.to(stored[0][0].device), values.to(stored[0][0].device)) for keys, values in layers_of(view)]
+    given = [
+        (keys.to(stored[0][0].device), values.to(stored[0][0].device)) for keys, values in dynamic_cache.layers_of(view)
+    ]
     return max(
         float((mine - theirs).abs().max()) if mine.shape == theirs.shape else float("inf")
         for mine, theirs in _pairs(stored, given)
@@ -73,7 +74,7 @@ def _worst(distances: Sequence[Distance]) -> Distance:
 def _of_item(bench: Bench, item: KVCacheItem) -> KVCheck | None:
     known = bench.kv_checks.get(item.kv_cache_id)
     if known is None and not item.metadata.lossy:
-        stored = [(keys[0], values[0]) for keys, values in layers_of(item.kv_cache)]
+        stored = [(keys[0], values[0]) for keys, values in dynamic_cache.layers_of(item.kv_cache)]
         runs = bench.reference.keys_values(item.metadata.tokens.token_ids) if stored else ()
         if not runs or any(a[0].shape != b[0].shape for a, b in zip(stored, runs[0], strict=True)):
             return None
