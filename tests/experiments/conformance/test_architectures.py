@@ -29,7 +29,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerBase:
 
 def listed(heading: str) -> set[str]:
     """The architectures in the page's table under this heading."""
-    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+    section = f"\n{PAGE}\n## {heading}\n".split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return set(re.findall(r"^\| ([\w.-]+) \|", section, re.M)) - {"Architecture"}
 
 
@@ -49,19 +49,20 @@ def test_a_memory_and_a_second_query(architecture: str) -> None:
 
 
 def test_the_page_names_every_architecture_of_its_version() -> None:
-    named = listed("Covered") | listed("Refused when opened") | listed("Untested")
+    named = listed("Covered") | listed("Failed") | listed("Refused when opened") | listed("Untested")
     assert len(listed("Covered")) >= 60
     if f"transformers {transformers.__version__} " in PAGE:
         assert named == set(architectures())
 
 
 class Damaged(Bench):
-    """Its item has one value that is not what the model computed."""
+    """The values of one token in one layer of its item are not what the model computed."""
 
     @functools.cached_property
+    @torch.inference_mode()
     def item(self) -> KVCacheItem:
         item = self.memory().extract("The library opens at nine and closes at six.")
-        dynamic_cache.layers_of(item.kv_cache)[0][1].mul_(1.05)
+        dynamic_cache.layers_of(item.kv_cache)[0][1][..., 3, :] *= 1.05
         return item
 
 
