@@ -74,6 +74,8 @@ class Findings:
     bytes_per_memory: int | None = None
     untested: str = ""
     seconds: float = 0.0
+    names: tuple[str, ...] = ()
+    """What errors may call the model: its class, and the model types of its config and of the one inside."""
 
 
 class Bench:
@@ -121,15 +123,17 @@ class Bench:
             return self.compare(self.backend, item, FIRST)
 
     def tier(self) -> Outcome:
-        """An item that went from host memory to disk and back."""
+        """An item that went from host memory to disk, was found there by the next process, and went back."""
         with tempfile.TemporaryDirectory() as folder:
-            tiers = TieredCache(self.backend, {"ram": BUDGET_BYTES, "disk": BUDGET_BYTES}, Path(folder))
-            with closing(tiers):
+            budgets, item_id = {"ram": BUDGET_BYTES, "disk": BUDGET_BYTES}, self.item.kv_cache_id
+            with closing(TieredCache(self.backend, budgets, Path(folder))) as tiers:
                 tiers.put(self.item, "ram")
-                for tier in ("disk", "ram"):
-                    if not tiers.move(self.item.kv_cache_id, tier):
-                        raise Differs(f"the item did not move to {tier}")
-                with tiers.use(self.item.kv_cache_id) as item:
+                tiers.move(item_id, "disk")
+            with closing(TieredCache(self.backend, budgets, Path(folder))) as tiers:
+                if item_id not in tiers.ids():
+                    raise Differs(f"the item is not restored from disk: {', '.join(tiers.refused.values())}")
+                tiers.move(item_id, "ram")
+                with tiers.use(item_id) as item:
                     return self.compare(self.backend, item, FIRST)
 
     def merge(self, name: str) -> Outcome:
@@ -236,7 +240,16 @@ def check(architecture: str, tokenizer: PreTrainedTokenizerBase, only: Collectio
         return Findings(architecture, untested=f"The tiny model does not compute a text: {reason}")
     per_token, per_memory = _sizes(bench) if any(cell.outcome == "exact" for cell in cells.values()) else (None, None)
     seconds = time.perf_counter() - started
-    return Findings(architecture, type(model).__name__, cells, per_token, per_memory, seconds=seconds)
+    names = {model.config.model_type, model.config.get_text_config(decoder=True).model_type}
+    return Findings(
+        architecture,
+        type(model).__name__,
+        cells,
+        per_token,
+        per_memory,
+        seconds=seconds,
+        names=(type(model).__name__, *sorted(names, reverse=True)),
+    )
 
 
 def _cell(run: Callable[[Bench], Outcome], bench: Bench) -> Cell:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 import transformers
 
-from experiments.conformance.checks import Cell, Findings
+from experiments.conformance.checks import Findings
 
 Verdict = Literal["exact", "partly", "refused", "failed", "untested"]
 
@@ -26,7 +27,8 @@ from the family's own config class (`experiments/conformance/recipes.yaml` says 
 | {exact} | {partly} | {refused} | {failed} | {untested} |
 
 - **exact**: with a memory, with a second query to it, with a memory that extends a base, with a memory that was dumped
-  and loaded in each file format, and with one that moved from host memory to disk and back, {steps} greedy tokens and
+  and loaded in each file format, and with one that moved from host memory to disk, was found there by the next process
+  and moved back, {steps} greedy tokens and
   their logits are those of transformers' forward pass over the whole prompt without a cache. Logits may differ by a
   thousandth of their spread, which is fp32's rounding. The stored memory is unchanged after each answer.
 - **partly**: some of these are exact, and the others are refused with the reason below.
@@ -109,26 +111,33 @@ def _heading(name: str) -> str:
 
 
 def _first_reasons(some: Sequence[Findings]) -> str:
-    """One row for each architecture, with the reason of its first check: that of opening the model."""
-    rows = [(findings.architecture, next(iter(findings.cells.values())).why) for findings in some]
-    return _table(("Architecture", "Why"), rows)
+    """One row for each reason of the first check, that of opening the model, with the architectures that have it."""
+    by_reason: dict[str, list[str]] = {}
+    for findings in some:
+        by_reason.setdefault(_of_any(findings, next(iter(findings.cells.values())).why), []).append(
+            findings.architecture
+        )
+    return _table(("Architectures", "Why"), [(", ".join(names), reason) for reason, names in by_reason.items()])
 
 
 def _reasons(some: Sequence[Findings], outcome: str) -> str:
-    """One row for each architecture and reason, with the checks that have it."""
-    rows = []
+    """One row for each reason of a check, with the checks and the architectures that have it."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
     for findings in sorted(some, key=lambda findings: findings.architecture):
-        by_reason: dict[str, list[str]] = {}
+        checks: dict[str, list[str]] = {}
         for name, cell in findings.cells.items():
-            if cell.outcome == outcome:
-                by_reason.setdefault(_without(name, cell), []).append(name)
-        rows += [(findings.architecture, ", ".join(names), reason) for reason, names in by_reason.items()]
-    return _table(("Architecture", "Checks", "Why"), rows)
+            if cell.outcome == outcome:  # checks with the same reason, but for their own names, share a row
+                checks.setdefault(_of_any(findings, cell.why.replace(name, "it")), []).append(_heading(name))
+        for reason, names in checks.items():
+            by_reason.setdefault((", ".join(names), reason), []).append(findings.architecture)
+    rows = [(names, reason, ", ".join(architectures)) for (names, reason), architectures in sorted(by_reason.items())]
+    return _table(("Checks", "Why", "Architectures"), rows)
 
 
-def _without(name: str, cell: Cell) -> str:
-    """The reason without the name of the check at its start, so that checks with the same reason share a row."""
-    return cell.why.removeprefix(name).strip()
+def _of_any(findings: Findings, reason: str) -> str:
+    """The reason without the name of the architecture, so that architectures with the same reason share a row."""
+    names = (rf"{findings.model_class} \(model_type [\w.-]+\)", *map(re.escape, findings.names))
+    return re.sub(rf"(?<![\w-])({'|'.join(names)})(?![\w-])", "this model", reason)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -14,11 +14,17 @@ NO_MAXIMUM = sys.maxsize
 
 _POSITION_FIELDS = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # the last are MPT's, Whisper's
 
+_AFTER_PADDING = frozenset(
+    {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
+"""Families (`model_type`) whose first token has the position behind the padding token's id."""
+
 
 def max_positions(config: PreTrainedConfig) -> int:
-    """How many positions the model has; NO_MAXIMUM for one with ALiBi and no limit, such as BLOOM."""
+    """How many tokens have a position; NO_MAXIMUM for a model with ALiBi and no limit, such as BLOOM."""
     stated = (getattr(config, name, None) for name in _POSITION_FIELDS)
-    return next((int(positions) for positions in stated if positions), NO_MAXIMUM)
+    positions = next((int(number) for number in stated if number), NO_MAXIMUM)
+    return positions - (config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

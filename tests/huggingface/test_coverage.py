@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedModel,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
     T5Config,
@@ -38,6 +40,7 @@ from transformers import (
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ModelError, PromptError
 from kvmem.models import NO_MAXIMUM, Loaded, load, loading
+from kvmem.prompt import TokenizedPrompt
 from tests.helpers.tiny import CPU, greedy_by_transformers, memory_on
 
 VOCABULARY = 49152
@@ -152,6 +155,15 @@ def test_alibi_without_a_maximum_has_none() -> None:
     backend = opened(bloom())
     assert backend.max_tokens == NO_MAXIMUM
     exact(backend)
+
+
+def test_positions_that_begin_behind_the_padding_token_are_fewer() -> None:
+    config = RobertaConfig(is_decoder=True, max_position_embeddings=66, **{**BERT, "pad_token_id": 1})
+    backend = opened(RobertaForCausalLM(config))
+    assert backend.max_tokens == 64
+    backend.prefill(TokenizedPrompt((), tuple(range(100, 164))))
+    with pytest.raises(PromptError, match="the model's 64 positions"):
+        memory_on(backend).extract("word " * 70)
 
 
 def test_the_maximum_of_mpt_is_kept() -> None:

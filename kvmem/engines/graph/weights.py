@@ -43,7 +43,7 @@ def check_covered(model: PreTrainedModel) -> None:
     kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}  # some families have none
     reason = None
     if kind not in FAMILIES:
-        reason = f"covers {', '.join(FAMILIES)}, and this is a {kind}"
+        reason = f"covers {', '.join(FAMILIES)}, and not {kind}"
     elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         kind == "mistral" and config.sliding_window is not None
     ):
