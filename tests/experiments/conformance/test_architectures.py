@@ -28,8 +28,8 @@ def tokenizer() -> transformers.PreTrainedTokenizerBase:
 
 
 def listed(heading: str) -> set[str]:
-    """The architectures in the page's table under this heading."""
-    section = f"\n{PAGE}\n## {heading}\n".split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    """The architectures in the page's first table under this heading."""
+    section = f"\n{PAGE}\n## {heading}\n".split(f"\n## {heading}\n")[1].split("\n## ")[0].split("| Checks |")[0]
     firsts = re.findall(r"^\| ([\w., -]+) \|", section, re.M)
     return {name for first in firsts for name in first.split(", ")} - {"Architecture", "Architectures"}
 
