@@ -20,6 +20,7 @@ from kvmem.errors import (
     UnknownMemoryError,
     check_kind,
 )
+from kvmem.namespace import folder_of
 from kvmem.prompt import with_ids_from_text
 
 AN_ID = "An item's id is its kv_cache_id."
@@ -166,7 +167,8 @@ class KVCacheMemory:
     def dump(self, dir: str | Path) -> Path:
         """Writes all items atomically to `<dir>/<memory_filename>`. Creates the folder. Returns the path.
 
-        With a namespace, the path is `<dir>/<namespace>/<memory_filename>`.
+        With a namespace, the path is `<dir>/<namespace>/<memory_filename>`. The folder of a namespace with capital
+        letters has a hash behind its name.
 
         Raises StorageError if it can't be written; an earlier file is then unchanged.
         """
@@ -203,7 +205,7 @@ class KVCacheMemory:
         return self.backend.build(own.memory, textual_memory=own, namespace=self.namespace)
 
     def _path(self, dir: str | Path) -> Path:
-        return _folder(dir) / self.namespace / self.config.memory_filename
+        return _folder(dir) / folder_of(self.namespace) / self.config.memory_filename
 
     def _check_namespace(self, item: KVCacheItem, where: str = "") -> None:
         """Raises NamespaceError for an item of another namespace. `where` starts the message."""

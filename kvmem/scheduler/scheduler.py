@@ -24,6 +24,7 @@ from kvmem.errors import (
     check_kind,
 )
 from kvmem.memory import KVCacheMemory
+from kvmem.namespace import folder_of
 from kvmem.prompt import Query
 from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
@@ -87,8 +88,9 @@ class MemScheduler:
             )
         self.backend = memory.backend
         if namespace := memory.config.namespace:  # its state and its KV apart from those of other namespaces
-            folder = None if folder is None else Path(folder) / namespace
-            cold = None if cold is None else f"{cold.rstrip('/')}/{namespace}"
+            own = folder_of(namespace)
+            folder = None if folder is None else Path(folder) / own
+            cold = None if cold is None else f"{cold.rstrip('/')}/{own}"
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         check_budgets(budget)
         costs = costs or Costs.measured(self.backend)

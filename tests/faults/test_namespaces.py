@@ -88,6 +88,26 @@ def test_a_namespace_that_is_no_plain_name_is_refused(name):
         KVCacheMemoryConfig(extractor_llm={"backend": "huggingface", "config": {}}, namespace=name)
 
 
+def test_namespaces_that_differ_in_case_share_no_folder_on_any_disk(qwen3, tmp_path):
+    """Some disks take "A" and "a" for one name."""
+    names = ["acme", "Acme", "ACME", "acmE"]
+    paths, costs = [], Costs.measured(qwen3)
+    for name in names:
+        memory = memory_on(qwen3, namespace=name)
+        memory.add(memory.extract(TEXTS[0]))
+        paths.append(memory.dump(tmp_path))
+        budget = {"disk": 1 << 26, "cold": 1 << 26}
+        with MemScheduler(memory, "lfu", budget, tmp_path / "s", costs, cold=f"file://{tmp_path}/c"):
+            pass
+    assert paths[0] == tmp_path / "acme" / "activation_memory.safetensors"
+    for folder in (tmp_path, tmp_path / "s", tmp_path / "c"):
+        found = {path.name.casefold() for path in folder.iterdir() if path.name.casefold().startswith("acme")}
+        assert len(found) == len(names)
+    for name in names:
+        again = memory_on(qwen3, namespace=name)
+        assert again.load(tmp_path) == 1 and again.get_all()[0].metadata.namespace == name
+
+
 def test_schedulers_of_two_namespaces_share_a_folder(qwen3, tmp_path):
     text = TextualMemoryItem(id="one", memory=TEXTS[0])
     costs = Costs.measured(qwen3)
