@@ -20,8 +20,8 @@ from kvmem.errors import (
     UnknownMemoryError,
     check_kind,
 )
-from kvmem.namespace import folder_of
 from kvmem.prompt import with_ids_from_text
+from kvmem.storage import namespace_folder
 
 AN_ID = "An item's id is its kv_cache_id."
 
@@ -205,7 +205,7 @@ class KVCacheMemory:
         return self.backend.build(own.memory, textual_memory=own, namespace=self.namespace)
 
     def _path(self, dir: str | Path) -> Path:
-        return _folder(dir) / folder_of(self.namespace) / self.config.memory_filename
+        return _folder(dir) / namespace_folder(self.namespace) / self.config.memory_filename
 
     def _check_namespace(self, item: KVCacheItem, where: str = "") -> None:
         """Raises NamespaceError for an item of another namespace. `where` starts the message."""

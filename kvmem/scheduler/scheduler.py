@@ -24,7 +24,6 @@ from kvmem.errors import (
     check_kind,
 )
 from kvmem.memory import KVCacheMemory
-from kvmem.namespace import folder_of
 from kvmem.prompt import Query
 from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
@@ -37,6 +36,7 @@ from kvmem.scheduler.planner import Move, Planner, check_budgets
 from kvmem.scheduler.policies import Policy
 from kvmem.scheduler.policies import policy as policy_by_name
 from kvmem.scheduler.prefix_selection import PrefixSelector
+from kvmem.storage import namespace_folder
 from kvmem.tiers import ORPHANS_AFTER_S, TieredCache
 
 CANCEL_AGAIN_S = 0.05
@@ -88,7 +88,7 @@ class MemScheduler:
             )
         self.backend = memory.backend
         if namespace := memory.config.namespace:  # its state and its KV apart from those of other namespaces
-            own = folder_of(namespace)
+            own = namespace_folder(namespace)
             folder = None if folder is None else Path(folder) / own
             cold = None if cold is None else f"{cold.rstrip('/')}/{own}"
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy

@@ -10,6 +10,7 @@ from kvmem.storage import manifest
 from kvmem.storage.atomic_write import remove_abandoned, replacing, write_all
 from kvmem.storage.base import FORMATS, Storage, for_filename, opened
 from kvmem.storage.manifest import ItemManifest
+from kvmem.storage.namespace import namespace_folder
 from kvmem.storage.safetensors_file import SafetensorsFile, read_token_ids
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Storage",
     "for_filename",
     "manifest",
+    "namespace_folder",
     "opened",
     "read_token_ids",
     "remove_abandoned",

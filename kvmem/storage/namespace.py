@@ -7,7 +7,7 @@ import hashlib
 HASH_DIGITS = 16
 
 
-def folder_of(namespace: str) -> str:
+def namespace_folder(namespace: str) -> str:
     """The namespace itself, with a hash behind it if it has capital letters: "A" and "a" are one folder on some disks.
 
     No namespace contains the "~" before the hash. "" for the default namespace.
