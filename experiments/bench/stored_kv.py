@@ -54,7 +54,7 @@ def view_check(bench: Bench, items: Sequence[KVCacheItem]) -> float | None:
     """
     if len(items) != 1:
         return None
-    view = bench.memory.get_cache([items[0].kv_cache_id])
+    view = bench.backend.view(items, bench.setup.merge, bench.setup.separator)
     stored = dynamic_cache.layers_of(items[0].kv_cache)
     if not stored or not isinstance(view, CacheView):
         return None
