@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.audit.finding import Finding
-from experiments.measurement import BASELINE, RULES_VERSION, judge, recomputed, statistics
+from experiments.measurement import BASELINE, RULES_VERSION, Verdict, judge, recomputed, statistics
 from experiments.measurement import verdict as rules
-from experiments.results import Evidence, Row, TTFTPayload, judged_figures
+from experiments.measurement.timing_verdict import judge_timings
+from experiments.results import Evidence, Row, TimedPayload, TTFTPayload, judged_figures
 
 CLOSE = 1e-6
 """Relative difference of two numbers that are the same but for rounding."""
@@ -26,6 +27,7 @@ def checked_as(row: Row) -> Checked:
         return "failed"
     figures = judged_figures(row)
     judged = figures is not None and figures.evidence is not None and row.rules == RULES_VERSION
+    judged |= isinstance(row.payload, TimedPayload) and bool(row.payload.timings)
     return "judged again" if judged else "checked by what is stored"
 
 
@@ -43,6 +45,8 @@ def check_row(row: Row) -> list[Finding]:
         return [Finding(name_of(row), "it is no failed row, and has no figures")]
     figures = judged_figures(row)
     texts: list[str] = list(_by_name(row))
+    if isinstance(row.payload, TimedPayload) and row.payload.timings:
+        texts += _same_verdict(row, judge_timings(row, row.payload))
     if figures is not None:
         texts += _speedup_in_interval(figures)
         texts += _grade(row, figures.evidence)
@@ -73,10 +77,7 @@ def _by_the_rules(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterato
     except (ValueError, ZeroDivisionError, IndexError) as error:  # calls that are missing, or not in pairs
         yield f"its timed calls can't be judged: {error}"
         return
-    if verdict.verdict != row.verdict:
-        yield f"the verdict is stored as {row.verdict}, and the rules say {verdict.verdict}: {verdict.reason or 'ok'}"
-    elif verdict.reason != row.verdict_reason:
-        yield f"the verdict's reason is stored as {row.verdict_reason!r}, and the rules say {verdict.reason!r}"
+    yield from _same_verdict(row, verdict)
     arms = (
         ("injected", row.arm, figures.kv_ttft_all_s, figures.kv_ttft_p90_s),
         ("direct", evidence.direct_arm, figures.direct_ttft_all_s, figures.direct_ttft_p90_s),
@@ -91,6 +92,13 @@ def _by_the_rules(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterato
             yield from _differs(f"the 90th percentile of the {name} arm", p90_s, float(np.percentile(seconds, 90)))
     baseline = [call.engine_s for call in evidence.calls if call.arm == BASELINE]
     yield from _differs("the TTFT of the baseline", figures.baseline_ttft_s, median(baseline) if baseline else None)
+
+
+def _same_verdict(row: Row, verdict: Verdict) -> Iterator[str]:
+    if verdict.verdict != row.verdict:
+        yield f"the verdict is stored as {row.verdict}, and the rules say {verdict.verdict}: {verdict.reason or 'ok'}"
+    elif verdict.reason != row.verdict_reason:
+        yield f"the verdict's reason is stored as {row.verdict_reason!r}, and the rules say {verdict.reason!r}"
 
 
 def _by_older_rules(row: Row, figures: TTFTPayload) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The tools of a scenario: the configured model with its memory, injection methods, and comparisons of two arms."""
 
 from experiments.bench.bench import Bench, build_once, builds_s
-from experiments.bench.comparison import Measured, TierEvidence, compare, judged_again, p90
+from experiments.bench.comparison import Measured, TierEvidence, compare, judged_again, p90, timed_calls
 from experiments.bench.judging import judging_arms
 from experiments.bench.setup import ModelCard, Setup, StorageCard
 from experiments.bench.tier_probe import COLD, RECOMPUTE, WARM, TierProbe, reads_file
@@ -26,4 +26,5 @@ __all__ = [
     "p90",
     "reads_file",
     "replay",
+    "timed_calls",
 ]

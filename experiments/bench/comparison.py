@@ -178,6 +178,27 @@ def judged_again(row: Row) -> Row:
     return dataclasses.replace(row, verdict=verdict.verdict, verdict_reason=verdict.reason, rules=RULES_VERSION)
 
 
+def timed_calls(samples: dict[str, list[Sample]]) -> list[TimedCall]:
+    """The clocks of all samples, in order of time, for what is not a first token."""
+    calls = [
+        TimedCall(
+            arm=arm,
+            round=round_,
+            started_s=sample.started_s,
+            outer_s=sample.outer_s,
+            user_s=sample.user_s,
+            engine_s=sample.engine_s,
+            token=sample.token.id,
+            prompt_tokens=0,
+            digest="",
+            ordinal=sample.ordinal,
+        )
+        for arm, of_arm in samples.items()
+        for round_, sample in enumerate(of_arm)
+    ]
+    return sorted(calls, key=lambda call: call.started_s)
+
+
 def _calls(bench: Bench, measured: Measured, arms: Sequence[str], context_tokens: int) -> list[TimedCall]:
     """The timed calls of `arms`, of which the second is the direct one, and of those that they are held to, in order.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from statistics import median
+from typing import NamedTuple, Protocol
 
 from experiments.results.row import Payload, Row, TimedPrefill
 
@@ -111,6 +112,8 @@ class Evidence:
     """The largest relative distance of a token's KV, as a tier gave it back, from what was stored there."""
     least_fetch_s: float | None = None
     """Seconds in which this machine can read the bytes that a fetch reads; None where a fetch reads none."""
+    most_over_baseline: float | None = None
+    """How long the direct arm may take over the baseline, where it is not an independent forward pass."""
     same_query: bool = False
     """Whether every round had the same query, because no other of the same length was found."""
 
@@ -185,6 +188,58 @@ class TTFTPayload(AnswerPayload):
             TimedPrefill(row.arm, total - self.cached_tokens, self.cached_tokens, moved_bytes, self.kv_ttft_s),
             TimedPrefill("direct", total, 0, 0.0, self.direct_ttft_s),
         ]
+
+
+class Timed(Protocol):
+    """Two arms that were timed in the same rounds: one of ours and the one that it is compared with."""
+
+    @property
+    def kv_arm(self) -> ArmTimes: ...
+
+    @property
+    def direct_arm(self) -> ArmTimes: ...
+
+    @property
+    def measured_times(self) -> int | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Two arms of something that is no first token, such as writing a file."""
+
+    arm: str
+    evidence: Evidence
+    least_s: float
+    """The least seconds in which this machine can do the work of either arm."""
+    measured_times: int | None = None
+
+    @property
+    def kv_arm(self) -> ArmTimes:
+        return self._times(self.arm)
+
+    @property
+    def direct_arm(self) -> ArmTimes:
+        return self._times(self.evidence.direct_arm)
+
+    def _times(self, arm: str) -> ArmTimes:
+        seconds = [call.engine_s for call in self.evidence.calls if call.arm == arm]
+        return ArmTimes(median(seconds), seconds, self.least_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedPayload(Payload):
+    """Figures of a scenario that times something else than first tokens."""
+
+    timings: list[Timing] = field(default_factory=list)
+    """What the verdict is given by; empty in rows of older rules."""
+
+    def remarks(self) -> list[str]:
+        """What a reader of a valid row should know."""
+        return []
+
+    def from_calls(self) -> dict[str, float]:
+        """The figures that follow from the timed calls, computed again from them, by name."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

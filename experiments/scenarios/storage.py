@@ -9,26 +9,35 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from experiments.bench import Bench
-from experiments.measurement import process_memory
-from experiments.results import Payload, Row, between
+from experiments.bench import Bench, timed_calls
+from experiments.measurement import BASELINE, RULES_VERSION, process_memory, ttft
+from experiments.measurement.timing_verdict import judge_timings
+from experiments.results import Evidence, Row, TimedPayload, Timing, between
 from experiments.scenarios.base import ModelScenario
 from kvmem import KVCacheItem
 from kvmem import storage as formats
 from kvmem.cache import KVCacheMetadata, MemoryTokens, dynamic_cache
+from kvmem.engines import FirstToken
+from kvmem.prompt import TokenizedPrompt
 from kvmem.storage import Storage
 
 ITEMS = 8
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
+ARMS = ("dump", "torch_save", "load", "torch_load")
+PAIRS = (("dump", "torch_save", "plain_write", 4.0), ("load", "torch_load", "plain_read", 4.0))
+"""Our step, torch's, a plain one, and how many times as long as the plain one torch's may take. Measured: 2.1 to 2.8 for
+torch.save, which computes checksums, and 0.3 to 1.5 for torch.load."""
 
 
 @plain_dataclass(frozen=True)
@@ -40,7 +49,7 @@ class StorageCell:
 
 
 @plain_dataclass(frozen=True, kw_only=True)
-class StoragePayload(Payload):
+class StoragePayload(TimedPayload):
     """Median seconds of writing and reading the same tensors with this package and with torch."""
 
     name: ClassVar[str] = "storage"
@@ -66,6 +75,26 @@ class StoragePayload(Payload):
     torch_save_all_s: list[float]
     load_all_s: list[float]
     torch_load_all_s: list[float]
+    plain_write_s: float | None = None
+    """Writing the same bytes to a file and syncing it, without torch."""
+    plain_read_s: float | None = None
+    """Reading the same bytes from a file, without torch."""
+
+    def remarks(self) -> list[str]:
+        ratios = {"dump": self.dump_ratio, "load": self.load_ratio}
+        return [f"{step} is slower than torch's" for step, over in ratios.items() if over > 1]
+
+    def from_calls(self) -> dict[str, float]:
+        times = {
+            call.arm: [other.engine_s for other in timing.evidence.calls if other.arm == call.arm]
+            for timing in self.timings
+            for call in timing.evidence.calls
+        }
+        found = {f"{arm}_s": median(times[arm]) for arm in ARMS}
+        return found | {
+            "dump_ratio": found["dump_s"] / found["torch_save_s"],
+            "load_ratio": found["load_s"] / found["torch_load_s"],
+        }
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -76,11 +105,13 @@ class StorageScenario(ModelScenario[StorageCell]):
     synced first. A read finds the file in the page cache. Our load includes the checksum, which reads every page.
     torch.load copies every page and has no checksum. A first round, whose time does not count, warms up and measures
     memory.
+
+    In the same rounds the same bytes are written and read without torch, so that a slow torch is noticed.
     """
 
     gigabytes: float = Field(1.0, gt=0)
     """Size of all keys and values, in 10⁹ bytes."""
-    repeats: int = Field(5, ge=1)
+    repeats: int = Field(6, ge=1)
     folder: str = "outputs"
     """The folder of the files, on the disk to be measured. The files are removed afterwards."""
 
@@ -101,11 +132,18 @@ class StorageScenario(ModelScenario[StorageCell]):
             path = Path(folder) / cell.memory_filename
             comparison = _TorchComparison(bench, items, formats.for_filename(cell.memory_filename), path)
             peaks = comparison.peaks()
-            rng = random.Random(bench.setup.seed)
-            rounds = [comparison.seconds(rng) for _ in range(self.repeats)]
-            equal = comparison.loads_the_same_bits()
-        seconds = {name: median(times[name] for times in rounds) for name in rounds[0]}
-        kv_bytes = sum(dynamic_cache.nbytes(item.kv_cache) for item in items)
+            timings = [comparison.timing(*pair, self.repeats) for pair in PAIRS]
+        kv_bytes = comparison.kv_bytes
+        seconds_all = {
+            call.arm: [other.engine_s for other in timing.evidence.calls if other.arm == call.arm]
+            for timing in timings
+            for call in timing.evidence.calls
+        }
+        seconds = {name: median(times) for name, times in seconds_all.items()}
+        baselines = [
+            median(call.engine_s for call in timing.evidence.calls if call.arm == BASELINE) for timing in timings
+        ]
+        equal = not any(timing.evidence.kv_off_built for timing in timings)
         peak_pct = {name: 100 * peak / kv_bytes for name, peak in peaks.items()}
         payload = StoragePayload(
             format=cell.label,
@@ -120,29 +158,28 @@ class StorageScenario(ModelScenario[StorageCell]):
             torch_save_peak_extra_pct=peak_pct.get("torch_save"),
             load_peak_extra_pct=peak_pct.get("load"),
             torch_load_peak_extra_pct=peak_pct.get("torch_load"),
-            dump_all_s=[times["dump"] for times in rounds],
-            torch_save_all_s=[times["torch_save"] for times in rounds],
-            load_all_s=[times["load"] for times in rounds],
-            torch_load_all_s=[times["torch_load"] for times in rounds],
+            dump_all_s=seconds_all["dump"],
+            torch_save_all_s=seconds_all["torch_save"],
+            load_all_s=seconds_all["load"],
+            torch_load_all_s=seconds_all["torch_load"],
+            plain_write_s=baselines[0],
+            plain_read_s=baselines[1],
+            timings=timings,
         )
-        ratios = {"dump": payload.dump_ratio, "load": payload.load_ratio}
-        slower = [f"{step} is slower than torch's" for step, over in ratios.items() if over > 1]
-        return [
-            bench.row(
-                self.name,
-                arm=cell.label,
-                tier="disk",
-                context_tokens=items[0].metadata.token_count,
-                query_tokens=0,
-                memories=ITEMS,
-                pairs=self.repeats,
-                equality="bitwise" if equal else "diverged",
-                verdict="ok" if equal else "invalid",
-                verdict_reason="; ".join(slower) if equal else "the loaded tensors differ from the dumped ones",
-                conditions=bench.conditions_now(),
-                payload=payload,
-            )
-        ]
+        row = bench.row(
+            self.name,
+            arm=cell.label,
+            tier="disk",
+            context_tokens=items[0].metadata.token_count,
+            query_tokens=0,
+            memories=ITEMS,
+            pairs=self.repeats,
+            equality="bitwise" if equal else "diverged",
+            conditions=bench.conditions_now(),
+            payload=payload,
+        )
+        verdict = judge_timings(row, payload)
+        return [replace(row, verdict=verdict.verdict, verdict_reason=verdict.reason, rules=RULES_VERSION)]
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
@@ -183,12 +220,19 @@ class _TorchComparison:
 
     def __init__(self, bench: Bench, items: list[KVCacheItem], storage: Storage, path: Path) -> None:
         self.bench, self.items, self.storage, self.path = bench, items, storage, path
-        self.torch_path = path.with_name("torch.pt")
+        self.torch_path, self.plain_path = path.with_name("torch.pt"), path.with_name("plain")
+        self.kv_bytes = sum(dynamic_cache.nbytes(item.kv_cache) for item in items)
+        self.wrong: list[str] = []
+        """The steps that wrote too little, or returned other tensors than those that were written."""
+        self.kept: Any = None
+        self.done = ""
         self.steps: dict[str, Callable[[], object]] = {
             "dump": self.dump,
             "torch_save": self.torch_save,
             "load": self.load,
             "torch_load": self.torch_load,
+            "plain_write": self.plain_write,
+            "plain_read": self.plain_read,
         }
 
     def dump(self) -> None:
@@ -207,17 +251,48 @@ class _TorchComparison:
         tensors: Tensors = torch.load(self.torch_path)
         return tensors
 
-    def seconds(self, rng: random.Random) -> dict[str, float]:
-        """The seconds of each step in one round."""
-        times = {}
-        for kinds in (("dump", "torch_save"), ("load", "torch_load")):
-            for name in rng.sample(kinds, 2):
-                self._prepare(name)
-                started = time.perf_counter()
-                kept = self.steps[name]()
-                times[name] = time.perf_counter() - started
-                del kept  # frees the loaded tensors outside of the measured time
-        return times
+    def timing(self, ours: str, theirs: str, plain: str, most: float, repeats: int) -> Timing:
+        """Times one of our steps, torch's and a plain one in the same rounds, in random order."""
+        arms = {
+            name: ttft.Arm(partial(self._timed, step), partial(self._prepare, step))
+            for name, step in ((ours, ours), (theirs, theirs), (BASELINE, plain))
+        }
+        rng = random.Random(self.bench.setup.seed)
+        self.wrong = []
+        samples, runs = ttft.interleaved_calm(arms, [""] * repeats, rng)
+        self.check()
+        return Timing(
+            arm=ours,
+            measured_times=runs,
+            least_s=self.kv_bytes / self.bench.roofline.rates.bytes_per_s,
+            evidence=Evidence(
+                calls=timed_calls(samples),
+                calls_made={name: arms[name].calls for name in (ours, theirs)},
+                direct_arm=theirs,
+                reference=f"a plain {plain.removeprefix('plain_')} of the same bytes",
+                most_over_baseline=most,
+                kv_off_built=float(bool(self.wrong)),
+            ),
+        )
+
+    def _timed(self, step: str, question: str) -> ttft.Sample:
+        started = time.perf_counter()
+        self.kept = self.steps[step]()
+        seconds = time.perf_counter() - started
+        self.done = step
+        return ttft.Sample(seconds, seconds, 0.0, FirstToken(0, 0), TokenizedPrompt((), ()), split_s=0.0)
+
+    def check(self) -> None:
+        """Looks at what the last timed step wrote or returned. It runs between the calls."""
+        if self.done in ("dump", "torch_save"):
+            path = self.path if self.done == "dump" else self.torch_path
+            if not path.is_file() or path.stat().st_size < self.kv_bytes:
+                self.wrong.append(self.done)
+        elif (self.done == "load" and not self._same(self.kept)) or (
+            self.done == "torch_load" and not _equal(self.kept, _named(self.items))
+        ):
+            self.wrong.append(self.done)
+        self.kept, self.done = None, ""
 
     def peaks(self) -> dict[str, int]:
         """The peak of anonymous memory during each step, above its level before, in bytes.
@@ -228,28 +303,42 @@ class _TorchComparison:
         extra: dict[str, int] = {}
         if not process_memory.is_reported():
             return extra
-        for name, step in self.steps.items():
+        for name in ARMS:
+            step = self.steps[name]
             self._prepare(name)
             kept, extra[name] = process_memory.peak_extra_bytes(step)
             del kept
         return extra
 
-    def loads_the_same_bits(self) -> bool:
-        """Whether every loaded tensor equals the dumped one to the bit, and every item has the same metadata."""
-        loaded = self.load()
-        ours, theirs = _named(self.items), _named(loaded)
-        return (
-            ours.keys() == theirs.keys()
-            and all(torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in ours)
-            and [item.metadata for item in loaded] == [item.metadata for item in self.items]
-        )
+    def plain_write(self) -> None:
+        with open(self.plain_path, "wb", buffering=0) as file:
+            for tensor in _named(self.items).values():
+                file.write(tensor.contiguous().view(torch.uint8).view(-1).numpy().data)
+            os.fsync(file.fileno())
 
-    def _prepare(self, name: str) -> None:
-        """Removes the file that a write replaces, collects garbage, and syncs the disk."""
-        if name in ("dump", "torch_save"):
-            (self.path if name == "dump" else self.torch_path).unlink(missing_ok=True)
+    def plain_read(self) -> bytes:
+        return self.plain_path.read_bytes()
+
+    def _same(self, loaded: list[KVCacheItem]) -> bool:
+        """Whether every loaded tensor equals the dumped one to the bit, and every item has the same metadata."""
+        return _equal(_named(loaded), _named(self.items)) and [item.metadata for item in loaded] == [
+            item.metadata for item in self.items
+        ]
+
+    def _prepare(self, step: str) -> None:
+        """Checks the last step, removes the file that a write replaces, collects garbage, and syncs the disk."""
+        self.check()
+        paths = {"dump": self.path, "torch_save": self.torch_path, "plain_write": self.plain_path}
+        if step in paths:
+            paths[step].unlink(missing_ok=True)
         gc.collect()
         os.sync()
+
+
+def _equal(ours: Tensors, theirs: Tensors) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in ours
+    )
 
 
 def _named(items: Sequence[KVCacheItem]) -> Tensors:

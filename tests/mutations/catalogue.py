@@ -12,6 +12,7 @@ from tests.mutations import (
     hf_graph,
     limits,
     provenance,
+    storage,
     tiers,
     ungraded,
     wrong_kv,
@@ -33,6 +34,7 @@ MUTATIONS: list[Mutation] = [
         build,
         provenance,
         tiers,
+        storage,
     )
     for mutation in kind.MUTATIONS
 ]
