@@ -36,8 +36,8 @@ CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
 ARMS = ("dump", "torch_save", "load", "torch_load")
 PAIRS = (("dump", "torch_save", "plain_write", 4.0), ("load", "torch_load", "plain_read", 4.0))
-"""Our step, torch's, a plain one, and how many times as long as the plain one torch's may take. Measured: 2.1 to 2.8 for
-torch.save, which computes checksums, and 0.3 to 1.5 for torch.load."""
+"""Our step, torch's, a plain one, and how many times as long as the plain one torch's may take.
+Measured: 2.1 to 2.8 for torch.save, which computes checksums, and 0.3 to 1.5 for torch.load."""
 
 
 @plain_dataclass(frozen=True)

@@ -29,13 +29,13 @@ def _remembers(original: Any) -> Any:
 
 
 def _once(original: Any) -> Any:
-    """Only the first file is written; it is put back later, which takes no time."""
-    kept: list[bytes] = []
+    """Only the first file is written. The later ones are empty."""
+    written: list[Any] = []
 
     def dump(file: Any, path: Any, items: Any) -> None:
-        if not kept:
+        if not written:
             original(file, path, items)
-            kept.append(path.read_bytes())
+            written.append(path)
             return
         path.touch()
 
