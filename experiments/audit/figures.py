@@ -11,9 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.audit.finding import Finding
-from experiments.measurement import BASELINE, RULES_VERSION, Verdict, judge, recomputed, statistics
+from experiments.measurement import BASELINE, RULES_VERSION, Verdict, judge, judge_timings, recomputed, statistics
 from experiments.measurement import verdict as rules
-from experiments.measurement.timing_verdict import judge_timings
 from experiments.results import Evidence, Row, TimedPayload, TTFTPayload, judged_figures
 
 CLOSE = 1e-6

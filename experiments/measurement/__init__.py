@@ -5,6 +5,7 @@ from experiments.measurement.engine_adapters import embedding_of, engine_conditi
 from experiments.measurement.equality import NOISE_MULTIPLE, Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
 from experiments.measurement.reference import Layers, ReferenceForward
+from experiments.measurement.timing_verdict import judge_timings
 from experiments.measurement.ttft import Arm, Sample, synchronize
 from experiments.measurement.verdict import BASELINE, MAX_DIRECT_RATIO, RULES_VERSION, Verdict, judge
 from experiments.measurement.witness import Witness
@@ -27,6 +28,7 @@ __all__ = [
     "from_rank0",
     "grade",
     "judge",
+    "judge_timings",
     "reference_forward",
     "synchronize",
     "transfer_s",

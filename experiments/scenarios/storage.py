@@ -20,8 +20,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments.bench import Bench, timed_calls
-from experiments.measurement import BASELINE, RULES_VERSION, process_memory, ttft
-from experiments.measurement.timing_verdict import judge_timings
+from experiments.measurement import BASELINE, RULES_VERSION, judge_timings, process_memory, ttft
 from experiments.results import Evidence, Row, TimedPayload, Timing, between
 from experiments.scenarios.base import ModelScenario
 from kvmem import KVCacheItem
