@@ -8,10 +8,10 @@ cache. For vLLM it is `LLM.generate` on the whole prompt, with vLLM's prefix cac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +21,10 @@ from kvmem.cache import dynamic_cache
 
 MATH_LIMIT_BYTES = 2**30
 """The plain attention kernel holds all scores of a layer at once; a prompt whose scores exceed this uses another."""
+LONG_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+NO_KERNEL = ("No available kernel", "No viable backend")
+"""What torch says where none of the kernels that are asked for takes these inputs, on a GPU and on a CPU."""
+T = TypeVar("T")
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each layer, (heads, tokens, head_dim)."""
 
@@ -84,7 +88,7 @@ class TransformersForward(ReferenceForward):
         ids, steps = (*prompt_ids, *answer_ids[:-1]), len(answer_ids)
         if self._last is not None and self._last[0] == (ids, steps):
             return self._last[1]
-        runs = tuple(self._logits(ids, steps, rows, other) for rows, other in ((1, False), (2, False), (1, True)))
+        runs = self._executions(len(ids), partial(self._logits, ids, steps))
         self._last = (ids, steps), ReferenceLogits(runs, tuple(range(steps)))
         return self._last[1]
 
@@ -95,25 +99,38 @@ class TransformersForward(ReferenceForward):
 
     @torch.inference_mode()
     def keys_values(self, token_ids: Sequence[int]) -> tuple[Layers, ...]:
-        return tuple(self._keys_values(token_ids, rows, other) for rows, other in ((1, False), (2, False), (1, True)))
+        return self._executions(len(token_ids), partial(self._keys_values, token_ids))
 
-    def _logits(self, ids: Sequence[int], steps: int, rows: int, other_kernel: bool) -> torch.Tensor:
+    def _executions(self, tokens: int, run: Callable[[int], T]) -> tuple[T, ...]:
+        """`run(rows)` with one row, with two rows, and with another attention kernel where there is one."""
+        runs = [run(1), run(2)]
+        try:
+            with sdpa_kernel(self._other_kernels(tokens)):
+                runs.append(run(1))
+        except RuntimeError as error:
+            if not str(error).startswith(NO_KERNEL):
+                raise
+        return tuple(runs)
+
+    def _logits(self, ids: Sequence[int], steps: int, rows: int) -> torch.Tensor:
         ids_BT = torch.tensor([tuple(ids)] * rows, device=self.model.device)
-        with self._other_kernel(len(ids)) if other_kernel else nullcontext():
-            logits_BSV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False, logits_to_keep=steps).logits
+        logits_BSV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False, logits_to_keep=steps).logits
         return logits_BSV[0].float().cpu()
 
-    def _keys_values(self, ids: Sequence[int], rows: int, other_kernel: bool) -> Layers:
+    def _keys_values(self, ids: Sequence[int], rows: int) -> Layers:
         ids_BT = torch.tensor([tuple(ids)] * rows, device=self.model.device)
         cache = DynamicCache(config=self.model.config)
-        with self._other_kernel(len(ids)) if other_kernel else nullcontext():
-            self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return [(keys_BHTD[0], values_BHTD[0]) for keys_BHTD, values_BHTD in dynamic_cache.layers_of(cache)]
 
-    def _other_kernel(self, tokens: int) -> Any:
-        """Another implementation of `scaled_dot_product_attention`. A model that does not use it is not changed."""
+    def _other_kernels(self, tokens: int) -> list[SDPBackend]:
+        """Other implementations of `scaled_dot_product_attention` than the usual one, which is FlashAttention.
+
+        The plain one holds every score, so it is left to prompts whose scores fit. A model that does not use this
+        function is not changed.
+        """
         scores = 4 * int(self.model.config.num_attention_heads) * tokens**2
-        return sdpa_kernel(SDPBackend.MATH if scores <= MATH_LIMIT_BYTES else SDPBackend.EFFICIENT_ATTENTION)
+        return [SDPBackend.MATH] if scores <= MATH_LIMIT_BYTES else LONG_KERNELS
 
 
 def max_abs_diff(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from experiments.measurement import reference
 from experiments.measurement.engine_adapters import embedding_of, engine_conditions, reference_forward
 from experiments.measurement.witness import Witness
 from kvmem.cache import dynamic_cache
@@ -30,16 +31,37 @@ def test_the_reference_gives_the_logits_and_the_kv_of_the_whole_prompt(qwen3: HF
     cache = DynamicCache(config=qwen3.model_config)
     qwen3.extend(ids, cache)
     for backend in (qwen3, fast):
-        reference = reference_forward(backend)
-        found = reference.logits(ids, (7, 8, 9), None)
+        forward = reference_forward(backend)
+        found = forward.logits(ids, (7, 8, 9), None)
         assert found.steps == (0, 1, 2) and len(found.runs) == 3
         for run_SV in found.runs:
             torch.testing.assert_close(run_SV[0], right_V.float(), rtol=1e-4, atol=1e-4)
-        assert reference.first_token(ids) == int(right_V.argmax())
-        for layers in reference.keys_values(ids):
+        assert forward.first_token(ids) == int(right_V.argmax())
+        for layers in forward.keys_values(ids):
             for pair, right in zip(layers, dynamic_cache.layers_of(cache), strict=True):
                 torch.testing.assert_close(pair[0], right[0][0], rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(pair[1], right[1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_prompt_is_computed_twice_where_no_other_kernel_takes_it(
+    qwen3: HFBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here every prompt counts as long, and a CPU has none of the kernels for long ones."""
+    monkeypatch.setattr(reference, "MATH_LIMIT_BYTES", 0)
+    ids = tuple(range(100, 160))
+    forward = reference.TransformersForward(qwen3.model)
+    assert len(forward.logits(ids, (7, 8), None).runs) == len(forward.keys_values(ids)) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_a_long_prompt_has_another_kernel_on_a_gpu() -> None:
+    """Grouped queries, as today's models have: not every kernel takes them."""
+    model = loaded(SHAPES["qwen3"]).model.to("cuda", torch.bfloat16)
+    ids = tuple(100 + i % 400 for i in range(9000))
+    scores = 4 * model.config.num_attention_heads * len(ids) ** 2
+    assert scores > reference.MATH_LIMIT_BYTES
+    assert len(reference.TransformersForward(model).logits(ids, (7,), None).runs) == 3
 
 
 def test_a_witness_counts_the_tokens_that_enter_the_model(qwen3: HFBackend, fast: HFGraphBackend) -> None:
