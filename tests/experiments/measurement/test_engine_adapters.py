@@ -43,25 +43,24 @@ def test_the_reference_gives_the_logits_and_the_kv_of_the_whole_prompt(qwen3: HF
                 torch.testing.assert_close(pair[1], right[1][0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_long_prompt_is_computed_twice_where_no_other_kernel_takes_it(
-    qwen3: HFBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here every prompt counts as long, and a CPU has none of the kernels for long ones."""
+def test_a_kernel_that_takes_no_long_prompt_is_left_out(qwen3: HFBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here every prompt counts as long, and a CPU has one of the kernels for long ones: its usual one."""
     monkeypatch.setattr(reference, "MATH_LIMIT_BYTES", 0)
     ids = tuple(range(100, 160))
     forward = reference.TransformersForward(qwen3.model)
-    assert len(forward.logits(ids, (7, 8), None).runs) == len(forward.keys_values(ids)) == 2
+    assert len(forward.logits(ids, (7, 8), None).runs) == len(forward.keys_values(ids)) == 3
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-def test_a_long_prompt_has_another_kernel_on_a_gpu() -> None:
+def test_the_kernels_for_long_prompts_differ_on_a_gpu() -> None:
     """Grouped queries, as today's models have: not every kernel takes them."""
     model = loaded(SHAPES["qwen3"]).model.to("cuda", torch.bfloat16)
     ids = tuple(100 + i % 400 for i in range(9000))
     scores = 4 * model.config.num_attention_heads * len(ids) ** 2
     assert scores > reference.MATH_LIMIT_BYTES
-    assert len(reference.TransformersForward(model).logits(ids, (7,), None).runs) == 3
+    found = reference.TransformersForward(model).logits(ids, (7,), None)
+    assert len(found.runs) >= 3 and found.noise > 0
 
 
 def test_a_witness_counts_the_tokens_that_enter_the_model(qwen3: HFBackend, fast: HFGraphBackend) -> None:
