@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import torch
 
-from experiments.bench.quality import nll
+from experiments.bench.quality import score
 from kvmem import KVCacheItem
 from kvmem.cache.dynamic_cache import layers_of, nbytes
 from kvmem.engines.huggingface.backend import HFBackend
@@ -192,7 +192,8 @@ def test_likelihood_needs_64_tokens(qwen3: HFBackend, text: str) -> None:
     item = qwen3.build(text)
     tokens = item.metadata.tokens
     scored = min(64, len(tokens.body_ids) // 2)
-    found = nll(qwen3, item)
+    by_cache = score(qwen3, item)
+    found = by_cache and by_cache.nll
     if scored < 2:
         assert found is None
         return
@@ -207,4 +208,4 @@ def test_likelihood_needs_64_tokens(qwen3: HFBackend, text: str) -> None:
 def test_likelihood_with_a_sliding_window_is_refused(sliding: HFBackend) -> None:
     item = sliding.build(pairs(1, 900, seed=3)[0][0])
     with pytest.raises(ConfigError, match="full attention"):
-        nll(sliding, item)
+        score(sliding, item)
