@@ -78,7 +78,7 @@ def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_ctrl_c_in_a_run_is_one_line_whose_command_goes_on(tmp_path: Path) -> None:
-    command = start(tmp_path, *TINY, THREE_CELLS, "scenario.pairs=100")
+    command = start(tmp_path, *TINY, THREE_CELLS, "scenario.pairs=40")
     read_to(command, "[2/3]")
     ctrl_c(command)
     status, output = finish(command)

@@ -12,7 +12,6 @@ from tests.mutations.suite import run
 
 QUICK = (
     "stored: values scaled",
-    "in the view values scaled",
     "positions behind a cache are 7 off",
     "a remembered token is returned and the query counted",
     "the cache is ignored and its hit claimed",
@@ -21,7 +20,6 @@ QUICK = (
     "the first of two runs is kept as the better one",
     "another commit in the second cell",
     "a compressed tier returns noise",
-    "the arms of the tiers compute nothing",
     "a saving is too large",
 )
 
