@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,9 +107,8 @@ def scale_off(layers: Layers, reference: Layers) -> float:
     )
 
 
-def _pairs(layers: Layers, reference: Layers) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [
-        (mine.float(), theirs.float())
-        for layer, other in zip(layers, reference, strict=True)
-        for mine, theirs in zip(layer, other, strict=True)
-    ]
+def _pairs(layers: Layers, reference: Layers) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys, then values of each layer in fp32, one layer at a time: all of them at once may not fit a GPU."""
+    for layer, other in zip(layers, reference, strict=True):
+        for mine, theirs in zip(layer, other, strict=True):
+            yield mine.float(), theirs.float()

@@ -44,7 +44,7 @@ class Sample:
     split_s: float | None = None
     """The part of `user_s` that makes token ids of the text; None where it is not timed apart."""
     ordinal: int | None = None
-    """The how manieth call of its arm this is. It shows whether later or earlier calls were left out."""
+    """The number of this call among all calls of its arm, from 1. It shows whether calls were left out."""
 
 
 def nothing() -> None:

@@ -50,7 +50,7 @@ class TimedCall:
     logits_apart: float | None = None
     """The largest difference of this call's logits from the direct arm's in the same round."""
     ordinal: int | None = None
-    """The how manieth call of its arm this is, warm-up included; None in rows that did not count."""
+    """The number of this call among all calls of its arm, from 1, warm-up included; None in rows without this count."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,16 +108,7 @@ def test_ctrl_c_while_everything_is_still_imported_is_one_line(tmp_path: Path) -
 
 
 def test_a_signal_where_python_drops_exceptions_is_not_lost(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WHERE_PYTHON_DROPS_EXCEPTIONS]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=os.environ | ENV,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=interruptible,
-    )
+    done = python(WHERE_PYTHON_DROPS_EXCEPTIONS, tmp_path)
     assert done.stdout.splitlines() == ["dropped", "Ctrl-C 130"] and done.stderr == ""
 
 
@@ -199,15 +190,6 @@ def test_ctrl_c_in_a_report_is_one_line(tmp_path: Path) -> None:
         "from experiments import run"
     )[0]
     code = interrupts + "from experiments import report; sys.exit(report.main(['run', '--log']))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=os.environ | ENV,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=interruptible,
-    )
+    done = python(code, tmp_path)
     assert done.returncode == 130
     assert done.stderr.splitlines() == ["Interrupted (Ctrl-C). The same command writes the report again."]
