@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "kvmem": (
         {"errors"},
-        {"cache", "models", "registry"},
+        {"cache", "registry"},
+        {"models"},
         {"merge", "prompt", "storage"},
         {"engines"},
         {"config", "tiers"},
@@ -24,7 +25,7 @@ FLOORS = {
         {"scheduler"},
     ),
     "experiments": (
-        {"hardware", "results", "signals", "text_files"},
+        {"cache_sizes", "hardware", "results", "signals", "text_files"},
         {"performance_model", "sinks", "traces", "workloads"},
         {"measurement"},
         {"baselines"},

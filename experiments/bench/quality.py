@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from experiments.bench.stored_kv import distance
-from experiments.measurement import Layers
+from experiments.measurement import Layers, comparable
 from experiments.results import Loss
 from kvmem import KVCacheItem
 from kvmem.cache import dynamic_cache
@@ -70,7 +70,7 @@ def loss_of(backend: HFBackend, scheme: str, item: KVCacheItem, built: Layers, e
 
 def kv_distance(item: KVCacheItem, built: Layers) -> float:
     """The largest relative distance of a token's KV from `built`: (heads, tokens, head_dim) in each layer."""
-    return distance([(keys[0], values[0]) for keys, values in dynamic_cache.layers_of(item.kv_cache)], built)
+    return distance(comparable(item.kv_cache), built)
 
 
 @torch.inference_mode()

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from experiments.bench.bench import Bench
-from experiments.measurement import NOISE_MULTIPLE, Layers
-from kvmem.cache import CacheView, KVCacheItem, dynamic_cache
+from experiments.measurement import NOISE_MULTIPLE, Layers, comparable
+from kvmem.cache import CacheView, KVCacheItem
 
 MOST_UNITS = {torch.float32: 2000.0, torch.bfloat16: 40.0, torch.float16: 100.0}
 """The noise of a token's KV counts as at most so many units in the last place, relative to the token's norm."""
@@ -55,11 +55,12 @@ def view_check(bench: Bench, items: Sequence[KVCacheItem]) -> float | None:
     if len(items) != 1:
         return None
     view = bench.backend.view(items, bench.setup.merge, bench.setup.separator)
-    stored = dynamic_cache.layers_of(items[0].kv_cache)
+    stored = comparable(items[0].kv_cache)
     if not stored or not isinstance(view, CacheView):
         return None
     given = [
-        (keys.to(stored[0][0].device), values.to(stored[0][0].device)) for keys, values in dynamic_cache.layers_of(view)
+        tuple(tensor.to(held.device) for tensor, held in zip(layer, other, strict=True))
+        for layer, other in zip(comparable(view), stored, strict=True)
     ]
     return max(
         float((mine - theirs).abs().max()) if mine.shape == theirs.shape else float("inf")
@@ -74,9 +75,9 @@ def _worst(distances: Sequence[Distance]) -> Distance:
 def _of_item(bench: Bench, item: KVCacheItem) -> KVCheck | None:
     known = bench.kv_checks.get(item.kv_cache_id)
     if known is None and not item.metadata.lossy:
-        stored = [(keys[0], values[0]) for keys, values in dynamic_cache.layers_of(item.kv_cache)]
+        stored = comparable(item.kv_cache)
         runs = bench.reference.keys_values(item.metadata.tokens.token_ids) if stored else ()
-        if not runs or any(a[0].shape != b[0].shape for a, b in zip(stored, runs[0], strict=True)):
+        if not runs or _shapes(stored) != _shapes(runs[0]):
             return None
         unit = torch.finfo(bench.backend.dtype).eps
         noise = max(distance(other, runs[0]) for other in runs[1:])
@@ -91,8 +92,12 @@ def _of_item(bench: Bench, item: KVCacheItem) -> KVCheck | None:
     return known
 
 
+def _shapes(layers: Layers) -> list[list[torch.Size]]:
+    return [[tensor.shape for tensor in layer] for layer in layers]
+
+
 def distance(layers: Layers, reference: Layers) -> float:
-    """The largest relative distance of a token's keys or values, (heads, tokens, head_dim) in each layer."""
+    """The largest relative distance of a token's keys or values, or of a state, (heads, tokens, size) in each layer."""
     return max(
         float(((mine - theirs).norm(dim=(0, 2)) / theirs.norm(dim=(0, 2)).clamp_min(1e-12)).max())
         for mine, theirs in _pairs(layers, reference)

@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.bench.bench import Bench
 from experiments.bench.judging import judging_arms
 from experiments.bench.quality import kv_distance, loss_of, score
-from experiments.measurement import Arm, Layers, Sample, Trace, page_cache, ttft
+from experiments.measurement import Arm, Layers, Sample, Trace, comparable, page_cache, ttft
 from experiments.results import Loss
 from kvmem import KVCacheItem
 from kvmem.cache import dynamic_cache
@@ -42,7 +42,7 @@ class TierProbe:
         assert isinstance(bench.backend, HFBackend)
         self.backend = bench.backend
         self.item = item
-        self.built: Layers = [(k[0].clone(), v[0].clone()) for k, v in dynamic_cache.layers_of(item.kv_cache)]
+        self.built: Layers = [tuple(tensor.clone() for tensor in layer) for layer in comparable(item.kv_cache)]
         self.exact_score = score(self.backend, item) if compressed else None
         names = list(IN_MEMORY) if self.backend.device.type == "cuda" else ["ram"]
         self.resident = names[0]

@@ -170,14 +170,16 @@ class Bench:
         return ""
 
     def compare(self, backend: HFBackend, item: KVCacheItem, query: Query, must_matter: bool = False) -> Outcome:
-        before = [(keys.clone(), values.clone()) for keys, values in dynamic_cache.layers_of(item.kv_cache)]
+        before = [
+            {name: tensor.clone() for name, tensor in kept.items()} for kept in dynamic_cache.contents_of(item.kv_cache)
+        ]
         memory = self.memory(backend)
         memory.add(item)
         view = memory.get_cache(item.kv_cache_id)
         assert isinstance(view, CacheView)
         outcome = self.compare_view(backend, view, query, must_matter)
-        for pair, earlier in zip(dynamic_cache.layers_of(item.kv_cache), before, strict=True):
-            if not all(torch.equal(now, then) for now, then in zip(pair, earlier, strict=True)):
+        for kept, earlier in zip(dynamic_cache.contents_of(item.kv_cache), before, strict=True):
+            if not all(torch.equal(now, earlier[name]) for name, now in kept.items()):
                 raise Differs("the answer changed the stored item")
         return outcome
 

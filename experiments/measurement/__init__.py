@@ -4,7 +4,7 @@ from experiments.measurement.consensus import from_rank0
 from experiments.measurement.engine_adapters import embedding_of, engine_conditions, reference_forward
 from experiments.measurement.equality import NOISE_MULTIPLE, Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
-from experiments.measurement.reference import Layers, ReferenceForward
+from experiments.measurement.reference import Layers, ReferenceForward, comparable
 from experiments.measurement.timing_verdict import judge_timings
 from experiments.measurement.ttft import Arm, Sample, synchronize
 from experiments.measurement.verdict import BASELINE, MAX_DIRECT_RATIO, RULES_VERSION, Verdict, judge
@@ -23,6 +23,7 @@ __all__ = [
     "Trace",
     "Verdict",
     "Witness",
+    "comparable",
     "embedding_of",
     "engine_conditions",
     "from_rank0",

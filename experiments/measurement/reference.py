@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
-from kvmem.cache import dynamic_cache
+from kvmem.cache import ENTRIES, dynamic_cache
 
 MATH_LIMIT_BYTES = 2**30
 """The plain attention kernel holds all scores of a layer at once; a prompt whose scores exceed this uses another."""
@@ -25,8 +25,21 @@ LONG_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBacke
 NO_KERNEL = ("No available kernel", "No viable backend")
 """What torch says where none of the kernels that are asked for takes these inputs, on a GPU and on a CPU."""
 T = TypeVar("T")
-Layers = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of each layer, (heads, tokens, head_dim)."""
+Layers = list[tuple[torch.Tensor, ...]]
+"""What each layer keeps, (heads, tokens, size) each: keys and values, or a state as one token of one head."""
+
+
+def comparable(cache: DynamicCache) -> Layers:
+    """What the layers keep of the first sequence of the batch. Raises ChangedFileError as `contents_of`."""
+    return [
+        tuple(_by_token(name, tensor[0]) for name, tensor in kept.items()) for kept in dynamic_cache.contents_of(cache)
+    ]
+
+
+def _by_token(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if name not in ENTRIES:
+        return tensor.reshape(1, 1, -1)
+    return tensor if tensor.dim() == 3 else tensor[None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +137,9 @@ class TransformersForward(ReferenceForward):
 
     def _keys_values(self, ids: Sequence[int], rows: int) -> Layers:
         ids_BT = torch.tensor([tuple(ids)] * rows, device=self.model.device)
-        cache = DynamicCache(config=self.model.config)
+        cache = dynamic_cache.empty(self.model.config)
         self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return [(keys_BHTD[0], values_BHTD[0]) for keys_BHTD, values_BHTD in dynamic_cache.layers_of(cache)]
+        return comparable(cache)
 
     def _other_kernels(self, tokens: int) -> Sequence[SDPBackend]:
         """Other implementations of `scaled_dot_product_attention`; for a long prompt, the usual one may be among them.

@@ -25,7 +25,7 @@ from experiments.results import Evidence, Row, TimedPayload, Timing, between
 from experiments.scenarios.base import ModelScenario
 from kvmem import KVCacheItem
 from kvmem import storage as formats
-from kvmem.cache import KVCacheMetadata, MemoryTokens, dynamic_cache
+from kvmem.cache import KeptTensor, KVCacheMetadata, MemoryTokens, dynamic_cache
 from kvmem.engines import FirstToken
 from kvmem.prompt import TokenizedPrompt
 from kvmem.storage import Storage
@@ -193,20 +193,18 @@ class StorageScenario(ModelScenario[StorageCell]):
 def random_items(bench: Bench, total_bytes: int, count: int) -> list[KVCacheItem]:
     """`count` items in RAM, with the shape and dtype of the bench's model, and about `total_bytes` in total."""
     fingerprint = bench.backend.fingerprint
-    dtype = getattr(torch, fingerprint.dtype)
-    token_bytes = 2 * fingerprint.layers * fingerprint.kv_heads * fingerprint.head_dim * dtype.itemsize
-    tokens = max(1, total_bytes // (token_bytes * count))
-    shape = (1, fingerprint.kv_heads, tokens, fingerprint.head_dim)
+    layout = fingerprint.cache_layout
+    tokens = max(1, (total_bytes // count - layout.bytes_a_memory) // layout.bytes_a_token)
     generator = torch.Generator().manual_seed(bench.setup.seed)
 
-    def draw() -> torch.Tensor:
+    def draw(kept: KeptTensor) -> torch.Tensor:
+        dtype, shape = kept.at(tokens)
         return torch.randn(shape, dtype=dtype, generator=generator)
 
     items = []
     for i in range(count):
-        cache = dynamic_cache.from_layers(
-            [(draw(), draw()) for _ in range(fingerprint.layers)], bench.backend.model_config, tokens
-        )
+        contents = [{kept.name: draw(kept) for kept in layer} for layer in layout.layers]
+        cache = dynamic_cache.from_contents(contents, bench.backend.model_config, tokens)
         ids = tuple(range(tokens))
         memory = MemoryTokens(source=f"random {i}", template="plain", token_ids=ids, header_tokens=0, body_end=tokens)
         kv_bytes = dynamic_cache.nbytes(cache)
@@ -347,6 +345,6 @@ def _named(items: Sequence[KVCacheItem]) -> Tensors:
     return {
         f"{i}.{layer}.{kind}": tensor
         for i, item in enumerate(items)
-        for layer, pair in enumerate(dynamic_cache.layers_of(item.kv_cache))
-        for kind, tensor in zip("kv", pair, strict=True)
+        for layer, kept in enumerate(dynamic_cache.contents_of(item.kv_cache))
+        for kind, tensor in kept.items()
     }

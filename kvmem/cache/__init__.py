@@ -4,6 +4,8 @@ A `KVCacheItem` is one memory as keys and values, with its token ids and metadat
 model that computed them. A `CacheView` is a copy-on-write view of stored items: an engine extends it with a query, and
 the stored tensors stay as they are.
 
+What a layer keeps is told by `CacheLayout`: an entry for each token (keys and values), or a state at the memory's end.
+
 Two modules are used as namespaces. `dynamic_cache` builds, views, crops and joins transformers' `DynamicCache`; it and
 `layers` are the only modules that know its internals. `device_transfer` copies a cache from host memory to a GPU while
 the model already computes.
@@ -22,22 +24,33 @@ from kvmem.cache.items import (
     TextualMemoryItem,
     TextualSource,
 )
-from kvmem.cache.layers import KV
+from kvmem.cache.layers import CONV, ENTRIES, INDEXER, KEYS, KV, RECURRENT, VALUES, Contents
+from kvmem.cache.layout import CacheLayout, KeptTensor, TensorLayout
 from kvmem.cache.mapped_files import MappedFile
 from kvmem.cache.model_state import ModelWatch, underlying
 from kvmem.cache.plain_values import text_fault, value_fault
 
 __all__ = [
+    "CONV",
+    "ENTRIES",
+    "INDEXER",
+    "KEYS",
     "KV",
+    "RECURRENT",
+    "VALUES",
+    "CacheLayout",
     "CacheView",
+    "Contents",
     "KVCacheItem",
     "KVCacheMetadata",
+    "KeptTensor",
     "MappedFile",
     "MemoryTokens",
     "Message",
     "ModelFingerprint",
     "ModelWatch",
     "Source",
+    "TensorLayout",
     "TextualMemoryItem",
     "TextualSource",
     "device_transfer",

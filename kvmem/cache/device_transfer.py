@@ -16,12 +16,15 @@ def to_device(stored: DynamicCache, device: torch.device, config: PreTrainedConf
     """The same cache on `device`. To a GPU it returns while the layers are still being copied, first layer first.
 
     In a view of the result, attention in each layer waits for that layer alone, so the forward pass hides the other
-    copies. From pinned memory the host does not wait. A cache with sliding layers is copied completely before this
-    returns.
+    copies. From pinned memory the host does not wait. A cache with anything but layers of full attention is copied
+    completely before this returns.
     """
+    if device.type != "cuda" or dynamic_cache.has_sliding_layers(config):
+        return dynamic_cache.to_device(stored, device, config)
+    if not dynamic_cache.keeps_keys_and_values_only(config):
+        return dynamic_cache.to_device(stored, device, config)
     layers = dynamic_cache.layers_of(stored)
-    is_upload = device.type == "cuda" and layers[0][0].device.type != "cuda"
-    if not is_upload or dynamic_cache.has_sliding_layers(config):
+    if layers[0][0].device.type == "cuda":
         return dynamic_cache.to_device(stored, device, config)
     targets, buffer = _allocate_like(layers, device)
     stream = _copy_stream(device)

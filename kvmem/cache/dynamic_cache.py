@@ -1,24 +1,27 @@
 """Builds, views, crops, joins and measures transformers' DynamicCache. Only `layers` also knows its internals.
 
 Layout (transformers 5.16 to 5.19): `cache.layers[i].keys` and `.values`, each (batch, kv_heads, tokens, head_dim), keys
-after RoPE. A layer also has `is_initialized`, `dtype` and `device`. If they are unset, the layer reports length 0 and
-the model silently ignores it, so every cache is built in this module.
+after RoPE. With multi-head latent attention (DeepSeek V2 and V3, and what is built like them) they are what the model
+caches instead: the compressed latent, and the rotated part of the key, each with one head. Layers of linear attention
+and of state-space models keep states instead, or beside them: see `layers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from kvmem.cache import layers as cache_layers
+from kvmem.cache import own_classes
 from kvmem.cache.fingerprint import ModelFingerprint
 from kvmem.cache.items import MemoryTokens
-from kvmem.cache.layers import KV, CopyOnWriteLayer, PatchedLayer, SlidingView, TransferLayer
+from kvmem.cache.layers import ENTRIES, KEYS, KV, VALUES, Contents, PatchedLayer, TransferLayer
 from kvmem.cache.mapped_files import MappedFile, files_of
 from kvmem.errors import CacheInUseError, FingerprintError, ModelError
 
@@ -34,6 +37,10 @@ class CacheView(DynamicCache):
     """The lossy forms that the keys and values went through, such as "int8"; "" if they are the bits as built."""
     fingerprint: ModelFingerprint | None = None
     """The model that the view is for; None if unknown."""
+    states: Sequence[Contents] = ()
+    """The stored states of each layer, which the view shares; its layers work on copies of them."""
+    states_at: int = -1
+    """The position of the stored states: how many tokens the memory has. -1 without a memory."""
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
@@ -59,69 +66,81 @@ _files: WeakKeyDictionary[DynamicCache, tuple[MappedFile, ...]] = WeakKeyDiction
 """The files that the tensors of a cache are mapped from. Beside the caches, which are pickled as they are."""
 
 
-def _empty(config: PreTrainedConfig, kind: type[CacheT]) -> CacheT:
-    """A cache of `kind` with a layer for each of the model's. Raises ModelError for a layer kind without keys."""
-    cache = kind(config=config)
+def empty(config: PreTrainedConfig) -> DynamicCache:
+    """A cache without tokens, of a class that the model accepts. Raises ModelError for a model that is not covered."""
+    return _empty(config, DynamicCache, own_classes.class_for(config, DynamicCache))
+
+
+def _empty(config: PreTrainedConfig, kind: type[CacheT], made: type[DynamicCache] | None = None) -> CacheT:
+    """A cache of `kind` with a layer for each of the model's. Raises ModelError for a model that is not covered.
+
+    made: the subclass of `kind` that is made; None: `kind` itself.
+    """
+    cache = cast("type[CacheT]", made or kind)(config=config)
     for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            if kind is CacheView:
-                cache.layers[i] = CopyOnWriteLayer()
-        elif type(layer) is DynamicSlidingWindowLayer:
-            if kind is CacheView:
-                cache.layers[i] = SlidingView(layer.sliding_window)
-        else:
+        if fault := cache_layers.fault(layer):
             raise ModelError(
-                f"{config.model_type} has a layer of kind {type(layer).__name__}, whose state is not a list of keys "
-                "and values. Supported: full and sliding-window attention."
+                f"{config.model_type} has a layer of kind {type(layer).__name__}, {fault}. "
+                "Covered are full, sliding-window and sparse attention, linear attention, and state-space layers."
             )
+        if issubclass(kind, CacheView):
+            cache.layers[i] = cache_layers.view_layer(layer)
+    if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        raise ModelError(
+            f"{config.model_type} keeps states only, and a cache of states alone does not tell how many tokens it "
+            "stands for. Covered are models with at least one attention layer."
+        )
     return cache
 
 
 def check_layer_kinds(config: PreTrainedConfig) -> None:
-    """Raises ModelError for a model with a layer whose state is not keys and values of each token."""
+    """Raises ModelError for a model with a layer that keeps something that is not known here."""
     _empty(config, DynamicCache)
 
 
 def layout_fault(cache: DynamicCache, tokens: int) -> str | None:
     """What in a cache that a model filled with `tokens` can't be stored, as the end of "it …"; None if all can."""
-    for i, layer in enumerate(_attention_layers(cache)):
-        if layer.keys is None or layer.values is None:
-            return (
-                f"keeps no keys and values of a text in layer {i}: that layer has another state, or attends to images"
-            )
-        keys, values = tuple(layer.keys.shape), tuple(layer.values.shape)
-        if keys != values:
-            return f"has keys of shape {keys} and values of shape {values} in layer {i}, as latent attention does"
-        held = keys[-2] if len(keys) == 4 and keys[0] == 1 else 0
-        if held != tokens and not (isinstance(layer, DynamicSlidingWindowLayer) and 0 < held < tokens):
-            return f"has keys of shape {keys} in layer {i}, not (1, heads, {tokens}, head size), for {tokens} tokens"
+    for i, layer in enumerate(cache.layers):
+        kept = cache_layers.contents(layer)
+        if isinstance(layer, DynamicLayer) and KEYS not in kept:
+            return f"keeps no keys and values of a text in layer {i}: that layer attends to images, or to nothing"
+        for name, tensor in kept.items():
+            shape = tuple(tensor.shape)
+            held = shape[-2] if name in ENTRIES and len(shape) > 1 else tokens
+            slides = isinstance(layer, DynamicSlidingWindowLayer) and 0 < held < tokens
+            if shape[0] != 1 or (held != tokens and not slides):
+                return f"has {name} of shape {shape} in layer {i}, for one text of {tokens} tokens"
     return None
 
 
-def _attention_layers(cache: DynamicCache) -> list[DynamicLayer]:
-    """The layers of a cache that was built here: `_empty` refuses every other kind."""
-    return cast("list[DynamicLayer]", cache.layers)
-
-
-def _fill(cache: DynamicCache, layers: Iterable[KV], tokens: int) -> None:
-    for layer, (keys, values) in zip(_attention_layers(cache), layers, strict=True):
-        layer.keys, layer.values = keys, values
-        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = tokens
-            layer._sliding_window_tensor = layer._sliding_window_tensor.to(keys.device)
-
-
 def from_layers(layers: Sequence[KV], config: PreTrainedConfig, tokens: int | None = None) -> DynamicCache:
-    """A DynamicCache for the model of `config` that shares the given tensors.
+    """As `from_contents`, for layers that keep keys and values: (keys, values) of each."""
+    return from_contents([{KEYS: keys, VALUES: values} for keys, values in layers], config, tokens)
+
+
+def from_contents(
+    contents: Sequence[Mapping[str, torch.Tensor]],
+    config: PreTrainedConfig,
+    tokens: int | None = None,
+    as_input: bool = False,
+) -> DynamicCache:
+    """A DynamicCache for the model of `config` that shares the given tensors: what each layer keeps.
 
     `tokens`: how many tokens the cache stands for. It differs from the tensors' length only on sliding layers.
+    `as_input`: of a class that the model accepts, which then changes the given states. A stored cache needs none.
     """
-    cache = _empty(config, DynamicCache)
-    _fill(cache, layers, max(keys.shape[-2] for keys, _ in layers) if tokens is None else tokens)
-    if files := files_of(tensor for pair in layers for tensor in pair):
+    cache = empty(config) if as_input else _empty(config, DynamicCache)
+    if tokens is None:
+        tokens = max(kept[KEYS].shape[-2] for kept in contents if KEYS in kept)
+    _fill(cache, contents, tokens)
+    if files := files_of(tensor for kept in contents for tensor in kept.values()):
         _files[cache] = files
     return cache
+
+
+def _fill(cache: DynamicCache, contents: Sequence[Mapping[str, torch.Tensor]], tokens: int) -> None:
+    for layer, kept in zip(cache.layers, contents, strict=True):
+        cache_layers.fill(layer, kept, tokens)
 
 
 def from_transfer(
@@ -133,7 +152,7 @@ def from_transfer(
     """
     cache = _empty(config, DynamicCache)
     cache.layers = [TransferLayer(ready) for ready in ready_events]
-    _fill(cache, layers, layers[0][0].shape[-2])
+    _fill(cache, [{KEYS: keys, VALUES: values} for keys, values in layers], layers[0][0].shape[-2])
     return cache
 
 
@@ -150,11 +169,8 @@ def check_files(cache: DynamicCache) -> None:
         file.check()
 
 
-def layers_of(cache: DynamicCache) -> list[KV]:
-    """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied. Waits for transfers.
-
-    Raises ChangedFileError as `check_files`.
-    """
+def contents_of(cache: DynamicCache) -> list[Contents]:
+    """What each layer keeps, by name, not copied. Waits for transfers. Raises ChangedFileError as `check_files`."""
     check_files(cache)
     for layer in cache.layers:
         if isinstance(layer, TransferLayer):
@@ -162,24 +178,45 @@ def layers_of(cache: DynamicCache) -> list[KV]:
     return _tensors(cache)
 
 
-def _tensors(cache: DynamicCache) -> list[KV]:
-    """As `layers_of`, without waiting for pending transfers."""
+def layers_of(cache: DynamicCache) -> list[KV]:
+    """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied. Waits for transfers.
+
+    Raises ModelError if a layer keeps anything else, such as states, and ChangedFileError as `check_files`.
+    """
     pairs = []
-    for layer in _attention_layers(cache):
-        assert layer.keys is not None and layer.values is not None
-        pairs.append((layer.keys, layer.values))
+    for i, kept in enumerate(contents_of(cache)):
+        if set(kept) != {KEYS, VALUES}:
+            raise ModelError(
+                f"Layer {i} of this cache keeps {', '.join(sorted(kept)) or 'nothing'}, and this operation is for "
+                "layers that keep keys and values alone. Use backend=huggingface and merge=Reprefill for this model."
+            )
+        pairs.append((kept[KEYS], kept[VALUES]))
     return pairs
 
 
-def compact(layers: Iterable[KV]) -> list[KV]:
+def _tensors(cache: DynamicCache) -> list[Contents]:
+    """As `contents_of`, without waiting for pending transfers."""
+    return [cache_layers.contents(layer) for layer in cache.layers]
+
+
+def converted(
+    cache: DynamicCache, convert: Callable[[torch.Tensor], torch.Tensor], config: PreTrainedConfig
+) -> DynamicCache:
+    """A cache of the same tokens whose every tensor is `convert` of one of `cache`."""
+    contents = [{name: convert(tensor) for name, tensor in kept.items()} for kept in contents_of(cache)]
+    return from_contents(contents, config, cache.get_seq_length())
+
+
+def compact(cache: DynamicCache, config: PreTrainedConfig) -> DynamicCache:
     """The same values in tensors that fill their storage; a tensor that is a view into a larger one is copied.
 
     A copy-on-write layer's buffer has free space, and a sliding layer's storage holds tokens that left the window.
     """
-    return [(_compacted(keys), _compacted(values)) for keys, values in layers]
+    return converted(cache, compacted, config)
 
 
-def _compacted(tensor: torch.Tensor) -> torch.Tensor:
+def compacted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in a tensor that fills its storage."""
     fills_storage = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if fills_storage else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -191,19 +228,22 @@ def view_of(
     lossy: str = "",
     fingerprint: ModelFingerprint | None = None,
 ) -> CacheView:
-    """A view that shares the tensors of `cache`; growing, cropping or reordering it leaves `cache` unchanged.
+    """A view that shares the entries of `cache` and copies its states; its use leaves `cache` unchanged.
 
     Raises FingerprintError if `cache` has another number of layers than the model of `config`, and ChangedFileError as
     `check_files`.
     """
     check_files(cache)
-    view = _empty(config, CacheView)
+    view = _empty(config, CacheView, own_classes.class_for(config, CacheView))
     if len(cache.layers) != len(view.layers):
         raise FingerprintError(
             f"The cache has {len(cache.layers)} layers and this model {len(view.layers)}. Extract the memory again "
             "with this model."
         )
-    _fill(view, _tensors(cache), cache.get_seq_length())
+    contents, tokens_held = _tensors(cache), cache.get_seq_length()
+    view.states, view.states_at = [cache_layers.states_of(kept) for kept in contents], tokens_held
+    own = [kept | cache_layers.copied(states) for kept, states in zip(contents, view.states, strict=True)]
+    _fill(view, own, tokens_held)
     for layer, stored in zip(view.layers, cache.layers, strict=True):
         if isinstance(layer, TransferLayer) and isinstance(stored, TransferLayer):
             layer.ready = stored.ready
@@ -215,37 +255,39 @@ def view_of(
 
 def empty_view(tokens: MemoryTokens, config: PreTrainedConfig) -> CacheView:
     """A view without tokens, for a prompt whose memory is sent as text; it grows as any view does."""
-    view = _empty(config, CacheView)
+    view = _empty(config, CacheView, own_classes.class_for(config, CacheView))
     view.tokens = tokens.model_copy(update={"token_ids": ()})
     return view
 
 
 def can_crop(cache: DynamicCache, tokens: int) -> bool:
-    """Whether `crop` to `tokens` is possible: False if a sliding layer already dropped tokens that it would need."""
-    return tokens >= cache.get_seq_length() or not any(
-        isinstance(layer, DynamicSlidingWindowLayer)
-        and layer.keys is not None
-        and layer.cumulative_length > layer.keys.shape[-2]
-        for layer in cache.layers
-    )
+    """Whether `crop` to `tokens` is possible.
+
+    False if a sliding layer already dropped tokens that it would need, or if a layer keeps a state of another position:
+    a view of a memory with states goes back to the end of the memory, and nowhere else.
+    """
+    if tokens >= cache.get_seq_length():
+        return True
+    states_at = cache.states_at if isinstance(cache, CacheView) else -1
+    return all(cache_layers.can_crop(layer, tokens, states_at) for layer in cache.layers)
 
 
 def crop(cache: DynamicCache, tokens: int) -> bool:
-    """Keeps the first `tokens` tokens, in place, without a copy. Returns False and does nothing if not `can_crop`."""
+    """Keeps the first `tokens` tokens, in place. Returns False and does nothing if not `can_crop`."""
     if tokens >= cache.get_seq_length():
         return True
     if not can_crop(cache, tokens):
         return False
-    for layer in _attention_layers(cache):
-        assert layer.keys is not None and layer.values is not None
-        layer.keys, layer.values = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = tokens
+    for layer in cache.layers:
+        cache_layers.crop(layer, tokens)
+    if isinstance(cache, CacheView):
+        for layer, states in zip(cache.layers, cache.states, strict=False):  # a view without a memory has none
+            cache_layers.set_states(layer, cache_layers.copied(states))
     return True
 
 
 def cut(cache: DynamicCache, start: int, end: int) -> list[KV]:
-    """The tokens `start` to `end` (exclusive) of each layer, not copied."""
+    """The tokens `start` to `end` (exclusive) of each layer, not copied. Raises ModelError as `layers_of`."""
     return [(keys[..., start:end, :], values[..., start:end, :]) for keys, values in layers_of(cache)]
 
 
@@ -259,22 +301,36 @@ def join(blocks: Sequence[Sequence[KV]]) -> list[KV]:
 
 def to_device(cache: DynamicCache, device: torch.device | str, config: PreTrainedConfig) -> DynamicCache:
     """The same cache on another device. Tensors that are already there are shared."""
-    return from_layers([(k.to(device), v.to(device)) for k, v in layers_of(cache)], config, cache.get_seq_length())
+    return converted(cache, lambda tensor: tensor.to(device), config)
 
 
 def nbytes(cache: DynamicCache) -> int:
-    """Bytes of all keys and values."""
-    return sum(t.numel() * t.element_size() for pair in _tensors(cache) for t in pair)
+    """Bytes of everything that the layers keep."""
+    return sum(tensor.numel() * tensor.element_size() for kept in _tensors(cache) for tensor in kept.values())
+
+
+def has_state_layers(cache: DynamicCache) -> bool:
+    """Whether a layer of the cache is of a kind that keeps states: linear attention, or a state-space layer."""
+    return any(cache_layers.may_keep_states(layer) for layer in cache.layers)
+
+
+def keeps_keys_and_values_only(config: PreTrainedConfig) -> bool:
+    """Whether every layer of the model is of full or sliding-window attention."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in _model_layers(config))
+
+
+def _model_layers(config: PreTrainedConfig) -> list[cache_layers.Layer]:
+    return DynamicCache(config=config).layers
 
 
 def has_sliding_layers(config: PreTrainedConfig) -> bool:
     """Whether any layer of the model has sliding-window attention."""
-    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
+    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in _model_layers(config))
 
 
 def layer_count(config: PreTrainedConfig) -> int:
     """The number of layers of the model's cache. Layers that share the keys and values of others have none in it."""
-    return len(DynamicCache(config=config).layers)
+    return len(_model_layers(config))
 
 
 def has_equal_layers(config: PreTrainedConfig) -> bool:

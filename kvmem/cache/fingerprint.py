@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvmem.cache.layers import KEYS, VALUES
+from kvmem.cache.layout import CacheLayout, KeptTensor
 from kvmem.cache.model_state import adapters_of, computed_tensors, tensors_within, underlying
 
 SAMPLES_PER_TENSOR = 8
@@ -42,19 +44,39 @@ class ModelFingerprint(BaseModel):
     template: str
     origin: str
     """Where the weights came from, in words: hub, folder, package (how quantized), random (shape, seed, device)."""
+    layout: CacheLayout | None = Field(default=None, exclude_if=lambda layout: layout is None)
+    """What each layer keeps, as measured, of a model whose layers do not all keep keys and values of `kv_heads` heads
+    of size `head_dim`. It is written to a file only if it is set."""
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What each layer keeps: `layout`, or what follows from the other fields."""
+        return self.layout or CacheLayout(layers=(_keys_and_values(self),) * self.layers)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a memory holds states, which belong to its last token, beside keys and values."""
+        return self.layout is not None and self.layout.has_states
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of the keys and values of `tokens` tokens, all layers; 0 if the layers are unknown (a served model)."""
+        """Bytes of a memory of `tokens` tokens on all layers, with its states if there are any (`kv_bytes(0)`).
+
+        0 if the layers are unknown (a served model).
+        """
+        if self.layout is not None:
+            return self.layout.bytes_a_memory + tokens * self.layout.bytes_a_token
         if self.layers == 0:
             return 0
         itemsize: int = getattr(torch, self.dtype).itemsize
         return 2 * self.layers * self.kv_heads * self.head_dim * tokens * itemsize
 
-    def shape_difference(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], shards: int = 1) -> str | None:
+    def shape_difference(self, contents: Sequence[Mapping[str, torch.Tensor]], shards: int = 1) -> str | None:
         """The first field in which tensors can't come from this model, as "field: X here, Y there"; None if they can.
 
-        layers: (keys, values) of each layer, each (1, kv_heads / shards, tokens, head_dim).
+        contents: what each layer keeps, by name. Keys and values are (1, kv_heads / shards, tokens, head_dim).
         """
+        if self.layout is not None:
+            return self.layout.difference(CacheLayout.of(contents))
         expected = {
             "layers": self.layers,
             "batch": 1,
@@ -62,26 +84,35 @@ class ModelFingerprint(BaseModel):
             "head_dim": self.head_dim,
             "dtype": self.dtype,
         }
-        for tensor in (tensor for pair in layers for tensor in pair):
-            batch, kv_heads, _, head_dim = tensor.shape if tensor.dim() == 4 else (0, 0, 0, 0)
-            actual = {
-                "layers": len(layers),
-                "batch": batch,
-                "kv_heads": kv_heads,
-                "head_dim": head_dim,
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-            }
-            for name, value in actual.items():
-                if value != expected[name]:
-                    return f"{name}: {expected[name]} here, {value} there"
-        return None if layers else f"layers: {self.layers} here, 0 there"
+        for kept in contents:
+            if tuple(kept) != (KEYS, VALUES):
+                return f"kept: {KEYS}, {VALUES} here, {', '.join(kept) or 'nothing'} there"
+            for tensor in kept.values():
+                batch, kv_heads, _, head_dim = tensor.shape if tensor.dim() == 4 else (0, 0, 0, 0)
+                actual = {
+                    "layers": len(contents),
+                    "batch": batch,
+                    "kv_heads": kv_heads,
+                    "head_dim": head_dim,
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                }
+                for name, value in actual.items():
+                    if value != expected[name]:
+                        return f"{name}: {expected[name]} here, {value} there"
+        return None if contents else f"layers: {self.layers} here, 0 there"
 
     def difference(self, other: ModelFingerprint) -> str | None:
         """The first field in which `other` is another model, as "field: X here, Y there"; None if it is the same."""
         for name in type(self).model_fields:
             ours, theirs = getattr(self, name), getattr(other, name)
-            if name != "origin" and ours != theirs:
-                return f"{name}: {ours} here, {theirs} there (here {self.origin}; there {other.origin})"
+            if name == "origin" or ours == theirs:
+                continue
+            difference = f"{name}: {ours} here, {theirs} there"
+            if isinstance(ours, CacheLayout) and isinstance(theirs, CacheLayout):
+                difference = ours.difference(theirs) or difference
+            elif name == "layout":  # whole layouts are too long for a message
+                difference = "layout: the layers keep different tensors"
+            return f"{difference} (here {self.origin}; there {other.origin})"
         return None
 
 
@@ -160,13 +191,18 @@ _IRRELEVANT_FIELDS = {
 }
 
 
-def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str) -> ModelFingerprint:
-    """The fingerprint of a loaded model with its tokenizer. `origin` describes where the weights came from."""
+def fingerprint_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: str, layout: CacheLayout | None = None
+) -> ModelFingerprint:
+    """The fingerprint of a loaded model with its tokenizer. `origin` describes where the weights came from.
+
+    layout: what the layers keep, as measured. It is left out if it follows from the other fields.
+    """
     fields = {k: v for k, v in model.config.to_dict().items() if k not in _IRRELEVANT_FIELDS}
     config = model.config.get_text_config(decoder=True)  # the model's own, unless it wraps a language model
     layer = config.per_layer_config[0] if getattr(config, "is_heterogeneous", False) else config
     heads = config.num_attention_heads
-    return ModelFingerprint(
+    found = ModelFingerprint(
         architecture=type(underlying(model)).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         layers=config.num_hidden_layers,
@@ -181,6 +217,16 @@ def fingerprint_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, o
             else hash_weights(model)
         ),
         adapters=adapters_of(model),
+        layout=None,
         **hash_tokenizer(tokenizer),
         origin=origin,
     )
+    if layout is None or all(layer == _keys_and_values(found) for layer in layout.layers):
+        return found
+    return found.model_copy(update={"layout": layout})
+
+
+def _keys_and_values(model: ModelFingerprint) -> tuple[KeptTensor, ...]:
+    """What a layer keeps of a model that has no layout of its own."""
+    shape = (1, model.kv_heads, 1, model.head_dim)
+    return tuple(KeptTensor(name=name, dtype=model.dtype, shape=shape) for name in (KEYS, VALUES))

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils import get_total_norm
 
-from kvmem.cache.layers import KV
 
-
-def layer_that_is_not_finite(layers: Sequence[KV]) -> int | None:
-    """The index of the first layer with a NaN or infinite key or value; None if all are finite.
+def layer_that_is_not_finite(layers: Sequence[Sequence[torch.Tensor]]) -> int | None:
+    """The index of the first layer with a NaN or infinite number in a tensor that it keeps; None if all are finite.
 
     Reads every element once. On a GPU it waits for the device once and takes 0.2 ms for 30 layers of 1,000 tokens
     (23 MB, H100), and 0.8 ms for 1.2 GB. On a CPU it takes 0.13 ms for each MB on one core.

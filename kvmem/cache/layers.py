@@ -1,14 +1,42 @@
-"""Layers of transformers' DynamicCache that differ in how they read or store new tokens."""
+"""What a layer of transformers' cache keeps, and layers that differ in how they read or store new tokens.
+
+A layer keeps `Contents`: tensors by name. An entry ("k", "v", "indexer") holds one value for each token, and can be cut
+at any token. A state ("conv.0", "recurrent.0"), of linear attention or of a state-space layer, belongs to one position:
+it sums up all tokens before it, has the same size for any number of them, and can't be cut. A model changes states in
+place, so a view works on copies of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+import transformers
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 KV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each (batch, kv_heads, tokens, head_dim)."""
+
+Contents = dict[str, torch.Tensor]
+"""What one layer keeps, by name. Tokens are the second to last dimension of an entry; a state has no such dimension."""
+
+Layer = CacheLayerMixin | LinearAttentionCacheLayerMixin
+
+KEYS, VALUES, INDEXER = "k", "v", "indexer"
+ENTRIES = (KEYS, VALUES, INDEXER)
+"""The names of entries. Every other name is a state's."""
+CONV, RECURRENT = "conv", "recurrent"
+"""What the names of states begin with; behind a dot follows the number of the state in its layer."""
 
 INITIAL_HEADROOM_TOKENS = 64
 """Free tokens behind the prompt in a copy-on-write layer's first buffer."""
@@ -69,10 +97,10 @@ class CopyOnWriteLayer(TransferLayer):
         if not owned or self.buffers is None or end > self.buffers[0].shape[-2]:
             if owned:  # the buffer is full; a beam search owns no buffer after a reorder and must not double it
                 self.headroom *= 2
-            free_BHTD = key_states.new_empty(*key_states.shape[:2], self.headroom, key_states.shape[-1])
+            free_k, free_v = (_empty_tokens(states, self.headroom) for states in (key_states, value_states))
             self.buffers = (
-                torch.cat([self.keys, key_states, free_BHTD], dim=-2),
-                torch.cat([self.values, value_states, free_BHTD], dim=-2),
+                torch.cat([self.keys, key_states, free_k], dim=-2),
+                torch.cat([self.values, value_states, free_v], dim=-2),
             )
         else:
             self.buffers[0][:, :, start:end].copy_(key_states)
@@ -102,6 +130,157 @@ class CopyOnWriteLayer(TransferLayer):
         if own.is_inference() and not torch.is_inference_mode_enabled():
             return False
         return keys.data_ptr() == own.data_ptr() and keys.shape[:2] == own.shape[:2] and keys.stride() == own.stride()
+
+
+def _empty_tokens(like_BHTD: torch.Tensor, tokens: int) -> torch.Tensor:
+    batch, heads, _, size = like_BHTD.shape
+    return like_BHTD.new_empty(batch, heads, tokens, size)
+
+
+class IndexedView(DynamicIndexedLayer):
+    """A layer of a view with the keys of a sparse-attention indexer. An update replaces its tensors by new ones."""
+
+    def reset(self) -> None:
+        _forget(self)
+        self.indexer_keys, self.is_indexer_initialized = None, False
+        super().reset()
+
+
+class HybridView(LinearAttentionAndFullAttentionLayer):
+    """A layer of a view with states, and keys and values. An update replaces keys and values by new tensors."""
+
+    def reset(self) -> None:
+        _forget(self)
+        super().reset()
+
+
+class SlidingHybridView(LinearAttentionAndSlidingWindowAttentionLayer):
+    """As `HybridView`, with a sliding window."""
+
+    def reset(self) -> None:
+        _forget(self)
+        super().reset()
+
+
+_VIEWS: dict[type[Layer], Callable[[Any], Layer]] = {
+    DynamicLayer: lambda layer: CopyOnWriteLayer(),
+    DynamicSlidingWindowLayer: lambda layer: SlidingView(layer.sliding_window),
+    DynamicIndexedLayer: lambda layer: IndexedView(),
+    LinearAttentionLayer: lambda layer: LinearAttentionLayer(layer.number_of_states),
+    LinearAttentionAndFullAttentionLayer: lambda layer: HybridView(layer.number_of_states),
+    LinearAttentionAndSlidingWindowAttentionLayer: lambda layer: SlidingHybridView(
+        layer.sliding_window, layer.number_of_states
+    ),
+}
+"""Makes the layer of a view for each kind of layer that is covered, from transformers' own one."""
+
+
+INDEXED_SINCE = (5, 19)
+"""Before this version of transformers, sparse attention miscounts several tokens that follow a cache: it adds a mask of
+truth values to the scores of its indexer."""
+
+
+def fault(layer: Layer) -> str:
+    """Why a layer of this kind is not covered, as the end of a sentence; "" if it is."""
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if isinstance(layer, DynamicIndexedLayer) and version < INDEXED_SINCE:
+        needed = ".".join(map(str, INDEXED_SINCE))
+        return (
+            f"which transformers {transformers.__version__} computes wrongly behind a cache. Install {needed} or later"
+        )
+    return "" if type(layer) in _VIEWS else "and what it keeps is not known here"
+
+
+def view_layer(layer: Layer) -> Layer:
+    """An empty layer for a view of a cache that has `layer`."""
+    return _VIEWS[type(layer)](layer)
+
+
+def contents(layer: Layer) -> Contents:
+    """What the layer keeps, not copied; nothing if it was never filled."""
+    kept: Contents = {}
+    if isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
+        kept |= {KEYS: layer.keys, VALUES: layer.values}
+    if isinstance(layer, DynamicIndexedLayer) and layer.indexer_keys is not None:
+        kept[INDEXER] = layer.indexer_keys
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for kind, states in ((CONV, layer.conv_states), (RECURRENT, layer.recurrent_states)):
+            kept |= {f"{kind}.{i}": state for i, state in states.items() if state is not None}
+    return kept
+
+
+def fill(layer: Layer, kept: Mapping[str, torch.Tensor], tokens: int) -> None:
+    """Gives an empty layer what it keeps of `tokens` tokens. The tensors are shared.
+
+    A layer also has flags. If they are unset, it reports length 0 and the model silently ignores it.
+    """
+    if isinstance(layer, DynamicLayer) and KEYS in kept:
+        layer.keys, layer.values = kept[KEYS], kept[VALUES]
+        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+    if isinstance(layer, DynamicSlidingWindowLayer) and KEYS in kept:
+        layer.cumulative_length = tokens
+        layer._sliding_window_tensor = layer._sliding_window_tensor.to(layer.device)
+    if isinstance(layer, DynamicIndexedLayer) and INDEXER in kept:
+        layer.indexer_keys, layer.is_indexer_initialized = kept[INDEXER], True
+        layer.indexer_dtype, layer.indexer_device = layer.indexer_keys.dtype, layer.indexer_keys.device
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        set_states(layer, states_of(kept))
+
+
+def states_of(kept: Mapping[str, torch.Tensor]) -> Contents:
+    """The states among what a layer keeps, not copied."""
+    return {name: tensor for name, tensor in kept.items() if name not in ENTRIES}
+
+
+def copied(states: Mapping[str, torch.Tensor]) -> Contents:
+    """Copies, which a model may change."""
+    return {name: state.clone() for name, state in states.items()}
+
+
+def set_states(layer: Layer, states: Mapping[str, torch.Tensor]) -> None:
+    """Gives the layer these states, which the model changes in place, instead of those that it has."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return
+    device_and_dtype: Any = layer  # transformers declares them as None
+    for name, state in states.items():
+        kind, _, number = name.partition(".")
+        i = int(number)
+        if kind == CONV:
+            layer.conv_states[i], layer.is_conv_states_initialized[i] = state, True
+            layer.conv_kernel_size[i] = state.shape[-1]
+            device_and_dtype.dtype, device_and_dtype.device = state.dtype, state.device
+        else:
+            layer.recurrent_states[i], layer.is_recurrent_states_initialized[i] = state, True
+            device_and_dtype.device = state.device
+        layer.has_previous_state[i] = True
+
+
+def may_keep_states(layer: Layer) -> bool:
+    """Whether a layer of this kind keeps states. One of a mixture of experts alone is of the same kind, without any."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def can_crop(layer: Layer, tokens: int, states_at: int) -> bool:
+    """Whether a layer of more tokens can go back to `tokens`, where states of the position `states_at` are known.
+
+    A sliding window has dropped tokens that it would need.
+    """
+    if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None:
+        dropped = layer.cumulative_length > layer.keys.shape[-2]
+        if dropped:
+            return False
+    has_states = isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values())
+    return tokens == states_at or not has_states
+
+
+def crop(layer: Layer, tokens: int) -> None:
+    """Keeps the entries of the first `tokens` tokens, in place, without a copy. Needs `can_crop`."""
+    if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+        layer.keys, layer.values = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = tokens
+    if isinstance(layer, DynamicIndexedLayer) and layer.indexer_keys is not None:
+        layer.indexer_keys = layer.indexer_keys[..., :tokens, :]
 
 
 class PatchedLayer(DynamicLayer):

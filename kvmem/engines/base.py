@@ -158,7 +158,7 @@ class Backend(ABC):
         if built_by is not None:
             difference = self.fingerprint.difference(built_by)
         else:
-            difference = self.fingerprint.shape_difference(dynamic_cache.layers_of(item.kv_cache), self.shards)
+            difference = self.fingerprint.shape_difference(dynamic_cache.contents_of(item.kv_cache), self.shards)
         if difference:
             raise FingerprintError(
                 f"Item {item.kv_cache_id} was built by another model: {difference}. Extract it again with this one."
@@ -214,7 +214,7 @@ def check_view(cache: CacheView, fingerprint: ModelFingerprint, shards: int = 1)
     if built_by is not None:
         difference = fingerprint.difference(built_by)
     elif cache.get_seq_length():
-        difference = fingerprint.shape_difference(dynamic_cache.layers_of(cache), shards)
+        difference = fingerprint.shape_difference(dynamic_cache.contents_of(cache), shards)
     else:  # it holds nothing, so the whole prompt is computed
         return
     if difference:

@@ -28,7 +28,7 @@ class Generation:
     finish_reason: FinishReason
     """"context_length": prompt and answer fill the model's positions, or the engine's smaller limit (`max_tokens`)."""
     note: str = ""
-    """In a scheduler's answer: why a stored memory was prefilled all the same; "" otherwise."""
+    """Why a stored memory was prefilled all the same; "" if it was not."""
     lossy: str = ""
     """The form to which the memory's KV had been quantized ("int8"); "" if it is as it was built."""
 

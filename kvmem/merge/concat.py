@@ -76,8 +76,8 @@ class ConcatStrategy(MergeStrategy):
         for previous, item in pairwise(items):
             tokens = item.metadata.tokens
             gap_tokens = len(previous.metadata.tokens.rest_ids) + len(separator_ids)
-            gap_BHTD = _zeros(parts[0][0][0], gap_tokens)
-            parts.append([(gap_BHTD, gap_BHTD)] * len(parts[0]))
+            keys_BHTD, values_BHTD = parts[0][0]
+            parts.append([(_zeros(keys_BHTD, gap_tokens), _zeros(values_BHTD, gap_tokens))] * len(parts[0]))
             gap_positions += range(end, end + gap_tokens)
             start = end + gap_tokens
             end = start + tokens.body_end - tokens.header_tokens

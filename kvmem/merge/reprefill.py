@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from transformers import DynamicCache, PreTrainedModel
 
-from kvmem.cache import KVCacheItem
+from kvmem.cache import KVCacheItem, dynamic_cache
 from kvmem.merge.base import MergeStrategy, merged_tokens
 from kvmem.models import prefill
 
@@ -27,6 +27,6 @@ class Reprefill(MergeStrategy):
     def merge(
         self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
     ) -> DynamicCache:
-        cache = DynamicCache(config=model.config)
+        cache = dynamic_cache.empty(model.config)
         prefill(model, merged_tokens(items, separator_ids).token_ids, cache)
         return cache

@@ -7,15 +7,24 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from kvmem.cache import dynamic_cache
+from kvmem.models.probes import continues_in_one_step
+from kvmem.models.single_pass import single_pass
 
-@torch.inference_mode()
+
 def prefill(model: PreTrainedModel, token_ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-    """Appends `token_ids` to `cache` and returns the logits of the last token, (vocab,)."""
-    ids_BT = torch.tensor([token_ids], device=model.device)
-    logits_BTV: torch.Tensor = model(input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits_BTV[0, -1]
+    """Appends `token_ids` to `cache` and returns the logits of the last token, (vocab,).
+
+    In one forward pass; in one for each token where the model would not read the states that the cache holds.
+    """
+    continued = len(token_ids) > 1 and dynamic_cache.has_state_layers(cache) and cache.get_seq_length() > 0
+    if continued and not continues_in_one_step(model):
+        for token_id in token_ids[:-1]:
+            single_pass(model, (token_id,), cache)
+        token_ids = token_ids[-1:]
+    return single_pass(model, token_ids, cache)
 
 
 def decode_one_token(model: PreTrainedModel, token_id: int, cache: DynamicCache) -> torch.Tensor:
     """Appends one token to `cache` and returns its logits, (vocab,)."""
-    return prefill(model, (token_id,), cache)
+    return single_pass(model, (token_id,), cache)

@@ -26,6 +26,7 @@ class Costs:
     """Seconds of a prefill: `base_s` + `token_s` per new token + `pair_s` per pair of a new and an attended token.
 
     load_s_a_byte: by tier, the seconds that loading one byte from it to the model's device takes.
+    kv_bytes_a_memory: bytes of a memory beside those of its tokens: states, of a model with linear attention.
     """
 
     base_s: float
@@ -33,6 +34,11 @@ class Costs:
     pair_s: float
     kv_bytes_a_token: int
     load_s_a_byte: Mapping[str, float] = field(default_factory=dict)
+    kv_bytes_a_memory: int = 0
+
+    def nbytes(self, tokens: Number) -> Number:
+        """Bytes of a memory of `tokens`, as it is built; a number, or an array of them."""
+        return tokens * self.kv_bytes_a_token + self.kv_bytes_a_memory
 
     def prefill_s(self, new: Number, behind: Number = 0) -> Number:
         """Seconds to compute `new` tokens behind `behind` cached ones; numbers, or arrays of them."""
@@ -45,7 +51,7 @@ class Costs:
     def saved_s(self, tokens: Number, query_tokens: float, tier: str = "") -> Number:
         """Seconds that a use of a memory of `tokens` saves: the prefill of the whole prompt, minus the query's prefill
         behind the memory and the load. At least 0."""
-        injected_s = self.prefill_s(query_tokens, tokens) + self.load_s(tokens * self.kv_bytes_a_token, tier)
+        injected_s = self.prefill_s(query_tokens, tokens) + self.load_s(self.nbytes(tokens), tier)
         return np.maximum(0.0, self.prefill_s(tokens + query_tokens) - injected_s)
 
     @classmethod
@@ -54,6 +60,7 @@ class Costs:
         samples: Sequence[tuple[int, int, float]],
         kv_bytes_a_token: int,
         load_s_a_byte: Mapping[str, float] | None = None,
+        kv_bytes_a_memory: int = 0,
     ) -> Costs:
         """Fits (new tokens, cached tokens, seconds) by least squares, with variance proportional to the mean.
 
@@ -71,7 +78,7 @@ class Costs:
                 break
             kept.remove(kept[int(factors.argmin())])
         base_s, token_s, pair_s = (float(factors[kept.index(term)]) if term in kept else 0.0 for term in range(3))
-        return cls(base_s, token_s, pair_s, kv_bytes_a_token, load_s_a_byte or {})
+        return cls(base_s, token_s, pair_s, kv_bytes_a_token, load_s_a_byte or {}, kv_bytes_a_memory)
 
     @classmethod
     def measured(cls, backend: Backend, load_s_a_byte: Mapping[str, float] | None = None) -> Costs:
@@ -79,7 +86,7 @@ class Costs:
         lengths = [tokens for tokens in CALIBRATION_TOKENS if tokens < backend.max_tokens]
         seconds = backend.measure_prefill(lengths)
         samples = [(tokens, 0, took_s) for tokens, took_s in zip(lengths, seconds, strict=True)]
-        return cls.fitted(samples, kv_bytes_a_token(backend), load_s_a_byte)
+        return cls.fitted(samples, kv_bytes_a_token(backend), load_s_a_byte, backend.fingerprint.kv_bytes(0))
 
 
 class LoadEstimator:
@@ -121,5 +128,5 @@ def _fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 
 
 def kv_bytes_a_token(backend: Backend) -> int:
-    """Bytes of the keys and values of one token on all layers."""
-    return backend.fingerprint.kv_bytes(1)
+    """Bytes that each token adds to a memory, on all layers."""
+    return backend.fingerprint.kv_bytes(1) - backend.fingerprint.kv_bytes(0)

@@ -133,6 +133,10 @@ class KVIndex:
             self._stored[id_] = item.kv_cache_id
             return True
 
+    def heads(self, group: str) -> list[str]:
+        """What the group's KV contains the KV of, shortest first. None for a model with states: they can't be cut."""
+        return [] if self.backend.fingerprint.keeps_states else self.groups.heads(group)
+
     def beginning_as(self, memories: Sequence[TextualMemoryItem]) -> list[tuple[str, str]]:
         """(id, kv_cache_id) of stored KV that begins with the first of `memories` and contains no outdated text."""
         first = memories[0].id

@@ -87,7 +87,7 @@ class ObservationQueue:
                     self._planner.used(ids[0], query_tokens)
                     for group in self._index.groups.used(ids):
                         if group not in self._planner.table.row_of:
-                            self._planner.joined(group, self._index.groups.heads(group))
+                            self._planner.joined(group, self._index.heads(group))
                             self._update_length(group)
                         self._planner.used(group, query_tokens)
                     continue
@@ -208,7 +208,7 @@ class ObservationQueue:
         has no length, so that it is not planned."""
         known = {*self._index.texts, *self._index.groups.members}
         for group in self._index.groups.members:
-            self._planner.joined(group, self._index.groups.heads(group))
+            self._planner.joined(group, self._index.heads(group))
         row_of = self._planner.table.row_of
         for id_ in [*(known - row_of.keys()), *(row_of.keys() - known)]:
             self._update_length(id_)

@@ -52,7 +52,7 @@ class Planner:
         self.policy, self.budgets, self.costs = policy, dict(budgets), costs
         self.level = {name: level for level, name in enumerate(self.budgets)}
         self.table = UsageTable()
-        self._size = size or (lambda tier, tokens: tokens * costs.kv_bytes_a_token)
+        self._size = size or (lambda tier, tokens: int(costs.nbytes(tokens)))
         self.loads = loads or LoadEstimator(costs)
         self.heads: dict[str, list[str]] = {}
         """Group -> what it begins with, shortest first: the group's KV contains the KV of each."""
@@ -73,7 +73,7 @@ class Planner:
     def sized(self, memory_id: str, tokens: int) -> None:
         """Sets the current length of a memory; 0 if it can't be stored."""
         row = self.table.track(memory_id)
-        self.table.tokens[row], self.table.nbytes[row] = tokens, tokens * self.costs.kv_bytes_a_token
+        self.table.tokens[row], self.table.nbytes[row] = tokens, self.costs.nbytes(tokens) if tokens else 0
 
     def forget(self, memory_id: str) -> None:
         """Removes a memory or a group and its counts. Unknown ids are ignored."""

@@ -35,6 +35,9 @@ class PrefixSelector:
         """Memories whose KV was damaged or missing when it was needed, with the reason. It was dropped."""
         self.unreachable: dict[str, str] = {}
         """Memories whose KV could not be read when it was last needed, with the reason. It is kept."""
+        self.not_a_prefix = 0
+        """How often no stored KV was used although some begins as the prompt does: its states belong to its last
+        token, and the prompt ends its agreement before that."""
         self.declined: dict[str, tuple[int, str]] = {}
         """By measured tier: how many loads were declined since its last load, and the item of the latest one."""
         self._index, self._items, self._backend, self._loads = index, index.items, index.backend, loads
@@ -78,7 +81,8 @@ class PrefixSelector:
     ) -> tuple[_Candidate | None, CacheView | None, str]:
         """The best prefix that can be read, with the KV that it is of, and the note for it."""
         notes: list[str] = []
-        for candidate in self._candidates(memories, tokens):
+        candidates, uncut = self._candidates(memories, tokens)
+        for candidate in candidates:
             if not candidate.load.pays:
                 self._decline(candidate)
                 notes.append(f"{candidate.memory_id} was not loaded: {candidate.load}.")
@@ -99,22 +103,38 @@ class PrefixSelector:
                 if prefix is not None:
                     lease.push(own_lease.pop_all())
                     return candidate, prefix, " ".join(notes)
-        return None, None, " ".join(notes)
+        if uncut:
+            with self._lock:
+                self.not_a_prefix += 1
+        return None, None, " ".join([*notes, *uncut])
 
-    def _candidates(self, memories: Sequence[TextualMemoryItem], tokens: MemoryTokens) -> list[_Candidate]:
-        """Stored KV that begins as the prompt does. First, so that the note mentions it, what holds more of the prompt
-        than the best candidate but saves no time; then what saves time, the most first."""
-        candidates = []
+    def _candidates(
+        self, memories: Sequence[TextualMemoryItem], tokens: MemoryTokens
+    ) -> tuple[list[_Candidate], list[str]]:
+        """Stored KV that begins as the prompt does, and notes about such KV that can't be cut to what they share.
+
+        First, so that the note mentions it, what holds more of the prompt than the best candidate but saves no time;
+        then what saves time, the most first.
+        """
+        candidates: list[_Candidate] = []
+        uncut: list[str] = []
         for memory_id, item_id in self._index.beginning_as(memories):
             try:
-                shared = common_prefix(self._items.metadata(item_id).tokens.token_ids, tokens.token_ids)
+                stored_ids = self._items.metadata(item_id).tokens.token_ids
+                shared = common_prefix(stored_ids, tokens.token_ids)
+                if self._backend.fingerprint.keeps_states and shared < len(stored_ids):
+                    uncut.append(
+                        f"{memory_id} was not used: the prompt begins with {shared} of its {len(stored_ids)} tokens, "
+                        "and the model's states belong to the last one."
+                    )
+                    continue
                 candidates.append(_Candidate(memory_id, item_id, self._estimate(item_id, shared)))
             except UnknownMemoryError:  # evicted since
                 continue
         paying = [candidate for candidate in candidates if candidate.load.pays]
         paying.sort(key=lambda candidate: (-candidate.load.saved_s, candidate.load.nbytes))
         most = paying[0].load.tokens if paying else 0
-        return [each for each in candidates if not each.load.pays and each.load.tokens > most] + paying
+        return [each for each in candidates if not each.load.pays and each.load.tokens > most] + paying, uncut
 
     def _estimate(self, item_id: str, tokens: int) -> LoadEstimate:
         return self._loads.estimate(self._items.tier_of(item_id), self._items.nbytes(item_id), tokens)

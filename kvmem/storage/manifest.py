@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pydantic
@@ -12,14 +12,32 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticSerializationError
 from transformers import PreTrainedConfig
 
-from kvmem.cache import KV, KVCacheItem, KVCacheMetadata, ModelFingerprint, dynamic_cache, value_fault
+from kvmem.cache import (
+    KEYS,
+    VALUES,
+    CacheLayout,
+    KVCacheItem,
+    KVCacheMetadata,
+    ModelFingerprint,
+    TensorLayout,
+    dynamic_cache,
+    value_fault,
+)
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError
 
-FORMAT_VERSION = 1
+KEYS_AND_VALUES_ONLY = 1
+"""The version of a file whose layers all keep keys and values. Every version of kvmem reads it."""
+FORMAT_VERSION = 2
+"""The version of a file with a layer that keeps something else, such as a state: its manifest names it."""
+
+KEYS_AND_VALUES = (KEYS, VALUES)
 
 
 class ItemManifest(BaseModel):
-    """One item. `cache_tokens`: how many tokens the cache stands for; sliding layers hold fewer."""
+    """One item. `cache_tokens`: how many tokens the cache stands for; sliding layers hold fewer.
+
+    kept: the names of each layer's tensors, if any layer keeps anything but keys and values; else empty.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,6 +45,17 @@ class ItemManifest(BaseModel):
     cache_tokens: int = Field(ge=0)
     layers: int = Field(ge=0)
     metadata: KVCacheMetadata
+    kept: tuple[tuple[str, ...], ...] = Field(default=(), exclude_if=lambda kept: not kept)
+
+    @property
+    def tensor_count(self) -> int:
+        """How many tensors the item has. Compare it before `names` is used: a damaged file may state any number."""
+        return sum(map(len, self.kept)) if self.kept else len(KEYS_AND_VALUES) * self.layers
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """The names of each layer's tensors, in the order of their bytes."""
+        return self.kept or (KEYS_AND_VALUES,) * self.layers
 
 
 class Manifest(BaseModel):
@@ -34,7 +63,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: int = FORMAT_VERSION
+    version: int
     items: tuple[ItemManifest, ...]
 
 
@@ -48,19 +77,28 @@ def to_json(items: Sequence[KVCacheItem]) -> str:
                 f"Item {item.kv_cache_id} can't be written: metadata{fault}. Use plain JSON values in the metadata of "
                 "its text memory."
             )
-    entries = tuple(
-        ItemManifest(
-            kv_cache_id=item.kv_cache_id,
-            cache_tokens=item.kv_cache.get_seq_length(),
-            layers=len(item.kv_cache.layers),
-            metadata=item.metadata,
-        )
-        for item in items
-    )
+    entries = tuple(map(_entry_of, items))
+    version = FORMAT_VERSION if any(entry.kept for entry in entries) else KEYS_AND_VALUES_ONLY
     try:
-        return Manifest(items=entries).model_dump_json()
+        return Manifest(version=version, items=entries).model_dump_json()
     except PydanticSerializationError as error:
         raise StorageError(f"An item's metadata is not JSON ({error}). Use plain values in it.") from error
+
+
+def _entry_of(item: KVCacheItem) -> ItemManifest:
+    names = tuple(tuple(kept) for kept in dynamic_cache.contents_of(item.kv_cache))
+    return ItemManifest(
+        kv_cache_id=item.kv_cache_id,
+        cache_tokens=item.kv_cache.get_seq_length(),
+        layers=len(names),
+        metadata=item.metadata,
+        kept=unless_usual(names),
+    )
+
+
+def unless_usual(names: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """The names, or nothing if every layer keeps keys and values."""
+    return names if any(layer != KEYS_AND_VALUES for layer in names) else ()
 
 
 def from_json(text: str, path: Path) -> Manifest:
@@ -72,14 +110,19 @@ def from_json(text: str, path: Path) -> Manifest:
     version = stated.get("version") if isinstance(stated, dict) else None
     if version is None:
         raise _bad_manifest(path, "it states no version")
-    if version != FORMAT_VERSION:
+    if version not in (KEYS_AND_VALUES_ONLY, FORMAT_VERSION):
         raise StorageError(
-            f"{path} is of format version {version}, and this kvmem reads version {FORMAT_VERSION}. Upgrade kvmem."
+            f"{path} is of format version {version}, and this kvmem reads up to version {FORMAT_VERSION}. "
+            "Upgrade kvmem."
         )
     try:
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(text)
     except pydantic.ValidationError as error:
         raise _bad_manifest(path, error) from error
+    for item in manifest.items:
+        if item.kept and (version == KEYS_AND_VALUES_ONLY or len(item.kept) != item.layers):
+            raise _bad_manifest(path, f"{len(item.kept)} layers with names, of {item.layers}")
+    return manifest
 
 
 def _bad_manifest(path: Path, reason: object) -> DamagedFileError:
@@ -98,9 +141,11 @@ def check_model(manifest: Manifest, fingerprint: ModelFingerprint, path: Path) -
             )
 
 
-def check_shape(kv_cache_id: str, layers: Sequence[KV], fingerprint: ModelFingerprint, path: Path) -> None:
+def check_shape(
+    kv_cache_id: str, contents: Sequence[Mapping[str, torch.Tensor]], fingerprint: ModelFingerprint, path: Path
+) -> None:
     """Raises FingerprintError if layers, heads, head size or dtype of the tensors are not those of the model."""
-    difference = fingerprint.shape_difference(layers)
+    difference = fingerprint.shape_difference(contents)
     if difference:
         raise FingerprintError(
             f"{path}: item {kv_cache_id} can't be from this model: {difference}. "
@@ -109,30 +154,30 @@ def check_shape(kv_cache_id: str, layers: Sequence[KV], fingerprint: ModelFinger
 
 
 def check_unverified(
-    item: ItemManifest, layers: Sequence[KV], model: ModelFingerprint, config: PreTrainedConfig, path: Path
+    item: ItemManifest,
+    contents: Sequence[Mapping[str, torch.Tensor]],
+    model: ModelFingerprint,
+    config: PreTrainedConfig,
+    path: Path,
 ) -> None:
     """As `check_shape` and `check_tensors`, for an item that does not say which model built it."""
-    check_shape(item.kv_cache_id, layers, model, path)
-    check_tensors(item, layouts_of(layers), model, config, path)
+    check_shape(item.kv_cache_id, contents, model, path)
+    check_tensors(item, layouts_of(contents), model, config, path)
 
 
-Layout = tuple[torch.dtype, tuple[int, ...]]
-"""Dtype and shape of a tensor."""
-
-
-def layouts_of(layers: Sequence[KV]) -> list[Layout]:
-    """Of keys and values, layer by layer."""
-    return [(tensor.dtype, tuple(tensor.shape)) for pair in layers for tensor in pair]
+def layouts_of(contents: Sequence[Mapping[str, torch.Tensor]]) -> list[TensorLayout]:
+    """Of all tensors, layer by layer."""
+    return [(tensor.dtype, tuple(tensor.shape)) for kept in contents for tensor in kept.values()]
 
 
 def check_tensors(
-    item: ItemManifest, layouts: Sequence[Layout], model: ModelFingerprint, config: PreTrainedConfig, path: Path
+    item: ItemManifest, layouts: Sequence[TensorLayout], model: ModelFingerprint, config: PreTrainedConfig, path: Path
 ) -> None:
     """Raises DamagedFileError if the tensors of an item are not those that its manifest and its model state, and
     StorageError if it has none, as a prefix on a server.
 
-    layouts: of the keys and values, layer by layer. An item may hold a share of the heads: what one rank wrote. Sliding
-    layers may hold fewer tokens than the item stands for.
+    layouts: of what each layer keeps, layer by layer. An item may hold a share of the heads: what one rank wrote.
+    Sliding layers may hold fewer tokens than the item stands for.
     """
     tokens, known = item.cache_tokens, item.metadata.tokens
     layers = dynamic_cache.layer_count(config)
@@ -140,13 +185,17 @@ def check_tensors(
         raise StorageError(
             f"{path}: item {item.kv_cache_id} is a prefix on a server and has no tensors. Extract it again."
         )
-    if len(layouts) != 2 * item.layers or item.layers != layers:
+    if len(layouts) != item.tensor_count or item.layers != layers:
         raise _lies(item, f"{len(layouts)} tensors for {item.layers} layers, of {layers} of the model", path)
     if known.token_ids and item.layers and len(known.token_ids) != tokens:
         raise _lies(item, f"{len(known.token_ids)} token ids for {tokens} tokens", path)
     if not 0 <= known.header_tokens <= known.body_end <= len(known.token_ids):
         raise _lies(item, f"a body from token {known.header_tokens} to {known.body_end}", path)
     slides, equal = dynamic_cache.has_sliding_layers(config), dynamic_cache.has_equal_layers(config)
+    if model.layout is not None:
+        return _check_measured(item, layouts, model.layout, slides, path)
+    if item.kept:
+        raise _lies(item, "layers that keep more than keys and values", path)
     for dtype, shape in layouts:
         if str(dtype) != f"torch.{model.dtype}":
             raise _lies(item, f"a tensor of {dtype}, of a model of {model.dtype}", path)
@@ -158,6 +207,21 @@ def check_tensors(
             raise _lies(item, f"a tensor of shape {shape}, for {expected}", path)
 
 
+def _check_measured(
+    item: ItemManifest, layouts: Sequence[TensorLayout], expected: CacheLayout, slides: bool, path: Path
+) -> None:
+    """Raises DamagedFileError unless names, shapes and dtypes are those that were measured on the model."""
+    if item.names != expected.names:
+        raise _lies(item, f"tensors named {item.names}, for {expected.names}", path)
+    kept = [tensor for layer in expected.layers for tensor in layer]
+    for tensor, layout in zip(kept, layouts, strict=True):
+        tokens = item.cache_tokens
+        if slides and tensor.is_entry and len(layout[1]) > 1:
+            tokens = min(max(layout[1][-2], 1), tokens)
+        if layout != tensor.at(tokens):
+            raise _lies(item, f"{tensor.name} of {layout[0]} and shape {layout[1]}, for {tensor.at(tokens)}", path)
+
+
 def check_size(item: ItemManifest, model: ModelFingerprint, config: PreTrainedConfig, path: Path) -> None:
     """Raises DamagedFileError if a manifest states more bytes of keys and values than its tokens have, or fewer.
 
@@ -165,6 +229,8 @@ def check_size(item: ItemManifest, model: ModelFingerprint, config: PreTrainedCo
     """
     if not dynamic_cache.has_equal_layers(config):
         return
+    if item.kept != (unless_usual(model.layout.names) if model.layout is not None else ()):
+        raise _lies(item, "layers that keep other tensors than the model's", path)
     stated, whole = item.metadata.kv_bytes, model.kv_bytes(item.cache_tokens)
     full = not dynamic_cache.has_sliding_layers(config) and dynamic_cache.layer_count(config) == model.layers
     if stated > whole or (full and stated < whole):
@@ -186,9 +252,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_finite(item: KVCacheItem, path: Path, error: type[StorageError] = StorageError) -> None:
-    """Raises `error` if a key or value is NaN or infinite: every answer from it would be noise."""
-    for layer, pair in enumerate(dynamic_cache.layers_of(item.kv_cache)):
-        if not all(map(is_finite, pair)):
+    """Raises `error` if a key, value or state is NaN or infinite: every answer from it would be noise."""
+    for layer, kept in enumerate(dynamic_cache.contents_of(item.kv_cache)):
+        if not all(map(is_finite, kept.values())):
             raise error(
                 f"{path}: item {item.kv_cache_id} holds NaN or infinite values in layer {layer}, as a model computes "
                 "that overflows. Extract it again, in float32 or bfloat16."
@@ -201,5 +267,5 @@ def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tensors_of(item: KVCacheItem) -> list[torch.Tensor]:
-    """Keys and values, layer by layer, not copied."""
-    return [tensor for pair in dynamic_cache.layers_of(item.kv_cache) for tensor in pair]
+    """What each layer keeps, layer by layer, not copied."""
+    return [tensor for kept in dynamic_cache.contents_of(item.kv_cache) for tensor in kept.values()]

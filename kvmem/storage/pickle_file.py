@@ -21,7 +21,12 @@ import xxhash
 from transformers import PreTrainedConfig
 
 from kvmem.cache import (
-    KV,
+    CONV,
+    INDEXER,
+    KEYS,
+    RECURRENT,
+    VALUES,
+    Contents,
     KVCacheItem,
     KVCacheMetadata,
     MemoryTokens,
@@ -137,7 +142,7 @@ def _verified_items(
 
 
 def _item(
-    layers: list[KV],
+    layers: list[Contents],
     metadata: KVCacheMetadata,
     kv_cache_id: str,
     tokens: int,
@@ -145,8 +150,8 @@ def _item(
     device: torch.device,
     path: Path,
 ) -> KVCacheItem:
-    cache = dynamic_cache.from_layers([(k.to(device), v.to(device)) for k, v in layers], config, tokens)
-    item = KVCacheItem(cache, metadata, kv_cache_id)
+    on_device = [{name: tensor.to(device) for name, tensor in kept.items()} for kept in layers]
+    item = KVCacheItem(dynamic_cache.from_contents(on_device, config, tokens), metadata, kv_cache_id)
     manifest.check_finite(item, path, DamagedFileError)
     return item
 
@@ -266,24 +271,37 @@ def _entries(contents: Any, path: Path) -> list[dict[str, Any]]:
     return fields
 
 
-def _layers(fields: dict[str, Any], path: Path) -> list[KV]:
-    """The (keys, values) of each layer of an item's cache, from any version of transformers."""
+def _layers(fields: dict[str, Any], path: Path) -> list[Contents]:
+    """What each layer of an item's cache keeps, from any version of transformers."""
     cache = fields.get("memory", fields.get("kv_cache"))
     parts = cache.fields if isinstance(cache, safe_unpickler.Cache) else {}
     if "layers" in parts:
-        layers = [layer.fields for layer in _list(parts["layers"]) if isinstance(layer, safe_unpickler.Layer)]
-        pairs: list[tuple[Any, Any]] = [(layer.get("keys"), layer.get("values")) for layer in layers]
+        records = [layer for layer in _list(parts["layers"]) if isinstance(layer, safe_unpickler.Layer)]
     else:
         keys, values = _list(parts.get("key_cache")), _list(parts.get("value_cache"))
         pairs = list(zip(keys, values, strict=True)) if len(keys) == len(values) else []
-    tensors = [(safe_unpickler.tensor_of(keys), safe_unpickler.tensor_of(values)) for keys, values in pairs]
-    whole = [(keys, values) for keys, values in tensors if keys is not None and values is not None]
-    if not whole or len(whole) < len(tensors):
+        records = [safe_unpickler.Layer.with_fields(keys=keys, values=values) for keys, values in pairs]
+    layers = [_kept(record.fields) for record in records]
+    is_empty = [
+        KEYS not in kept and not isinstance(record, safe_unpickler.StateLayer)
+        for record, kept in zip(records, layers, strict=True)
+    ]
+    if not any(layers) or any(is_empty):
         raise DamagedFileError(f"{path}: an item holds no keys and values: an empty cache? Extract it again.")
-    return whole
+    return layers
 
 
-def _unverified_entry(fields: dict[str, Any], layers: list[KV], path: Path) -> ItemManifest:
+def _kept(fields: dict[str, Any]) -> Contents:
+    """What a layer keeps, in the order of `kvmem.cache.layers.contents`."""
+    found = {KEYS: fields.get("keys"), VALUES: fields.get("values"), INDEXER: fields.get("indexer_keys")}
+    for kind, states in ((CONV, fields.get("conv_states")), (RECURRENT, fields.get("recurrent_states"))):
+        if isinstance(states, dict):
+            found |= {f"{kind}.{number}": state for number, state in states.items() if type(number) is int}
+    tensors = {name: safe_unpickler.tensor_of(value) for name, value in found.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _unverified_entry(fields: dict[str, Any], layers: list[Contents], path: Path) -> ItemManifest:
     """What is known of an item without fingerprint and token ids, with the source text if the file states it."""
     stated = fields.get("metadata")
     metadata = stated if isinstance(stated, dict) else {}
@@ -302,13 +320,14 @@ def _unverified_entry(fields: dict[str, Any], layers: list[KV], path: Path) -> I
     }
     return ItemManifest(
         kv_cache_id=kv_cache_id,
-        cache_tokens=max(keys.shape[-2] if keys.dim() > 1 else 0 for keys, _ in layers),
+        cache_tokens=max(kept[KEYS].shape[-2] if KEYS in kept and kept[KEYS].dim() > 1 else 0 for kept in layers),
         layers=len(layers),
+        kept=manifest.unless_usual(tuple(tuple(kept) for kept in layers)),
         metadata=KVCacheMetadata(
             tokens=MemoryTokens(source=source, template="unknown", token_ids=(), header_tokens=0, body_end=0),
             extracted_at=_time(metadata.get("extracted_at"), path),
             build_s=0.0,  # unknown
-            kv_bytes=sum(tensor.nbytes for pair in layers for tensor in pair),
+            kv_bytes=sum(tensor.nbytes for kept in layers for tensor in kept.values()),
             fingerprint=None,
             textual_memory=TextualSource(id=kv_cache_id, metadata=carried) if carried else None,
         ),

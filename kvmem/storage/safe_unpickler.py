@@ -78,6 +78,17 @@ class Cache(Record):
 class Layer(Record):
     """A layer of a DynamicCache: keys, values."""
 
+    @classmethod
+    def with_fields(cls, **fields: Any) -> Layer:
+        """A layer of an older file, which has lists of keys and of values instead."""
+        layer = cls()
+        layer.__setstate__(fields)
+        return layer
+
+
+class StateLayer(Layer):
+    """A layer with states, by number: conv_states, recurrent_states. It may also have keys and values, or nothing."""
+
 
 class Tensor(Record):
     """A tensor. Not the tensor itself: the state that a pickle may give to an object is code of torch for a tensor."""
@@ -186,6 +197,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("transformers.cache_utils", "DynamicCache"): Cache,
     ("transformers.cache_utils", "DynamicLayer"): Layer,
     ("transformers.cache_utils", "DynamicSlidingWindowLayer"): Layer,
+    ("transformers.cache_utils", "DynamicIndexedLayer"): Layer,
+    ("transformers.cache_utils", "LinearAttentionLayer"): StateLayer,
+    ("transformers.cache_utils", "LinearAttentionAndFullAttentionLayer"): StateLayer,
+    ("transformers.cache_utils", "LinearAttentionAndSlidingWindowAttentionLayer"): StateLayer,
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor,
     ("torch.storage", "_load_from_bytes"): _LoadStorage,
     ("torch", "device"): Record,

@@ -1,8 +1,9 @@
 """The default format: a safetensors file with a manifest and checksums, which a CPU maps instead of reading.
 
-Any safetensors reader can open it. Its tensors are `<item>.<layer>.k` and `.v`, (1, kv_heads, tokens, head_dim); those
-of an item are adjacent. Before them are, as in every safetensors file, eight bytes with the length of a JSON header and
-the header. The header's metadata holds:
+Any safetensors reader can open it. Its tensors are `<item>.<layer>.k` and `.v`, (1, kv_heads, tokens, head_dim), or by
+other names what a layer keeps instead: the states `conv.0` and `recurrent.0`, or the entries `indexer` of sparse
+attention. The tensors of an item are adjacent. Before them are, as in every safetensors file, eight bytes with the
+length of a JSON header and the header. The header's metadata holds:
 
 - `checksum_of_head`: XXH3-128 of length and header, computed with zeros in place of its own digits;
 - `region_bytes` and `checksums_of_regions`: XXH3-128 of each region of the body;
@@ -54,6 +55,7 @@ MOST_HEADER_BYTES = 100_000_000
 """The safetensors package's own limit."""
 MOST_NUMBERS = 1 << 31
 """The largest size of a tensor's dimension."""
+MOST_DIMENSIONS = 8
 NO_CHECKSUM = b"0" * (2 * DIGEST_BYTES)
 START = b'{"__metadata__":{"checksum_of_head":"'
 FINITE = "finite"
@@ -103,13 +105,13 @@ class SafetensorsFile(Storage):
             if mapped is not None:
                 tensors = _mapped_tensors(mapped, header, device)
             else:
-                tensors = read_tensors(file, header, [entry.layers for entry in contents.items], device, path)
+                tensors = read_tensors(file, header, [entry.names for entry in contents.items], device, path)
         items = []
         for i, entry in enumerate(contents.items):
-            layers = [(tensors[f"{i}.{layer}.k"], tensors[f"{i}.{layer}.v"]) for layer in range(entry.layers)]
+            kept = [{name: tensors[_name(i, layer, name)] for name in names} for layer, names in enumerate(entry.names)]
             if entry.metadata.fingerprint is None:
-                manifest.check_unverified(entry, layers, fingerprint, config, path)
-            cache = dynamic_cache.from_layers(layers, config, entry.cache_tokens)
+                manifest.check_unverified(entry, kept, fingerprint, config, path)
+            cache = dynamic_cache.from_contents(kept, config, entry.cache_tokens)
             items.append(KVCacheItem(cache, entry.metadata, entry.kv_cache_id))
             if not header.is_finite:
                 manifest.check_finite(items[-1], path, DamagedFileError)
@@ -128,6 +130,19 @@ def read_token_ids(path: Path) -> tuple[int, ...]:
     if not items:
         raise DamagedFileError(f"{path} holds no item. Dump a memory there first.")
     return items[0].metadata.tokens.token_ids
+
+
+Kept = Sequence[Sequence[str]]
+"""The names of each layer's tensors."""
+
+
+def _name(item: int, layer: int, kept: str) -> str:
+    return f"{item}.{layer}.{kept}"
+
+
+def _names(item: int, kept: Kept) -> list[str]:
+    """The names of an item's tensors in the file, in the order of their bytes."""
+    return [_name(item, layer, name) for layer, names in enumerate(kept) for name in names]
 
 
 @dataclass(frozen=True)
@@ -157,13 +172,9 @@ class Header:
         """By name: dtype, shape, and data_offsets (start and end, in bytes from the start of the body)."""
         return {name: entry for name, entry in self.fields.items() if name != "__metadata__"}
 
-    def names(self, item: int, layers: int) -> list[str]:
-        """The names of an item's tensors, in the order of their bytes."""
-        return [f"{item}.{layer}.{kind}" for layer in range(layers) for kind in "kv"]
-
-    def span(self, item: int, layers: int) -> parallel_read.Span:
+    def span(self, item: int, kept: Kept) -> parallel_read.Span:
         """Start and end of an item's adjacent tensors, in bytes from the start of the body."""
-        offsets = [self.fields[name]["data_offsets"] for name in self.names(item, layers)]
+        offsets = [self.fields[name]["data_offsets"] for name in _names(item, kept)]
         return (offsets[0][0], offsets[-1][1]) if offsets else (0, 0)
 
 
@@ -222,7 +233,9 @@ def _check_fields(fields: Any, body_bytes: int) -> None:
         if name == "__metadata__":
             continue
         shape, (start, stop) = entry["shape"], entry["data_offsets"]
-        if len(shape) != 4 or not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        if not 1 <= len(shape) <= MOST_DIMENSIONS or not all(
+            type(number) is int and number >= 0 for number in (*shape, start, stop)
+        ):
             raise ValueError(f"{name} has a shape or a place that is none")
         if max(shape) > MOST_NUMBERS:  # of an empty tensor, which fits anywhere
             raise ValueError(f"{name} has the shape {shape}")
@@ -238,30 +251,33 @@ def _check_tensors(
 ) -> None:
     """Raises DamagedFileError unless the file's tensors are those that its manifest states, and in that order."""
     tensors = header.tensors
-    if sum(2 * entry.layers for entry in contents.items) != len(tensors):
+    if sum(entry.tensor_count for entry in contents.items) != len(tensors):
         raise DamagedFileError(
             f"{path} holds {len(tensors)} tensors, and its manifest states another number. Take another copy of it."
         )
-    names = [name for i, entry in enumerate(contents.items) for name in header.names(i, entry.layers)]
+    names = [name for i, entry in enumerate(contents.items) for name in _names(i, entry.names)]
     if names != list(tensors):
         raise DamagedFileError(f"{path} holds tensors with names of another format. Take another copy of it.")
     layouts = iter([(DTYPES[entry["dtype"]], tuple(entry["shape"])) for entry in tensors.values()])
     for entry in contents.items:
-        own = list(islice(layouts, 2 * entry.layers))
+        own = list(islice(layouts, entry.tensor_count))
         if entry.metadata.fingerprint is not None:
             manifest.check_tensors(entry, own, model, config, path)
 
 
 def read_tensors(
-    file: io.FileIO, header: Header, layers: Sequence[int], device: torch.device, path: Path
+    file: io.FileIO, header: Header, kept: Sequence[Kept], device: torch.device, path: Path
 ) -> dict[str, torch.Tensor]:
-    """All tensors by name, verified: for each item, of so many `layers`, views of one allocation on `device`."""
+    """All tensors by name, verified: for each item views of one allocation on `device`.
+
+    kept: for each item, the names of each layer's tensors.
+    """
     assert header.regions is not None
-    spans = [header.span(i, count) for i, count in enumerate(layers)]
+    spans = [header.span(i, names) for i, names in enumerate(kept)]
     parts = parallel_read.read(file, header.body_at, header.regions, spans, device, path)
     tensors, entries = {}, header.tensors
     for i, (part_N, (at, _)) in enumerate(zip(parts, spans, strict=True)):
-        for name in header.names(i, layers[i]):
+        for name in _names(i, kept[i]):
             entry = entries[name]
             start, end = entry["data_offsets"]
             dtype, raw_N = DTYPES[entry["dtype"]], part_N[start - at : end - at]
@@ -279,14 +295,14 @@ def _header_without_checksums(path: Path, items: Sequence[KVCacheItem]) -> bytes
     tensors: dict[str, Any] = {}
     end = 0
     for i, item in enumerate(items):
-        for layer, pair in enumerate(dynamic_cache.layers_of(item.kv_cache)):
-            for kind, tensor in zip("kv", pair, strict=True):
+        for layer, kept in enumerate(dynamic_cache.contents_of(item.kv_cache)):
+            for kind, tensor in kept.items():
                 if tensor.dtype not in DTYPE_NAMES:
                     raise StorageError(
                         f"{path}: item {item.kv_cache_id} is of dtype {tensor.dtype}. Known: {', '.join(DTYPES)}."
                     )
                 start, end = end, end + tensor.numel() * tensor.element_size()
-                tensors[f"{i}.{layer}.{kind}"] = {
+                tensors[_name(i, layer, kind)] = {
                     "dtype": DTYPE_NAMES[tensor.dtype],
                     "shape": list(tensor.shape),
                     "data_offsets": [start, end],

@@ -180,8 +180,7 @@ class MemoryStore(TierStore):
         self._items: dict[str, KVCacheItem] = {}
 
     def put(self, item: KVCacheItem) -> None:
-        layers = [(self._copy(keys), self._copy(values)) for keys, values in dynamic_cache.layers_of(item.kv_cache)]
-        cache = dynamic_cache.from_layers(layers, self._backend.model_config, item.kv_cache.get_seq_length())
+        cache = dynamic_cache.converted(item.kv_cache, self._copy, self._backend.model_config)
         self._items[item.kv_cache_id] = KVCacheItem(cache, item.metadata, item.kv_cache_id)
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:

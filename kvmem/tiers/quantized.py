@@ -30,8 +30,8 @@ class QuantizedStore(DiskStore):
     """A disk tier whose files hold keys and values quantized by `scheme`. Items read from it are marked as lossy."""
 
     def __init__(self, backend: Backend, folder: Path, scheme: str) -> None:
-        """Raises ConfigError if hqq is not installed, or for a model with a sliding window."""
-        if dynamic_cache.has_sliding_layers(backend.model_config):
+        """Raises ConfigError if hqq is not installed, or for a model with a sliding window, states or latents."""
+        if dynamic_cache.has_sliding_layers(backend.model_config) or backend.fingerprint.layout is not None:
             raise ConfigError(f"The tier 'disk_{scheme}' covers full attention only. Use 'disk', which is lossless.")
         _hqq()
         self.scheme = scheme

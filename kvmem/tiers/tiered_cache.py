@@ -321,7 +321,7 @@ class TieredCache:
             return self._entry(item_id).nbytes
 
     def size(self, tier: str, tokens: int) -> int:
-        """Bytes of keys and values of `tokens` in a tier, for a model with full attention."""
+        """Bytes of a memory of `tokens` in a tier, for a model without a sliding window."""
         return self._size(tier, tokens, self._backend.fingerprint.kv_bytes(tokens))
 
     def _size(self, tier: str, tokens: int, built_bytes: int) -> int:

@@ -191,7 +191,7 @@ def _staged(
 def _same_when_staged(path: Path, items: list[KVCacheItem]) -> None:
     with open(path, "rb", buffering=0) as file:
         header = read_header(file, path)
-        tensors = read_tensors(file, header, [stored.LAYERS] * len(items), stored.CPU, path)
+        tensors = read_tensors(file, header, [[("k", "v")] * stored.LAYERS] * len(items), stored.CPU, path)
     caches = [
         from_layers(
             [(tensors[f"{i}.{layer}.k"], tensors[f"{i}.{layer}.v"]) for layer in range(stored.LAYERS)], stored.CONFIG

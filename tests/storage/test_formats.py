@@ -103,12 +103,10 @@ def test_an_unverified_item_is_checked_by_shape(path: Path) -> None:
 
 
 def test_a_future_version_is_not_reported_as_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest.Manifest.model_fields["version"], "default", 7)
-    manifest.Manifest.model_rebuild(force=True)
+    monkeypatch.setattr(manifest, "KEYS_AND_VALUES_ONLY", 7)
     stored.dump(path, stored.item())
     monkeypatch.undo()
-    manifest.Manifest.model_rebuild(force=True)
-    with pytest.raises(StorageError, match=r"version 7, and this kvmem reads version 1\. Upgrade kvmem") as raised:
+    with pytest.raises(StorageError, match=r"version 7, .* reads up to version 2\. Upgrade kvmem") as raised:
         stored.load(path)
     assert not isinstance(raised.value, DamagedFileError)
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kvmem.cache import (
+    ENTRIES,
     CacheView,
     KVCacheItem,
     KVCacheMetadata,
@@ -38,11 +39,16 @@ from kvmem.engines.generation import (
 from kvmem.engines.huggingface.config import DTYPES, HFConfig, device_of
 from kvmem.engines.huggingface.coverage import check_covered
 from kvmem.engines.huggingface.model_guard import ModelGuard
-from kvmem.errors import ModelError, PromptError
+from kvmem.errors import MergeError, ModelError, PromptError
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.models import decode_one_token, decoder_layers, loading, max_positions, prefill
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt, common_prefix
 
+RECOMPUTED = (
+    "The memory was computed again: the prompt does not begin with all of its tokens, and layers with states or a "
+    "sliding window can't go back to fewer."
+)
+"""The note of an answer for which a memory could not be cut."""
 SAMPLES = 5
 SAMPLING_S = 1.0
 """A prefill length is timed `SAMPLES` times, or until this has passed: noise is a small part of a long prefill."""
@@ -74,6 +80,10 @@ class HFBackend(MeasuredBackend):
         self.attention = self.model_config._attn_implementation
         ends = self.model.generation_config.eos_token_id
         tokens = ends if isinstance(ends, list) else [ends]
+        self._counting = threading.Lock()
+        self.recomputed = 0
+        """How many answers and builds computed a stored memory again because it could not be cut to the part that the
+        prompt begins with: its layers keep states, or a sliding window has dropped tokens."""
         self.end_tokens = {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
 
     @classmethod
@@ -126,8 +136,7 @@ class HFBackend(MeasuredBackend):
         self._synchronize()
         build_s = time.perf_counter() - started
         self.check_built(cache, self._computed(tokens, base))
-        layers = dynamic_cache.compact(dynamic_cache.layers_of(cache))
-        stored = dynamic_cache.from_layers(layers, self.model_config, len(tokens.token_ids))
+        stored = dynamic_cache.compact(cache, self.model_config)
         return KVCacheItem(
             kv_cache=stored,
             metadata=KVCacheMetadata(
@@ -142,14 +151,15 @@ class HFBackend(MeasuredBackend):
         )
 
     def check_built(self, cache: DynamicCache, computed: int) -> None:
-        """Raises ModelError if a key or value of the last `computed` tokens is NaN or infinite.
+        """Raises ModelError if a key or value of the last `computed` tokens, or a state, is NaN or infinite.
 
         Such a cache makes every answer noise, and a file refuses it. The check reads the new keys and values once: 6 ms
         of a build of 1.6 s (0.4%) for 882 tokens of SmolLM2-135M in float32 on one CPU core. On an H100, 1,000 tokens
         of its size take 0.2 ms.
         """
         layers = [
-            (keys[..., -computed:, :], values[..., -computed:, :]) for keys, values in dynamic_cache.layers_of(cache)
+            [tensor[..., -computed:, :] if name in ENTRIES else tensor for name, tensor in kept.items()]
+            for kept in dynamic_cache.contents_of(cache)
         ]
         layer = layer_that_is_not_finite(layers)
         if layer is not None:
@@ -174,6 +184,7 @@ class HFBackend(MeasuredBackend):
             return dynamic_cache.view_of(
                 item.kv_cache, item.metadata.tokens, self.model_config, item.metadata.lossy, self.fingerprint
             )
+        self._check_merge(merge)
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids))
@@ -181,6 +192,21 @@ class HFBackend(MeasuredBackend):
         lossy = [] if merge.exact else sorted({item.metadata.lossy for item in items} - {""})
         merged = merge.merge(items, separator_ids, self.model)
         return dynamic_cache.view_of(merged, tokens, self.model_config, ", ".join(lossy), self.fingerprint)
+
+    def _check_merge(self, merge: MergeStrategy) -> None:
+        """Raises MergeError for a merge of stored blocks, of a model whose layers keep more than keys and values."""
+        layout = self.fingerprint.layout
+        if merge.exact or layout is None or layout.has_keys_and_values_only:
+            return
+        why = (
+            "linear-attention or state-space layers keep states: a state sums up all tokens before it, so stored ones "
+            "can't be joined"
+            if layout.has_states
+            else "sparse attention keeps the keys of an indexer, which it does not move"
+        )
+        raise MergeError(
+            f"{merge.name} does not cover {self.model_config.model_type}, whose {why}. Use merge=Reprefill."
+        )
 
     def split(self, query: Query, kv_cache: CacheView | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split after what `kv_cache` holds of it.
@@ -219,8 +245,8 @@ class HFBackend(MeasuredBackend):
         be cropped to them, all are. Raises ChangedFileError if the file that the memory is mapped from changed.
         """
         cache: DynamicCache | None = kv_cache
-        if cache is None or not dynamic_cache.crop(cache, len(prompt.memory_ids)):
-            cache = DynamicCache(config=self.model_config)
+        if cache is None or not self._cropped(cache, len(prompt.memory_ids)):
+            cache = dynamic_cache.empty(self.model_config)
         dynamic_cache.check_files(cache)
         logits_V = prefill(self.model, prompt.ids[cache.get_seq_length() :], cache)
         dynamic_cache.check_files(cache)  # from here on the view has copies of what it read
@@ -344,7 +370,7 @@ class HFBackend(MeasuredBackend):
         self, token_ids: tuple[int, ...], base: KVCacheItem | None, between_layers: BetweenLayers | None
     ) -> DynamicCache:
         """The cache of `token_ids`; the tokens that `base` holds are not computed."""
-        cache = DynamicCache(config=self.model_config)
+        cache = dynamic_cache.empty(self.model_config)
         if base is not None:
             cache = self._prefix_view(base.kv_cache, base.metadata.tokens, held_by(base, token_ids))
         with self._layer_hooks(between_layers):
@@ -373,7 +399,15 @@ class HFBackend(MeasuredBackend):
 
     def _prefix_view(self, cache: DynamicCache, tokens: MemoryTokens, length: int) -> DynamicCache:
         cache_view = dynamic_cache.view_of(cache, tokens, self.model_config)
-        return cache_view if dynamic_cache.crop(cache_view, length) else DynamicCache(config=self.model_config)
+        return cache_view if self._cropped(cache_view, length) else dynamic_cache.empty(self.model_config)
+
+    def _cropped(self, cache: DynamicCache, tokens: int) -> bool:
+        """Crops the cache in place. Returns False, and counts it, if that is not possible."""
+        cropped = dynamic_cache.crop(cache, tokens)
+        if not cropped:
+            with self._counting:
+                self.recomputed += 1
+        return cropped
 
     def _check_length(self, tokens: int) -> None:
         positions = max_positions(self.model_config)
@@ -397,7 +431,11 @@ def origin_of(prompt: TokenizedPrompt, kv_cache: CacheView | None) -> tuple[str,
     """The `note` and `lossy` of an answer with this cache."""
     if kv_cache is None:
         return "", ""
-    return kv_cache.note, kv_cache.lossy if prompt.memory_ids else ""
+    if prompt.memory_ids:
+        return kv_cache.note, kv_cache.lossy
+    if kv_cache.tokens.token_ids and not dynamic_cache.can_crop(kv_cache, 0):
+        return " ".join(filter(None, [kv_cache.note, RECOMPUTED])), ""
+    return kv_cache.note, ""
 
 
 def _textual_source(memory: TextualMemoryItem | None) -> TextualSource | None:

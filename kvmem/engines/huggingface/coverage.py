@@ -1,4 +1,4 @@
-"""Which models the engine covers: causal ones whose state is keys and values of each token, kept in a cache.
+"""Which models the engine covers: causal ones that keep what follows from a text in a cache.
 
 A model is tried out when it is opened. What is not covered is refused there, by name, and not later by an error of
 Python's. There is no list of model families, so a new one needs no change here.
@@ -45,13 +45,13 @@ def check_covered(model: PreTrainedModel) -> None:
             raise _refusal(inside, f"is not one stack of decoder layers (its config states no {field})", _ANOTHER)
     dynamic_cache.check_layer_kinds(config)
     ids = list(range(1, PROBE_TOKENS + 1))
-    cache, half = DynamicCache(config=config), PROBE_TOKENS // 2
+    cache, half = dynamic_cache.empty(config), PROBE_TOKENS // 2
     _tried(model, inside, ids[:half], cache)
     _tried(model, inside, ids[half:], cache)
     if (fault := dynamic_cache.layout_fault(cache, PROBE_TOKENS)) is not None:
         raise _refusal(inside, fault, _ANOTHER)
     before_TV, changed_TV = (
-        _tried(model, inside, [*ids[:-1], last], DynamicCache(config=config))[:-1] for last in (ids[-1], ids[0])
+        _tried(model, inside, [*ids[:-1], last], dynamic_cache.empty(config))[:-1] for last in (ids[-1], ids[0])
     )
     difference = float((changed_TV - before_TV).abs().max())
     rounding = CAUSAL_UNITS * torch.finfo(model.dtype).eps * float(before_TV.abs().max())

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvmem.cache import ModelFingerprint, ModelWatch, fingerprint_of
 from kvmem.errors import ModelChangedError, ModelError
+from kvmem.models import measured_layout
 
 
 class ModelGuard:
@@ -27,6 +28,7 @@ class ModelGuard:
     ) -> None:
         self._model, self._tokenizer, self._origin = model, tokenizer, origin
         self._template_identity = template_identity
+        self._layout = measured_layout(model)  # by the kinds of the layers, which no change of weights affects
         self.fingerprint = self._now()
         self._watch = ModelWatch(model)
 
@@ -63,5 +65,5 @@ class ModelGuard:
         return self.fingerprint
 
     def _now(self) -> ModelFingerprint:
-        found = fingerprint_of(self._model, self._tokenizer, self._origin)
+        found = fingerprint_of(self._model, self._tokenizer, self._origin, self._layout)
         return found.model_copy(update={"template": self._template_identity()})

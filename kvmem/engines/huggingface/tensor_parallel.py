@@ -57,6 +57,11 @@ class HFRanksBackend(HFBackend):
         super().__init__(loaded, template, chat_template_kwargs)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.shards = self.ranks
+        if self.fingerprint.layout is not None:
+            raise ConfigError(
+                f"{self.model_config.model_type} keeps states or latents in its layers, and ranks share keys and "
+                "values by heads. Use backend=huggingface for this model."
+            )
         heads = self.fingerprint.kv_heads
         if heads % self.ranks:
             raise ConfigError(
@@ -180,10 +185,8 @@ class HFRanksBackend(HFBackend):
                 raise failure
 
     def _with(self, item: KVCacheItem, layers: Sequence[KV]) -> KVCacheItem:
-        cache = dynamic_cache.from_layers(
-            dynamic_cache.compact(layers), self.model_config, item.kv_cache.get_seq_length()
-        )
-        return KVCacheItem(cache, item.metadata, item.kv_cache_id)
+        cache = dynamic_cache.from_layers(layers, self.model_config, item.kv_cache.get_seq_length())
+        return KVCacheItem(dynamic_cache.compact(cache, self.model_config), item.metadata, item.kv_cache_id)
 
 
 def _layers(item: KVCacheItem) -> list[KV]:
