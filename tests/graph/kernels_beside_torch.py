@@ -9,10 +9,12 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from kvmem.engines.graph.families import FAMILIES
 from kvmem.engines.graph.kv_buffers import Buffer
 from kvmem.engines.graph.layers import rms_norm, rotate
 from kvmem.engines.graph.model import ModelRunner
 from kvmem.engines.graph.triton_kernels import place_heads, product
+from tests.graph.families import VARIANTS, family_model
 from tests.helpers.tiny import SHAPES, loaded
 
 EPS = 1e-6
@@ -61,11 +63,11 @@ def heads(device: str, dtype: torch.dtype) -> None:
 
 def a_token(device: str, family: str) -> None:
     """The whole pass over several tokens and over one more, fused and as written: logits, and the buffer's rows."""
-    model = loaded(SHAPES[family]).model.to(device)
+    model = (family_model(family) if family in VARIANTS else loaded(SHAPES[family])).model.to(device)
     ids = torch.randint(1000, 40000, (9,)).tolist()
     ends: list[tuple[torch.Tensor, ...]] = []
     for fused in (False, True):
-        run = ModelRunner(model, "sdpa", 32, "none", fused)
+        run = ModelRunner(model, FAMILIES[family], "sdpa", 32, "none", fused)
         run.head = run.head[:64]  # with a whole vocabulary the interpreter takes minutes
         buffer = Buffer(len(run.layers), 32, run.shape.kv_heads, run.shape.head_dim, model.dtype, model.device)
         run(torch.tensor([0, 8, *ids[:8]], device=device), buffer)
@@ -84,5 +86,5 @@ if __name__ == "__main__":
     for dtype in CLOSE:
         products(sys.argv[1], dtype)
         heads(sys.argv[1], dtype)
-    for family in SHAPES:  # with heads normalised and not, with biases and not
+    for family in (*SHAPES, "granite", "smollm3"):  # heads normalised or not, biases, factors, layers without positions
         a_token(sys.argv[1], family)

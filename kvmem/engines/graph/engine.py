@@ -17,9 +17,9 @@ from kvmem.engines.base import BetweenLayers
 from kvmem.engines.graph import attention, fused_decode
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.engines.graph.cuda_graphs import Captured, Run, WarmUp
+from kvmem.engines.graph.families import Family, family_of
 from kvmem.engines.graph.kv_buffers import Buffer
 from kvmem.engines.graph.model import ModelRunner
-from kvmem.engines.graph.weights import check_covered
 from kvmem.errors import CapacityError, ConfigError
 
 
@@ -50,7 +50,7 @@ class Engine:
     """One model on one device. Calls of several threads run one at a time; sequences may continue in any order."""
 
     def __init__(self, model: PreTrainedModel, config: GraphConfig) -> None:
-        check_covered(model)
+        family = family_of(model)
         self.device, self.dtype, self.config = model.device, model.dtype, config
         on_gpu = self.device.type == "cuda"
         self.pad_to = config.pad_to or (8 if on_gpu else 1)
@@ -60,8 +60,8 @@ class Engine:
         head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
         self.kernel = attention.choose(config.attention, self.device, self.dtype, head_dim)
         self.rows = config.capacity_tokens + self.pad_to  # padding may follow the last token
-        self.fused = self._is_fused(config.fused)
-        self.run = ModelRunner(model, self.kernel, self.rows, self.compile, self.fused)
+        self.fused = self._is_fused(config.fused, family)
+        self.run = ModelRunner(model, family, self.kernel, self.rows, self.compile, self.fused)
         self.slots: list[Slot] = []  # least recently used first
         self.graphs: OrderedDict[tuple[Buffer, str], Captured] = OrderedDict()
         self.warm_up = WarmUp()
@@ -88,8 +88,8 @@ class Engine:
         }
         return tuple(name for name, is_absent in absent.items() if is_absent)
 
-    def _is_fused(self, requested: bool | None) -> bool:
-        reason = fused_decode.why_not(self.device)
+    def _is_fused(self, requested: bool | None, family: Family) -> bool:
+        reason = fused_decode.why_not(self.device, family)
         if requested and reason:
             raise ConfigError(f"fused=true does not run here: it {reason}. Use fused=null.")
         return requested is not False and reason is None

@@ -14,18 +14,21 @@ import torch
 from kvmem.engines.graph.attention import attend
 
 if TYPE_CHECKING:
+    from kvmem.engines.graph.families import Family
     from kvmem.engines.graph.layer_types import LayerShape, Where
     from kvmem.engines.graph.weights import LayerWeights
 
 
-def why_not(device: torch.device) -> str | None:
-    """The reason why these kernels can't be used here; None if they can."""
+def why_not(device: torch.device, family: Family) -> str | None:
+    """The reason why these kernels can't be used here, or for this family; None if they can."""
     if device.type != "cuda" or torch.version.hip:
         return "needs an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs compute capability 8.0"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
+    if family.post_norms:
+        return "covers norms before attention and MLP, not behind them as in this model"
     return None
 
 
@@ -76,7 +79,11 @@ def layer_of_one_token(
     turn, at_1 = (where.cos_1S1D, where.sin_1S1D), where.at_S
     qkv_11X = qkv_X[None, None]
     q = triton_kernels.place_heads(qkv_11X, w.q_norm, w.k_norm, shape.eps, *turn, k_1KTD, v_1KTD, at_1, shape.heads)
-    gathered = attend(q, k_1KTD, v_1KTD, where.length_1, True, shape.kernel, where.plan)
+    gathered = attend(q, k_1KTD, v_1KTD, where.length_1, True, shape.kernel, where.plan, shape.scale)
+    if shape.residual != 1.0:  # added outside of the product's kernel, which has no factor
+        x_C = x_C + product(gathered.flatten(), w.out, bias_R=w.out_bias) * shape.residual
+        inner_I = product(x_C, w.gate_up, norm_C=w.mlp_norm, eps=shape.eps, bias_R=w.gate_up_bias, gated=True)
+        return x_C + product(inner_I, w.down, bias_R=w.down_bias) * shape.residual
     x_C = product(gathered.flatten(), w.out, bias_R=w.out_bias, added_R=x_C)
     inner_I = product(x_C, w.gate_up, norm_C=w.mlp_norm, eps=shape.eps, bias_R=w.gate_up_bias, gated=True)
     return product(inner_I, w.down, bias_R=w.down_bias, added_R=x_C)

@@ -26,9 +26,14 @@ def rotate(x_BSHD: torch.Tensor, cos_BS1D: torch.Tensor, sin_BS1D: torch.Tensor)
     return x_BSHD * cos_BS1D + torch.cat([-second, first], dim=-1) * sin_BS1D
 
 
+def normed(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """`rms_norm`, or `x` itself where the family has no norm (None)."""
+    return x if weight is None else rms_norm(x, weight, eps)
+
+
 def qkv_products(x_BSC: torch.Tensor, w: LayerWeights, shape: LayerShape) -> torch.Tensor:
     """Queries, keys and values, concatenated: (B, S, (H + 2 K) D)."""
-    return F.linear(rms_norm(x_BSC, w.input_norm, shape.eps), w.qkv, w.qkv_bias)
+    return F.linear(normed(x_BSC, w.input_norm, shape.eps), w.qkv, w.qkv_bias)
 
 
 def queries_keys_values(
@@ -37,12 +42,12 @@ def queries_keys_values(
     """Queries (B, S, H, D), keys and values (B, S, K, D); queries and keys with rotary embedding."""
     batch, new, _ = qkv_BSX.shape
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    q, k, v = (
-        part.view(batch, new, count, shape.head_dim)
-        for part, count in zip(qkv_BSX.split([n * shape.head_dim for n in heads], -1), heads, strict=True)
-    )
-    if w.q_norm is not None and w.k_norm is not None:
-        q, k = rms_norm(q, w.q_norm, shape.eps), rms_norm(k, w.k_norm, shape.eps)
+    parts = list(qkv_BSX.split([n * shape.head_dim for n in heads], -1))
+    if shape.norms_all_heads:
+        parts[:2] = normed(parts[0], w.q_norm, shape.eps), normed(parts[1], w.k_norm, shape.eps)
+    q, k, v = (part.view(batch, new, count, shape.head_dim) for part, count in zip(parts, heads, strict=True))
+    if not shape.norms_all_heads:
+        q, k = normed(q, w.q_norm, shape.eps), normed(k, w.k_norm, shape.eps)
     return rotate(q, cos_BS1D, sin_BS1D), rotate(k, cos_BS1D, sin_BS1D), v
 
 
@@ -50,9 +55,15 @@ def after_attention(
     x_BSC: torch.Tensor, gathered_BSHD: torch.Tensor, w: LayerWeights, shape: LayerShape
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual stream after attention, and what the MLP adds to it."""
-    x_BSC = x_BSC + F.linear(gathered_BSHD.flatten(2), w.out, w.out_bias)
-    gate, up = F.linear(rms_norm(x_BSC, w.mlp_norm, shape.eps), w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
-    return x_BSC, F.linear(F.silu(gate) * up, w.down, w.down_bias)
+    attended_BSC = normed(F.linear(gathered_BSHD.flatten(2), w.out, w.out_bias), w.post_attention_norm, shape.eps)
+    x_BSC = x_BSC + _scaled(attended_BSC, shape)
+    gate, up = F.linear(normed(x_BSC, w.mlp_norm, shape.eps), w.gate_up, w.gate_up_bias).chunk(2, dim=-1)
+    added_BSC = normed(F.linear(F.silu(gate) * up, w.down, w.down_bias), w.post_mlp_norm, shape.eps)
+    return x_BSC, _scaled(added_BSC, shape)
+
+
+def _scaled(added_BSC: torch.Tensor, shape: LayerShape) -> torch.Tensor:
+    return added_BSC if shape.residual == 1.0 else added_BSC * shape.residual
 
 
 def layer(
@@ -79,7 +90,7 @@ def layer(
         q, k, v = queries_keys_values(qkv_1SX, *turn, w, shape)
         k_1KTD.index_copy_(2, at_S, k.transpose(1, 2))
         v_1KTD.index_copy_(2, at_S, v.transpose(1, 2))
-    gathered = attend(q, k_1KTD, v_1KTD, where.length_1, True, shape.kernel, where.plan)
+    gathered = attend(q, k_1KTD, v_1KTD, where.length_1, True, shape.kernel, where.plan, shape.scale)
     if last_1 is not None:
         x_1SC, gathered = x_1SC.index_select(1, last_1), gathered.index_select(1, last_1)
     return after_attention(x_1SC, gathered, w, shape)
@@ -113,8 +124,8 @@ def layer_of_batch(
     own_k_BKTD[rows_B1, :, at_BS] = k
     own_v_BKTD[rows_B1, :, at_BS] = v
     as_one = q.reshape(1, batch * new, shape.heads, shape.head_dim)
-    shared, shared_lse = attend_lse(as_one, k_1KTD, v_1KTD, held_1, False, shape.kernel)
-    own, own_lse_BHS = attend_lse(q, own_k_BKTD, own_v_BKTD, lengths_B, True, shape.kernel)
+    shared, shared_lse = attend_lse(as_one, k_1KTD, v_1KTD, held_1, False, shape.kernel, shape.scale)
+    own, own_lse_BHS = attend_lse(q, own_k_BKTD, own_v_BKTD, lengths_B, True, shape.kernel, shape.scale)
     shared_lse_BHS = shared_lse.view(shape.heads, batch, new).transpose(0, 1)
     share_BSH1 = torch.sigmoid(shared_lse_BHS - own_lse_BHS).transpose(1, 2)[..., None]
     gathered = (shared.view(q.shape).float() * share_BSH1 + own.float() * (1 - share_BSH1)).to(q.dtype)

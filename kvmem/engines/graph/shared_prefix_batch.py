@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache
 
 from kvmem.engines.graph.engine import Engine, RunningSequence
-from kvmem.engines.graph.layers import rms_norm
 from kvmem.engines.graph.model import RECOMPILE_LIMIT
 from kvmem.errors import CapacityError
 
@@ -42,18 +40,17 @@ class SharedPrefixBatch:
         ids_BS, real_B = (torch.tensor(rows, device=engine.device) for rows in (padded, [len(row) for row in ids]))
         at_BS = self.lengths_B[:, None] + torch.arange(new, device=engine.device)
         cos, sin = (table[self.held + at_BS][:, :, None] for table in (run.cos_TD, run.sin_TD))
-        x_BSC = F.embedding(ids_BS, run.embed)
+        x_BSC = run.embedded(ids_BS)
         added_BSC = torch.zeros_like(x_BSC)
         held_1, lengths_B = self.lengths_B.new_tensor([self.held]).int(), (self.lengths_B + new).int()
         # One or more answers, one or more tokens, the last layer or not: more variants than torch's default limit of 8.
         with engine.turn(), torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             buffer = engine.take(self.memory).buffer
-            for i, (w, (k, v)) in enumerate(zip(run.layers, buffer.layers, strict=True)):
+            for i, (w, (k, v), turn) in enumerate(zip(run.layers, buffer.layers, run.turns(cos, sin), strict=True)):
                 x_BSC, added_BSC = run.layer_of_batch(
                     x_BSC,
                     added_BSC,
-                    cos,
-                    sin,
+                    *turn,
                     k,
                     v,
                     held_1,
@@ -67,4 +64,4 @@ class SharedPrefixBatch:
                 )
         # A row whose answer has ended goes on with the others, in the rows behind its room, which nobody reads.
         self.lengths_B = (self.lengths_B + real_B).clamp(max=self.room)
-        return F.linear(rms_norm(x_BSC + added_BSC, run.last_norm, run.shape.eps), run.head)[:, 0]
+        return run.logits(x_BSC + added_BSC)[:, 0]

@@ -1,7 +1,7 @@
 """The weights of a covered model for the fast engine: those with the same input are stacked.
 
 The model keeps its own weights as views of these, so Hugging Face's forward pass still runs and nothing is
-stored twice.
+stored twice. A model that has them in one matrix already keeps that.
 """
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvmem.errors import ModelError
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type`. SmolLM2 is a llama, and Qwen2.5 is a qwen2."""
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""RoPE types with constant frequencies. Those of "dynamic" and "longrope" change with the length of the text."""
+from kvmem.engines.graph.families import Family
 
 
 class LayerWeights(NamedTuple):
@@ -33,54 +28,35 @@ class LayerWeights(NamedTuple):
     gate_up_bias: torch.Tensor | None
     down: torch.Tensor
     down_bias: torch.Tensor | None
-    input_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-
-
-def check_covered(model: PreTrainedModel) -> None:
-    """Raises ModelError, naming the reason, for a model that the fast engine does not compute correctly."""
-    config = model.config
-    kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}  # some families have none
-    reason = None
-    if kind not in FAMILIES:
-        reason = f"covers {', '.join(FAMILIES)}, and not {kind}"
-    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
-        kind == "mistral" and config.sliding_window is not None
-    ):
-        reason = f"covers full attention, and this {kind} has a sliding window of {config.sliding_window} tokens"
-    elif config.hidden_act != "silu":
-        reason = f"covers the activation silu, and this {kind} has {config.hidden_act}"
-    elif rope.get("rope_type", "default") not in ROPE_TYPES:
-        reason = f"covers rope_type {', '.join(ROPE_TYPES)}, and this {kind} has {rope['rope_type']}"
-    elif odd := [name for name, module in model.named_modules() if _is_replaced(name, module)]:
-        reason = f"covers plain linear layers, and {odd[0]} is a {type(model.get_submodule(odd[0])).__name__}"
-    if reason is not None:
-        raise ModelError(f"hf_graph does not cover {type(model).__name__}: it {reason}. Use backend=huggingface.")
-
-
-def _is_replaced(name: str, module: nn.Module) -> bool:
-    """Whether a projection is no longer a plain linear layer: it is quantized or has an adapter."""
-    return name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear
+    input_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor | None
+    post_attention_norm: torch.Tensor | None = None
+    post_mlp_norm: torch.Tensor | None = None
 
 
 @torch.no_grad()
-def stack(model: PreTrainedModel) -> list[LayerWeights]:
+def stack(model: PreTrainedModel, family: Family) -> list[LayerWeights]:
     """The weights of all layers, stacked. The parameters of `model` become views of them.
 
     A second call finds them stacked and copies nothing.
     """
-    stacked = [_stack_layer(layer) for layer in model.get_decoder().layers]
+    stacked = [_stack_layer(layer, family) for layer in model.get_decoder().layers]
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # the parts' memory, half of all weights, which torch would keep in small pieces
     return stacked
 
 
-def _stack_layer(layer: Any) -> LayerWeights:
+def _stack_layer(layer: Any, family: Family) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     out, down = attention.o_proj, mlp.down_proj
-    qkv, qkv_bias = _beside(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up, gate_up_bias = _beside(mlp.gate_proj, mlp.up_proj)
+    if family.packed:
+        qkv, qkv_bias = attention.qkv_proj.weight.detach(), _detached(attention.qkv_proj.bias)
+        gate_up, gate_up_bias = mlp.gate_up_proj.weight.detach(), _detached(mlp.gate_up_proj.bias)
+    else:
+        qkv, qkv_bias = _beside(attention.q_proj, attention.k_proj, attention.v_proj)
+        gate_up, gate_up_bias = _beside(mlp.gate_proj, mlp.up_proj)
     norms = {name: child.weight.detach() for name, child in attention.named_children() if name.endswith("_norm")}
+    post_attention = layer.post_attention_layernorm.weight.detach()  # Llama's is before the MLP, whatever its name
     return LayerWeights(
         qkv,
         qkv_bias,
@@ -92,8 +68,10 @@ def _stack_layer(layer: Any) -> LayerWeights:
         gate_up_bias,
         down.weight.detach(),
         _detached(down.bias),
-        layer.input_layernorm.weight.detach(),
-        layer.post_attention_layernorm.weight.detach(),
+        None if family.post_norms else layer.input_layernorm.weight.detach(),
+        None if family.post_norms else post_attention,
+        post_attention if family.post_norms else None,
+        layer.post_feedforward_layernorm.weight.detach() if family.post_norms else None,
     )
 
 

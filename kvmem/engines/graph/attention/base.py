@@ -19,7 +19,8 @@ class Attention(ABC):
     buffer's layout, and lengths (batch,) int32: how many rows hold tokens, including the new ones.
 
     causal: the new tokens are the last rows, and each attends to itself and to the rows before it (a lower-right mask).
-    Otherwise every query attends to the first `lengths` rows. Scores are scaled by 1 / sqrt(head_dim).
+    Otherwise every query attends to the first `lengths` rows. Scores are scaled by `scale`, or with None by
+    1 / sqrt(head_dim).
     """
 
     name: ClassVar[str]
@@ -45,13 +46,19 @@ class Attention(ABC):
         lengths_B: torch.Tensor,
         causal: bool,
         plan: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
         """The attention output, of the shape of q."""
 
     @staticmethod
     @abstractmethod
     def attend_lse(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        causal: bool,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, and the log-sum-exp of each softmax, (batch, heads, new) fp32, by which parts are combined."""
 
@@ -90,9 +97,10 @@ def attend(
     causal: bool,
     kernel: str,
     plan: torch.Tensor | None,
+    scale: float | None,
 ) -> torch.Tensor:
     """The kernel called `kernel` as a custom operator; see `Attention.attend`."""
-    return kernels()[kernel].attend(q, k, v, lengths, causal, plan)
+    return kernels()[kernel].attend(q, k, v, lengths, causal, plan, scale)
 
 
 @attend.register_fake
@@ -104,20 +112,33 @@ def _(
     causal: bool,
     kernel: str,
     plan: torch.Tensor | None,
+    scale: float | None,
 ) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("kvmem::attend_lse", mutates_args=())
 def attend_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, causal: bool, kernel: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    causal: bool,
+    kernel: str,
+    scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel called `kernel` as a custom operator; see `Attention.attend_lse`."""
-    return kernels()[kernel].attend_lse(q, k, v, lengths, causal)
+    return kernels()[kernel].attend_lse(q, k, v, lengths, causal, scale)
 
 
 @attend_lse.register_fake
 def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, causal: bool, kernel: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    causal: bool,
+    kernel: str,
+    scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)

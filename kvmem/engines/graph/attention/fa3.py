@@ -65,14 +65,20 @@ class FA3(Attention):
         lengths_B: torch.Tensor,
         causal: bool,
         plan: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
-        return _forward(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal, plan)[0]
+        return _forward(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal, plan, scale)[0]
 
     @staticmethod
     def attend_lse(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        causal: bool,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _forward(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal, None)
+        return _forward(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal, None, scale)
 
 
 def _forward(
@@ -82,6 +88,7 @@ def _forward(
     lengths_B: torch.Tensor,
     causal: bool,
     plan: torch.Tensor | None,
+    scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from fa3_fwd_interface import flash_attn_with_kvcache
 
@@ -91,6 +98,7 @@ def _forward(
         v_BKTD.transpose(1, 2),
         cache_seqlens=lengths_B,
         causal=causal,
+        softmax_scale=scale,
         num_splits=splits(q_BSHD, k_BKTD),
         scheduler_metadata=plan,
         return_softmax_lse=True,

@@ -39,12 +39,18 @@ class Flash(Attention):
         lengths_B: torch.Tensor,
         causal: bool,
         plan: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
-        return Flash.attend_lse(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal)[0]
+        return Flash.attend_lse(q_BSHD, k_BKTD, v_BKTD, lengths_B, causal, scale)[0]
 
     @staticmethod
     def attend_lse(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        causal: bool,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, new, heads, _ = q_BSHD.shape
         rows = k_BKTD.shape[2]
@@ -58,6 +64,7 @@ class Flash(Attention):
             0.0,
             causal,
             False,
+            scale=scale,
             seqused_k=lengths_B,
         )
         return out_NHD.view(q_BSHD.shape), lse_HN.view(heads, batch, new).transpose(0, 1)

@@ -29,6 +29,7 @@ class SDPA(Attention):
         lengths_B: torch.Tensor,
         causal: bool,
         plan: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
         k_BKTD, v_BKTD = _with_tokens(k_BKTD, v_BKTD, lengths_B)
         whole = causal and k_BKTD.shape[2] == q_BSHD.shape[1]  # nothing before them, so a plain causal mask is enough
@@ -39,17 +40,24 @@ class SDPA(Attention):
             attn_mask=None if whole else _mask(q_BSHD, k_BKTD, lengths_B, causal),
             is_causal=whole,
             enable_gqa=True,
+            scale=scale,
         )
         return out_BHSD.transpose(1, 2).contiguous()
 
     @staticmethod
     def attend_lse(
-        q_BSHD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, lengths_B: torch.Tensor, causal: bool
+        q_BSHD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        lengths_B: torch.Tensor,
+        causal: bool,
+        scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         k_BKTD, v_BKTD = _with_tokens(k_BKTD, v_BKTD, lengths_B)
         group = q_BSHD.shape[2] // k_BKTD.shape[1]
         k_BHTD, v_BHTD = (x.repeat_interleave(group, dim=1) for x in (k_BKTD, v_BKTD))
-        scores_BHST = q_BSHD.transpose(1, 2) @ k_BHTD.transpose(2, 3) / math.sqrt(q_BSHD.shape[-1])
+        divisor = math.sqrt(q_BSHD.shape[-1]) if scale is None else 1 / scale
+        scores_BHST = q_BSHD.transpose(1, 2) @ k_BHTD.transpose(2, 3) / divisor
         scores_BHST = scores_BHST.float().masked_fill(~_mask(q_BSHD, k_BKTD, lengths_B, causal), -torch.inf)
         lse_BHS = scores_BHST.logsumexp(-1)
         out_BHSD = (scores_BHST - lse_BHS[..., None]).exp().to(q_BSHD.dtype) @ v_BHTD
