@@ -86,5 +86,5 @@ if __name__ == "__main__":
     for dtype in CLOSE:
         products(sys.argv[1], dtype)
         heads(sys.argv[1], dtype)
-    for family in (*SHAPES, "granite", "smollm3"):  # heads normalised or not, biases, factors, layers without positions
+    for family in (*SHAPES, "granite"):  # heads normalised or not, biases or not, factors
         a_token(sys.argv[1], family)
