@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from kvmem.cache import observing
+
 
 class Witness:
     """`count` is the number of token ids that the model's embedding has looked up since the witness began."""
@@ -28,6 +30,7 @@ class Witness:
             return
         witness = cls()
 
+        @observing
         def looked_up(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             witness.count += inputs[0].numel()
 

@@ -27,6 +27,7 @@ from kvmem.cache.items import (
 from kvmem.cache.layers import CONV, ENTRIES, INDEXER, KEYS, KV, RECURRENT, VALUES, Contents
 from kvmem.cache.layout import CacheLayout, KeptTensor, TensorLayout
 from kvmem.cache.mapped_files import MappedFile
+from kvmem.cache.model_function import FunctionWatch, foreign_code, observing
 from kvmem.cache.model_state import ModelWatch, underlying
 from kvmem.cache.plain_values import text_fault, value_fault
 
@@ -41,6 +42,7 @@ __all__ = [
     "CacheLayout",
     "CacheView",
     "Contents",
+    "FunctionWatch",
     "KVCacheItem",
     "KVCacheMetadata",
     "KeptTensor",
@@ -56,9 +58,11 @@ __all__ = [
     "device_transfer",
     "dynamic_cache",
     "fingerprint_of",
+    "foreign_code",
     "hash_template",
     "hash_tokenizer",
     "layer_that_is_not_finite",
+    "observing",
     "sha256",
     "text_fault",
     "underlying",

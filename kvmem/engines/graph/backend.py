@@ -57,6 +57,7 @@ class HFGraphBackend(HFBackend):
         super().__init__(loaded, template, chat_template_kwargs)
         self.engine = Engine(loaded.model, config or GraphConfig())
         self.attention = self.engine.kernel
+        self.guard.check()  # the engine has stacked the weights, which is a sign of a change
 
     @classmethod
     def open(  # type: ignore[override] # each engine opens its own kind of configuration
@@ -74,6 +75,14 @@ class HFGraphBackend(HFBackend):
         """
         self.engine = Engine(self.model, self.engine.config)
         super().adopt_model()
+
+    def check_model(self, by_transformers: bool = True) -> None:
+        """As the base engine's. Code, attributes and configuration matter only where transformers computes (merges):
+        this engine keeps those that the model had when it was opened."""
+        if by_transformers:
+            self.guard.check()
+        else:
+            self.guard.check_weights()
 
     def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
         cache_view = super().view(items, merge, separator)
@@ -111,9 +120,11 @@ class HFGraphBackend(HFBackend):
         check_generation(max_new_tokens, sampling)
         if sampling and sampling.temperature > 0:
             return super().generate(query, kv_cache, max_new_tokens, sampling)
-        prompt = self.split(query, kv_cache)
+        self.guard.check_mode()
+        prompt = self.split_unchecked(query, kv_cache)
         possible = self.room(prompt, max_new_tokens)
         logits_V, answer = self.prefill(prompt, kv_cache)
+        self.check_model(by_transformers=False)  # while the GPU computes, and before a token of it is given out
         first = greedy_token(logits_V)
         ends = self.end_tokens
         ids = () if first in ends else (first, *self.engine.greedy(answer, first, possible - 1, ends))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
+from kvmem.cache import foreign_code
 from kvmem.errors import ModelError
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -75,7 +79,25 @@ def family_of(model: PreTrainedModel) -> Family:
     for name, module in model.named_modules():
         if _is_replaced(name, module):
             raise _refusal(model, f"covers plain linear layers, and {name} is a {type(module).__name__}.")
+    if own := [*foreign_code(model), *_attributes_of_its_own(model, family)]:
+        raise _refusal(model, f"computes the layers itself, and this model has {own[0]}.")
     return family
+
+
+def _attributes_of_its_own(model: PreTrainedModel, family: Family) -> Iterator[str]:
+    """What a module computes with and the config does not say: it was assigned by hand."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    scaling = config.attention_multiplier if family.multipliers else head_dim**-0.5
+    for name, module in model.named_modules():
+        if getattr(module, "variance_epsilon", config.rms_norm_eps) != config.rms_norm_eps:
+            yield f"another variance_epsilon in {name} than its config"
+        if name.endswith("self_attn") and not math.isclose(module.scaling, scaling):
+            yield f"another scaling in {name} than its config"
+        if name.endswith("self_attn") and not getattr(module, "is_causal", True):
+            yield f"attention in {name} that is not causal"
+        if name.endswith(("act_fn", "activation_fn")) and not isinstance(module, type(ACT2FN["silu"])):
+            yield f"the activation {type(module).__name__} in {name}"
 
 
 def _what_differs(config: PreTrainedConfig) -> str:

@@ -25,6 +25,7 @@ from kvmem.cache import (
     TextualSource,
     dynamic_cache,
     layer_that_is_not_finite,
+    observing,
 )
 from kvmem.engines.base import BetweenLayers, FirstToken, GreedyAnswer, MeasuredBackend, check_view
 from kvmem.engines.generation import (
@@ -129,7 +130,7 @@ class HFBackend(MeasuredBackend):
 
         Raises ModelError if a key or value that was computed is NaN or infinite; `check_built` says what that costs.
         """
-        self.guard.check()
+        self.check_model(by_transformers=False)
         self._check_length(len(tokens.token_ids))
         started = time.perf_counter()
         cache = self._prefilled(tokens.token_ids, base, between_layers)
@@ -175,8 +176,15 @@ class HFBackend(MeasuredBackend):
         reused = base is not None and dynamic_cache.can_crop(base.kv_cache, held)
         return len(tokens.token_ids) - (held if reused else 0)
 
-    def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
+    def check_model(self, by_transformers: bool = True) -> None:
+        """Raises ModelChangedError if what is about to be computed would no longer fit the stored memories.
+
+        by_transformers: whether the model's own forward method computes it. Here it always does.
+        """
         self.guard.check()
+
+    def view(self, items: Sequence[KVCacheItem], merge: MergeStrategy, separator: str) -> CacheView:
+        self.check_model(by_transformers=len(items) > 1)
         for item in items:
             self.check(item)
         if len(items) == 1:
@@ -214,7 +222,11 @@ class HFBackend(MeasuredBackend):
         Raises PromptError if the prompt exceeds the model's positions, ArgumentError if `kv_cache` is not a cache view,
         and FingerprintError if it comes from another model.
         """
-        self.guard.check()
+        self.check_model(by_transformers=False)
+        return self.split_unchecked(query, kv_cache)
+
+    def split_unchecked(self, query: Query, kv_cache: CacheView | None = None) -> TokenizedPrompt:
+        """As `split`, for a caller that checks later whether the model changed."""
         if kv_cache is not None:
             check_view(kv_cache, self.fingerprint, self.shards)
         prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
@@ -385,6 +397,7 @@ class HFBackend(MeasuredBackend):
             return
         builder = threading.get_ident()
 
+        @observing
         def before_layer(*_: Any) -> None:
             if threading.get_ident() == builder:  # requests of other threads run the same modules
                 self._synchronize()
