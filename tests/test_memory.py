@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvmem import KVCacheItem, TextualMemoryItem
+from kvmem.cache import observing
 from kvmem.cache.dynamic_cache import CacheView, layers_of
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.errors import (
@@ -49,7 +50,7 @@ def counted(backend: HFBackend) -> Iterator[list[int]]:
     """How many tokens each forward pass of the model computes."""
     counts: list[int] = []
     hook = backend.model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: counts.append(output.shape[-2])
+        observing(lambda module, args, output: counts.append(output.shape[-2]))
     )
     yield counts
     hook.remove()

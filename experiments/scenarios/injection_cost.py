@@ -6,12 +6,12 @@ import copy
 import dataclasses
 import importlib.util
 import random
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
 from statistics import median
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,6 +41,7 @@ from kvmem.engines.graph import HFGraphBackend
 from kvmem.errors import ConfigError
 from kvmem.models import loading
 from kvmem.prompt import TokenizedPrompt
+from kvmem.storage import TemporaryFolder
 
 BEATS_LIMIT = "it beats the hardware's limit"
 REPEATS = 5
@@ -196,7 +197,7 @@ class InjectionCost(ModelScenario[CostCell]):
             raise ConfigError("scenario=injection_cost needs one memory in each cell. Use scenario=kv_vs_direct.")
         on_gpu = bench.backend.device.type == "cuda"
         with_vllm = self.beside_vllm and on_gpu and importlib.util.find_spec("vllm") is not None
-        peer = vllm_process.measure_in_process(_request(bench, self, cells), self.vllm_timeout_s) if with_vllm else None
+        peer = _measured_by_vllm(bench, self, cells) if with_vllm else None
         longest = max(cells, key=lambda cell: (cell.context_tokens, -cell.query_tokens))
         return [CostCell(cell, peer, cell is longest) for cell in cells]
 
@@ -396,11 +397,17 @@ def _vllm_s(cell: CostCell, name: str, best: str) -> list[float] | None:
     return peer.hit_all_s if name == best else peer.cold_all_s
 
 
-def _request(bench: Bench, scenario: InjectionCost, cells: Sequence[Cell]) -> vllm_process.Request:
+def _measured_by_vllm(bench: Bench, scenario: InjectionCost, cells: Sequence[Cell]) -> vllm_process.Reply:
+    with TemporaryFolder("kvmem-injection-cost-") as folder:
+        return vllm_process.measure_in_process(_request(bench, scenario, cells, folder), scenario.vllm_timeout_s)
+
+
+def _request(bench: Bench, scenario: InjectionCost, cells: Sequence[Cell], folder: Path) -> vllm_process.Request:
+    """What vLLM's process measures. folder: where the configuration of a model with random weights is written."""
     name, config = bench.setup.model.source(), bench.backend.model_config
     is_random = name.startswith(loading.RANDOM)
     if is_random:
-        name = tempfile.mkdtemp(prefix="kvmem-")
+        name = str(folder)
         config = copy.deepcopy(config)
         config.architectures = [bench.backend.fingerprint.architecture]
         config.save_pretrained(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass as plain_dataclass
@@ -28,7 +27,7 @@ from kvmem import storage as formats
 from kvmem.cache import KeptTensor, KVCacheMetadata, MemoryTokens, dynamic_cache
 from kvmem.engines import FirstToken
 from kvmem.prompt import TokenizedPrompt
-from kvmem.storage import Storage
+from kvmem.storage import Storage, TemporaryFolder
 
 ITEMS = 8
 CPU = torch.device("cpu")
@@ -129,8 +128,8 @@ class StorageScenario(ModelScenario[StorageCell]):
     def measure(self, bench: Bench, cell: StorageCell) -> list[Row]:
         items = random_items(bench, int(self.gigabytes * 1e9), ITEMS)
         Path(self.folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="kvmem-storage-", dir=self.folder) as folder:
-            path = Path(folder) / cell.memory_filename
+        with TemporaryFolder("kvmem-storage-", Path(self.folder)) as folder:
+            path = folder / cell.memory_filename
             comparison = _TorchComparison(bench, items, formats.for_filename(cell.memory_filename), path)
             peaks = comparison.peaks()
             timings = [comparison.timing(*pair, self.repeats) for pair in PAIRS]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
@@ -37,6 +36,7 @@ from kvmem.engines import Backend
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
 from kvmem.scheduler import Costs
+from kvmem.storage import TemporaryFolder
 from kvmem.tiers import check_hqq
 
 
@@ -170,10 +170,8 @@ class Tiers(ModelScenario[TiersCell]):
 
     def measure(self, bench: Bench, cell: TiersCell) -> list[Row]:
         Path(self.folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="kvmem-tiers-", dir=self.folder) as folder:
-            lengths = [
-                self._measure_length(bench, i, tokens, Path(folder)) for i, tokens in enumerate(self.context_tokens)
-            ]
+        with TemporaryFolder("kvmem-tiers-", Path(self.folder)) as folder:
+            lengths = [self._measure_length(bench, i, tokens, folder) for i, tokens in enumerate(self.context_tokens)]
         costs = _costs(bench, lengths)
         even = {tier: break_even_tokens(costs, lengths, tier) for tier in lengths[0].seconds if tier != RECOMPUTE}
         return [self._row(length, tier, row, even.get(tier)) for length in lengths for tier, row in length.rows.items()]

@@ -12,12 +12,14 @@ from kvmem.storage.base import FORMATS, Storage, for_filename, opened
 from kvmem.storage.manifest import ItemManifest
 from kvmem.storage.namespace import namespace_folder
 from kvmem.storage.safetensors_file import SafetensorsFile, read_token_ids
+from kvmem.storage.temporary_folder import TemporaryFolder
 
 __all__ = [
     "FORMATS",
     "ItemManifest",
     "SafetensorsFile",
     "Storage",
+    "TemporaryFolder",
     "for_filename",
     "manifest",
     "namespace_folder",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ import fsspec
 from kvmem.cache import KVCacheItem
 from kvmem.engines import Backend
 from kvmem.errors import FingerprintError, StorageError
-from kvmem.storage import SafetensorsFile, manifest
+from kvmem.storage import SafetensorsFile, TemporaryFolder, manifest
 from kvmem.tiers.base import STEM, RefusedFile, ScannedItem, TierStore, check_place, ids_in, stem_of
 
 
@@ -33,8 +32,8 @@ class RemoteStore(TierStore):
 
     def put(self, item: KVCacheItem) -> None:
         tensors, metadata = self._names(item.kv_cache_id)
-        with tempfile.TemporaryDirectory(prefix="kvmem-cold-") as folder:
-            local = Path(folder) / "item.safetensors"
+        with TemporaryFolder("kvmem-cold-") as folder:
+            local = folder / "item.safetensors"
             self._format.dump(local, [item])
             try:
                 with self._store_errors("written"):
@@ -47,8 +46,8 @@ class RemoteStore(TierStore):
 
     def read(self, item_id: str) -> KVCacheItem:
         tensors, _ = self._names(item_id)
-        with tempfile.TemporaryDirectory(prefix="kvmem-cold-") as folder:
-            local = Path(folder) / "item.safetensors"
+        with TemporaryFolder("kvmem-cold-") as folder:
+            local = folder / "item.safetensors"
             with self._store_errors("read"):
                 self._store.get_file(tensors, str(local))
             backend = self._backend

@@ -5,7 +5,6 @@ On a server a client also keeps a lease, so that the server can delete the files
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import uuid
 import weakref
@@ -31,7 +30,7 @@ from kvmem.engines.vllm.connector import (
 from kvmem.errors import NamespaceError, StorageError, check_kind
 from kvmem.merge import MergeStrategy
 from kvmem.prompt import PromptTemplate, Query, TokenizedPrompt
-from kvmem.storage import SafetensorsFile
+from kvmem.storage import SafetensorsFile, TemporaryFolder
 
 CPU = torch.device("cpu")
 
@@ -135,8 +134,8 @@ class FileStore:
         else:
             if parent is not None:
                 parent.mkdir(parents=True, exist_ok=True)
-            self.temporary = tempfile.TemporaryDirectory(prefix="kvmem-", dir=parent, ignore_cleanup_errors=True)
-            self.folder = Path(self.temporary.name)
+            self.temporary = TemporaryFolder("kvmem-", parent)
+            self.folder = self.temporary.path
         self.lease = None if orphans_after_s is None else Lease(self.folder, renewal_s(orphans_after_s))
         self.default_namespace = default_namespace
         self.files: weakref.WeakKeyDictionary[KVCacheItem, StoredFile] = weakref.WeakKeyDictionary()
