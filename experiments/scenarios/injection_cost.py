@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
-from statistics import median
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar
 
 import numpy as np
