@@ -333,6 +333,14 @@ def layer_count(config: PreTrainedConfig) -> int:
     return len(_model_layers(config))
 
 
+def windows_of(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer in tokens, or the length of its attention chunks; None: all tokens."""
+    return [
+        layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        for layer in _model_layers(config)
+    ]
+
+
 def has_equal_layers(config: PreTrainedConfig) -> bool:
     """Whether all layers of the model have the same number of heads, of the same size."""
     differ = getattr(config, "is_heterogeneous", False) or getattr(config, "global_head_dim", None)

@@ -54,6 +54,11 @@ class ModelFingerprint(BaseModel):
         return self.layout or CacheLayout(layers=(_keys_and_values(self),) * self.layers)
 
     @property
+    def stored_kv_heads(self) -> int:
+        """How many heads the stored keys have. Falcon's config states more than it keeps."""
+        return self.kv_heads if self.layout is None else self.layout.layers[0][0].shape[1]
+
+    @property
     def keeps_states(self) -> bool:
         """Whether a memory holds states, which belong to its last token, beside keys and values."""
         return self.layout is not None and self.layout.has_states

@@ -219,6 +219,9 @@ def fill(layer: Layer, kept: Mapping[str, torch.Tensor], tokens: int) -> None:
         layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
     if isinstance(layer, DynamicSlidingWindowLayer) and KEYS in kept:
         layer.cumulative_length = tokens
+        if isinstance(layer, SlidingView):  # an engine with blocks stores the tokens that left the window, too
+            beyond = max(kept[KEYS].shape[-2] - layer.sliding_window + 1, 0)
+            layer.keys, layer.values = (kept[name][..., beyond:, :] for name in (KEYS, VALUES))
         layer._sliding_window_tensor = layer._sliding_window_tensor.to(layer.device)
     if isinstance(layer, DynamicIndexedLayer) and INDEXER in kept:
         layer.indexer_keys, layer.is_indexer_initialized = kept[INDEXER], True

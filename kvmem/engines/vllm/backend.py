@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from kvmem.cache import fingerprint_of
 from kvmem.engines.base import FirstToken, GreedyAnswer, Injectable, MeasuredBackend
 from kvmem.engines.vllm import launch
 from kvmem.engines.vllm.benchmarking import Benchmarking, attention_of, block_tokens_of, conditions_of
@@ -22,7 +21,7 @@ from kvmem.engines.vllm.open_loop import OpenLoop
 from kvmem.engines.vllm.pinning import Pins
 from kvmem.engines.vllm.requests import EngineAnswer, EngineRequest, without_end
 from kvmem.errors import ConfigError, EngineError, KVMemError
-from kvmem.models import loading
+from kvmem.models import loading, max_positions
 from kvmem.prompt import PromptTemplate, TemplateKind, TokenizedPrompt
 
 
@@ -52,7 +51,7 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
         self.folder = loading.engine_folder(config.model_name_or_path, loaded)
         self.tokenizer = loaded.tokenizer
         self.template = PromptTemplate(loaded.tokenizer, template, chat_template_kwargs)
-        found = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
+        found = launch.fingerprint_of_description(loaded)
         self.fingerprint = found.model_copy(update={"template": self.template.identity()})
         self.model_config = loaded.model.config
         self.device = torch.device("cpu")  # of loaded items: the engine takes them from files
@@ -62,7 +61,7 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
         del loaded
         if on_gpu:
             torch.cuda.empty_cache()
-        self.window = config.max_model_len or self.model_config.max_position_embeddings
+        self.window = config.max_model_len or max_positions(self.model_config)
         self.window_label = f"the engine's window of {self.window}"
         self.larger_window = "raise max_model_len"
         self.ranks = config.tensor_parallel_size

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvmem.cache import ModelFingerprint
+from kvmem.cache import ModelFingerprint, fingerprint_of
 from kvmem.engines.huggingface import DTYPES
 from kvmem.engines.vllm import process, worker_weights
 from kvmem.engines.vllm.config import VLLMConfig
@@ -24,8 +24,9 @@ from kvmem.engines.vllm.connector import (
     SAVES,
     check_version,
 )
+from kvmem.engines.vllm.coverage import check_covered, covered_layout
 from kvmem.errors import ConfigError, EngineError
-from kvmem.models import loading
+from kvmem.models import loading, max_positions
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -150,7 +151,7 @@ def _check_budget(
 ) -> None:
     """Raises ConfigError if the blocks can't hold a request of the whole window. vLLM checks this too, but ignores the
     block that its pool reserves: a request that lacks only that block waits forever."""
-    heads = max(model.kv_heads // ranks, 1)
+    heads = max(model.stored_kv_heads // ranks, 1)
     block_bytes = 2 * model.layers * heads * model.head_dim * block_size * dtype.itemsize
     blocks, needed = int(cache_gib * 2**30) // block_bytes - 1, -(-window // block_size)
     if blocks < needed:
@@ -175,12 +176,16 @@ def dtype_of(config: VLLMConfig) -> torch.dtype:
     return DTYPES.get(config.dtype) or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
 
-def load_description(config: VLLMConfig, dtype: torch.dtype) -> loading.Loaded:
+def load_description(config: VLLMConfig, dtype: torch.dtype, with_connector: bool = True) -> loading.Loaded:
     """The model in transformers, for its fingerprint, tokenizer and config. Delete it before the engine starts.
 
     Random weights are made on the device that the engine runs on. If the engine's workers make them instead, the model
     is on the device "meta", without weights.
+    Raises ModelError, before it loads weights, for a model that kvmem's connector does not cover, if it is to run.
     """
+    if with_connector:
+        described = loading.config_of(config.model_name_or_path)
+        check_covered(described, config.max_model_len or max_positions(described))
     name, tokenizer = config.model_name_or_path, config.tokenizer_name_or_path
     random = name.startswith(loading.RANDOM)
     if random and config.random_weights != "saved":
@@ -191,4 +196,13 @@ def load_description(config: VLLMConfig, dtype: torch.dtype) -> loading.Loaded:
         if config.random_weights == "in_engine" or size > MOST_SAVED_BYTES:
             return skeleton
     device = torch.device("cuda" if torch.cuda.is_available() and random else "cpu")
-    return loading.load(name, device, dtype, seed=config.seed, tokenizer=tokenizer)
+    # eager: every architecture has it, and nothing is computed with this model.
+    return loading.load(name, device, dtype, "eager", config.seed, tokenizer)
+
+
+def fingerprint_of_description(loaded: loading.Loaded) -> ModelFingerprint:
+    """The fingerprint of what `load_description` returned, the same as the Hugging Face engine's.
+
+    Costs one forward pass of four tokens, none without weights. Raises ModelError for a model that is not covered.
+    """
+    return fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin, covered_layout(loaded.model))

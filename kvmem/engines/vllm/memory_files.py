@@ -193,7 +193,7 @@ class FileStore:
         paths = [self.folder / part_name(name, rank, ranks) for rank in range(ranks)]
         parts = [SafetensorsFile().load(path, fingerprint, config, CPU)[0] for path in paths]
         layers = [
-            _heads_of(pairs, fingerprint.kv_heads)
+            _heads_of(pairs, fingerprint.stored_kv_heads)
             for pairs in zip(*(dynamic_cache.layers_of(part.kv_cache) for part in parts), strict=True)
         ]
         for path in paths:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import vllm
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvmem.cache import ModelFingerprint
 from kvmem.engines.vllm.connector.block_pins import BlockPins
@@ -40,6 +41,21 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+def _check_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Raises EngineError unless the blocks keep every token of every layer. `coverage` refuses such models earlier."""
+    model, groups = vllm_config.model_config, kv_cache_config.kv_cache_groups
+    name, way_out = ", ".join(model.architectures), "Use backend=huggingface, or vLLM without kvmem's connector."
+    if len(groups) != 1:
+        raise EngineError(f"{name} has {len(groups)} kinds of blocks in vLLM, and the connector moves one. {way_out}")
+    spec = groups[0].kv_cache_spec
+    slides = isinstance(spec, SlidingWindowSpec) and spec.sliding_window < model.max_model_len
+    if type(spec) is not FullAttentionSpec and (slides or not isinstance(spec, SlidingWindowSpec)):
+        raise EngineError(
+            f"{name} has blocks of {type(spec).__name__} in vLLM, and the connector moves those that keep keys and "
+            f"values of every token. {way_out}"
+        )
+
+
 class KVMemConnector(KVConnectorBase_V1):
     """Saves, injects and pins memories, as requests order it in the terms of `protocol`.
 
@@ -49,9 +65,7 @@ class KVMemConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         check_version(vllm.__version__)
-        groups = len(kv_cache_config.kv_cache_groups)
-        if groups > 1:
-            raise EngineError(f"The model has {groups} kinds of attention layers. Covered: models of one kind.")
+        _check_blocks(vllm_config, kv_cache_config)
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise EngineError("Pipeline parallel is not covered: a worker holds only some layers. Use tensor parallel.")
         extra = self._kv_transfer_config.kv_connector_extra_config

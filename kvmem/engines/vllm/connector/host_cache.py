@@ -11,6 +11,7 @@ import torch
 
 from kvmem.cache import KV, ModelFingerprint, dynamic_cache
 from kvmem.engines.vllm.connector.protocol import FileState, file_path, file_state
+from kvmem.errors import FingerprintError
 from kvmem.storage import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class HostCache:
     def layers(self, name: str) -> list[torch.Tensor]:
         """The layers of the file `name`. A file is read and its checksums verified when it is new to this worker.
 
-        Raises StorageError for a missing or damaged file, and FingerprintError for a file of another model.
+        Raises StorageError for a missing or damaged file, and FingerprintError for a file of another model,
+        or without the tokens that have left a sliding window.
         """
         path = file_path(self.folder, name)
         key = file_state(path)
@@ -50,7 +52,15 @@ class HostCache:
             for old in [old for old in self.opened if old[0] == name or not (self.folder / old[0]).exists()]:
                 del self.opened[old]
             item = SafetensorsFile().load(path, self.fingerprint, self.config, CPU)[0]
-            self.opened[key] = [self._own_heads(kv) for kv in dynamic_cache.layers_of(item.kv_cache)]
+            layers, tokens = dynamic_cache.layers_of(item.kv_cache), item.kv_cache.get_seq_length()
+            for i, (keys, _) in enumerate(layers):
+                if keys.shape[2] != tokens:
+                    raise FingerprintError(
+                        f"Layer {i} of {name} holds the last {keys.shape[2]} of {tokens} tokens: it has a sliding "
+                        "window, and an engine built the memory that keeps no more. vLLM needs all. Extract the memory "
+                        "again with vLLM."
+                    )
+            self.opened[key] = [self._own_heads(kv) for kv in layers]
             most = self.most_bytes or (PINNED_BYTES if self.pinned else PAGEABLE_BYTES)
             while len(self.opened) > 1 and sum(map(_nbytes, self.opened.values())) > most:
                 self.opened.popitem(last=False)

@@ -18,7 +18,6 @@ from pathlib import Path
 import pydantic
 import torch
 
-from kvmem.cache import fingerprint_of
 from kvmem.engines.vllm import launch
 from kvmem.engines.vllm.config import VLLMConfig
 from kvmem.engines.vllm.connector import ANYONE, NOBODY, STORE, make_save_key
@@ -32,6 +31,7 @@ CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(int(launch.CPU_KV
 
 
 ORPHANS_AFTER_S = 86_400.0
+WINDOW_FLAG = "--max-model-len"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,8 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[str]:
     """The server's arguments. Saves the model to a folder if it is in none, and writes the store's card."""
-    config = VLLMConfig(model_name_or_path=given.model, dtype=given.dtype, seed=given.seed, random_weights="saved")
-    loaded = load_description(config, dtype_of(config))
+    config = VLLMConfig(
+        model_name_or_path=given.model,
+        dtype=given.dtype,
+        seed=given.seed,
+        random_weights="saved",
+        max_model_len=_window(for_vllm),
+    )
+    loaded = load_description(config, dtype_of(config), with_connector=given.store is not None)
     folder = loading.engine_folder(given.model, loaded)
     command = ["--model", folder, "--served-model-name", given.served_model_name or given.model]
     command += ["--dtype", str(loaded.model.dtype).removeprefix("torch.")]
@@ -69,7 +75,7 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
         command += CPU_FLAGS
     if given.store is not None:
         store = given.store.resolve()
-        fingerprint = fingerprint_of(loaded.model, loaded.tokenizer, loaded.origin)
+        fingerprint = launch.fingerprint_of_description(loaded)
         orphans_after_s = given.orphans_after or None
         card = ServerCard(
             model=folder,
@@ -84,6 +90,14 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
         command += ["--no-async-scheduling", "--kv-transfer-config"]
         command.append(json.dumps(launch.transfer_config(store, fingerprint, given.saves, False, orphans_after_s)))
     return [*command, *for_vllm]  # last, because the last of two values counts
+
+
+def _window(for_vllm: Sequence[str]) -> int | None:
+    """The number of tokens that vLLM's flag --max-model-len gives; None if it gives none."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument(WINDOW_FLAG)
+    given = flags.parse_known_args(list(for_vllm))[0].max_model_len
+    return int(given) if given is not None and given.isdecimal() else None
 
 
 def _seconds(text: str) -> float:
