@@ -127,7 +127,7 @@ def test_what_only_a_measurement_shows_is_refused_too() -> None:
         attn_layer_offset=1,
         num_experts=2,
     )
-    with pytest.raises(ModelError, match=r"JambaForCausalLM .*keeps more than keys and values of one size"):
+    with pytest.raises(ModelError, match=r"Jamba .*keeps more than keys and values of one size"):
         covered_layout(AutoModelForCausalLM.from_config(config).eval())
 
 
