@@ -7,6 +7,7 @@ refused before any weights are loaded.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
@@ -60,7 +61,8 @@ def _takes_keys_and_values(config: PreTrainedConfig) -> bool:
     kind = type(config)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:  # a language model inside of another one
         return True
-    return "past_key_values" in inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[kind].forward).parameters
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    return "past_key_values" in inspect.signature(model.forward).parameters
 
 
 def _sizes_differ(text: PreTrainedConfig) -> bool:
