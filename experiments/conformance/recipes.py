@@ -23,6 +23,9 @@ VOCABULARY = "vocab_size"  # raised as well where a family's own is smaller than
 GAIN = 12.0
 """By how much the weights are larger than transformers initializes them. Else a memory hardly affects an answer."""
 
+NO_FIELDS = ("gain", "seed")
+"""What a recipe says of the weights, not of the config."""
+
 
 def architectures() -> list[str]:
     """The model types of transformers' own lists: causal language models, and vision-language models around one."""
@@ -40,7 +43,8 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     Raises whatever the config class raises for values that don't fit together.
     """
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_fields(kind, {name: value for name, value in _family(model_type).items() if name != "gain"}))
+    family = _family(model_type).items()
+    return kind(**_fields(kind, {name: value for name, value in family if name not in NO_FIELDS}))
 
 
 def _family(model_type: str) -> Any:
@@ -66,10 +70,13 @@ def _fields(kind: type[PreTrainedConfig], family: Mapping[str, Any]) -> dict[str
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """The model of `tiny_config`, in fp32 on the CPU and in eval mode. Equal seeds give equal weights."""
+def tiny_model(model_type: str, seed: int | None = None) -> PreTrainedModel:
+    """The model of `tiny_config`, in fp32 on the CPU and in eval mode. Equal seeds give equal weights.
+
+    seed: None takes the recipe's, which is 0 for most.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(_family(model_type).get("seed", 0) if seed is None else seed)
         config = tiny_config(model_type)
         auto_class = loading.auto_class_of(config, model_type)
         model: PreTrainedModel = auto_class.from_config(config, dtype=torch.float32).eval()

@@ -98,8 +98,14 @@ def check_layer_kinds(config: PreTrainedConfig) -> None:
     _empty(config, DynamicCache)
 
 
+_OWN_FIELDS = {*vars(DynamicCache()), "linear_cache"}
+"""The fields of a cache that no model has filled; the last one is MiniMax's, empty in `own_classes`."""
+
+
 def layout_fault(cache: DynamicCache, tokens: int) -> str | None:
     """What in a cache that a model filled with `tokens` can't be stored, as the end of "it …"; None if all can."""
+    if beside := sorted(set(vars(cache)) - _OWN_FIELDS):
+        return f"keeps {', '.join(beside)} in the cache, beside what its layers keep"
     for i, layer in enumerate(cache.layers):
         kept = cache_layers.contents(layer)
         if isinstance(layer, DynamicLayer) and KEYS not in kept:
