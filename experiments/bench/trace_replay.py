@@ -46,7 +46,7 @@ def replay(memory: KVCacheMemory, trace: Trace, policy: str, budget_share: float
     lengths = tuple(
         len(backend.template.memory_tokens(texts.now(i).memory).token_ids) for i in range(len(trace.tokens))
     )
-    budget = int(budget_share * sum(lengths) * planning.kv_bytes_a_token)
+    budget = int(budget_share * sum(map(planning.nbytes, lengths)))
     tier = "gpu" if backend.device.type == "cuda" else "ram"
     scheduler = MemScheduler(memory, policy, {tier: budget}, costs=planning)
     for number in range(len(lengths)):
@@ -80,7 +80,7 @@ def replay(memory: KVCacheMemory, trace: Trace, policy: str, budget_share: float
             continue
         for move in scheduler.tick():
             if move.target is not None:
-                moved_bytes += lengths[int(move.memory_id)] * planning.kv_bytes_a_token
+                moved_bytes += planning.nbytes(lengths[int(move.memory_id)])
             if move.kind == "build":
                 took_s = _build_s(scheduler, move.memory_id)
                 samples.append((lengths[int(move.memory_id)], 0, took_s))

@@ -21,7 +21,7 @@ class Tier:
 
     def fetch_s(self, layout: Layout, tokens: int) -> float:
         """Seconds of loading a memory of `tokens` tokens over one link, without overlap with computation."""
-        moved = 0.0 if self.gb_s is None else tokens * layout.kv_bytes_a_token / (self.gb_s * 1e9)
+        moved = 0.0 if self.gb_s is None else layout.memory_bytes(tokens) / (self.gb_s * 1e9)
         return self.latency_s + moved
 
 
@@ -74,7 +74,7 @@ def size_fleet(
     direct = layout.ttft_s(Prefill(memory_tokens + query_tokens, 0), engine)
     injected = layout.ttft_s(Prefill(query_tokens, memory_tokens), engine)
     fetched = (1 - local_share) * requests_per_s
-    per_memory = memory_tokens * layout.kv_bytes_a_token
+    per_memory = layout.memory_bytes(memory_tokens)
     injected += (1 - local_share) * tier.fetch_s(layout, memory_tokens)
     return Fleet(
         replicas_direct=math.ceil(requests_per_s * direct / busy_share),

@@ -79,6 +79,15 @@ class Layout:
         return 2 * len(self.shape.windows) * self.shape.kv_heads * self.shape.head_dim * self.element_bytes
 
     @property
+    def bytes_a_memory(self) -> int:
+        """What a memory takes besides its tokens: the states of a hybrid."""
+        return self.shape.state_bytes
+
+    def memory_bytes(self, tokens: int) -> int:
+        """What a memory of so many tokens takes."""
+        return tokens * self.kv_bytes_a_token + self.bytes_a_memory
+
+    @property
     def fits(self) -> bool:
         """Whether weights and embeddings take at most 90% of the GPUs' memory."""
         weights = self.shape.weights + self.shape.vocab * self.shape.hidden
@@ -102,9 +111,9 @@ class Layout:
     def _kernels_s(self, prefill: Prefill, engine: Engine, flop_per_s: float, bytes_per_s: float) -> float:
         new, cached, _ = prefill
         shape = self.shape
-        products = 2.0 * new * len(shape.windows) * shape.layer_weights + 2 * shape.vocab * shape.hidden
+        products = 2.0 * new * shape.body_weights + 2 * shape.vocab * shape.hidden
         attention = prefill_flop(shape, new, cached) - products
-        kv_bytes = (cached + new) * self.kv_bytes_a_token
+        kv_bytes = self.memory_bytes(cached + new)
         weight_bytes = prefill_bytes(shape, 0, 0, self.element_bytes)
         streams_s = bytes_per_s * engine.bandwidth
         return _overlapped_s(products / (flop_per_s * engine.products), weight_bytes / streams_s) + _overlapped_s(
@@ -116,7 +125,7 @@ class Layout:
         if ranks == 1 or gb_s is None:
             return 0.0
         sent = 2 * (ranks - 1) / ranks * tokens * self.shape.hidden * self.element_bytes
-        count = ALL_REDUCES_A_LAYER * len(self.shape.windows)
+        count = ALL_REDUCES_A_LAYER * self.shape.layers
         return count * (ALL_REDUCE_LATENCY_S + sent / (gb_s * 1e9 * engine.interconnect))
 
     def _hops_s(self, tokens: int) -> float:

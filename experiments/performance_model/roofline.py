@@ -1,7 +1,8 @@
 """The shortest possible time of a prefill on a machine: its FLOP and bytes divided by the machine's peak rates.
 
 Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 52(4), 2009. It covers dense
-decoders with gated MLPs (Llama, Qwen, Mistral, …), with full and sliding-window attention.
+decoders with gated MLPs (Llama, Qwen, Mistral, …), with full and sliding-window attention, and the hybrids among them
+whose other layers are Gated DeltaNet's linear attention (Qwen3.5).
 """
 
 from __future__ import annotations
@@ -15,6 +16,24 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvmem.errors import ModelError
+from kvmem.models import layout_of
+
+LINEAR = "linear_attention"
+
+
+@dataclass(frozen=True)
+class LinearLayers:
+    """The layers of linear attention in a hybrid. Their recurrence takes less than 1% of the FLOP and is not counted.
+
+    widths: of keys (and of queries) and of values, over all heads. gates: the width of each of the two gates of a head.
+    state_bytes: what a memory of any length keeps of all these layers together, in bfloat16.
+    """
+
+    count: int
+    key_width: int
+    value_width: int
+    gates: int
+    state_bytes: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +47,10 @@ class DenseShape:
     head_dim: int
     vocab: int
     windows: tuple[int | None, ...]
-    """The attention window of each layer in tokens, including the current token; None for full attention."""
+    """The window of each layer of attention in tokens, including the current token; None for full attention."""
+    gated_attention: bool = False
+    """Whether the product of the queries gives a gate for each of their elements too."""
+    linear: LinearLayers | None = None
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> DenseShape:
@@ -39,6 +61,7 @@ class DenseShape:
         fields, heads = config.to_dict(), config.num_attention_heads
         layers, window = config.num_hidden_layers, fields.get("sliding_window")
         kinds = fields.get("layer_types") or ["sliding_attention" if window else "full_attention"] * layers
+        linear = _linear_layers(config) if LINEAR in kinds else None
         shape = cls(
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
@@ -46,7 +69,9 @@ class DenseShape:
             kv_heads=fields.get("num_key_value_heads") or heads,
             head_dim=fields.get("head_dim") or config.hidden_size // heads,
             vocab=config.vocab_size,
-            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds if kind != LINEAR),
+            gated_attention=linear is not None,
+            linear=linear,
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
@@ -54,34 +79,77 @@ class DenseShape:
         if shape.weights != weights:
             raise ModelError(
                 f"The roofline covers dense decoders with gated MLPs. It counts {shape.weights:,} weights in this "
-                f"{config.model_type}, whose products have {weights:,}. Use a Llama, Qwen2, Qwen3 or Mistral model."
+                f"{config.model_type}, whose products have {weights:,}. Use a Llama, Qwen2, Qwen3, "
+                "Qwen3.5 or Mistral model."
             )
         return shape
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
-        """The (out, in) features of each matrix product of a layer, and of the head."""
+        """The (out, in) features of each matrix product of a layer of attention, and of the head."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q": (q, self.hidden),
+        attention = {
+            "q": (2 * q if self.gated_attention else q, self.hidden),
             "k": (kv, self.hidden),
             "v": (kv, self.hidden),
             "o": (self.hidden, q),
-            "gate": (self.intermediate, self.hidden),
-            "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-            "head": (self.vocab, self.hidden),
         }
+        return attention | self._mlp | {"head": (self.vocab, self.hidden)}
+
+    @property
+    def _mlp(self) -> dict[str, tuple[int, int]]:
+        wide, narrow = self.intermediate, self.hidden
+        return {"gate": (wide, narrow), "up": (wide, narrow), "down": (narrow, wide)}
+
+    @property
+    def _linear_products(self) -> dict[str, tuple[int, int]]:
+        """As `products`, of a layer of linear attention."""
+        assert self.linear is not None
+        hidden, keys, values = self.hidden, self.linear.key_width, self.linear.value_width
+        mixer = {"qkv": (2 * keys + values, hidden), "z": (values, hidden), "out": (hidden, values)}
+        return mixer | {"ba": (2 * self.linear.gates, hidden)} | self._mlp
 
     @property
     def layer_weights(self) -> int:
-        """The number of elements in one layer's matrices. The few in norms and biases are not counted."""
+        """The number of elements in the matrices of one layer of attention, without the few in norms and biases."""
         return sum(out * in_ for name, (out, in_) in self.products.items() if name != "head")
+
+    @property
+    def layers(self) -> int:
+        """The number of layers, of every kind."""
+        return len(self.windows) + (self.linear.count if self.linear else 0)
+
+    @property
+    def state_bytes(self) -> int:
+        """What a memory of any length takes besides its tokens' keys and values: the states of linear attention."""
+        return self.linear.state_bytes if self.linear else 0
+
+    @property
+    def body_weights(self) -> int:
+        """The number of elements in the matrices of all layers."""
+        body = len(self.windows) * self.layer_weights
+        if self.linear is not None:
+            body += self.linear.count * sum(out * in_ for out, in_ in self._linear_products.values())
+        return body
 
     @property
     def weights(self) -> int:
         """The number of elements that a prefill reads: every layer's matrices and the head, without embeddings."""
-        return len(self.windows) * self.layer_weights + self.vocab * self.hidden
+        return self.body_weights + self.vocab * self.hidden
+
+
+def _linear_layers(config: PreTrainedConfig) -> LinearLayers | None:
+    """None for linear attention of another kind, whose weights are then not those that the shape counts."""
+    fields = config.to_dict()
+    if "linear_num_value_heads" not in fields:
+        return None
+    return LinearLayers(
+        count=fields["layer_types"].count(LINEAR),
+        key_width=fields["linear_num_key_heads"] * fields["linear_key_head_dim"],
+        value_width=fields["linear_num_value_heads"] * fields["linear_value_head_dim"],
+        gates=fields["linear_num_value_heads"],
+        state_bytes=layout_of(copy.deepcopy(config)).bytes_a_memory,
+    )
 
 
 def prefill_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -> float:
@@ -91,7 +159,7 @@ def prefill_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -
     for each pair of a query token and a token that it attends to. MFU is defined with this count. `least_flop` is
     smaller.
     """
-    products = 2 * query_tokens * len(shape.windows) * shape.layer_weights
+    products = 2 * query_tokens * shape.body_weights
     attention = sum(_attention_flop(shape, window, query_tokens, cached_tokens) for window in shape.windows)
     return float(products + attention + 2 * shape.vocab * shape.hidden)
 
@@ -100,7 +168,7 @@ def least_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -> 
     """The smallest number of FLOP that give the first token and the whole cache. The limit uses this count.
 
     Except for its keys and values, the last layer is needed for the last token only. This saves 1 to 3% of
-    `prefill_flop` in a model with 28 to 80 layers.
+    `prefill_flop` in a model with 28 to 80 layers. Of a hybrid, at least that is left out.
     """
     kv = 2 * shape.kv_heads * shape.head_dim * shape.hidden
     saved_products = 2 * (query_tokens - 1) * (shape.layer_weights - kv)
@@ -110,11 +178,15 @@ def least_flop(shape: DenseShape, query_tokens: int, cached_tokens: int = 0) -> 
 
 
 def prefill_bytes(shape: DenseShape, query_tokens: int, cached_tokens: int, element_bytes: int) -> float:
-    """The smallest number of bytes that a prefill moves: it reads all weights and the cached KV, and writes new KV."""
+    """The smallest number of bytes that a prefill moves: it reads all weights and the cached KV, and writes new KV.
+
+    Of a hybrid, it also reads the states behind the cached tokens, and writes those behind the new ones.
+    """
     kv = 2 * shape.kv_heads * shape.head_dim
     read = sum(cached_tokens if window is None else min(cached_tokens, window - 1) for window in shape.windows)
     written = query_tokens * len(shape.windows)
-    return float(element_bytes * (shape.weights + kv * (read + written)))
+    states = shape.state_bytes * ((cached_tokens > 0) + (query_tokens > 0))
+    return float(element_bytes * (shape.weights + kv * (read + written)) + states)
 
 
 def _attention_flop(shape: DenseShape, window: int | None, query_tokens: int, cached_tokens: int) -> int:

@@ -176,9 +176,11 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
 
     def _replay(self, bench: Bench, cell: ReplayCell) -> list[Row]:
         real = replay(bench.memory, cell.trace, OURS, self.replay_budget_share, self.tick_every)
-        costs = Costs.fitted(real.samples, real.planning.kv_bytes_a_token)
+        costs = Costs.fitted(
+            real.samples, real.planning.kv_bytes_a_token, kv_bytes_a_memory=real.planning.kv_bytes_a_memory
+        )
         self._costs = costs
-        budget = int(self.replay_budget_share * sum(real.trace.tokens) * costs.kv_bytes_a_token)
+        budget = int(self.replay_budget_share * sum(map(costs.nbytes, real.trace.tokens)))
         policy = policy_classes()[OURS]()
         simulated = simulate(real.trace, policy, {"ram": budget}, costs, real.planning, self.tick_every)
         differs = disagreement(real.outcome, simulated)
@@ -212,7 +214,7 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         ]
 
     def _simulate(self, bench: Bench, cell: TrafficCell, costs: Costs) -> list[Row]:
-        budgets = [int(cell.budget_share * sum(trace.tokens) * costs.kv_bytes_a_token) for trace in cell.traces]
+        budgets = [int(cell.budget_share * sum(map(costs.nbytes, trace.tokens))) for trace in cell.traces]
         runs = list(zip(cell.traces, [{"ram": budget} for budget in budgets], strict=True))
         outcomes = {
             name: [simulate(trace, cls(), budget, costs, tick_every=self.tick_every) for trace, budget in runs]

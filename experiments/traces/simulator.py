@@ -73,7 +73,7 @@ def simulate(
             continue
         ttft_s.append(direct_s[memory])
         if name in tier_of:
-            nbytes = trace.tokens[memory] * costs.kv_bytes_a_token
+            nbytes = costs.nbytes(trace.tokens[memory])
             ttft_s[-1] = injected_s[memory] + costs.load_s(nbytes, tier_of[name])
             saved_s += direct_s[memory] - ttft_s[-1]
             hits += 1
@@ -85,7 +85,7 @@ def simulate(
             tier_of.pop(move.memory_id, None)
             if move.target is not None:
                 tier_of[move.memory_id] = move.target
-                moved_bytes += trace.tokens[int(move.memory_id)] * costs.kv_bytes_a_token
+                moved_bytes += costs.nbytes(trace.tokens[int(move.memory_id)])
             if move.kind == "build":
                 builds += 1
                 build_s += build_s_M[int(move.memory_id)]
@@ -136,7 +136,7 @@ def bound_s(trace: Trace, budget_bytes: int, costs: Costs) -> float:
         edits_before = np.searchsorted(np.array(edits[memory]), times, side="right")
         stretches = np.diff(times)[np.diff(edits_before) == 0]
         value_s += [saved_s - at_once_s] * len(stretches)
-        space_time += (stretches * tokens * costs.kv_bytes_a_token).tolist()
+        space_time += (stretches * costs.nbytes(tokens)).tolist()
     values, spaces = np.array(value_s), np.array(space_time)
     order = np.argsort(-values / spaces)
     spent = np.cumsum(spaces[order])

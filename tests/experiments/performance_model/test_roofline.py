@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.hardware.layout import Hardware
 from experiments.performance_model.calibration import calibrate, datasheet
+from experiments.performance_model.predictor import Layout
 from experiments.performance_model.roofline import DenseShape, Rates, Roofline, least_flop, prefill_bytes, prefill_flop
+from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError, ModelError
 from kvmem.models import loading
 
@@ -72,7 +74,25 @@ def test_the_limits_of_qwen2_5_72b_on_four_h800(tokens: int, limit_ms: float) ->
 @pytest.mark.parametrize("shape", loading.shapes())
 def test_every_shape_is_covered(shape: str) -> None:
     config = loading.shape_config(shape)
-    assert len(DenseShape.of(config).windows) == config.num_hidden_layers
+    assert DenseShape.of(config).layers == config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("shape", "billions"), [("qwen3.5-9b", 8.95), ("qwen3.5-27b", 26.90)])
+def test_a_hybrid_reads_its_weights_and_the_states(shape: str, billions: float) -> None:
+    counted = DenseShape.of(loading.shape_config(shape))
+    assert (counted.weights + counted.vocab * counted.hidden) / 1e9 == pytest.approx(billions, rel=2e-3)
+    without = dataclasses.replace(counted, linear=dataclasses.replace(counted.linear, state_bytes=0))
+    for new, cached, times in ((100, 0, 1), (100, 1000, 2)):
+        states = prefill_bytes(counted, new, cached, 2) - prefill_bytes(without, new, cached, 2)
+        assert states == times * counted.state_bytes > 0
+
+
+def test_what_a_hybrids_memory_takes_is_predicted() -> None:
+    backend = HFBackend(loading.load("random:tiny_qwen3_5", torch.device("cpu"), torch.bfloat16))
+    item = backend.build("The library opens at nine and closes at six.")
+    layout = Layout(DenseShape.of(backend.model_config), H800X4)
+    assert layout.memory_bytes(len(item.metadata.tokens.token_ids)) == item.metadata.kv_bytes
+    assert layout.bytes_a_memory > 0
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny_llama"])
