@@ -40,7 +40,13 @@ def recompute(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence
     ids_1S = torch.tensor([token_ids], device=model.device)[:, at_S]
     decoder = _first_layers(model.get_decoder(), len(layers))
     arguments = {"position_ids": at_S[None], "attention_mask": mask_ST[None, None]}
-    decoder(input_ids=ids_1S, past_key_values=cache, use_cache=True, **arguments)
+    try:
+        decoder(input_ids=ids_1S, past_key_values=cache, use_cache=True, **arguments)
+    except (TypeError, ValueError) as error:  # foreign code: ALiBi's bias is made from a mask of another shape
+        raise MergeError(
+            f"This merge recomputes single tokens, and {model.config.model_type} takes no mask for them ({error}). "
+            "Use merge=Reprefill."
+        ) from error
 
 
 def _first_layers(decoder: Any, count: int) -> Any:

@@ -38,7 +38,8 @@ from transformers import (
 )
 
 from kvmem.engines.huggingface import HFBackend
-from kvmem.errors import ModelError, PromptError
+from kvmem.errors import MergeError, ModelError, PromptError
+from kvmem.merge import strategy
 from kvmem.models import NO_MAXIMUM, Loaded, load, loading
 from kvmem.prompt import TokenizedPrompt
 from tests.helpers.tiny import CPU, greedy_by_transformers, memory_on
@@ -155,6 +156,20 @@ def test_alibi_without_a_maximum_has_none() -> None:
     backend = opened(bloom())
     assert backend.max_tokens == NO_MAXIMUM
     exact(backend)
+
+
+def test_a_merge_that_alibi_has_no_mask_for_is_exact_or_refused() -> None:
+    backend = opened(bloom())
+    for merge in ("Reprefill", "NaiveConcat"):
+        memory = memory_on(backend, merge=strategy(merge))
+        items = memory.extract(["The library opens at nine.", "The museum is closed on Mondays."])
+        memory.add(items)
+        try:
+            view = memory.get_cache([item.kv_cache_id for item in items])
+        except MergeError as refused:
+            assert merge != "Reprefill" and "bloom" in str(refused) and "Reprefill" in str(refused)
+        else:
+            assert view.get_seq_length() == len(view.tokens.token_ids)
 
 
 def test_positions_that_begin_behind_the_padding_token_are_fewer() -> None:
