@@ -24,7 +24,7 @@ from kvmem.cache.items import (
     TextualMemoryItem,
     TextualSource,
 )
-from kvmem.cache.layers import CONV, ENTRIES, INDEXER, KEYS, KV, RECURRENT, VALUES, Contents
+from kvmem.cache.layers import CONV, ENTRIES, INDEXER, KEYS, KV, RECURRENT, VALUES, Contents, LayersComputed
 from kvmem.cache.layout import CacheLayout, KeptTensor, TensorLayout
 from kvmem.cache.mapped_files import MappedFile
 from kvmem.cache.model_function import FunctionWatch, foreign_code, observing
@@ -46,6 +46,7 @@ __all__ = [
     "KVCacheItem",
     "KVCacheMetadata",
     "KeptTensor",
+    "LayersComputed",
     "MappedFile",
     "MemoryTokens",
     "Message",

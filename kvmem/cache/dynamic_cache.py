@@ -21,7 +21,18 @@ from kvmem.cache import layers as cache_layers
 from kvmem.cache import own_classes
 from kvmem.cache.fingerprint import ModelFingerprint
 from kvmem.cache.items import MemoryTokens
-from kvmem.cache.layers import ENTRIES, KEYS, KV, VALUES, Contents, PatchedLayer, TransferLayer
+from kvmem.cache.layers import (
+    ENTRIES,
+    KEYS,
+    KV,
+    VALUES,
+    Contents,
+    ContinuedLayer,
+    EndLayer,
+    PatchedLayer,
+    ShiftedLayer,
+    TransferLayer,
+)
 from kvmem.cache.mapped_files import MappedFile, files_of
 from kvmem.errors import CacheInUseError, FingerprintError, ModelError
 
@@ -162,11 +173,36 @@ def from_transfer(
     return cache
 
 
-def patched(layers: Sequence[KV], at_S: torch.Tensor) -> DynamicCache:
-    """A cache of a model's first layers. A forward pass overwrites the tokens at the indices `at`, (new,) int64."""
+def patched(layers: Sequence[KV], at_S: torch.Tensor, count: int) -> DynamicCache:
+    """A cache for a model with `count` layers. A forward pass overwrites the tokens at the indices `at`, (new,) int64.
+
+    layers: those of the model, or only the first ones; behind them the pass ends with LayersComputed.
+    """
+    return _of([PatchedLayer(keys, values, at_S) for keys, values in layers], count)
+
+
+def continued(layers: Sequence[KV], start: int, count: int) -> DynamicCache:
+    """As `patched`, for a forward pass that overwrites the tokens from `start` on and sees those before."""
+    return _of([ContinuedLayer(keys, values, start) for keys, values in layers], count)
+
+
+def shifted(tokens: int, config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache that says it has so many tokens: the next ones get positions behind, and attend to none of them.
+
+    Every layer keeps all tokens that are added, those with a sliding window too.
+    """
+    return _of([ShiftedLayer(tokens) for _ in range(layer_count(config))], layer_count(config))
+
+
+def _of(layers: Sequence[DynamicLayer], count: int) -> DynamicCache:
     cache = DynamicCache()
-    cache.layers = [PatchedLayer(keys, values, at_S) for keys, values in layers]
+    cache.layers = [*layers, *(EndLayer() for _ in range(count - len(layers)))]
     return cache
+
+
+def windows_of(config: PreTrainedConfig) -> list[int | None]:
+    """How many tokens each layer attends to, itself included; None for all tokens."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
 
 
 def check_files(cache: DynamicCache) -> None:

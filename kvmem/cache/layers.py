@@ -299,3 +299,48 @@ class PatchedLayer(DynamicLayer):
         self.keys.index_copy_(2, self.at_S, key_states)
         self.values.index_copy_(2, self.at_S, value_states)
         return self.keys, self.values
+
+
+class ContinuedLayer(DynamicLayer):
+    """A layer that holds the first `start` tokens of fixed tensors. An update overwrites the tokens behind them."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
+        super().__init__()
+        self.all_keys, self.all_values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._hold(start)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
+        start, new = self.get_seq_length(), key_states.shape[-2]
+        self.all_keys[..., start : start + new, :] = key_states
+        self.all_values[..., start : start + new, :] = value_states
+        return self._hold(start + new)
+
+    def _hold(self, tokens: int) -> KV:
+        self.keys, self.values = self.all_keys[..., :tokens, :], self.all_values[..., :tokens, :]
+        return self.keys, self.values
+
+
+class LayersComputed(Exception):
+    """Ends a forward pass behind the layers whose keys and values are wanted."""
+
+
+class EndLayer(DynamicLayer):
+    """The layer behind those whose keys and values are wanted: it ends the forward pass."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
+        raise LayersComputed
+
+
+class ShiftedLayer(DynamicLayer):
+    """A layer without tokens that says it has `tokens` of them, so that a model places the next ones behind."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def get_seq_length(self) -> int:
+        return self.tokens + super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return super().get_seq_length() + query_length, self.tokens

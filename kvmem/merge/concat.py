@@ -12,7 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvmem.cache import KV, KVCacheItem, dynamic_cache
 from kvmem.errors import MergeError
+from kvmem.merge import windows
 from kvmem.merge.base import MergeStrategy, merged_tokens
+from kvmem.merge.proof import Unproven, proof_of
 from kvmem.merge.recompute import recompute
 
 
@@ -27,6 +29,8 @@ class ConcatenatedBlocks:
     """Positions of the tokens that no block holds, such as separators. They are always recomputed."""
     body_spans: tuple[tuple[int, int], ...]
     """(start, end) of each block after the first, end exclusive."""
+    dropped: tuple[range, ...] = ()
+    """The positions that layers with a sliding window no longer hold: zeros in `layers`, unless they are recomputed."""
 
 
 class ConcatStrategy(MergeStrategy):
@@ -47,28 +51,35 @@ class ConcatStrategy(MergeStrategy):
         """The positions in the bodies after the first that are recomputed with the gaps. None by default."""
         return ()
 
+    def check(self, items: Sequence[KVCacheItem], tokens: int, model: PreTrainedModel) -> None:
+        """Raises MergeError, or Unproven with the rest of the sentence, if these items can't be merged.
+
+        tokens: how many tokens the merge has.
+        """
+
     def merge(
         self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
     ) -> DynamicCache:
-        if dynamic_cache.has_sliding_layers(model.config):
-            raise MergeError(
-                f"{type(self).name} does not cover sliding-window attention ({model.config.model_type}), whose stored "
-                "blocks lack the tokens that have left the window. Use merge=Reprefill."
-            )
-        if len(items) == 1:
-            body_end = items[0].metadata.tokens.body_end
-            return dynamic_cache.from_layers(dynamic_cache.cut(items[0].kv_cache, 0, body_end), model.config)
-        blocks = self._concatenate(items, separator_ids, model)
-        positions = sorted({*blocks.gap_positions, *self.positions_to_recompute(blocks, model)})
-        recompute(model, blocks.token_ids, blocks.layers, positions)
-        return dynamic_cache.from_layers(blocks.layers, model.config)
+        proof_of(model, items[0].metadata.fingerprint)
+        tokens = merged_tokens(items, separator_ids).token_ids
+        try:
+            windows.check_kinds(model.config, len(tokens))
+            self.check(items, len(tokens), model)
+            blocks = self._concatenate(items, separator_ids, model)
+            positions = sorted({*blocks.gap_positions, *self.positions_to_recompute(blocks, model)})
+            windows.check_held(model.config, blocks.dropped, positions, len(tokens))
+            recompute(model, blocks.token_ids, blocks.layers, positions)
+        except Unproven as reason:
+            raise MergeError(f"{type(self).name} does not cover {reason}") from reason
+        return dynamic_cache.from_layers(windows.within(blocks.layers, model.config), model.config, len(tokens))
 
     @torch.inference_mode()
     def _concatenate(
         self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
     ) -> ConcatenatedBlocks:
         first = items[0].metadata.tokens
-        parts = [dynamic_cache.cut(items[0].kv_cache, 0, first.body_end)]
+        parts = [windows.cut(items[0].kv_cache, 0, first.body_end)]
+        dropped = [windows.dropped(items[0].kv_cache, 0, first.body_end, 0)]
         offsets = [0] * first.body_end
         gap_positions: list[int] = []
         body_spans: list[tuple[int, int]] = []
@@ -76,20 +87,19 @@ class ConcatStrategy(MergeStrategy):
         for previous, item in pairwise(items):
             tokens = item.metadata.tokens
             gap_tokens = len(previous.metadata.tokens.rest_ids) + len(separator_ids)
-            keys_BHTD, values_BHTD = parts[0][0]
-            parts.append([(_zeros(keys_BHTD, gap_tokens), _zeros(values_BHTD, gap_tokens))] * len(parts[0]))
+            parts.append(
+                [(windows.zeros(keys, gap_tokens), windows.zeros(values, gap_tokens)) for keys, values in parts[0]]
+            )
             gap_positions += range(end, end + gap_tokens)
             start = end + gap_tokens
             end = start + tokens.body_end - tokens.header_tokens
             body_spans.append((start, end))
             offsets += [0] * gap_tokens + [start - tokens.header_tokens] * (end - start)
-            parts.append(dynamic_cache.cut(item.kv_cache, tokens.header_tokens, tokens.body_end))
+            parts.append(windows.cut(item.kv_cache, tokens.header_tokens, tokens.body_end))
+            dropped.append(windows.dropped(item.kv_cache, tokens.header_tokens, tokens.body_end, start))
         layers = dynamic_cache.join(parts)
         self.shift_keys(layers, torch.tensor(offsets, device=layers[0][0].device), model)
         token_ids = merged_tokens(items, separator_ids).token_ids
-        return ConcatenatedBlocks(token_ids, layers, tuple(gap_positions), tuple(body_spans))
-
-
-def _zeros(like_BHTD: torch.Tensor, tokens: int) -> torch.Tensor:
-    batch, heads, _, head_dim = like_BHTD.shape
-    return like_BHTD.new_zeros(batch, heads, tokens, head_dim)
+        return ConcatenatedBlocks(
+            token_ids, layers, tuple(gap_positions), tuple(body_spans), tuple(span for span in dropped if span)
+        )

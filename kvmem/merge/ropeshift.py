@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvmem.cache import KV, KVCacheItem
 from kvmem.merge.concat import ConcatStrategy
-from kvmem.merge.rope import Rotation, check_rotatable, inverse_frequencies, rotate
+from kvmem.merge.proof import proof_of
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -20,20 +20,18 @@ class RopeShift(ConcatStrategy):
     """Concatenates the stored values, and the keys rotated by R(Δ). Not exact.
 
     Equals a joint prefill in layer 0 and for a single memory. In deeper layers it differs, because a block was built
-    without the blocks before it. Supports full attention in the Llama, Mistral, Qwen2 and Qwen3 families with
-    frequencies that do not change with the length. Gim et al., "Prompt Cache", 2024.
+    without the blocks before it. Covers a model if a probe shows that its keys move like this: see `proof`. Gim et al.,
+    "Prompt Cache", 2024.
     """
 
     name: ClassVar[str] = "RopeShift"
     exact: ClassVar[bool] = False
 
-    def merge(
-        self, items: Sequence[KVCacheItem], separator_ids: tuple[int, ...], model: PreTrainedModel
-    ) -> DynamicCache:
-        check_rotatable(model.config, self.name)
-        return super().merge(items, separator_ids, model)
+    def check(self, items: Sequence[KVCacheItem], tokens: int, model: PreTrainedModel) -> None:
+        super().check(items, tokens, model)
+        lengths = [item.metadata.token_count for item in items]
+        proof_of(model).check_lengths(model, lengths, tokens)
 
     def shift_keys(self, layers: Sequence[KV], offsets_T: torch.Tensor, model: PreTrainedModel) -> None:
-        rotation = Rotation.by(offsets_T, inverse_frequencies(model).to(offsets_T.device))
-        for keys_BHTD, _ in layers:
-            rotate(keys_BHTD, rotation)
+        new_T = torch.arange(len(offsets_T), device=offsets_T.device)
+        proof_of(model).move(model, layers, new_T - offsets_T, new_T)
