@@ -25,8 +25,9 @@ from kvmem.models import max_positions
 PROBE_TOKENS = 8
 OLD_POSITION = 3
 """Where the probe is built. It is moved from there to positions near and far."""
-NEAR, FAR = 24, 1 << 15
-"""Positions that the probe is moved to; the second is less in a model with fewer positions."""
+NEAR, FAR = 24, 1 << 10
+"""Positions that the probe is moved to; the second is less in a model with fewer positions. Much farther, the rounding
+of a model's own angles in float32 is what differs."""
 RECOMPUTED = (2, 3, 6)
 """Which of the last `PROBE_TOKENS` of a probe are recomputed, to compare."""
 
