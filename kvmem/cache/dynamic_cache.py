@@ -200,11 +200,6 @@ def _of(layers: Sequence[DynamicLayer], count: int) -> DynamicCache:
     return cache
 
 
-def windows_of(config: PreTrainedConfig) -> list[int | None]:
-    """How many tokens each layer attends to, itself included; None for all tokens."""
-    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-
-
 def check_files(cache: DynamicCache) -> None:
     """Raises ChangedFileError if a file that tensors of the cache are mapped from changed after it was loaded."""
     for file in _files.get(cache, ()):

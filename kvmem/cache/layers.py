@@ -328,6 +328,9 @@ class LayersComputed(Exception):
 class EndLayer(DynamicLayer):
     """The layer behind those whose keys and values are wanted: it ends the forward pass."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KV:
         raise LayersComputed
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvmem.cache import KV, LayersComputed, dynamic_cache
+from kvmem.models import decoder_of
 
 Pass = Callable[[PreTrainedModel, Sequence[int], Sequence[KV], Sequence[int]], None]
 """(model, token ids, layers, positions): overwrites keys and values at the positions, which are sorted.
@@ -25,20 +26,16 @@ first ones; the computation ends with these.
 
 
 @torch.inference_mode()
-def by_mask(
-    model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[KV], positions: Sequence[int]
-) -> None:
+def by_mask(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[KV], positions: Sequence[int]) -> None:
     """One forward pass over all of the tokens."""
     at_S = torch.tensor(positions, device=model.device)
     tokens = len(token_ids)
-    windows = [None if w is None or w >= tokens else w for w in dynamic_cache.windows_of(model.config)]
+    windows = [window if window and window < tokens else None for window in dynamic_cache.windows_of(model.config)]
     types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     masks = {window: _mask(at_S, tokens, window, model.dtype) for window in set(windows)}
-    if len(masks) == 1:
-        (mask,) = masks.values()
-    else:  # transformers names the masks by the kinds of layers
-        mask = {kind: masks[window] for kind, window in zip(types, windows, strict=False)}
-    arguments: dict[str, Any] = {"attention_mask": mask}
+    by_kind = {kind: masks[window] for kind, window in zip(types, windows, strict=False)}
+    # Where layers differ, transformers takes one mask for each kind of them, by its name.
+    arguments: dict[str, Any] = {"attention_mask": masks[windows[0]] if len(masks) == 1 else by_kind}
     if takes_positions(model):
         arguments["position_ids"] = at_S[None]
     cache = dynamic_cache.patched(layers, at_S, dynamic_cache.layer_count(model.config))
@@ -46,9 +43,7 @@ def by_mask(
 
 
 @torch.inference_mode()
-def by_runs(
-    model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[KV], positions: Sequence[int]
-) -> None:
+def by_runs(model: PreTrainedModel, token_ids: Sequence[int], layers: Sequence[KV], positions: Sequence[int]) -> None:
     """One forward pass for each run of consecutive tokens, from the first to the last."""
     runs: list[list[int]] = []
     for position in positions:
@@ -63,7 +58,7 @@ def by_runs(
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether the model's decoder can be told the positions of its tokens."""
-    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+    return "position_ids" in inspect.signature(decoder_of(model).forward).parameters
 
 
 def _mask(at_S: torch.Tensor, tokens: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -78,6 +73,6 @@ def _mask(at_S: torch.Tensor, tokens: int, window: int | None, dtype: torch.dtyp
 
 def _run(model: PreTrainedModel, ids_1S: torch.Tensor, cache: Any, arguments: dict[str, Any]) -> None:
     try:
-        model.get_decoder()(input_ids=ids_1S, past_key_values=cache, use_cache=True, **arguments)
+        decoder_of(model)(input_ids=ids_1S, past_key_values=cache, use_cache=True, **arguments)
     except LayersComputed:
         return  # the layers that were asked for

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from kvmem.cache import observing
+
 Pairing = Literal["halves", "neighbours"]
 """Which dimensions make a pair: i and i + half of them, or 2i and 2i + 1."""
 
@@ -36,16 +38,20 @@ class Rotation(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which dimensions of a key are rotated, from `start` on, and in which pairs."""
+    """Which dimensions of a key are rotated, from `start` on, in which pairs, and in which sense."""
 
     pairing: Pairing
     start: int
+    sense: Literal[1, -1] = 1
+    """-1 where a model rotates from the second dimension of a pair to the first (nanochat)."""
 
     @classmethod
     def possible(cls, head_dim: int, pairs: int) -> list[Layout]:
         """All layouts for that many pairs: the first dimensions of a key or the last ones, in both pairings."""
         starts = sorted({0, head_dim - 2 * pairs}) if 0 < 2 * pairs <= head_dim else []
-        return [cls(pairing, start) for start in starts for pairing in ("halves", "neighbours")]
+        pairings: tuple[Pairing, ...] = ("halves", "neighbours")
+        senses: tuple[Literal[1, -1], ...] = (1, -1)
+        return [cls(pairing, start, sense) for sense in senses for start in starts for pairing in pairings]
 
     def parts(self, keys_BHTD: torch.Tensor, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and the second dimension of each pair, each (batch, heads, tokens, pairs), as views."""
@@ -60,10 +66,13 @@ def rotate(keys_BHTD: torch.Tensor, rotation: Rotation, layout: Layout) -> None:
 
     Uses few and large operations, because on a GPU the cost is that of the kernel launches.
     """
-    cos_TF, sin_TF = rotation
+    cos_TF, sin_TF = (part.to(keys_BHTD.device) for part in rotation)
     views = layout.parts(keys_BHTD, cos_TF.shape[-1])
     first, second = (view.float() for view in views)
-    rotated = (first * cos_TF).addcmul_(second, sin_TF, value=-1), (second * cos_TF).addcmul_(first, sin_TF)
+    rotated = (
+        (first * cos_TF).addcmul_(second, sin_TF, value=-layout.sense),
+        (second * cos_TF).addcmul_(first, sin_TF, value=layout.sense),
+    )
     for view, values in zip(views, rotated, strict=True):
         view.copy_(values)
 
@@ -94,7 +103,9 @@ class _Call:
     @torch.inference_mode()
     def at(self, positions_T: torch.Tensor) -> Rotation:
         self._output(positions_T[:1] * 0)  # a module that adapts to the length begins anew with a short one
-        cos_TW, sin_TW = _cos_and_sin(self._output(positions_T))
+        pair = _cos_and_sin(self._output(positions_T))
+        assert pair is not None  # it was a pair when the call was recorded
+        cos_TW, sin_TW = pair
         width = cos_TW.shape[-1]
         if self.repeat == "halves":
             cos_TW, sin_TW = cos_TW[:, : width // 2], sin_TW[:, : width // 2]
@@ -132,6 +143,7 @@ def rotary_calls(model: nn.Module, positions: Sequence[int], found: list[Rotary]
     seen: list[tuple[nn.Module, list[str]]] = []
     calls: list[_Call] = []
 
+    @observing
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = [*args, *kwargs.values()]
         at = next((value for value in given if _holds(value, wanted)), None)

@@ -31,7 +31,7 @@ def dropped(cache: DynamicCache, start: int, end: int, at: int) -> range:
 
 
 def check_kinds(config: PreTrainedConfig, tokens: int) -> None:
-    """Raises Unproven for a merge that is longer than the chunks of attention in chunks, which blocks would straddle."""
+    """Raises Unproven for a merge that is longer than the chunks of a model whose attention is in chunks."""
     text = config.get_text_config(decoder=True)
     chunk = getattr(text, "attention_chunk_size", None)
     if chunk and tokens > chunk and "chunked_attention" in (getattr(text, "layer_types", None) or ()):
@@ -53,11 +53,11 @@ def check_held(config: PreTrainedConfig, dropped: Sequence[range], recomputed: S
         for position in (*recomputed, tokens):
             before = missing_T[max(0, position - window + 1) : position]
             if bool(before.any()):
+                first = position - len(before) + int(before.nonzero()[0])
                 raise Unproven(
-                    f"{config.model_type} with these memories: layers with a sliding window of {window} tokens attend "
-                    f"from token {position} of the merge to token {position - len(before) + int(before.nonzero()[0])}, "
-                    "which left the window when its memory was built. Merge memories shorter than the window, or use "
-                    "merge=Reprefill."
+                    f"{config.model_type} with these memories: token {position} of the merge attends to token {first} "
+                    f"in layers with a sliding window of {window} tokens, which dropped it when its memory was built. "
+                    "Merge memories that are shorter than the window, or use merge=Reprefill."
                 )
 
 

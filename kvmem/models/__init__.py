@@ -11,7 +11,7 @@ from kvmem.models.forward import decode_one_token, prefill
 from kvmem.models.loading import Loaded, load, shape_config, shapes
 from kvmem.models.probes import continues_in_one_step, layout_of, measured_layout
 from kvmem.models.random_weights import STD
-from kvmem.models.structure import NO_MAXIMUM, decoder_layers, max_positions
+from kvmem.models.structure import NO_MAXIMUM, decoder_layers, decoder_of, max_positions
 
 __all__ = [
     "NO_MAXIMUM",
@@ -20,6 +20,7 @@ __all__ = [
     "continues_in_one_step",
     "decode_one_token",
     "decoder_layers",
+    "decoder_of",
     "layout_of",
     "load",
     "loading",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,10 +29,18 @@ def max_positions(config: PreTrainedConfig) -> int:
     return positions - (config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0)
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that computes hidden states of token ids, without the language head."""
+    decoder: PreTrainedModel = model.get_decoder()
+    if "input_ids" in inspect.signature(decoder.forward).parameters:
+        return decoder
+    return cast("PreTrainedModel", model.base_model)  # ModernBERT's decoder calls its head `decoder`
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, in the order in which they are computed. Raises ModelError if the model has no such list."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():
+    for module in decoder_of(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ModelError(
