@@ -26,12 +26,14 @@ from kvmem.models import Loaded, loading
 from tests.helpers.tiny import memory_on
 
 TOLERANCE = 1e-4
-TEXTS = ("The library opens at nine.", "A late book costs ten cents a day.", "Guests read in the hall.")
-LONG = (
-    "The library opens at nine and closes at six, and it is silent. " * 2,
-    "A late book costs ten cents a day. " * 4,
+TEXTS = (
+    "The library opens at nine and closes at six, but on a Sunday it opens at ten.",
+    "A late book costs ten cents a day, and a lost one costs more.",
+    "Guests read in the hall.",
 )
-"""Each is longer than the window of the tiny models, 24 tokens."""
+"""Each is shorter than the window of the tiny models, 24 tokens, and all are longer together."""
+LONG = ("The library opens at nine and closes at six, and it is silent. " * 2, f"{TEXTS[1]} " * 3)
+"""Each is longer than the window."""
 
 COVERED = (
     "arcee",  # rotary embeddings of the whole head, in halves
