@@ -41,6 +41,7 @@ MEMORY = (
 OTHER_MEMORY = (
     "The museum is closed on Mondays. On the first Sunday of a month nobody pays, and groups ring before they come."
 )
+SHORT_MEMORIES = ("The library opens at nine.", "A late book costs ten cents.")
 FIRST, SECOND = "When does the library open?", "What does a late book cost, and who may borrow one?"
 LATER = [{"role": "user", "content": "I am a guest."}, {"role": "assistant", "content": "Then you read in the hall."}]
 
@@ -90,6 +91,11 @@ class Bench:
         return HFBackend(self.loaded)
 
     @cached_property
+    def plain(self) -> HFBackend:
+        """The same model without a chat template, whose tokens fill a short window."""
+        return HFBackend(self.loaded, "plain")
+
+    @cached_property
     def item(self) -> KVCacheItem:
         return self.memory().extract(MEMORY)
 
@@ -137,18 +143,20 @@ class Bench:
                     return self.compare(self.backend, item, FIRST)
 
     def merge(self, name: str) -> Outcome:
-        """Two memories through a merge strategy."""
-        memory = self.memory(merge=strategy(name))
-        items = memory.extract([MEMORY, OTHER_MEMORY])
+        """Two memories through a merge strategy. One that is not exact gets short ones, which stay in every window."""
+        exact = strategy(name).exact
+        backend = self.backend if exact else self.plain
+        memory = self.memory(backend, merge=strategy(name), template=backend.template.kind)
+        items = memory.extract([MEMORY, OTHER_MEMORY] if exact else list(SHORT_MEMORIES))
         memory.add(items)
         view = memory.get_cache([item.kv_cache_id for item in items])
         assert isinstance(view, CacheView)
-        if memory.config.merge.exact:
-            return self.compare_view(self.backend, view, FIRST)
-        prompt = self.backend.split(FIRST, view)
+        if exact:
+            return self.compare_view(backend, view, FIRST)
+        prompt = backend.split(FIRST, view)
         if prompt.memory_ids != view.tokens.token_ids:
             raise Differs(f"the cache stands for {len(prompt.memory_ids)} of {len(view.tokens.token_ids)} tokens")
-        if not bool(self.backend.greedy(prompt, view, STEPS).logits_SV.isfinite().all()):
+        if not bool(backend.greedy(prompt, view, STEPS).logits_SV.isfinite().all()):
             raise Differs("logits are not finite")
         return "approximate"
 

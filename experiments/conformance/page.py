@@ -36,8 +36,9 @@ from the family's own config class (`experiments/conformance/recipes.yaml` says 
 - **failed**: an answer differs, or something raised another error than kvmem's own.
 - **untested**: no tiny model of this family could be made.
 
-A merge strategy that is not exact by design is **approx.** where it ran: the cache stands for all tokens, and an answer
-comes from it. [Merging](merging.md) says what each computes.
+A merge strategy that is not exact by design is **approx.** where a measurement on the model shows that its keys can be
+moved and its tokens recomputed, and it ran on two short memories: the cache stands for all tokens, and an answer comes
+from it. [Merging](merging.md) says what each computes, and what is measured.
 
 Bytes are those of the tiny model's memory in fp32: what each token takes, and what a memory takes besides. Layers with
 a sliding window keep the last tokens only, so theirs are bytes a memory.
@@ -135,7 +136,9 @@ def _reasons(some: Sequence[Findings], outcome: str) -> str:
 
 
 def _of_any(findings: Findings, reason: str) -> str:
-    """The reason without the name of the architecture, so that architectures with the same reason share a row."""
+    """The reason without the name of the architecture and what was measured on it, so that those with the same reason
+    share a row."""
+    reason = re.sub(r" by [\d.e+-]+ of (their|its) size", "", reason)
     names = (rf"{findings.model_class} \(model_type [\w.-]+\)", *map(re.escape, findings.names))
     return re.sub(rf"(?<![\w-])({'|'.join(names)})(?![\w-])", "this model", reason)
 

@@ -2,8 +2,8 @@
 
 A short probe is computed at one position and at others. A merge may move what the model keeps of a token if that, with
 the rotation of the model's own rotary module undone and done again, is what the model computes at the other position,
-on every layer. It may recompute single tokens if that gives what one pass over the probe gives. Both take the time of
-about seven forward passes of 8 tokens: 0.02 to 0.1 s for models of four layers on a CPU.
+on every layer. It may recompute single tokens if that gives what one pass over the probe gives. Both together take five
+forward passes of 8 tokens, and the comparison: 0.3 s for SmolLM2-135M on one busy CPU core.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ FORWARD_ERRORS = (TypeError, ValueError, LookupError, AttributeError, AssertionE
 WAY_OUT = "Use merge=Reprefill."
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """By how much, as a share of its size, a token's keys may differ: half of the dtype's digits must agree.
+def tolerance(dtype: torch.dtype, layer: int = 0) -> float:
+    """By how much, as a share of its size, what a layer keeps of a token may differ: half of the dtype's digits agree.
 
-    0.0003 in float32, 0.03 in float16, 0.09 in bfloat16. Keys that are rotated otherwise differ by about 1.
+    In layer 0: 0.0003 in float32, 0.03 in float16, 0.09 in bfloat16; behind it, where the rounding of all layers before
+    adds up, four times that. Of SmolLM2-135M's layers the worst is off by 0.00003 in float32 and 0.05 in bfloat16. Keys
+    that are rotated otherwise are off by about 1.
     """
-    return math.sqrt(torch.finfo(dtype).eps)
+    return math.sqrt(torch.finfo(dtype).eps) * (4 if layer else 1)
 
 
 class Unproven(MergeError):
@@ -155,11 +157,11 @@ class Proof:
             found = []
             for which, (kind, tensor) in enumerate(zip(("keys", "values"), pair, strict=True)):
                 motion, off = _nearest(tensor, [layers[layer][which] for layers in moved], moves, likely)
-                if not off <= tolerance(model.dtype):
+                if not off <= tolerance(model.dtype, layer):
                     how = "no rotation of its own moves them there" if moves else "it has no rotary embedding"
                     raise Unproven(
                         f"{name}: the {kind} of layer {layer} at another position differ by {off:.2g} of their size, "
-                        f"where rounding explains {tolerance(model.dtype):.2g}, and {how}. {WAY_OUT}"
+                        f"where rounding explains {tolerance(model.dtype, layer):.2g}, and {how}. {WAY_OUT}"
                     )
                 found.append(motion)
                 likely = likely if motion is None else [motion, *(other for other in likely if other != motion)]
@@ -285,11 +287,11 @@ def _right_pass(model: PreTrainedModel, tokens: int) -> Pass:
         except FORWARD_ERRORS as error:
             reasons.append(f"{name} it raises {type(error).__name__}")
             continue
-        off_by_layer = [_off(now, before) for now, before in zip(tried, right, strict=True)]
-        layer = max(range(len(off_by_layer)), key=off_by_layer.__getitem__)
-        if off_by_layer[layer] <= tolerance(model.dtype):
+        offs = [_off(now, before) for now, before in zip(tried, right, strict=True)]
+        wrong = [layer for layer, off in enumerate(offs) if not off <= tolerance(model.dtype, layer)]
+        if not wrong:
             return way
-        reasons.append(f"{name} layer {layer} differs by {off_by_layer[layer]:.2g} of its size")
+        reasons.append(f"{name} layer {wrong[0]} differs by {offs[wrong[0]]:.2g} of its size")
     raise Unproven(
         f"{model.config.model_type}: recomputing single tokens does not give what one pass over them gives "
         f"({'; '.join(reasons)}). {WAY_OUT}"
