@@ -9,14 +9,17 @@ The module `manifest` is also used as a namespace: it holds what a file states a
 from kvmem.storage import manifest
 from kvmem.storage.atomic_write import remove_abandoned, replacing, write_all
 from kvmem.storage.base import FORMATS, Storage, for_filename, opened
+from kvmem.storage.item_reader import ItemHead, ItemReader, opened_item, read_head
 from kvmem.storage.manifest import ItemManifest
 from kvmem.storage.namespace import namespace_folder
-from kvmem.storage.safetensors_file import SafetensorsFile, read_token_ids
+from kvmem.storage.safetensors_file import SafetensorsFile
 from kvmem.storage.temporary_folder import TemporaryFolder
 
 __all__ = [
     "FORMATS",
+    "ItemHead",
     "ItemManifest",
+    "ItemReader",
     "SafetensorsFile",
     "Storage",
     "TemporaryFolder",
@@ -24,7 +27,8 @@ __all__ = [
     "manifest",
     "namespace_folder",
     "opened",
-    "read_token_ids",
+    "opened_item",
+    "read_head",
     "remove_abandoned",
     "replacing",
     "write_all",

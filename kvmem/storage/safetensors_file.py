@@ -99,7 +99,7 @@ class SafetensorsFile(Storage):
             mapped = _mapped(file, header, path) if header.regions is None else None  # verifies the header too
             contents = manifest.from_json(header.manifest, path)
             manifest.check_model(contents, fingerprint, path)
-            _check_tensors(header, contents, fingerprint, config, path)
+            check_tensors(header, contents, fingerprint, config, path)
             if mapped is None and device.type == "cpu":
                 mapped = _mapped(file, header, path)
             if mapped is not None:
@@ -118,20 +118,6 @@ class SafetensorsFile(Storage):
         return items
 
 
-def read_token_ids(path: Path) -> tuple[int, ...]:
-    """The token ids of a file's first item. Reads only the header.
-
-    Raises StorageError for a file that can't be read, or whose header is damaged. In an older file, whose header has no
-    checksum of its own, damage may go unnoticed.
-    """
-    with opened(path) as file:
-        header = read_header(file, path)
-    items = manifest.from_json(header.manifest, path).items
-    if not items:
-        raise DamagedFileError(f"{path} holds no item. Dump a memory there first.")
-    return items[0].metadata.tokens.token_ids
-
-
 Kept = Sequence[Sequence[str]]
 """The names of each layer's tensors."""
 
@@ -140,7 +126,7 @@ def _name(item: int, layer: int, kept: str) -> str:
     return f"{item}.{layer}.{kept}"
 
 
-def _names(item: int, kept: Kept) -> list[str]:
+def names_of(item: int, kept: Kept) -> list[str]:
     """The names of an item's tensors in the file, in the order of their bytes."""
     return [_name(item, layer, name) for layer, names in enumerate(kept) for name in names]
 
@@ -162,6 +148,12 @@ class Header:
         return text
 
     @property
+    def checksum(self) -> str:
+        """The checksum that the header states: its own, and so that of the whole content; or an older file's."""
+        stated: dict[str, str] = self.fields["__metadata__"]
+        return stated["checksum" if self.regions is None else "checksum_of_head"]
+
+    @property
     def is_finite(self) -> bool:
         """Whether the file's writer made sure that no value is NaN or infinite."""
         stated: str = self.fields["__metadata__"].get(FINITE, "")
@@ -174,7 +166,7 @@ class Header:
 
     def span(self, item: int, kept: Kept) -> parallel_read.Span:
         """Start and end of an item's adjacent tensors, in bytes from the start of the body."""
-        offsets = [self.fields[name]["data_offsets"] for name in _names(item, kept)]
+        offsets = [self.fields[name]["data_offsets"] for name in names_of(item, kept)]
         return (offsets[0][0], offsets[-1][1]) if offsets else (0, 0)
 
 
@@ -246,7 +238,7 @@ def _check_fields(fields: Any, body_bytes: int) -> None:
         raise ValueError(f"tensors of {end} bytes in {body_bytes}: its checksums can't fit")
 
 
-def _check_tensors(
+def check_tensors(
     header: Header, contents: manifest.Manifest, model: ModelFingerprint, config: PreTrainedConfig, path: Path
 ) -> None:
     """Raises DamagedFileError unless the file's tensors are those that its manifest states, and in that order."""
@@ -255,7 +247,7 @@ def _check_tensors(
         raise DamagedFileError(
             f"{path} holds {len(tensors)} tensors, and its manifest states another number. Take another copy of it."
         )
-    names = [name for i, entry in enumerate(contents.items) for name in _names(i, entry.names)]
+    names = [name for i, entry in enumerate(contents.items) for name in names_of(i, entry.names)]
     if names != list(tensors):
         raise DamagedFileError(f"{path} holds tensors with names of another format. Take another copy of it.")
     layouts = iter([(DTYPES[entry["dtype"]], tuple(entry["shape"])) for entry in tensors.values()])
@@ -277,7 +269,7 @@ def read_tensors(
     parts = parallel_read.read(file, header.body_at, header.regions, spans, device, path)
     tensors, entries = {}, header.tensors
     for i, (part_N, (at, _)) in enumerate(zip(parts, spans, strict=True)):
-        for name in _names(i, kept[i]):
+        for name in names_of(i, kept[i]):
             entry = entries[name]
             start, end = entry["data_offsets"]
             dtype, raw_N = DTYPES[entry["dtype"]], part_N[start - at : end - at]
@@ -329,7 +321,7 @@ def _with_checksums(header: bytes, digests: Sequence[bytes]) -> bytes:
     return filled[:at] + xxhash.xxh3_128_hexdigest(filled).encode() + filled[at + len(NO_CHECKSUM) :]
 
 
-def _check_whole_file(file: memoryview, path: Path) -> None:
+def check_whole_file(file: memoryview, path: Path) -> None:
     """Raises DamagedFileError unless an older file has its one checksum."""
     if not _has_checksum(file, WHOLE_FILE_START):
         raise checksum_error(path)
@@ -350,7 +342,7 @@ def _mapped(file: io.FileIO, header: Header, path: Path) -> MappedFile:
 
     def verify(data: memoryview) -> None:
         if header.regions is None:
-            _check_whole_file(data, path)
+            check_whole_file(data, path)
         else:
             header.regions.check_all(data[header.body_at :], path)
 

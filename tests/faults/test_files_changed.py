@@ -17,8 +17,6 @@ from kvmem import KVCacheItem, KVCacheMemory, TextualMemoryItem
 from kvmem.engines.graph.backend import HFGraphBackend
 from kvmem.engines.graph.config import GraphConfig
 from kvmem.engines.huggingface.backend import HFBackend
-from kvmem.engines.vllm.connector.host_cache import HostCache
-from kvmem.engines.vllm.connector.protocol import NO_LEASE, memory_name
 from kvmem.errors import ChangedFileError, DamagedFileError
 from kvmem.merge.ropeshift import RopeShift
 from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
@@ -244,18 +242,3 @@ def test_a_file_that_changes_while_an_answer_reads_it_costs_no_answer(engine: HF
         assert not scheduler.index.tiers() and not path.exists() and not scheduler.items.used_bytes()["disk"]
         scheduler.tick()
         assert scheduler.planner.table.now == 6, "both answers are observed, and the failed attempt is not"
-
-
-def test_vllms_worker_reads_an_overwritten_file_again(qwen3: HFBackend, tmp_path: Path) -> None:
-    """It holds copies of what it verified, by the state of the file."""
-    memory = memory_on(qwen3)
-    memory.add(memory.extract(TEXT))
-    path = memory.dump(tmp_path).rename(tmp_path / memory_name("", NO_LEASE))
-    config = qwen3.model_config
-    files = HostCache(tmp_path, qwen3.fingerprint, config, 0, 1, qwen3.dtype, pinned=False)
-    first = [layer.clone() for layer in files.layers(path.name)]
-    assert all(map(lambda one, two: one.equal(two), first, files.layers(path.name)))
-    overwrite_and_set_the_time_back(path)
-    with pytest.raises(DamagedFileError, match=path.name):
-        files.layers(path.name)
-    assert files.opened == {}

@@ -19,10 +19,10 @@ from transformers import DynamicCache, LlamaConfig
 from kvmem import KVCacheItem
 from kvmem.cache.dynamic_cache import from_layers, layers_of
 from kvmem.errors import DamagedFileError, FingerprintError, StorageError
-from kvmem.storage import manifest
+from kvmem.storage import manifest, read_head
 from kvmem.storage.base import for_filename
 from kvmem.storage.checksums import REGION_BYTES, RegionHash
-from kvmem.storage.safetensors_file import LENGTH_BYTES, NO_CHECKSUM, START, WHOLE_FILE_START, read_token_ids
+from kvmem.storage.safetensors_file import LENGTH_BYTES, NO_CHECKSUM, START, WHOLE_FILE_START
 from kvmem.tiers import TieredCache
 from kvmem.tiers.quantized import QuantizedFile
 from tests.helpers import stored
@@ -199,7 +199,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, kind: str, lie: str) -> N
         stored.load(path)
     if lie in OF_REGIONS or "manifest" in lie:
         with pytest.raises(DamagedFileError, match=path.name):
-            read_token_ids(path)
+            read_head(path)
 
 
 def as_older(header: Header) -> None:

@@ -24,8 +24,9 @@ import xxhash
 
 from kvmem.cache.dynamic_cache import layers_of, nbytes
 from kvmem.errors import FingerprintError, StorageError
+from kvmem.storage import read_head
 from kvmem.storage.pickle_file import SEAL, SEAL_BYTES
-from kvmem.storage.safetensors_file import LENGTH_BYTES, read_token_ids
+from kvmem.storage.safetensors_file import LENGTH_BYTES
 from tests.faults.test_files_damaged import GOLDEN, Header, dump_file, load_file, quantized, rewrite
 from tests.helpers import stored
 
@@ -164,7 +165,7 @@ def check(path: Path) -> str:
     """Loads the file. Returns the class of the error, or "loaded"; anything but the package's errors is raised."""
     use: Callable[[Path], object]
     outcome = "loaded"
-    for use in (load_file, read_token_ids) if path.suffix == ".safetensors" else (load_file,):
+    for use in (load_file, read_head) if path.suffix == ".safetensors" else (load_file,):
         try:
             items = use(path)
         except (StorageError, FingerprintError) as error:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from kvmem.cache.dynamic_cache import from_layers, layers_of
 from kvmem.cache.items import KVCacheItem
 from kvmem.errors import DamagedFileError
-from kvmem.storage import checksums, parallel_read
+from kvmem.storage import checksums, parallel_read, read_head
 from kvmem.storage.checksums import REGION_BYTES, RegionHash, Regions
-from kvmem.storage.safetensors_file import LENGTH_BYTES, SafetensorsFile, read_header, read_tensors, read_token_ids
+from kvmem.storage.safetensors_file import LENGTH_BYTES, SafetensorsFile, read_header, read_tensors
 from tests.helpers import stored
 
 GOLDEN = Path(__file__).parent / "golden/whole_file_checksum.safetensors"
@@ -121,7 +121,7 @@ def test_each_region_of_a_file_is_checked(large: tuple[Path, list[KVCacheItem]],
     path.write_bytes(content)
     with pytest.raises(DamagedFileError, match="checksum"):
         stored.load(path)
-    assert read_token_ids(path) == tuple(range(60_000)), "the header has its own checksum"
+    assert read_head(path).token_ids == tuple(range(60_000)), "the header has its own checksum"
 
 
 def test_whole_regions_cut_off_or_added_are_refused(large: tuple[Path, list[KVCacheItem]], tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_token_ids_are_not_read_from_a_damaged_header(tmp_path: Path) -> None:
     assert other != content
     path.write_bytes(other)
     with pytest.raises(DamagedFileError, match="checksum"):
-        read_token_ids(path)
+        read_head(path)
 
 
 def test_older_files_with_one_checksum_are_read_and_verified(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_older_files_with_one_checksum_are_read_and_verified(tmp_path: Path) -> 
         for layer, (keys, values) in enumerate(layers_of(item.kv_cache)):
             counted = 1000 * layer + torch.arange(keys.numel(), dtype=torch.float32).view(keys.shape)
             assert keys.equal(counted) and values.equal(-counted)
-    assert read_token_ids(GOLDEN) == tuple(range(6))
+    assert read_head(GOLDEN).token_ids == tuple(range(6))
     content = GOLDEN.read_bytes()
     path = tmp_path / "f.safetensors"
     for at in range(0, len(content), 7):

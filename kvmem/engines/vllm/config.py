@@ -37,6 +37,12 @@ class VLLMConfig(BackendConfig):
     """A memory that can't be loaded raises InjectionError, or is computed from its ids and counted as recomputed."""
     store_dir: str | None = None
     """Where the folder of memory files is created. None: the system's folder for temporary files."""
+    host_cache_gib: float | None = Field(default=None, gt=0)
+    """Host memory for memory files, in GiB, all ranks together: a file that is there is injected without being read.
+    With a GPU it is pinned and taken at the start. None: 8 with a GPU, 1 without."""
+    read_mib_s: float | None = Field(default=None, gt=0)
+    """How many MiB a second each rank reads from memory files at the most, so that other users of a disk or network get
+    their share. None: no limit."""
     tokenizer_name_or_path: str | None = None
     """None: the model's own tokenizer; for random weights that of the packaged model."""
     seed: int = 0

@@ -11,6 +11,7 @@ import time
 import uuid
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -30,10 +31,10 @@ from kvmem.cache import (
 )
 from kvmem.engines.base import Backend, BetweenLayers, FileHandle, Injectable
 from kvmem.engines.generation import Sampling, Token, as_text, check_generation
-from kvmem.engines.vllm.connector import ITEM, LOAD, SAVE
+from kvmem.engines.vllm.connector import ITEM, LOAD, PREFETCH, SAVE, HostCacheState, Report
 from kvmem.engines.vllm.memory_files import FileStore, as_file_handle, block_salt, salt_within, split_behind, tenant_of
 from kvmem.engines.vllm.requests import EngineAnswer, EngineRequest, GenerationRequest, VLLMGeneration, verified
-from kvmem.errors import EngineError, KVMemError, MergeError, PromptError
+from kvmem.errors import EngineError, InjectionError, KVMemError, MergeError, PromptError
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.models import loading
 from kvmem.prompt import Query, TokenizedPrompt
@@ -198,6 +199,37 @@ class FileInjectingEngine(Backend):
         """The engine's weights in transformers, for merges that need tensors; loaded at first use."""
         dtype: torch.dtype = getattr(torch, self.fingerprint.dtype)
         return loading.load(self.weights, self.device, dtype).model
+
+    def prefetch(self, memories: Sequence[KVCacheItem | FileHandle], cache_salt: str | None = None) -> int:
+        """Has the files of these memories read into host memory, before requests need them.
+
+        It returns while they are read; a request that comes earlier waits for the same read. All memories are of one
+        namespace, or of the namespace of `cache_salt`. Returns how many of them host memory holds together.
+        Joined prefixes, which have no file, are left out.
+        Raises InjectionError if a file can't be found, and EngineError if the engine has no store.
+        """
+        store = self.store
+        if store is None:
+            raise EngineError("Without a store, memories are prefixes in the engine's own cache. Use warm_up.")
+        views = [store.view(memory) if isinstance(memory, KVCacheItem) else memory for memory in memories]
+        names = [cache_view.file.name for cache_view in views if cache_view.file is not None]
+        salt = cache_salt or next((cache_view.namespace for cache_view in views if cache_view.namespace), None)
+        report = self._prefetch(names, salt or self.default_salt)
+        if report.prefetch_error:
+            raise InjectionError(f"A memory is not prefetched: {report.prefetch_error}")
+        return report.prefetched
+
+    def host_cache(self) -> HostCacheState:
+        """What the engine's host memory holds of memory files, and counts since its start."""
+        return HostCacheState(**self._prefetch([], self.default_salt).host_cache)
+
+    def _prefetch(self, names: Sequence[str], salt: str | None) -> Report:
+        # A request of one token carries the order, with a salt that no other request has.
+        request = EngineRequest((0,), 1, salt=salt_within(salt, uuid.uuid4().hex), past_end=True)
+        report = self.submit(replace(request, transfer={PREFETCH: list(names)})).report
+        if report is None:
+            raise EngineError("The engine does not run kvmem's connector.")
+        return report
 
     def split(self, query: Query, kv_cache: Injectable | None = None) -> TokenizedPrompt:
         """The prompt of `query`, split at the tokens that `kv_cache` holds of it.

@@ -19,8 +19,10 @@ from kvmem.engines.vllm.connector import (
     CONNECTOR_MODULE,
     FINGERPRINT,
     FOLDER,
+    HOST_BYTES,
     ORPHANS_AFTER_S,
     PINS,
+    READ_BYTES_PER_S,
     SAVES,
     check_version,
 )
@@ -62,9 +64,11 @@ def transfer_config(
     saves: str = ANYONE,
     pins: bool = True,
     orphans_after_s: float | None = None,
+    host_cache_gib: float | None = None,
+    read_mib_s: float | None = None,
 ) -> dict[str, Any]:
     """vLLM's kv_transfer_config for kvmem's connector, as plain JSON. The defaults are for an engine in this process,
-    whose requests are all its owner's."""
+    whose requests are all its owner's. host_cache_gib and read_mib_s: see VLLMConfig."""
     return {
         "kv_connector": CONNECTOR_CLASS,
         "kv_connector_module_path": CONNECTOR_MODULE,
@@ -77,6 +81,8 @@ def transfer_config(
             SAVES: saves,
             PINS: pins,
             ORPHANS_AFTER_S: orphans_after_s,
+            HOST_BYTES: None if host_cache_gib is None else int(host_cache_gib * 2**30),
+            READ_BYTES_PER_S: None if read_mib_s is None else read_mib_s * 2**20,
         },
     }
 
@@ -135,7 +141,11 @@ def start(
                 # Off, as on a CPU anyway: with it, vLLM 0.24 schedules a request's next step before it learns that a
                 # load failed, and does not undo that step.
                 async_scheduling=False,
-                kv_transfer_config=KVTransferConfig(**transfer_config(store, fingerprint)),
+                kv_transfer_config=KVTransferConfig(
+                    **transfer_config(
+                        store, fingerprint, host_cache_gib=config.host_cache_gib, read_mib_s=config.read_mib_s
+                    )
+                ),
                 **optional,
             )
             connector = process.current_connector()

@@ -1,8 +1,10 @@
 """The part that runs inside vLLM: a KV connector that saves, injects and pins memories.
 
 `protocol` defines the request parameters and the report, and is all that this package exports: importing it does not
-import vLLM. `connector` is the class that vLLM loads; `scheduler_side`, `block_pins` and `orphans` run in vLLM's
-scheduler, and `worker_side`, `block_layouts` and `host_cache` run in its workers.
+import vLLM. `connector` is the class that vLLM loads; `scheduler_side`, `host_files`, `block_pins` and `orphans` run in
+vLLM's scheduler, and `worker_side`, `file_reads`, `host_memory` and `block_layouts` run in its workers.
+
+A memory goes from its file to host memory, on threads of the workers, and from there into blocks, within a step.
 """
 
 from kvmem.engines.vllm.connector.protocol import (
@@ -11,6 +13,7 @@ from kvmem.engines.vllm.connector.protocol import (
     CONNECTOR_MODULE,
     FINGERPRINT,
     FOLDER,
+    HOST_BYTES,
     ITEM,
     LEASE,
     LOAD,
@@ -20,6 +23,8 @@ from kvmem.engines.vllm.connector.protocol import (
     ORPHANS_AFTER_S,
     PIN,
     PINS,
+    PREFETCH,
+    READ_BYTES_PER_S,
     REPORT,
     REPORT_TO,
     SAVE,
@@ -27,6 +32,7 @@ from kvmem.engines.vllm.connector.protocol import (
     SAVES,
     STORE,
     UNPIN,
+    HostCacheState,
     Report,
     check_version,
     lease_name,
@@ -46,6 +52,7 @@ __all__ = [
     "CONNECTOR_MODULE",
     "FINGERPRINT",
     "FOLDER",
+    "HOST_BYTES",
     "ITEM",
     "LEASE",
     "LOAD",
@@ -55,6 +62,8 @@ __all__ = [
     "ORPHANS_AFTER_S",
     "PIN",
     "PINS",
+    "PREFETCH",
+    "READ_BYTES_PER_S",
     "REPORT",
     "REPORT_TO",
     "SAVE",
@@ -62,6 +71,7 @@ __all__ = [
     "SAVE_KEY",
     "STORE",
     "UNPIN",
+    "HostCacheState",
     "Report",
     "check_version",
     "lease_name",

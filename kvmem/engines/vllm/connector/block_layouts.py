@@ -32,8 +32,8 @@ class Layout(ABC):
     def write(self, cache: torch.Tensor, layer: Any, kv: KV, slots: torch.Tensor) -> None:
         """Writes tokens to `slots`, with the kernel by which the engine stores what it computes.
 
-        kv: keys and values, each (tokens, kv_heads, head_dim), with contiguous tokens, on the cache's device, of its
-        dtype.
+        kv: keys and values, each (tokens, kv_heads, head_dim) with any strides of tokens and heads, on the cache's
+        device, of its dtype.
         """
         layer.impl.do_kv_cache_update(layer, *kv, cache, slots)
 
@@ -107,6 +107,10 @@ class Paged(Layout):
     In vLLM 0.24 a block is (2, block_size, kv_heads, head_dim); in 0.32 it is (kv_heads, block_size, 2 × head_dim),
     keys before values. Views keep the strides that the engine chose.
     """
+
+    def write(self, cache: torch.Tensor, layer: Any, kv: KV, slots: torch.Tensor) -> None:
+        keys_THD, values_THD = kv
+        super().write(cache, layer, (keys_THD.contiguous(), values_THD.contiguous()), slots)
 
     def read(self, cache: torch.Tensor, layer: Any, block_ids: torch.Tensor, tokens: int) -> KV:
         keys, values = (view[block_ids].flatten(0, 1)[:tokens].contiguous() for view in self._views(cache))

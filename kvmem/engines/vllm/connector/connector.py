@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvmem.cache import ModelFingerprint
 from kvmem.engines.vllm.connector.block_pins import BlockPins
+from kvmem.engines.vllm.connector.host_files import HostFiles, budget_pages
 from kvmem.engines.vllm.connector.orphans import Orphans
 from kvmem.engines.vllm.connector.protocol import (
     FINGERPRINT,
@@ -23,6 +24,7 @@ from kvmem.engines.vllm.connector.protocol import (
     NOBODY,
     ORPHANS_AFTER_S,
     PINS,
+    READ_BYTES_PER_S,
     SAVES,
     check_version,
 )
@@ -39,6 +41,11 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+
+PINNED_BYTES, PAGEABLE_BYTES = 8 << 30, 1 << 30
+"""Default size of host memory for files: pinned for a GPU engine; less for a CPU engine, where the page cache holds its
+files too."""
 
 
 def _check_blocks(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -73,6 +80,10 @@ class KVMemConnector(KVConnectorBase_V1):
         if missing:
             raise EngineError(f"kv_connector_extra_config lacks {', '.join(missing)}. VLLMBackend gives them.")
         folder = Path(extra[FOLDER])
+        fingerprint = ModelFingerprint.model_validate_json(extra[FINGERPRINT])
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        on_gpu = vllm_config.device_config.device_type == "cuda"
+        host_bytes = extra.get(HOST_BYTES) or (PINNED_BYTES if on_gpu else PAGEABLE_BYTES)
         if role is KVConnectorRole.SCHEDULER:
             block_size = vllm_config.cache_config.block_size
             self.block_pins = BlockPins(-(-vllm_config.model_config.max_model_len // block_size))
@@ -81,10 +92,12 @@ class KVMemConnector(KVConnectorBase_V1):
             self.scheduler_side = SchedulerSide(
                 folder,
                 block_size,
-                vllm_config.parallel_config.tensor_parallel_size,
+                ranks,
                 self.block_pins,
                 Permissions(extra.get(SAVES, NOBODY), extra.get(PINS, False)),
                 self.orphans,
+                HostFiles(host_bytes, ranks, lambda name: (folder / name).exists()),
+                max(fingerprint.stored_kv_heads // ranks, 1) / fingerprint.stored_kv_heads,
             )
             if self.orphans is not None:
                 self.orphans.start()
@@ -93,10 +106,11 @@ class KVMemConnector(KVConnectorBase_V1):
 
             self.worker_side = WorkerSide(
                 folder,
-                ModelFingerprint.model_validate_json(extra[FINGERPRINT]),
+                fingerprint,
                 vllm_config,
                 get_tensor_model_parallel_rank(),
-                extra.get(HOST_BYTES),
+                budget_pages(host_bytes, ranks),
+                extra.get(READ_BYTES_PER_S),
             )
 
     # The scheduler's half.
@@ -107,9 +121,11 @@ class KVMemConnector(KVConnectorBase_V1):
     def on_new_request(self, request: Request) -> None:
         self.scheduler_side.on_new_request(request)
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        loaded_later = False  # files are loaded within the step
-        return self.scheduler_side.matched_tokens(request, num_computed_tokens), loaded_later
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """None while the request's file is read into host memory: the engine serves others and asks again. From there
+        it is copied into blocks within one step, so no request holds blocks that are still to be filled."""
+        filled_later = False
+        return self.scheduler_side.matched_tokens(request, num_computed_tokens), filled_later
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self.scheduler_side.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
@@ -126,6 +142,8 @@ class KVMemConnector(KVConnectorBase_V1):
     def shutdown(self) -> None:
         if self.role is KVConnectorRole.SCHEDULER and self.orphans is not None:
             self.orphans.stop()
+        if self.role is KVConnectorRole.WORKER:
+            self.worker_side.stop()
 
     # The worker's half.
 
@@ -143,6 +161,13 @@ class KVMemConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         self.worker_side.save(self._transfers())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Reports no request. It is called in every step, also where nothing is computed, and waits there a moment for
+        files, instead of running empty steps one after the other."""
+        if self._transfers().idle:
+            self.worker_side.wait_for_reads()
+        return None, None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker_side.take_failed_blocks()

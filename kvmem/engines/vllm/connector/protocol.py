@@ -14,7 +14,7 @@ import re
 import stat
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ PIN = "kvmem_pin"
 other requests evict, until a request unpins that name."""
 UNPIN = "kvmem_unpin"
 """List of pins to release before the request is given its blocks. Unknown names are ignored."""
+PREFETCH = "kvmem_prefetch"
+"""List of names of files to read into host memory ahead of time, each of the request's namespace or of none. The
+request itself does not wait for them. An empty list only asks for the report."""
 REPORT_TO = "kvmem_report_to"
 """A text that no other request has: the report is also written to the folder, to the new file `report_name` of it,
 because vLLM's server streams completions without their kv_transfer_params. The client deletes the file."""
@@ -54,8 +57,10 @@ REPORT = "kvmem"
 FOLDER = "kvmem_folder"
 FINGERPRINT = "kvmem_fingerprint"
 HOST_BYTES = "kvmem_host_bytes"
-"""Keys of `kv_connector_extra_config`: the folder, the model's fingerprint as JSON, and how many bytes of opened files
-to keep in host memory."""
+"""Keys of `kv_connector_extra_config`: the folder, the model's fingerprint as JSON, and how many bytes of files to keep
+in host memory, all ranks together."""
+READ_BYTES_PER_S = "kvmem_read_bytes_per_s"
+"""Key of the same: how many bytes a second a rank reads from files at the most. None: no limit."""
 SAVES = "kvmem_saves"
 """Key of the same: who may save: `anyone`, `store` (whoever can read the key in the folder) or `nobody` (default)."""
 PINS = "kvmem_pins"
@@ -93,11 +98,19 @@ class Report:
     pin_error: str = ""
     preemptions: int = 0
     """How often the engine took the request's blocks away and assigned others later."""
+    file_read: bool = False
+    """Whether the request waited for its file to be read. False: the file was in host memory, or was not needed."""
+    prefetched: int = 0
+    """How many files of PREFETCH are in host memory, or are being read."""
+    prefetch_error: str = ""
+    """Why a file of PREFETCH is not read."""
+    host_cache: dict[str, Any] = field(default_factory=dict)
+    """The fields of `HostCacheState` when the request ended."""
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Report:
         """The report that an answer carries; fields that this version does not know are ignored."""
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def keep_only(self, tokens: int) -> None:
@@ -106,6 +119,28 @@ class Report:
         from_file = min(lost, self.injected_tokens)
         self.injected_tokens -= from_file
         self.local_tokens -= lost - from_file
+
+
+@dataclass(frozen=True)
+class HostCacheState:
+    """What host memory holds, all ranks together, and counts since the engine's start."""
+
+    budget_bytes: int = 0
+    used_bytes: int = 0
+    """Of files that are there or are being read, in whole pages."""
+    files: int = 0
+    hits: int = 0
+    """Requests whose file was there."""
+    waits: int = 0
+    """Requests that waited for their file to be read."""
+    reads: int = 0
+    """Files read. Many requests may wait for one read."""
+    read_bytes: int = 0
+    read_s: float = 0.0
+    """Seconds of all reads, each until its slowest rank had the file."""
+    failed_reads: int = 0
+    evictions: int = 0
+    """Files that left for others."""
 
 
 def digest(text: str) -> str:

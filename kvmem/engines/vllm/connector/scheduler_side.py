@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 from vllm.v1.request import RequestStatus
 
 from kvmem.engines.vllm.connector.block_pins import BlockPins
+from kvmem.engines.vllm.connector.file_reads import Read, ReadDone
+from kvmem.engines.vllm.connector.host_files import HostFiles
 from kvmem.engines.vllm.connector.orphans import Orphans
 from kvmem.engines.vllm.connector.protocol import (
     ANYONE,
@@ -25,6 +28,7 @@ from kvmem.engines.vllm.connector.protocol import (
     NO_LEASE,
     NOBODY,
     PIN,
+    PREFETCH,
     REPORT,
     REPORT_TO,
     SAVE,
@@ -44,7 +48,7 @@ from kvmem.engines.vllm.connector.protocol import (
 )
 from kvmem.errors import StorageError
 from kvmem.prompt import common_prefix
-from kvmem.storage import ItemManifest, read_token_ids
+from kvmem.storage import ItemHead, ItemManifest, read_head
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -63,6 +67,8 @@ class Transfer:
     end: int
     item: str = ""
     """The manifest of a saved file, as JSON."""
+    key: FileState | None = None
+    """Of a loaded file, its state when it was read into host memory."""
 
 
 @dataclass
@@ -71,6 +77,12 @@ class Transfers(KVConnectorMetadata):
 
     loads: list[Transfer] = field(default_factory=list)
     saves: list[Transfer] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    """Files to read into host memory from now on."""
+    drops: list[FileState] = field(default_factory=list)
+    """Files that leave host memory before this step's reads begin."""
+    idle: bool = False
+    """True if no request computes anything: the engine has nothing to do until a read ends."""
     prefills: bool = False
     """True if a request computes several tokens: then the layers run one by one."""
 
@@ -83,12 +95,17 @@ class Outcomes(KVConnectorWorkerMetadata):
     failed_saves: dict[str, str] = field(default_factory=dict)
     """Each with the reason."""
     saved: set[str] = field(default_factory=set)
+    reads: list[ReadDone] = field(default_factory=list)
+    """Reads that have ended, not necessarily begun in this step. Each rank reports each read once."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Outcomes:
         """The outcomes of two ranks."""
         assert isinstance(other, Outcomes)
         return Outcomes(
-            self.failed_loads | other.failed_loads, self.failed_saves | other.failed_saves, self.saved | other.saved
+            self.failed_loads | other.failed_loads,
+            self.failed_saves | other.failed_saves,
+            self.saved | other.saved,
+            self.reads + other.reads,
         )
 
 
@@ -115,6 +132,10 @@ class Orders:
     computed: int = 0
     """Tokens of the prompt in the engine's prefix cache when the request was scheduled."""
     block_ids: list[int] = field(default_factory=list)
+    loaded_from: Read | None = None
+    """The file that covers the prompt, as it is in host memory."""
+    covered: int = 0
+    """How many first tokens of the prompt that file covers."""
     save_sent: bool = False
     saved: bool = False
     """Whether every rank that reported has written its file."""
@@ -131,7 +152,12 @@ class SchedulerSide:
         pins: BlockPins,
         permissions: Permissions,
         orphans: Orphans | None,
+        host_files: HostFiles,
+        rank_share: float,
     ) -> None:
+        """rank_share: which part of a file's keys and values each rank keeps."""
+        self.host_files = host_files
+        self.rank_share = rank_share
         self.folder = folder
         self.block_size = block_size
         self.ranks = ranks
@@ -142,21 +168,35 @@ class SchedulerSide:
         """Orders of running requests, by request id."""
         self.loads: list[Transfer] = []
         """Loads of the next step."""
-        self.file_token_ids: dict[FileState, tuple[int, ...]] = {}
-        """Token ids of files, by name, inode and time of change."""
+        self.heads: dict[FileState, ItemHead] = {}
+        """What files state, by name, inode and time of change."""
 
     def on_new_request(self, request: Request) -> None:
-        """Releases what a new request unpins, before it is given any block."""
-        names = (request.kv_transfer_params or {}).get(UNPIN)
+        """Releases what a new request unpins, before it is given any block, and has read what it prefetches."""
+        params = request.kv_transfer_params or {}
+        names = params.get(UNPIN)
         if self.permissions.pins:
             self.pins.release(map(str, names) if isinstance(names, list) else ())
+        if isinstance(params.get(PREFETCH), list):
+            self._prefetch(request, params[PREFETCH])
 
-    def matched_tokens(self, request: Request, computed: int) -> int:
-        """How many tokens behind the first `computed` ones the request's file gives. May be called more than once."""
+    def matched_tokens(self, request: Request, computed: int) -> int | None:
+        """How many tokens behind the first `computed` ones the request's file gives. None: its file is being read, and
+        the engine asks again in its next step. The request holds no blocks meanwhile."""
         orders = self._orders_of(request)
         if orders is None:
             return 0
-        injected = max(self._covered(orders, request.prompt_token_ids) - computed, 0) if orders.load else 0
+        injected = 0
+        if orders.load is not None and not orders.report.load_error:
+            injected = max(self._covered(orders, request.prompt_token_ids) - computed, 0)
+        if injected > 0:
+            assert orders.loaded_from is not None
+            reason = self.host_files.failure(orders.loaded_from, request.request_id)
+            if reason:
+                orders.report.load_error, injected = self._without_folder(reason), 0
+            elif not self.host_files.is_ready(orders.loaded_from, request.request_id):
+                orders.report.file_read = True
+                return None
         orders.computed = computed
         if request.num_preemptions == 0:  # a preempted request returns with blocks of its own, which are not a hit
             orders.report.local_tokens, orders.report.injected_tokens = computed, injected
@@ -170,13 +210,20 @@ class SchedulerSide:
         orders.block_ids = list(block_ids)
         if injected > 0:
             assert orders.load is not None
-            end = orders.computed + injected
-            self.loads.append(Transfer(request.request_id, orders.load, tuple(orders.block_ids), orders.computed, end))
+            assert orders.loaded_from is not None
+            end, key = orders.computed + injected, orders.loaded_from.key
+            self.loads.append(
+                Transfer(request.request_id, orders.load, tuple(orders.block_ids), orders.computed, end, key=key)
+            )
 
     def plan_step(self, output: SchedulerOutput) -> Transfers:
         """This step's transfers: the loads so far, and each save in the step that computes its prompt's last token."""
         scheduled = output.num_scheduled_tokens
-        transfers = Transfers(loads=self.loads, prefills=any(tokens > 1 for tokens in scheduled.values()))
+        reads, drops = self.host_files.plan()
+        prefills = any(tokens > 1 for tokens in scheduled.values())
+        transfers = Transfers(self.loads, reads=reads, drops=drops, idle=not scheduled, prefills=prefills)
+        for load in self.loads:  # drops are planned after this step, in which the copies from host memory end
+            self.host_files.release(load.request_id)
         self.loads = []
         computed = {request.req_id: request.num_computed_tokens for request in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
@@ -202,6 +249,7 @@ class SchedulerSide:
         every request that has the failed blocks."""
         outcomes = output.kv_connector_worker_meta
         if isinstance(outcomes, Outcomes):
+            self.host_files.record(outcomes.reads)
             for request_id, reason in outcomes.failed_loads.items():
                 if request_id in self.orders:
                     self.orders[request_id].report.load_error = self._without_folder(reason)
@@ -227,7 +275,9 @@ class SchedulerSide:
         orders = self.orders.pop(request.request_id, None)
         if orders is None:
             return None
+        self.host_files.release(request.request_id)
         report = orders.report
+        report.host_cache = asdict(self.host_files.state())
         report.preemptions = request.num_preemptions
         if orders.save is not None:
             self._close_save(orders, request)
@@ -267,7 +317,7 @@ class SchedulerSide:
                 None if params.get(key) is None else str(params[key]) for key in (LOAD, PIN, REPORT_TO)
             )
             wants_save = params.get(SAVE) is not None
-            if load is None and pin is None and not wants_save:
+            if load is None and pin is None and not wants_save and not isinstance(params.get(PREFETCH), list):
                 return None
             orders = Orders(load, None, pin, "", report_to, request.num_prompt_tokens)
             self.orders[request.request_id] = orders
@@ -326,6 +376,19 @@ class SchedulerSide:
         """A reason for a client, who is told names of files, but not where the server keeps them."""
         return reason.replace(f"{self.folder}/", "")
 
+    def _prefetch(self, request: Request, names: Sequence[Any]) -> None:
+        """Has files read. One that can't be is told in the report, and the others are read."""
+        orders = self._orders_of(request)
+        assert orders is not None
+        reads = []
+        for name in map(str, names):
+            try:
+                check_namespace(name, namespace_of(request.cache_salt))
+                reads.append(self._read_of(*self._head_of(name)))
+            except StorageError as error:
+                orders.report.prefetch_error = self._without_folder(str(error))
+        orders.report.prefetched = self.host_files.prefetch(reads)
+
     def _covered(self, orders: Orders, prompt_ids: Sequence[int] | None) -> int:
         """How many first tokens file and prompt share, without the prompt's last one, whose logits are needed."""
         assert orders.load is not None
@@ -333,18 +396,25 @@ class SchedulerSide:
             orders.report.load_error = "The prompt came as embeddings, and a memory is matched by ids. Send token ids."
             return 0
         try:
-            file_ids = self._token_ids_of(orders.load)
+            key, head = self._head_of(orders.load)
         except StorageError as error:
             orders.report.load_error = self._without_folder(str(error))
             return 0
-        most = min(len(file_ids), len(prompt_ids) - 1)
-        return most if tuple(prompt_ids[:most]) == file_ids[:most] else common_prefix(file_ids[:most], prompt_ids)
+        if orders.loaded_from is None or orders.loaded_from.key != key:
+            most = min(len(head.token_ids), len(prompt_ids) - 1)
+            first_ids = head.token_ids[:most]
+            orders.covered = most if tuple(prompt_ids[:most]) == first_ids else common_prefix(first_ids, prompt_ids)
+            orders.loaded_from = self._read_of(key, head)
+        return orders.covered
 
-    def _token_ids_of(self, name: str) -> tuple[int, ...]:
-        """The token ids of a file, read from its header once for each state of the file."""
+    def _read_of(self, key: FileState, head: ItemHead) -> Read:
+        return Read(key, head.checksum, math.ceil(head.kv_bytes * self.rank_share))
+
+    def _head_of(self, name: str) -> tuple[FileState, ItemHead]:
+        """A file's state, and what it states, read from its header once for each state. Raises StorageError."""
         path = file_path(self.folder, name)
         key = file_state(path)
-        if key not in self.file_token_ids:
-            self.file_token_ids = {other: ids for other, ids in self.file_token_ids.items() if other[0] != name}
-            self.file_token_ids[key] = read_token_ids(path)
-        return self.file_token_ids[key]
+        if key not in self.heads:
+            self.heads = {other: head for other, head in self.heads.items() if other[0] != name}
+            self.heads[key] = read_head(path)
+        return key, self.heads[key]

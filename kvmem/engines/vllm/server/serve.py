@@ -64,6 +64,8 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
         dtype=given.dtype,
         seed=given.seed,
         random_weights="saved",
+        host_cache_gib=given.host_cache_gib,
+        read_mib_s=given.read_mib_s,
         max_model_len=_window(for_vllm),
     )
     loaded = load_description(config, dtype_of(config), with_connector=given.store is not None)
@@ -88,7 +90,10 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
         make_save_key(store)
         # No asynchronous scheduling: see launch.start.
         command += ["--no-async-scheduling", "--kv-transfer-config"]
-        command.append(json.dumps(launch.transfer_config(store, fingerprint, given.saves, False, orphans_after_s)))
+        connector = launch.transfer_config(
+            store, fingerprint, given.saves, False, orphans_after_s, config.host_cache_gib, config.read_mib_s
+        )
+        command.append(json.dumps(connector))
     return [*command, *for_vllm]  # last, because the last of two values counts
 
 
@@ -130,6 +135,15 @@ def _parser() -> argparse.ArgumentParser:
         default=ORPHANS_AFTER_S,
         metavar="SECONDS",
         help="when the file of a client that gives no sign of life is deleted; default: a day; 0: never",
+    )
+    parser.add_argument(
+        "--host-cache-gib",
+        type=float,
+        metavar="GIB",
+        help="host memory for memory files, all ranks together; default: 8 with a GPU (pinned), 1 without",
+    )
+    parser.add_argument(
+        "--read-mib-s", type=float, metavar="MIB", help="how much each rank reads from memory files at the most"
     )
     parser.add_argument("--dtype", default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
