@@ -78,8 +78,8 @@ class ItemReader:
             manifest.check_unverified(self.entry, layers, fingerprint, config, path)
 
     def read(self, targets: Sequence[Target], before_region: Callable[[int], None] = lambda _: None) -> None:
-        """Fills the targets, which are in order and do not overlap, of an item with tensors of one dtype. Each region that overlaps one is read, and verified
-        as it arrives.
+        """Fills the targets, which are in order and do not overlap, of an item with tensors of one dtype. Each region
+        that overlaps a target is read, and verified as it arrives.
 
         before_region: is called before each region with its size in bytes, in one of several threads. An error that it
         raises ends the read.

@@ -71,6 +71,11 @@ class FileReads:
             self.under_way += 1
         threading.Thread(target=self._run, args=(read, memory), name="kvmem-read", daemon=True).start()
 
+    def fail(self, read: Read, reason: str) -> None:
+        """Reports a read that can't begin."""
+        with self.changed:
+            self.done.append(ReadDone(read.key, 0.0, reason))
+
     def take_done(self) -> list[ReadDone]:
         """The reads that have ended since the last call."""
         with self.changed:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from kvmem.cache import KEYS, VALUES, KVCacheItem, ModelFingerprint, dynamic_cache
+from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
 from kvmem.engines.vllm.connector.block_layouts import Layout, layout_for
-from kvmem.engines.vllm.connector.file_reads import FileReads, Read, Throttle
-from kvmem.engines.vllm.connector.host_memory import Extent, HostMemory
-from kvmem.engines.vllm.connector.protocol import FileState, file_path, part_name
+from kvmem.engines.vllm.connector.file_reads import Throttle
+from kvmem.engines.vllm.connector.held_files import HeldFiles
+from kvmem.engines.vllm.connector.host_memory import HostMemory
+from kvmem.engines.vllm.connector.protocol import file_path, part_name
 from kvmem.engines.vllm.connector.scheduler_side import Outcomes, Transfer, Transfers
-from kvmem.errors import FingerprintError, StorageError
-from kvmem.storage import ItemManifest, ItemReader, SafetensorsFile, opened_item
+from kvmem.errors import StorageError
+from kvmem.storage import ItemManifest, SafetensorsFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,21 +26,6 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 LONGEST_IDLE_S = 0.002
 """How long an engine that has nothing to compute waits for a read before it looks for new requests."""
-
-
-@dataclass
-class HeldFile:
-    """A file in host memory: this rank's heads of it."""
-
-    extent: Extent
-    shape: tuple[int, int, int] = (0, 0, 0)
-    """Of the keys of a layer and of its values, which are behind them: (heads of this rank, tokens, head_dim)."""
-
-    def layer(self, number: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Keys and values of a layer, (2, tokens, heads, head_dim), on `device`, with the strides of the file."""
-        nbytes = 2 * math.prod(self.shape) * dtype.itemsize
-        raw = self.extent.tensor(number * nbytes, (number + 1) * nbytes, device)
-        return raw.view(dtype).view(2, *self.shape).transpose(1, 2)
 
 
 class WorkerSide:
@@ -62,13 +46,8 @@ class WorkerSide:
         self.vllm_config = config
         self.model_config: PreTrainedConfig = config.model_config.hf_text_config
         self.rank, self.ranks = rank, config.parallel_config.tensor_parallel_size
-        self.heads = max(fingerprint.stored_kv_heads // self.ranks, 1)
-        self.first_head = rank * fingerprint.stored_kv_heads // self.ranks
-        """This rank's heads. With more ranks than heads, adjacent ranks have the same head."""
         self.host_pages = host_pages
-        self.held: dict[FileState, HeldFile] = {}
-        """Files in host memory, or on their way there."""
-        self.reads = FileReads(self._read, Throttle(read_bytes_per_s))
+        self.read_bytes_per_s = read_bytes_per_s
         self.outcomes = Outcomes()
         self.failed_blocks: set[int] = set()
         self.loaded: dict[str, torch.cuda.Event] = {}
@@ -86,7 +65,15 @@ class WorkerSide:
         # Layers wait for their own KV only if they run one by one, which they do not in one graph of the whole forward.
         mixed = self.vllm_config.compilation_config.cudagraph_mode.mixed_mode()
         self.layer_by_layer = mixed.name != "FULL" and self.vllm_config.speculative_config is None
-        self.memory = HostMemory(self.host_pages, pinned=on_gpu)
+        self.files = HeldFiles(
+            self.folder,
+            self.fingerprint,
+            self.model_config,
+            self.rank,
+            self.ranks,
+            HostMemory(self.host_pages, pinned=on_gpu),
+            Throttle(self.read_bytes_per_s),
+        )
 
     def load(self, transfers: Transfers) -> None:
         """Injects this step's files from host memory, and starts to read those that are still to come there.
@@ -94,16 +81,15 @@ class WorkerSide:
         On a GPU the copies overlap with the forward pass: `wait_for_layer` makes each layer wait for its own copies. A
         step that may replay one graph for all layers waits for all copies first.
         """
-        for key in transfers.drops:  # earlier steps' copies from it have ended: those steps waited for them
-            held = self.held.pop(key, None)
-            if held is not None:
-                self.memory.give_back(held.extent)
+        if transfers.drops and self.stream is not None:
+            self.stream.synchronize()  # earlier steps' copies have ended as a rule: those steps waited for them
+        for key in transfers.drops:
+            self.files.drop(key)
         for read in transfers.reads:
-            self.held[read.key] = HeldFile(self.memory.take(read.nbytes))
-            self.reads.start(read, self.held[read.key].extent)
+            self.files.start(read)
         ready = []
         for transfer in transfers.loads:
-            held = None if transfer.key is None else self.held.get(transfer.key)
+            held = None if transfer.key is None else self.files.held.get(transfer.key)
             if held is not None:
                 ready.append((held, transfer))
             else:  # the scheduler has it injected only after this rank has reported it
@@ -158,54 +144,17 @@ class WorkerSide:
 
     def wait_for_reads(self) -> None:
         """Waits a moment for a read to end, if any is under way."""
-        self.reads.wait(LONGEST_IDLE_S)
+        self.files.reads.wait(LONGEST_IDLE_S)
 
     def take_outcomes(self) -> Outcomes | None:
         """The outcomes since the last call; None if there are none."""
         outcomes, self.outcomes = self.outcomes, Outcomes()
-        outcomes.reads = self.reads.take_done()
+        outcomes.reads = self.files.reads.take_done()
         return outcomes if outcomes != Outcomes() else None
 
     def stop(self) -> None:
         """Ends what runs on threads."""
-        self.reads.stop()
-
-    def _read(self, read: Read, memory: Extent, throttle: Throttle) -> None:
-        """Reads this rank's heads of a file, on a thread of its own. Raises StorageError or FingerprintError."""
-        path = file_path(self.folder, read.key[0])
-        with opened_item(path, self.fingerprint, self.model_config) as item:
-            if item.header.checksum != read.checksum:
-                raise StorageError(f"{path} was replaced by another file while it was about to be read. Ask again.")
-            tokens, head_dim = self._size_of(item, path)
-            head_bytes = tokens * head_dim * item.dtypes[0].itemsize
-            rank_bytes = self.heads * head_bytes
-            if rank_bytes * len(item.starts) > memory.starts[-1]:
-                raise StorageError(f"{path} was replaced by a larger file while it was about to be read. Ask again.")
-            targets = []
-            for number, start in enumerate(item.starts):
-                first, at = start + self.first_head * head_bytes, number * rank_bytes
-                targets += [(first + part - at, view) for part, view in memory.memory(at, at + rank_bytes)]
-            item.read(targets, throttle.wait)
-            self.held[read.key].shape = self.heads, tokens, head_dim
-
-    def _size_of(self, item: ItemReader, path: Path) -> tuple[int, int]:
-        """Tokens and head size of a file. Raises FingerprintError unless every layer keeps keys and values of all heads
-        and all tokens."""
-        tokens = item.entry.cache_tokens
-        for number, shape in enumerate(item.shapes):
-            if len(shape) == 4 and shape[2] < tokens:
-                raise FingerprintError(
-                    f"Layer {number // 2} of {path.name} holds the last {shape[2]} of {tokens} tokens: it has a "
-                    "sliding window, and an engine built the memory that keeps no more. vLLM needs all. Extract the "
-                    "memory again with vLLM."
-                )
-        usual = len(self.caches) == item.entry.layers and set(item.entry.names) == {(KEYS, VALUES)}
-        if not usual or len({*item.shapes, (1, self.fingerprint.stored_kv_heads, tokens, item.shapes[0][-1])}) != 1:
-            raise FingerprintError(
-                f"{path} does not hold keys and values of {self.fingerprint.stored_kv_heads} heads in each of "
-                f"{len(self.caches)} layers, which this engine injects. Extract its memory on this engine."
-            )
-        return tokens, item.shapes[0][-1]
+        self.files.reads.stop()
 
     def _slots(self, transfer: Transfer) -> torch.Tensor:
         """The slots of the transfer's tokens, copied to the device once for all layers, without waiting for it."""
