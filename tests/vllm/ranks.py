@@ -20,6 +20,8 @@ from experiments.measurement import Trace, grade, reference_forward
 from kvmem import KVCacheItem, KVCacheMemory, KVCacheMemoryConfig
 from kvmem.cache.dynamic_cache import layers_of
 from kvmem.engines.vllm.backend import VLLMBackend
+from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
+from kvmem.errors import InjectionError
 from kvmem.prompt import TokenizedPrompt
 
 NEW_TOKENS = 16
@@ -42,6 +44,7 @@ def main(order: dict[str, Any]) -> None:
                 time.sleep(0.1)
             memory.load(folder)
             write(folder / INJECTED, answers(memory, order["queries"]))
+            refuses_damage(memory, order["queries"][0])
 
 
 def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
@@ -69,6 +72,24 @@ def answers(memory: KVCacheMemory, queries: list[str]) -> list[dict[str, Any]]:
             }
         )
     return results
+
+
+def refuses_damage(memory: KVCacheMemory, query: str) -> None:
+    """A damaged file is the error of its request on all ranks, and the engine goes on."""
+    engine = memory.backend
+    assert isinstance(engine, VLLMBackend)
+    damaged, sound = memory.get_all()[:2]
+    path = engine.store.file_of(damaged).path
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    engine.reset()
+    requests = [GenerationRequest(query, engine.store.view(item), 4) for item in (damaged, sound)]
+    error, answer = engine.generate_batch(requests)
+    assert isinstance(error, InjectionError) and path.name in str(error), error
+    assert isinstance(answer, VLLMGeneration) and answer.injected_tokens == sound.metadata.token_count, answer
+    state = engine.host_cache()
+    assert state.failed_reads == 1 and state.reads > 0 and 0 < state.used_bytes <= state.budget_bytes, state
 
 
 def graded(engine: VLLMBackend, prompt: TokenizedPrompt, direct: Any, reused: Any) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from kvmem.engines.generation import Sampling
 from kvmem.engines.huggingface.backend import HFBackend
-from kvmem.engines.vllm.connector.protocol import ITEM, LOAD, PIN, REPORT_TO, SAVE, UNPIN
+from kvmem.engines.vllm.connector.protocol import ITEM, LOAD, PIN, PREFETCH, REPORT_TO, SAVE, UNPIN
 from kvmem.engines.vllm.requests import EngineRequest, GenerationRequest, VLLMGeneration
 from kvmem.engines.vllm.server.backend import VLLMServerBackend
 from kvmem.errors import ConfigError, InjectionError, PromptError
@@ -151,6 +151,22 @@ def test_a_deleted_memory_leaves_the_servers_folder(files: VLLMServerBackend, st
     assert (store / "kvmem_server.json").is_file()
 
 
+def test_files_are_prefetched_into_the_servers_host_memory(files: VLLMServerBackend, store: Path) -> None:
+    """In a namespace of its own, of which no other client has a file read."""
+    memory = on_server(files, namespace="ahead")
+    memory.add(memory.extract(TEXTS[:2]))
+    before = files.host_cache()
+    assert files.prefetch(memory.get_all()) == 2
+    while files.host_cache().reads < before.reads + 2:
+        pass
+    for item in memory.get_all():
+        assert files.generate(QUERY, memory.get_cache(item.kv_cache_id), 2).injected_tokens == item.metadata.token_count
+    after = files.host_cache()
+    assert (after.hits - before.hits, after.waits - before.waits) == (2, 0)
+    with pytest.raises(InjectionError, match=r"not prefetched: .*is not a memory of the namespace 'other'"):
+        files.prefetch(memory.get_all(), cache_salt="other")
+
+
 def test_a_text_longer_than_the_window_names_both_lengths(files: VLLMServerBackend, url: str) -> None:
     with pytest.raises(PromptError, match=rf"\d{{4}} tokens.* 1536 tokens of {MODEL} at {url}.*--max-model-len"):
         files.build("word " * 3000)
@@ -175,6 +191,7 @@ def test_malformed_orders_to_the_connector_do_not_harm_the_server(files: VLLMSer
         {SAVE: ["a"], ITEM: {}},
         {LOAD: {"name": 1}, UNPIN: 7},
         {LOAD: 1.5, UNPIN: [[]], PIN: []},
+        {LOAD: 1, PREFETCH: [7, {}, "../../etc/passwd"]},
     ):
         answer = files.client.complete(EngineRequest(ids, 2, transfer=transfer, salt="stranger"))
         assert answer.report is not None and (answer.report.load_error or answer.report.save_error)

@@ -56,6 +56,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+MOST_PREFETCHED = 1000
+"""How many files one request may prefetch: the engine looks at each before its next step."""
+
+
 @dataclass(frozen=True)
 class Transfer:
     """Tokens `start` to `end` of a request's blocks, from or to the file `name`."""
@@ -381,7 +385,7 @@ class SchedulerSide:
         orders = self._orders_of(request)
         assert orders is not None
         reads = []
-        for name in map(str, names):
+        for name in map(str, names[:MOST_PREFETCHED]):
             try:
                 check_namespace(name, namespace_of(request.cache_salt))
                 reads.append(self._read_of(*self._head_of(name)))
