@@ -92,7 +92,7 @@ class HostMemory:
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
         except RuntimeError as error:
             raise EngineError(
                 f"{nbytes / 2**30:.3g} GiB of host memory can't be allocated ({error}). Lower host_cache_gib."
