@@ -64,6 +64,12 @@ class FunctionWatch:
         watched = [(i, _watched(module)) for i, module in enumerate(self._modules)]
         self._attributes = [(itemgetter(*keys), self._dicts[i], i, keys) for i, keys in watched if keys]
         self._values = [_kept(get(held)) for get, held, _, _ in self._attributes]
+        self._objects = [
+            (held, key, held[key], f"{name}.{key}")
+            for held, name in zip(self._dicts, self._names, strict=True)
+            for key in _own_names(held)
+            if not _is_comparable(held[key])
+        ]
         configs = [model.config, *(value for held in self._dicts for value in held.values() if _is_config(value))]
         self._configs = list({id(config): config for found in configs for config in _with_parts(found)}.values())
         self._settings = [_copied(config) for config in self._configs]
@@ -81,6 +87,9 @@ class FunctionWatch:
         if values != self._values:
             at = [now == before for now, before in zip(values, self._values, strict=True)].index(False)
             return self._difference_of_attributes(at)
+        for held, key, before, name in self._objects:
+            if held.get(key) is not before:
+                return f"{name} was replaced"
         if list(map(type, self._modules)) != self._classes:
             return "The class of a module was replaced"
         if list(map(_forward, self._distinct)) != self._forwards:
@@ -148,11 +157,18 @@ def _watched(module: nn.Module) -> tuple[str, ...]:
     """The names of the module's own attributes that may change what it computes and can be compared."""
     if type(module) is nn.Linear:  # computes with its two parameters only
         return ()
-    return tuple(
+    held = vars(module)
+    return tuple(name for name in _own_names(held) if _is_comparable(held[name]))
+
+
+def _own_names(held: Mapping[str, Any]) -> list[str]:
+    """The attributes of a module that torch and transformers don't keep their own accounts in."""
+    is_whole_model = "_tp_plan" in held
+    return [
         name
-        for name, value in vars(module).items()
-        if name not in _NOT_ATTRIBUTES and not name.startswith("_") and _is_comparable(value)
-    )
+        for name in held
+        if name not in _NOT_ATTRIBUTES and name != "_is_hf_initialized" and not (is_whole_model and name[0] == "_")
+    ]
 
 
 def _is_comparable(value: Any) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvmem.errors import ModelError
 
@@ -120,10 +120,20 @@ class ModelWatch:
         self._values = [held.values() for _, held in dicts if held]
         self._held = list(chain.from_iterable(self._values))
         self._single = [(i, value) for i, value in enumerate(self._held) if _is_tensor(value) and value.numel() == 1]
-        names = (_joined(name, key) for name, held in dicts for key in held)
-        counted = [
-            pair for pair in zip(names, self._held, strict=True) if _is_tensor(pair[1]) and not pair[1].is_inference()
+        names = [_joined(name, key) for name, held in dicts for key in held]
+        attributes = [
+            (_joined(name, key), value)
+            for name, module in model.named_modules()
+            for key, value in vars(module).items()
+            if key not in _KEPT_BY_TORCH
         ]
+        found = {
+            id(tensor): (name, tensor)
+            for name, value in (*zip(names, self._held, strict=True), *attributes)
+            for tensor in _tensors_of(value)
+            if not tensor.is_inference()
+        }
+        counted = list(found.values())
         self._names, self._tensors = [name for name, _ in counted], [tensor for _, tensor in counted]
         self._versions = list(map(_version, self._tensors))
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
@@ -172,6 +182,25 @@ class ModelWatch:
 
 
 _version = attrgetter("_version")
+_KEPT_BY_TORCH = set(vars(nn.Module()))
+_DEPTH = 3
+"""How deep quantized layers keep tensors in objects: bitsandbytes, in the state of a state of a weight."""
+
+
+def _tensors_of(value: object, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
+    """The tensor itself, and those that it is made of, or that a quantized layer's object keeps, such as scales."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        if not _is_plain(value):
+            for name in value.__tensor_flatten__()[0]:  # type: ignore[attr-defined] # not declared on Tensor
+                yield from _tensors_of(getattr(value, name), depth)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors_of(part, depth)
+        return
+    if depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type | PreTrainedConfig):
+        for part in vars(value).values():
+            yield from _tensors_of(part, depth - 1)
 
 
 def _is_tensor(value: object) -> bool:

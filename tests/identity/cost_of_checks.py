@@ -27,7 +27,7 @@ from kvmem.engines.graph.config import GraphConfig
 from kvmem.models import loading
 
 ANSWER_S = 0.040
-ROUNDS = 100
+ROUNDS = 300
 MEMORY = "The cellar holds four barrels of cider, and the attic holds none at all. " * 30
 QUERY = "Where is the cider?"
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
 from kvmem.cache.fingerprint import fingerprint_of, hash_weights
-from tests.helpers.tiny import loaded
+from kvmem.cache.model_state import ModelWatch
+from kvmem.engines.huggingface.backend import HFBackend
+from kvmem.errors import ModelChangedError, ModelError
+from tests.helpers.tiny import loaded, memory_on
 
 
 class PackedLinear(nn.Module):
@@ -66,3 +71,48 @@ def test_buffers_that_are_not_saved_do_not_count():
     rotary = model.get_decoder().rotary_emb
     rotary.inv_freq = torch.nextafter(rotary.inv_freq, torch.full_like(rotary.inv_freq, 9.0))
     assert hash_weights(model) == before
+
+
+@dataclass
+class QuantState:
+    """As bitsandbytes keeps scales: in an object that is an attribute of the weight."""
+
+    absmax: torch.Tensor
+    nested: QuantState | None = None
+
+
+def test_a_watch_sees_scales_in_objects_of_a_quantized_layer():
+    layer = nn.Linear(4, 4)
+    inner, of_layer = torch.ones(3), torch.ones(2)
+    layer.weight.quant_state = QuantState(torch.ones(4), QuantState(inner))
+    layer.state = QuantState(of_layer)
+    for scale, name in ((inner, "weight"), (of_layer, "state")):
+        watch = ModelWatch(layer)
+        assert watch.changed() is None
+        scale.mul_(2)
+        assert watch.changed() == f"{name} was written in place"
+
+
+def test_torchaos_weights_are_exact_and_a_changed_scale_is_refused():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = loaded("tiny")
+    quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+    backend = HFBackend(model)
+    memory = memory_on(backend)
+    item = memory.extract("The cellar holds four barrels of cider.")
+    memory.add(item)
+    query = "Where is the cider?"
+    prompt = [{"role": "system", "content": item.metadata.source_text}, {"role": "user", "content": query}]
+    injected = backend.generate(query, memory.get_cache(item.kv_cache_id), 8)
+    assert injected.cached_tokens and injected.token_ids == backend.generate(prompt, None, 8).token_ids
+    model.model.get_decoder().layers[0].mlp.up_proj.weight.scale.mul_(3)
+    with pytest.raises(ModelChangedError, match=r"up_proj\.weight was written in place"):
+        memory.get_cache(item.kv_cache_id)
+
+
+def test_a_quantized_model_whose_activations_share_one_scale_is_refused():
+    """A later token changes the scale, and with it what is computed of earlier ones."""
+    model = loaded("tiny")
+    torch.ao.quantization.quantize_dynamic(model.model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    with pytest.raises(ModelError, match=r"not causal.*quantize its weights only"):
+        HFBackend(model)

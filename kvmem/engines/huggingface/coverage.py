@@ -59,7 +59,8 @@ def check_covered(model: PreTrainedModel) -> None:
         raise _refusal(
             inside,
             "is not causal: a later token changes what is computed of earlier ones",
-            "If it was trained as a decoder, set is_decoder=true in its config.",
+            "If it was trained as a decoder, set is_decoder=true in its config. If it is quantized with one scale for "
+            "the activations of all tokens, quantize its weights only.",
         )
 
 
