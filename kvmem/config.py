@@ -36,7 +36,8 @@ class KVCacheMemoryConfig(BaseModel):
     memory_filename: its suffix picks the file format. merge: a strategy or its name. template: `chat` or `plain`.
     chat_template_kwargs: the chat template's own arguments, such as `enable_thinking` or `tools`; JSON values.
     separator: the text between merged memories. namespace: only memories of the same namespace are found, listed,
-    merged, loaded and deleted; their files are in a folder of that name.
+    merged, loaded and deleted; their files are in a folder of that name. copy_files: `load` copies the tensors instead
+    of mapping them from the file (safetensors, on a CPU), so that what happens to the file later does not matter.
 
     Raises ConfigError for an unknown key, naming the nearest known one, and for a bad value.
     """
@@ -50,6 +51,7 @@ class KVCacheMemoryConfig(BaseModel):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     separator: str = "\n\n"
     namespace: str = ""
+    copy_files: bool = False
 
     def __init__(self, **fields: Any) -> None:
         try:

@@ -7,7 +7,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
-from kvmem.cache import KVCacheItem, Message, TextualMemoryItem
+import torch
+
+from kvmem.cache import KVCacheItem, Message, TextualMemoryItem, dynamic_cache
 from kvmem.config import KVCacheMemoryConfig
 from kvmem.engines import Backend, Injectable
 from kvmem.errors import (
@@ -192,6 +194,8 @@ class KVCacheMemory:
             if item.metadata.fingerprint is None and not item.metadata.namespace:
                 item.metadata = item.metadata.model_copy(update={"namespace": self.namespace})
             self._check_namespace(item, f"{path}: ")
+        if self.config.copy_files and self.backend.device.type == "cpu":  # elsewhere they are copies already
+            items = [self._copied(item) for item in items]
         self._items = {item.kv_cache_id: item for item in items}
         return len(items)
 
@@ -203,6 +207,12 @@ class KVCacheMemory:
         check_kind("A text memory", mem, TextualMemoryItem, way_out="Give TextualMemoryItem(memory=text).")
         own = mem.checked()
         return self.backend.build(own.memory, textual_memory=own, namespace=self.namespace)
+
+    def _copied(self, item: KVCacheItem) -> KVCacheItem:
+        """The item with tensors of its own. Raises ChangedFileError if the file changed while it was copied."""
+        copy = dynamic_cache.converted(item.kv_cache, torch.Tensor.clone, self.backend.model_config)
+        dynamic_cache.check_files(item.kv_cache)
+        return KVCacheItem(copy, item.metadata, item.kv_cache_id)
 
     def _path(self, dir: str | Path) -> Path:
         return _folder(dir) / namespace_folder(self.namespace) / self.config.memory_filename

@@ -115,6 +115,16 @@ def test_a_file_that_is_cut_off_does_not_kill_the_process(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout.split()) == (0, ["refused"] * 3), done.stderr
 
 
+def test_copied_tensors_do_not_depend_on_the_file(engine: HFBackend, tmp_path: Path) -> None:
+    """Also where a file is cut off in the middle of a prefill, which ends a process whose tensors are mapped."""
+    memory, (item, _), path = loaded_memory(engine, tmp_path, copy_files=True)
+    before, expected = copy_of(item), engine.generate(QUERY, memory.get_cache(item.kv_cache_id), 8)
+    view = memory.get_cache(item.kv_cache_id)
+    os.truncate(path, 4096)
+    assert engine.generate(QUERY, view, 8) == expected
+    assert same_bits(item, before) and memory.dump(tmp_path / "elsewhere").stat().st_size > 4096
+
+
 def touch(path: Path) -> None:
     os.utime(path)
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
+from kvmem.cache import hash_template
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.engines.vllm.config import VLLMConfig
 from kvmem.engines.vllm.server.backend import VLLMServerBackend
 from kvmem.engines.vllm.server.config import VLLMServerConfig
+from kvmem.errors import ConfigError
 from kvmem.models.loading import Loaded, load_tokenizer
 from tests.helpers.tiny import pairs
 from tests.vllm.conftest import SETTINGS, skip_without_vllm
 from tests.vllm.serving import KEY_VARIABLE, MODEL
 
+CARD = "kvmem_server.json"
 pytestmark = pytest.mark.timeout(420)
 
 THINKING = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
@@ -84,3 +88,30 @@ def test_the_server_is_sent_what_the_template_gives(url: str, reference: HFBacke
         base_url=url, model=MODEL, api_key_env=KEY_VARIABLE, tokenizer_name_or_path=str(tokenizer_folder)
     )
     check_same(VLLMServerBackend.open(config, "chat", KWARGS), reference)
+
+
+@pytest.fixture
+def store_of_this_template(url: str, store: Path, tokenizer_folder: Path, tmp_path: Path) -> Path:
+    """A store as of a server that was started with this chat template."""
+    card = json.loads((store / CARD).read_text())
+    card["fingerprint"]["template"] = hash_template(load_tokenizer(str(tokenizer_folder)), {})
+    (tmp_path / CARD).write_text(json.dumps(card))
+    return tmp_path
+
+
+def test_a_server_with_a_store_takes_arguments_that_leave_memories_as_they_are(
+    url: str, store_of_this_template: Path, tokenizer_folder: Path
+) -> None:
+    """Thinking on or off changes the end of a prompt only."""
+    config = VLLMServerConfig(
+        base_url=url,
+        model=MODEL,
+        api_key_env=KEY_VARIABLE,
+        tokenizer_name_or_path=str(tokenizer_folder),
+        store_dir=str(store_of_this_template),
+    )
+    kwargs = {"enable_thinking": False}
+    backend = VLLMServerBackend.open(config, "chat", kwargs)
+    assert backend.split(TURNS).ids == whole(backend.tokenizer, TURNS, **kwargs) != whole(backend.tokenizer, TURNS)
+    with pytest.raises(ConfigError, match=r"change what stands before a memory.*Leave store_dir out"):
+        VLLMServerBackend.open(config, "chat", KWARGS)  # its connector compares a file's template with its own

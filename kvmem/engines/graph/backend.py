@@ -121,7 +121,7 @@ class HFGraphBackend(HFBackend):
         if sampling and sampling.temperature > 0:
             return super().generate(query, kv_cache, max_new_tokens, sampling)
         self.guard.check_mode()
-        prompt = self.split_unchecked(query, kv_cache)
+        prompt = self.split(query, kv_cache, True)
         possible = self.room(prompt, max_new_tokens)
         logits_V, answer = self.prefill(prompt, kv_cache)
         self.check_model(by_transformers=False)  # while the GPU computes, and before a token of it is given out

@@ -216,17 +216,18 @@ class HFBackend(MeasuredBackend):
             f"{merge.name} does not cover {self.model_config.model_type}, whose {why}. Use merge=Reprefill."
         )
 
-    def split(self, query: Query, kv_cache: CacheView | None = None) -> TokenizedPrompt:
+    def split(
+        self, query: Query, kv_cache: CacheView | None = None, model_checked_later: bool = False
+    ) -> TokenizedPrompt:
         """The prompt of `query`, split after what `kv_cache` holds of it.
+
+        model_checked_later: leaves `check_model` to the caller, who calls it before an answer is given out.
 
         Raises PromptError if the prompt exceeds the model's positions, ArgumentError if `kv_cache` is not a cache view,
         and FingerprintError if it comes from another model.
         """
-        self.check_model(by_transformers=False)
-        return self.split_unchecked(query, kv_cache)
-
-    def split_unchecked(self, query: Query, kv_cache: CacheView | None = None) -> TokenizedPrompt:
-        """As `split`, for a caller that checks later whether the model changed."""
+        if not model_checked_later:
+            self.check_model(by_transformers=False)
         if kv_cache is not None:
             check_view(kv_cache, self.fingerprint, self.shards)
         prompt = self.template.bare(query) if kv_cache is None else self.template.split(kv_cache.tokens, query)
