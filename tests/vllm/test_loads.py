@@ -28,7 +28,7 @@ TEXTS = [text for text, _ in pairs(6, 1600, seed=31)]
 QUERY = "Which rule is the first?"
 NEW_TOKENS = 8
 LAYERS, GAIN = 8, 8.0
-READ_MIB_S = 4.0
+READ_MIB_S = 8.0
 BUDGET_MIB = 12
 
 
@@ -215,7 +215,7 @@ def test_files_that_change_under_their_loads_are_those_requests_errors(
     def spoil() -> None:
         for number in range(4):
             damage(views[number].file.path, whole[number], whole[5])
-            started.wait(0.1)  # the four reads take two seconds
+            started.wait(0.1)  # the four reads take one second
 
     spoiling = threading.Thread(target=spoil)
     numbers = [i % 5 for i in range(50)]
