@@ -11,9 +11,18 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.audit.finding import Finding
-from experiments.measurement import BASELINE, RULES_VERSION, Verdict, judge, judge_timings, recomputed, statistics
+from experiments.measurement import (
+    BASELINE,
+    RULES_VERSION,
+    Verdict,
+    judge,
+    judge_derived,
+    judge_timings,
+    recomputed,
+    statistics,
+)
 from experiments.measurement import verdict as rules
-from experiments.results import Evidence, Row, TimedPayload, TTFTPayload, judged_figures
+from experiments.results import DerivedPayload, Evidence, Row, TimedPayload, TTFTPayload, judged_figures
 
 CLOSE = 1e-6
 """Relative difference of two numbers that are the same but for rounding."""
@@ -27,7 +36,13 @@ def checked_as(row: Row) -> Checked:
     figures = judged_figures(row)
     judged = figures is not None and figures.evidence is not None and row.rules == RULES_VERSION
     judged |= isinstance(row.payload, TimedPayload) and bool(row.payload.timings)
+    judged |= _is_derived(row)
     return "judged again" if judged else "checked by what is stored"
+
+
+def _is_derived(row: Row) -> bool:
+    """Whether the figures of a row follow from what it stores, and it times nothing itself."""
+    return isinstance(row.payload, DerivedPayload) and judged_figures(row) is None and row.rules == RULES_VERSION
 
 
 def name_of(row: Row) -> str:
@@ -46,6 +61,8 @@ def check_row(row: Row) -> list[Finding]:
     texts: list[str] = list(_by_name(row))
     if isinstance(row.payload, TimedPayload) and row.payload.timings:
         texts += _same_verdict(row, judge_timings(row, row.payload))
+    if isinstance(row.payload, DerivedPayload) and _is_derived(row):
+        texts += _derived(row, row.payload)
     if figures is not None:
         texts += _speedup_in_interval(figures)
         texts += _grade(row, figures.evidence)
@@ -91,6 +108,14 @@ def _by_the_rules(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterato
             yield from _differs(f"the 90th percentile of the {name} arm", p90_s, float(np.percentile(seconds, 90)))
     baseline = [call.engine_s for call in evidence.calls if call.arm == BASELINE]
     yield from _differs("the TTFT of the baseline", figures.baseline_ttft_s, median(baseline) if baseline else None)
+
+
+def _derived(row: Row, payload: DerivedPayload) -> Iterator[str]:
+    """Each figure from what the row stores, and its verdict, if it has one: a prediction has none."""
+    for name, stored, again in recomputed.wrong_derived_figures(row, payload):
+        yield f"{name} is stored as {_number(stored)}, and what the row stores gives {_number(again)}"
+    if row.verdict is not None:
+        yield from _same_verdict(row, judge_derived(row, payload))
 
 
 def _same_verdict(row: Row, verdict: Verdict) -> Iterator[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from experiments.bench.kv_distance import KVCheck
 from experiments.bench.setup import Setup
 from experiments.hardware import layout
 from experiments.measurement import ReferenceForward, engine_conditions, reference_forward
@@ -37,7 +38,7 @@ class Bench:
     """The items of this run, in the order of their builds. Cells with the same memory share one item."""
     build_times_s: dict[str, list[float]] = field(default_factory=dict)
     """The seconds of every measured build of an item, by the item's id."""
-    kv_checks: dict[str, Any] = field(default_factory=dict)
+    kv_checks: dict[str, KVCheck] = field(default_factory=dict)
     """What `kv_check` found of an item, by the item's id."""
 
     @classmethod

@@ -12,12 +12,25 @@ import numpy as np
 
 from experiments.bench.bench import Bench
 from experiments.bench.stored_kv import kv_check, view_check
-from experiments.measurement import BASELINE, RULES_VERSION, Sample, Trace, grade, judge, reference, statistics, ttft
-from experiments.results import ALONE, Evidence, Loss, Row, TimedCall, TTFTPayload, judged_figures
+from experiments.measurement import (
+    BASELINE,
+    RULES_VERSION,
+    Sample,
+    Trace,
+    grade,
+    judge,
+    judge_derived,
+    reference,
+    statistics,
+    ttft,
+)
+from experiments.results import ALONE, DerivedPayload, Evidence, Loss, Row, TimedCall, TTFTPayload, judged_figures
 from experiments.workloads import Cell
 from kvmem.cache import KVCacheItem
 
 ENOUGH_FOR_P90 = 10
+FARTHEST = 1e9
+"""Stands for an infinite distance, which JSON does not have: an engine may report its largest logits only."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,8 @@ class Measured:
     conditions: dict[str, Any] = field(default_factory=dict)
     calls_made: dict[str, int] = field(default_factory=dict)
     """How often each arm was called."""
+    context_tokens: Sequence[int] = ()
+    """The length of each round's memory, where rounds have memories of several lengths; () is that of the cell."""
 
     def engine_s(self, arm: str) -> list[float]:
         return [sample.engine_s for sample in self.samples[arm]]
@@ -48,6 +63,8 @@ class TierEvidence:
     loss: Loss | None = None
     kv_off_built: float | None = None
     least_fetch_s: float | None = None
+    view_off_stored: float | None = None
+    """For a tier that gives other views than the engine; None compares the engine's view of the memory."""
 
 
 def compare(
@@ -63,6 +80,9 @@ def compare(
     payload: Callable[..., TTFTPayload] = TTFTPayload,
     beside: Sequence[str] = (),
     tier: TierEvidence | None = None,
+    memories: int | None = None,
+    peer: str = "",
+    slack_s: float = 0.0,
 ) -> Row:
     """The row of `arm`, which reuses a memory, compared with the direct arm. Both were sampled in the same rounds.
 
@@ -71,12 +91,16 @@ def compare(
     payload: makes the scenario's payload from the fields of `TTFTPayload`.
     beside: other arms whose calls the row's figures need.
     tier: what was measured of the tier that the arm loads the memory from.
+    memories: the number of memories in a prompt; None: all of `items`.
+    peer: the engine's own entry point that `arm` may not be slower than, sampled in the same rounds.
+    slack_s: seconds that the arms' way to the engine may cost beside those of the baseline and the peer.
     The direct arm itself is judged if `arm` is its name.
     """
     reused, plain = measured.samples[arm], measured.samples[direct]
     hit = ttft.worst_hit(reused)
     kv_s, direct_s = median(measured.engine_s(arm)), median(measured.engine_s(direct))
-    cached, whole, memories = hit.token.cached_tokens, len(hit.prompt.ids), len(items)
+    cached, whole = hit.token.cached_tokens, len(hit.prompt.ids)
+    memories = len(items) if memories is None else memories
     traces = measured.traces
     judged_by = bench.reference
     equality = grade(
@@ -85,15 +109,17 @@ def compare(
         lambda step: judged_by.logits(plain[0].prompt.ids, traces[direct].token_ids, step),
         bench.backend.dtype,
     )
-    limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain[0].prompt.ids), 0)
+    limit_s, direct_limit_s = _limit_s(bench, reused), _limit_s(bench, plain)
     if kv_s < limit_s or direct_s < direct_limit_s:
         bench.recalibrate()
-        limit_s, direct_limit_s = bench.limit_s(whole - cached, cached), bench.limit_s(len(plain[0].prompt.ids), 0)
+        limit_s, direct_limit_s = _limit_s(bench, reused), _limit_s(bench, plain)
     merge = bench.setup.merge
     cache_s = median(sample.cache_s for sample in reused)
     kv = kv_check(bench, items)
+    beside = (*beside, peer) if peer else beside
+    context_tokens = measured.context_tokens or [cell.context_tokens]
     evidence = Evidence(
-        calls=_calls(bench, measured, (arm, direct, *beside), cell.context_tokens),
+        calls=_calls(bench, measured, (arm, direct, *beside), context_tokens),
         calls_made={name: measured.calls_made[name] for name in (arm, direct) if name in measured.calls_made},
         exact=(memories == 1 or merge.exact) and (tier is None or tier.loss is None),
         direct_arm=direct,
@@ -106,13 +132,17 @@ def compare(
         kv_tolerance=kv.token.allowed if kv else None,
         kv_scale_off=kv.scale.off if kv else None,
         kv_scale_tolerance=kv.scale.allowed if kv else None,
-        view_off_stored=view_check(bench, items),
+        view_off_stored=view_check(bench, items)
+        if tier is None or tier.view_off_stored is None
+        else tier.view_off_stored,
         reference=judged_by.name,
         build_all_s=list(builds_s),
         loss=tier.loss if tier else None,
         kv_off_built=tier.kv_off_built if tier else None,
         least_fetch_s=tier.least_fetch_s if tier else None,
         same_query=measured.same_query,
+        peer_arm=peer,
+        slack_s=slack_s,
     )
     nbytes = {item.kv_cache_id: item.metadata.kv_bytes for item in items}  # one memory may be injected twice
     saved_s, build_s = measured.user_s(direct) - measured.user_s(arm), median(builds_s)
@@ -136,7 +166,7 @@ def compare(
         cached_tokens=cached,
         limit_s=limit_s,
         direct_limit_s=direct_limit_s,
-        mfu=bench.roofline.mfu(whole - cached, cached, kv_s),
+        mfu=None if measured.context_tokens else bench.roofline.mfu(whole - cached, cached, kv_s),
         measured_times=measured.measured_times,
         spread={
             "injected": statistics.spread(measured.engine_s(arm)),
@@ -170,11 +200,22 @@ def compare(
     return judged_again(row)
 
 
+def _limit_s(bench: Bench, samples: Sequence[Sample]) -> float:
+    """The median of the rounds' limits: no arm's median is below it if none of its calls is below its own."""
+    cached = [sample.token.cached_tokens for sample in samples]
+    return median(
+        bench.limit_s(len(sample.prompt.ids) - held, held) for sample, held in zip(samples, cached, strict=True)
+    )
+
+
 def judged_again(row: Row) -> Row:
     """`row` with the verdict that its stored figures give it."""
     figures = judged_figures(row)
-    assert figures is not None
-    verdict = judge(row, figures)
+    if figures is not None:
+        verdict = judge(row, figures)
+    else:
+        assert isinstance(row.payload, DerivedPayload)
+        verdict = judge_derived(row, row.payload)
     return dataclasses.replace(row, verdict=verdict.verdict, verdict_reason=verdict.reason, rules=RULES_VERSION)
 
 
@@ -199,10 +240,10 @@ def timed_calls(samples: dict[str, list[Sample]]) -> list[TimedCall]:
     return sorted(calls, key=lambda call: call.started_s)
 
 
-def _calls(bench: Bench, measured: Measured, arms: Sequence[str], context_tokens: int) -> list[TimedCall]:
+def _calls(bench: Bench, measured: Measured, arms: Sequence[str], context_tokens: Sequence[int]) -> list[TimedCall]:
     """The timed calls of `arms`, of which the second is the direct one, and of those that they are held to, in order.
 
-    An arm that covers a part of its prompt by a memory is a hit.
+    An arm that covers a part of its prompt by a memory is a hit. context_tokens: by round, or one for all rounds.
     """
     arm, direct = arms[:2]
     names = [name for name in dict.fromkeys((*arms, BASELINE, ALONE)) if name in measured.samples]
@@ -225,7 +266,8 @@ def _calls(bench: Bench, measured: Measured, arms: Sequence[str], context_tokens
                     digest=sample.prompt.digest,
                     cached_tokens=sample.token.cached_tokens,
                     # An engine that reuses whole blocks only misses the rest of the memory's last block.
-                    expected_tokens=context_tokens - (len(sample.prompt.memory_ids) - sample.expected_tokens)
+                    expected_tokens=context_tokens[round_ % len(context_tokens)]
+                    - (len(sample.prompt.memory_ids) - sample.expected_tokens)
                     if is_hit
                     else 0,
                     computed_tokens=sample.computed_tokens,
@@ -247,12 +289,12 @@ def _apart(bench: Bench, sample: Sample, plain: Sample) -> float | None:
     if sample.token.id == plain.token.id:
         return None
     logits_V = bench.reference.logits(plain.prompt.ids, (plain.token.id,), None).runs[0][0]
-    return float((logits_V[plain.token.id] - logits_V[sample.token.id]).abs()) / 2
+    return min(float((logits_V[plain.token.id] - logits_V[sample.token.id]).abs()) / 2, FARTHEST)
 
 
 def _margin(trace: Trace, timed: Sample) -> float:
     """By how much the graded answer prefers its first token to the timed one; 0 if they are the same."""
-    return float(trace.logits_SV[0, trace.token_ids[0]] - trace.logits_SV[0, timed.token.id])
+    return min(float(trace.logits_SV[0, trace.token_ids[0]] - trace.logits_SV[0, timed.token.id]), FARTHEST)
 
 
 def p90(seconds: Sequence[float]) -> float | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from experiments.bench.bench import Bench
+from experiments.bench.kv_distance import Distance, KVCheck
 from experiments.measurement import NOISE_MULTIPLE, Layers, comparable
 from kvmem.cache import CacheView, KVCacheItem
 
@@ -16,27 +15,6 @@ MOST_UNITS = {torch.float32: 2000.0, torch.bfloat16: 40.0, torch.float16: 100.0}
 """The noise of a token's KV counts as at most so many units in the last place, relative to the token's norm."""
 SCALE_UNITS = 0.25
 """The rounding errors of a layer's many numbers cancel in its scale, so that it is known to a part of one unit."""
-
-
-class Distance(NamedTuple):
-    """A distance from the reference, and what rounding explains of it."""
-
-    off: float
-    allowed: float
-
-
-@dataclass(frozen=True)
-class KVCheck:
-    """How far stored keys and values are from the reference's.
-
-    token: relative: the norm of the difference of a token's keys (or values) over all heads of a layer, over the
-    reference's norm; the largest of all tokens. scale: how far the factor that fits a layer's keys (or values) to the
-    reference's is from 1; the largest of all layers. It shows errors that are the same everywhere and, for each token,
-    below the rounding of 16-bit numbers.
-    """
-
-    token: Distance
-    scale: Distance
 
 
 def kv_check(bench: Bench, items: Sequence[KVCacheItem]) -> KVCheck | None:
@@ -55,8 +33,13 @@ def view_check(bench: Bench, items: Sequence[KVCacheItem]) -> float | None:
     if len(items) != 1:
         return None
     view = bench.backend.view(items, bench.setup.merge, bench.setup.separator)
-    stored = comparable(items[0].kv_cache)
-    if not stored or not isinstance(view, CacheView):
+    return view_off(items[0], view) if isinstance(view, CacheView) else None
+
+
+def view_off(item: KVCacheItem, view: CacheView) -> float | None:
+    """The largest difference of a number between a memory and a view of it; None if it has no tensors here."""
+    stored = comparable(item.kv_cache)
+    if not stored:
         return None
     given = [
         tuple(tensor.to(held.device) for tensor, held in zip(layer, other, strict=True))

@@ -1,13 +1,14 @@
 """Measures TTFT, compares outputs, and gives each figure a verdict."""
 
 from experiments.measurement.consensus import from_rank0
+from experiments.measurement.derived_verdict import judge_derived
 from experiments.measurement.engine_adapters import embedding_of, engine_conditions, reference_forward
 from experiments.measurement.equality import NOISE_MULTIPLE, Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
 from experiments.measurement.reference import Layers, ReferenceForward, comparable
 from experiments.measurement.timing_verdict import judge_timings
 from experiments.measurement.ttft import Arm, Sample, synchronize
-from experiments.measurement.verdict import BASELINE, MAX_DIRECT_RATIO, RULES_VERSION, Verdict, judge
+from experiments.measurement.verdict import BASELINE, MAX_DIRECT_RATIO, RULES_VERSION, Verdict, clock_misses, judge
 from experiments.measurement.witness import Witness
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "Trace",
     "Verdict",
     "Witness",
+    "clock_misses",
     "comparable",
     "embedding_of",
     "engine_conditions",
     "from_rank0",
     "grade",
     "judge",
+    "judge_derived",
     "judge_timings",
     "reference_forward",
     "synchronize",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import median
 
-from experiments.results import ALONE, Evidence, JudgedPayload, Row, TTFTPayload
+from experiments.results import ALONE, DerivedPayload, Evidence, JudgedPayload, Row, TTFTPayload
 
 BATCHES = 6
 CLOSE = 1e-6
@@ -48,10 +48,24 @@ def wrong_figures(
         again_of = row.payload.from_calls(row, evidence)
         pairs += [(name, getattr(row.payload, name), again) for name, again in again_of.items()]
     for name, stored, again in pairs:
-        if (stored is None) != (again is None) or not math.isclose(
-            stored or 0.0, again or 0.0, rel_tol=CLOSE, abs_tol=CLOSE
-        ):
+        if not _close(stored, again):
             yield name, stored, again
+    if isinstance(row.payload, DerivedPayload):
+        yield from wrong_derived_figures(row, row.payload)
+
+
+def wrong_derived_figures(row: Row, payload: DerivedPayload) -> Iterator[tuple[str, float | None, float | None]]:
+    """Each figure that what the row stores does not give: its name, the stored number, and the number it gives."""
+    for name, again in payload.recomputed(row).items():
+        stored = getattr(payload, name)
+        if not _close(stored, again):
+            yield name, stored, again
+
+
+def _close(stored: float | None, again: float | None) -> bool:
+    if stored is None or again is None:
+        return stored is again
+    return math.isclose(stored, again, rel_tol=CLOSE, abs_tol=CLOSE)
 
 
 def _seconds(evidence: Evidence, arm: str, clock: str = "engine_s") -> list[float]:

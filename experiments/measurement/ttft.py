@@ -174,27 +174,29 @@ def interleaved(
     try:
         for round_, query in enumerate([*[queries[0]] * warmups, *queries]):
             for name in rng.sample(sorted(arms), len(arms)):
-                arm = arms[name]
-                arm.prepare()
-                counted = witness.count if witness else 0
-                started = time.perf_counter()
-                sample = arm(query)
-                outer_s = time.perf_counter() - started
+                sample = timed_call(arms[name], query, origin, witness)
                 if round_ >= warmups:
-                    computed = witness.count - counted if witness else None
-                    samples[name].append(
-                        replace(
-                            sample,
-                            token=_kept(sample.token),
-                            started_s=started - origin,
-                            outer_s=outer_s,
-                            computed_tokens=computed,
-                            ordinal=arm.calls,
-                        )
-                    )
+                    samples[name].append(sample)
     finally:
         gc.enable()
     return samples
+
+
+def timed_call(arm: Arm, query: str, origin: float, witness: Witness | None) -> Sample:
+    """One call of an arm, with the clock around it and what a witness saw. `origin`: of the clock that it starts by."""
+    arm.prepare()
+    counted = witness.count if witness else 0
+    started = time.perf_counter()
+    sample = arm(query)
+    outer_s = time.perf_counter() - started
+    return replace(
+        sample,
+        token=_kept(sample.token),
+        started_s=started - origin,
+        outer_s=outer_s,
+        computed_tokens=witness.count - counted if witness else None,
+        ordinal=arm.calls,
+    )
 
 
 def _kept(token: FirstToken) -> FirstToken:
@@ -235,6 +237,13 @@ def trace(
     """A greedy answer of `steps` tokens, with logits of shape (steps, vocab). An end token does not stop it."""
     backend.reset()
     answer = backend.greedy(prompt, view() if view else None, steps)
+    return Trace(answer.token_ids, answer.logits_SV, answer.complete)
+
+
+def native_trace(backend: MeasuredBackend, prompt: TokenizedPrompt, steps: int) -> Trace:
+    """The answer behind blocks that the engine's own prefill of the memory left in its prefix cache."""
+    fill_prefix_cache(backend, prompt.memory_ids)
+    answer = backend.greedy(TokenizedPrompt((), prompt.ids), None, steps)
     return Trace(answer.token_ids, answer.logits_SV, answer.complete)
 
 

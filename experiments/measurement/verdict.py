@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -12,7 +12,7 @@ from scipy import stats
 
 from experiments.measurement.recomputed import wrong_figures
 from experiments.measurement.statistics import BATCHES, NOISY_SPREAD, Interval, paired_ratio, spread
-from experiments.results import ALONE, ArmTimes, Evidence, JudgedPayload, Row, Timed, TimedCall, TTFTPayload
+from experiments.results import ALONE, ArmTimes, DerivedPayload, Evidence, Row, Timed, TimedCall, TTFTPayload
 
 MAX_DIRECT_RATIO = 1.2
 """How long the direct arm may take, as a multiple of build + merge + injected prefill. One direct pass does the work of
@@ -88,6 +88,8 @@ def remarks(row: Row, evidence: Evidence) -> list[str]:
         found.append(f"the answers have {row.equality}, which is allowed because this merge is not exact")
     if evidence.same_query:
         found.append("every round had the same query: no other of the same length was found")
+    if isinstance(row.payload, DerivedPayload):
+        found += row.payload.remarks()
     return found
 
 
@@ -155,6 +157,16 @@ def baseline(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:
         )
 
 
+def peer(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:
+    """An arm that stands for what an engine does without us is at most 1.05 times its own entry point."""
+    ratio, interval = _over(evidence, row.arm, evidence.peer_arm)
+    if interval is not None and interval[0] > MAX_OVER_BASELINE:
+        yield (
+            f"the {row.arm} arm is too slow: {ratio:.2f} times {evidence.peer_arm}, timed in the same rounds "
+            f"({interval[0]:.2f} to {interval[1]:.2f})"
+        )
+
+
 def build(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
     """Build, merge and injected prefill together take no less than the direct arm, which does the work of all three.
 
@@ -175,12 +187,9 @@ def clocks(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:
     """Each arm's own clock accounts for the time around its calls, and its parts for the whole."""
     for arm in (row.arm, evidence.direct_arm):
         calls = _calls(evidence, arm)
-        lost_s = median(call.outer_s - call.user_s for call in calls)
         whole_s = median(call.outer_s for call in calls)
-        if len(calls) >= BATCHES and lost_s > max(MAX_LOST_SHARE * whole_s, LOST_SLACK_S):
-            yield (
-                f"{1e3 * lost_s:.4g} ms of the {1e3 * whole_s:.4g} ms of a call of the {arm} arm are not in its TTFT"
-            )
+        if lost := clock_misses([call.outer_s for call in calls], [call.user_s for call in calls]):
+            yield f"{lost} of a call of the {arm} arm are not in its TTFT"
         if any(call.engine_s + call.cache_s > call.user_s * (1 + ROUNDING) for call in calls):
             yield f"the parts of the {arm} arm's TTFT exceed the whole"
         split = [call for call in calls if call.split_s is not None]
@@ -194,7 +203,7 @@ def clocks(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:
 def figures_follow(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
     """Every figure of the row follows from its timed calls and builds."""
     for name, stored, again in wrong_figures(row, figures, evidence):
-        yield f"{name} is stored as {_number(stored)}, and the timed calls give {_number(again)}"
+        yield f"{name} is stored as {number(stored)}, and the timed calls give {number(again)}"
 
 
 def builds_measured(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
@@ -366,32 +375,46 @@ def loss_is_measured(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iter
         yield f"the memory is too short to score what {evidence.loss.method} loses"
 
 
-def refers_to_valid(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
-    """The arms that figures of the row are multiples of are valid themselves."""
-    if isinstance(row.payload, JudgedPayload):
-        for arm, verdict in row.payload.refers_to.items():
+def refers_to_valid(row: Row, *evidence: object) -> Iterator[str]:
+    """The arms and rows that figures of the row are made from are valid themselves."""
+    if isinstance(row.payload, DerivedPayload):
+        for name, verdict in row.payload.refers_to.items():
             if verdict != "ok":
-                yield f"its figures are multiples of the {arm} arm's, which is {verdict}"
+                yield f"its figures are made from those of {name}, which is {verdict}"
+
+
+def scenario_rules(row: Row, *evidence: object) -> Iterator[str]:
+    """The rules of the row's own scenario."""
+    if isinstance(row.payload, DerivedPayload):
+        yield from row.payload.failures(row)
+
+
+def scenario_doubts(row: Row, *evidence: object) -> Iterator[str]:
+    """The doubts of the row's own scenario."""
+    if isinstance(row.payload, DerivedPayload):
+        yield from row.payload.doubts(row)
 
 
 def enough_pairs(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:
     """An interval needs 6 pairs."""
     if row.pairs < BATCHES:
-        setting = "repeats" if row.scenario in ("tiers", "storage") else "pairs"
-        yield f"{row.pairs} pairs give no interval; use scenario.{setting}={BATCHES} or more"
+        setting = {"tiers": "repeats", "storage": "repeats", "reuse_trace": "replay_uses"}.get(row.scenario, "pairs")
+        more = "a larger number" if setting == "replay_uses" else f"{BATCHES} or more"
+        yield f"{row.pairs} pairs give no interval; use scenario.{setting}={more}"
 
 
 def calm(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:
     """Neither arm was disturbed in the run that counts."""
     for arm in (row.arm, evidence.direct_arm):
-        share = spread([call.engine_s for call in _calls(evidence, arm)])
+        share = spread(_comparable(evidence, arm))
         if share > NOISY_SPREAD:
             yield f"the {arm} arm was disturbed: its interquartile range is {share:.0%} of its median"
 
 
 def steady(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
     """The ratio of the arms does not drift, by Kendall's rank correlation with the round."""
-    ratios = [a.engine_s / b.engine_s for a, b in _rounds(evidence, row.arm, evidence.direct_arm)]
+    pairs = zip(_comparable(evidence, row.arm), _comparable(evidence, evidence.direct_arm), strict=True)
+    ratios = [a / b for a, b in pairs]
     if len(ratios) < BATCHES:
         return
     third = len(ratios) // 3
@@ -427,6 +450,7 @@ RULES: tuple[Rule, ...] = (
     limit,
     floor,
     baseline,
+    peer,
     build,
     figures_follow,
     clocks,
@@ -439,6 +463,7 @@ RULES: tuple[Rule, ...] = (
     returned_kv,
     stated_loss,
     fetch_limit,
+    scenario_rules,
 )
 DOUBTS: tuple[Rule, ...] = (
     enough_pairs,
@@ -450,6 +475,7 @@ DOUBTS: tuple[Rule, ...] = (
     baseline_is_clear,
     loss_is_measured,
     refers_to_valid,
+    scenario_doubts,
 )
 
 
@@ -463,19 +489,53 @@ def _calls(evidence: Evidence, arm: str) -> list[TimedCall]:
     return sorted((call for call in evidence.calls if call.arm == arm), key=lambda call: call.round)
 
 
+def _comparable(evidence: Evidence, arm: str) -> list[float]:
+    """An arm's seconds by round, of which only noise differs.
+
+    Where rounds have prompts of several lengths, as in a trace, they are multiples of a call with the same work in the
+    same round: of the query alone for an arm with hits, and of the independent forward pass for the direct arm.
+    """
+    calls = _calls(evidence, arm)
+    seconds = [call.engine_s for call in calls]
+    if len({call.prompt_tokens for call in calls}) == 1:
+        return seconds
+    beside = _calls(evidence, BASELINE if arm == evidence.direct_arm else ALONE)
+    return [own_s / call.engine_s for own_s, call in zip(seconds, beside, strict=True)] if beside else seconds
+
+
 def _rounds(evidence: Evidence, a: str, b: str) -> list[tuple[TimedCall, TimedCall]]:
     return list(zip(_calls(evidence, a), _calls(evidence, b), strict=True))
 
 
 def _over_baseline(evidence: Evidence) -> tuple[float, Interval | None]:
-    baseline_s = [call.engine_s for call in _calls(evidence, BASELINE)]
-    if not baseline_s:
+    return _over(evidence, evidence.direct_arm, BASELINE)
+
+
+def _over(evidence: Evidence, arm: str, other: str) -> tuple[float, Interval | None]:
+    """An arm's seconds, less `slack_s`, over those of the other in the same rounds; 1 where the other was not timed."""
+    other_s = [call.engine_s for call in _calls(evidence, other)]
+    if not other_s:
         return 1.0, None
-    return paired_ratio([call.engine_s for call in _calls(evidence, evidence.direct_arm)], baseline_s)
+    return paired_ratio([call.engine_s - evidence.slack_s for call in _calls(evidence, arm)], other_s)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A figure in a reason."""
     return "none" if value is None else f"{value:.6g}"
+
+
+def clock_misses(outer_s: Sequence[float], own_s: Sequence[float]) -> str | None:
+    """How much of the clock around calls their own clock misses, if it is more than `MAX_LOST_SHARE`.
+
+    None also for fewer than 6 calls.
+    """
+    if len(outer_s) < BATCHES:
+        return None
+    whole_s = median(outer_s)
+    lost_s = median(outer - own for outer, own in zip(outer_s, own_s, strict=True))
+    if lost_s <= max(MAX_LOST_SHARE * whole_s, LOST_SLACK_S):
+        return None
+    return f"{1e3 * lost_s:.4g} ms of the {1e3 * whole_s:.4g} ms"
 
 
 def beats_limit(arm: str, ttft_s: float, limit_s: float) -> str | None:

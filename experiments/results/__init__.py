@@ -1,6 +1,6 @@
 """Rows, the folder of a run, their wording, and the published figures."""
 
-from experiments.results.arms import ALONE, DIRECT, DIRECT_EAGER, GRAPH, IN_PLACE
+from experiments.results.arms import ALONE, DIRECT, DIRECT_EAGER, GENERATE, GRAPH, IN_PLACE, NATIVE
 from experiments.results.formatting import between
 from experiments.results.labels import (
     GRADES,
@@ -24,6 +24,7 @@ from experiments.results.run_dir import ROWS_FILE, SWEEPS, Run, displayed_path, 
 from experiments.results.ttft import (
     AnswerPayload,
     ArmTimes,
+    DerivedPayload,
     Evidence,
     JudgedPayload,
     Loss,
@@ -42,9 +43,11 @@ __all__ = [
     "CHANGED",
     "DIRECT",
     "DIRECT_EAGER",
+    "GENERATE",
     "GRADES",
     "GRAPH",
     "IN_PLACE",
+    "NATIVE",
     "PAYLOADS",
     "PREDICTED",
     "ROWS_FILE",
@@ -53,6 +56,7 @@ __all__ = [
     "SWEEPS",
     "AnswerPayload",
     "ArmTimes",
+    "DerivedPayload",
     "Evidence",
     "JudgedPayload",
     "Kind",

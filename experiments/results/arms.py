@@ -4,3 +4,4 @@ from __future__ import annotations
 
 DIRECT, DIRECT_EAGER, ALONE = "direct", "direct, eager", "query alone"
 IN_PLACE, GRAPH = "in place", "in place + graph"
+NATIVE, GENERATE = "native hit", "LLM.generate hit"

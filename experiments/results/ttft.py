@@ -114,6 +114,10 @@ class Evidence:
     """Seconds in which this machine can read the bytes that a fetch reads; None where a fetch reads none."""
     most_over_baseline: float | None = None
     """How long the direct arm may take over the baseline, where it is not an independent forward pass."""
+    peer_arm: str = ""
+    """The engine's own entry point, timed in the same rounds, that an arm without us may not be slower than."""
+    slack_s: float = 0.0
+    """Seconds that the arms' way to the engine may cost beside that of the baseline and the peer."""
     same_query: bool = False
     """Whether every round had the same query, because no other of the same length was found."""
 
@@ -243,13 +247,35 @@ class TimedPayload(Payload):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedPayload(Payload):
+class DerivedPayload(Payload):
+    """Figures that follow from what the row stores, and rules of its scenario beside those of every row."""
+
+    refers_to: dict[str, str] = field(default_factory=dict)
+    """The verdicts of other arms or rows that figures of this row are made from, by their names."""
+
+    def recomputed(self, row: Row) -> dict[str, float | None]:
+        """The figures that follow from what the row stores beside them, computed again from it, by name."""
+        return {}
+
+    def failures(self, row: Row) -> list[str]:
+        """The rules of this scenario that the row breaks, which makes it invalid."""
+        return []
+
+    def doubts(self, row: Row) -> list[str]:
+        """What leaves the row undecided, by rules of this scenario."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """What a reader of a valid row should know."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedPayload(DerivedPayload):
     """Figures of a scenario whose arms are judged by the rules of an arm's TTFT against the direct arm's."""
 
     judged: TTFTPayload | None = None
     """The arm's TTFTs, with the calls that its verdict is given by; None in rows of older rules."""
-    refers_to: dict[str, str] = field(default_factory=dict)
-    """The verdicts of other arms that figures of this row are multiples of, by arm."""
 
     def from_calls(self, row: Row, evidence: Evidence) -> dict[str, float | None]:
         """The figures of this payload that follow from the timed calls, computed again from them, by name."""

@@ -14,19 +14,15 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments.bench import Bench, Measured, Setup, build_once, builds_s, compare, judging_arms, p90
-from experiments.measurement import Trace, statistics, transfer_s, ttft, vllm_generate
-from experiments.results import Row, TTFTPayload
+from experiments.measurement import statistics, transfer_s, ttft, vllm_generate
+from experiments.results import GENERATE, NATIVE, Row, TTFTPayload
 from experiments.scenarios.base import ModelScenario
 from experiments.workloads import Cell, other_questions
 from kvmem.cache import KVCacheItem
-from kvmem.engines import Injectable, MeasuredBackend, backend_class
+from kvmem.engines import Injectable, backend_class
 from kvmem.engines.huggingface import HFBackend
 from kvmem.engines.vllm import VLLMBackend
 from kvmem.errors import ConfigError
-from kvmem.prompt import TokenizedPrompt
-
-NATIVE = "native hit"
-GENERATE = "LLM.generate hit"
 
 
 @plain_dataclass(frozen=True, kw_only=True)
@@ -107,7 +103,7 @@ class PrefixReuse(ModelScenario[Cell]):
         traces = {
             "direct": ttft.trace(backend, prompt, None, self.answer_tokens),
             "injected": ttft.trace(backend, injected_prompt, view, self.answer_tokens),
-            NATIVE: self._native_trace(backend, injected_prompt),
+            NATIVE: ttft.native_trace(backend, injected_prompt, self.answer_tokens),
         }
         queries = other_questions(backend.template, tokens, cell.question, self.pairs, bench.setup.seed)
 
@@ -158,14 +154,10 @@ class PrefixReuse(ModelScenario[Cell]):
                     items=[item],
                     builds_s=builds_s(bench, [item]),
                     payload=payload,
+                    peer=GENERATE if name == NATIVE and GENERATE in samples else "",
                 )
             )
         return rows
-
-    def _native_trace(self, backend: MeasuredBackend, prompt: TokenizedPrompt) -> Trace:
-        ttft.fill_prefix_cache(backend, prompt.memory_ids)
-        answer = backend.greedy(TokenizedPrompt((), prompt.ids), None, self.answer_tokens)
-        return Trace(answer.token_ids, answer.logits_SV, answer.complete)
 
 
 def _no_prefix_cache(engine: str) -> ConfigError:

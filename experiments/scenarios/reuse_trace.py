@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,10 +14,22 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from scipy import stats
 
-from experiments.bench import Bench, Setup, replay
-from experiments.results import Payload, Row, between, formatting
+from experiments.bench import (
+    Bench,
+    Replayed,
+    ReplayedMove,
+    ReplayedUse,
+    Setup,
+    compare,
+    judged_again,
+    outcome_of,
+    replay,
+)
+from experiments.measurement import clock_misses
+from experiments.results import Evidence, JudgedPayload, Row, between, formatting, ttft_of
 from experiments.scenarios.base import ModelScenario
-from experiments.traces import FAMILIES, Outcome, Trace, TraceFamily, best_oracle, bound_s, jsonl, simulate
+from experiments.traces import FAMILIES, Event, Outcome, Trace, TraceFamily, best_oracle, bound_s, jsonl, simulate
+from experiments.workloads import Cell
 from kvmem.engines import backend_class
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import ConfigError
@@ -27,6 +39,9 @@ from kvmem.scheduler.policies import BenefitPerByte, Oracle, policy_classes
 AGREEMENT = 0.10
 """The largest allowed relative difference between a simulated and a replayed figure."""
 OURS = BenefitPerByte.name
+ROUNDING_S = 1e-6
+DECISIONS = ("the tokens hit", "the number of builds")
+"""What a simulation and a replay agree on however noisy the machine is."""
 
 
 @plain_dataclass(frozen=True)
@@ -47,8 +62,35 @@ class TrafficCell:
 
 
 @plain_dataclass(frozen=True, kw_only=True)
-class ReuseTracePayload(Payload):
-    """One policy under one budget: on the replayed trace, or on all simulated traces of one family."""
+class Rehearsal:
+    """The replayed trace, and everything that simulates it again."""
+
+    tokens: list[int]
+    query_tokens: int
+    events: list[tuple[str, int]]
+    """(use or edit, the memory's number), in order of time."""
+    planning: dict[str, float | dict[str, float]]
+    """The cost model by which the scheduler planned."""
+    budget_bytes: int
+    tick_every: int
+    samples: list[tuple[int, int, float]]
+    """(computed tokens, cached tokens before them, seconds) of each prefill, to which the costs are fitted."""
+    replayed: dict[str, float]
+    """The replay's figures that the simulation is compared with."""
+
+    def again(self, costs: Costs) -> Outcome:
+        events = tuple(Event("edit" if kind == "edit" else "use", memory) for kind, memory in self.events)
+        trace = Trace("", 0, tuple(self.tokens), self.query_tokens, events)
+        policy = policy_classes()[OURS]()
+        return simulate(trace, policy, {"ram": self.budget_bytes}, costs, costs_of(self.planning), self.tick_every)
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class ReuseTracePayload(JudgedPayload):
+    """One policy under one budget: on the replayed trace, or on all simulated traces of one family.
+
+    `judged` of the replay compares its hits with the same prompts computed from their text.
+    """
 
     name: ClassVar[str] = "reuse_trace"
     columns: ClassVar[tuple[str, ...]] = (
@@ -96,6 +138,84 @@ class ReuseTracePayload(Payload):
     """The relative difference between the simulation and the replay, for each figure."""
     costs: dict[str, float | dict[str, float]] = field(default_factory=dict)
     """The cost model that is fitted to the replay."""
+    uses: list[ReplayedUse] = field(default_factory=list)
+    """Of the replay, in order of time."""
+    moves: list[ReplayedMove] = field(default_factory=list)
+    rehearsal: Rehearsal | None = None
+    """Of the simulation that is compared with the replay."""
+    oracle_saved_all_s: list[float] = field(default_factory=list)
+    """The oracle's net seconds, by trace."""
+    bound_all_s: list[float] = field(default_factory=list)
+    """The seconds that no policy can exceed, by trace."""
+    others_saved_all_s: dict[str, list[float]] = field(default_factory=dict)
+    """The net seconds of each other policy, by trace; only in our policy's row."""
+
+    def from_calls(self, row: Row, evidence: Evidence) -> dict[str, float | None]:
+        """The seconds saved by the judged calls of the hits, and the builds beside them."""
+        hits_s, direct_s = (
+            sum(call.user_s for call in evidence.calls if call.arm == arm) for arm in (row.arm, evidence.direct_arm)
+        )
+        return {"net_saved_s": direct_s - hits_s - sum(move.build_s or 0.0 for move in self.moves)}
+
+    def recomputed(self, row: Row) -> dict[str, float | None]:
+        if self.uses:
+            return _figures_of([outcome_of(self.uses, self.moves)])
+        if self.rehearsal is not None:
+            return _figures_of([self.rehearsal.again(costs_of(self.costs))])
+        if not self.bound_all_s:
+            return {}
+        net = np.array(self.net_saved_all_s)
+        return {
+            "net_saved_s": float(net.mean()),
+            "of_oracle_pct": ratio_of_sums(net, np.array(self.oracle_saved_all_s))[0],
+            "of_bound_pct": 100 * float(net.sum() / sum(self.bound_all_s)),
+        }
+
+    def failures(self, row: Row) -> list[str]:
+        found = []
+        for number, use in enumerate(self.uses):
+            if use.computed_tokens is not None and use.computed_tokens != use.new_tokens:
+                found.append(f"use {number} computed {use.computed_tokens} tokens, and needs {use.new_tokens}")
+                break
+        if lost := clock_misses([use.outer_s for use in self.uses], [use.user_s for use in self.uses]):
+            found.append(f"{lost} of a use are not in its TTFT")
+        if self.judged is not None and self.judged.evidence is not None:
+            told = {move.build_s for move in self.moves}
+            if untold := set(self.judged.evidence.build_all_s) - told:
+                found.append(f"{formatting.plural(len(untold), 'build')} of memories that were hit are not told")
+        if self.rehearsal is not None:
+            found += self._wrong_rehearsal(self.rehearsal)
+        if any(saved > most + ROUNDING_S for saved, most in zip(self.net_saved_all_s, self.bound_all_s, strict=False)):
+            found.append("it saves more seconds than any policy can")
+        if self.of_oracle_interval is not None and self.oracle_saved_all_s:
+            again = ratio_of_sums(np.array(self.net_saved_all_s), np.array(self.oracle_saved_all_s))[1]
+            if again is None or not np.allclose(again, self.of_oracle_interval, rtol=1e-6):
+                found.append("the interval of its share of the oracle is not that of its traces")
+        return found
+
+    def _wrong_rehearsal(self, rehearsal: Rehearsal) -> list[str]:
+        found = []
+        costs = costs_of(self.costs)
+        fitted = Costs.fitted(rehearsal.samples, costs.kv_bytes_a_token)
+        if not np.allclose([fitted.base_s, fitted.token_s, fitted.pair_s], [costs.base_s, costs.token_s, costs.pair_s]):
+            found.append("its costs are not those that the replay's prefills give")
+        differs = disagreement(rehearsal.replayed, compared_figures(rehearsal.again(costs)))
+        if differs.keys() != self.differs.keys() or not np.allclose(
+            list(differs.values()), [self.differs[name] for name in differs]
+        ):
+            found.append("its difference from the replay is stored wrongly")
+        calm = set(self.refers_to.values()) == {"ok"}  # noise moves seconds, and no decision
+        judged = {name: off for name, off in self.differs.items() if calm or name in DECISIONS}
+        if max(judged.values(), default=0.0) > AGREEMENT:
+            found.append(f"{_apart(judged)}, and {formatting.percent(100 * AGREEMENT)} are allowed")
+        return found
+
+    def remarks(self) -> list[str]:
+        if self.differs:
+            return [_apart(self.differs)]
+        net = np.array(self.net_saved_all_s)
+        others = {name: np.array(saved) for name, saved in self.others_saved_all_s.items()}
+        return [remark] if others and (remark := behind(net, others)) else []
 
     @property
     def interval(self) -> str | None:
@@ -106,9 +226,10 @@ class ReuseTracePayload(Payload):
 class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
     """Compares policies by the seconds that they save.
 
-    First a short trace is replayed on the model, and a cost model is fitted to its prefills. Simulating the same trace
-    checks the simulator. Then every policy, the oracle among them, is simulated on `seeds` traces of each family, with
-    one tier.
+    First a short trace is replayed on the model. Its hits are judged against the same prompts computed from their text,
+    by the rules of `kv_vs_direct`. A cost model is fitted to its prefills, and simulating the same trace checks the
+    simulator: beyond 10% its row is invalid, and what is simulated with these costs is undecided. Then every policy,
+    the oracle among them, is simulated on `seeds` traces of each family, with one tier.
 
     The seconds saved are user TTFT against sending every memory as text. Net savings subtract the seconds of builds,
     which happen outside of requests.
@@ -118,6 +239,8 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
     replay_memories: int = Field(default=12, ge=1)
     replay_family: str = "bursts"
     replay_budget_share: float = Field(default=0.4, gt=0)
+    answer_tokens: int = Field(default=8, ge=1)
+    """The number of greedy tokens that grade the first hit's answer."""
     memories: int = Field(default=150, ge=1)
     uses: int = Field(default=2000, ge=1)
     seeds: int = Field(default=3, ge=1)
@@ -135,6 +258,7 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
 
     def __post_init__(self) -> None:
         self._costs: Costs | None = None
+        self._verdicts: dict[str, str] = {}
         FAMILIES.find(self.replay_family)
 
     def check(self, setup: Setup) -> None:
@@ -175,43 +299,62 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         return self._simulate(bench, cell, self._costs)
 
     def _replay(self, bench: Bench, cell: ReplayCell) -> list[Row]:
-        real = replay(bench.memory, cell.trace, OURS, self.replay_budget_share, self.tick_every)
+        real = replay(bench, cell.trace, OURS, self.replay_budget_share, self.tick_every, self.answer_tokens)
+        if not real.items:
+            raise ConfigError(
+                "No use of the replay was a hit, so nothing is compared. Use a larger scenario.replay_uses or "
+                "scenario.replay_budget_share."
+            )
         costs = Costs.fitted(
             real.samples, real.planning.kv_bytes_a_token, kv_bytes_a_memory=real.planning.kv_bytes_a_memory
         )
         self._costs = costs
         budget = int(self.replay_budget_share * sum(map(costs.nbytes, real.trace.tokens)))
-        policy = policy_classes()[OURS]()
-        simulated = simulate(real.trace, policy, {"ram": budget}, costs, real.planning, self.tick_every)
-        differs = disagreement(real.outcome, simulated)
-        hits = real.outcome.hits
-        wrong = f"{hits - real.same_first_tokens} of {hits} hits have another first token than the whole prompt"
-        worst = max(differs, key=lambda name: differs[name])
-        apart = f"{worst} differs by {formatting.percent(100 * differs[worst])}"
-        same = hits == real.same_first_tokens
         payload = partial(
             _payload, traffic=f"{cell.trace.family}, {cell.trace.uses} uses", budget_pct=100 * self.replay_budget_share
         )
-        conditions = bench.conditions_now()
-        return [
-            self._row(
-                bench,
-                OURS,
-                payload([real.outcome], run="replayed", samples=real.samples),
-                "ok" if same else "invalid",
-                "" if same else wrong,
-                conditions,
-                equality="tokens" if same else None,
+        compared = compare(
+            bench,
+            self.name,
+            Cell("", 0, "", 0, (), cell.label),
+            OURS,
+            real.measured,
+            items=real.items,
+            builds_s=real.builds_s,
+            tier=real.tier,
+            memories=1,
+        )
+        replayed = judged_again(
+            replace(
+                compared,
+                payload=payload(
+                    [real.outcome],
+                    run="replayed",
+                    samples=real.samples,
+                    uses=real.uses,
+                    moves=real.moves,
+                    judged=ttft_of(compared),
+                ),
+            )
+        )
+        rehearsal = _rehearsal(real, budget, self.tick_every)
+        simulated = rehearsal.again(costs)
+        differs = disagreement(rehearsal.replayed, compared_figures(simulated))
+        checked = self._row(
+            bench,
+            OURS,
+            payload(
+                [simulated],
+                run="simulated",
+                differs=differs,
+                costs=vars(costs),
+                rehearsal=rehearsal,
+                refers_to={"the replay": str(replayed.verdict)},
             ),
-            self._row(
-                bench,
-                OURS,
-                payload([simulated], run="simulated", differs=differs, costs=vars(costs)),
-                "ok" if differs[worst] <= AGREEMENT else "invalid",
-                f"{apart} from the replay",
-                conditions,
-            ),
-        ]
+            replayed.conditions,
+        )
+        self._verdicts = {"the simulated replay": str(checked.verdict)}
+        return [replayed, checked]
 
     def _simulate(self, bench: Bench, cell: TrafficCell, costs: Costs) -> list[Row]:
         budgets = [int(cell.budget_share * sum(map(costs.nbytes, trace.tokens))) for trace in cell.traces]
@@ -237,32 +380,20 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
                 of_bound_pct=100 * float(net[name].sum() / bounds.sum()),
                 net_saved_all_s=net[name].tolist(),
                 seeds=[trace.seed for trace in cell.traces],
+                oracle_saved_all_s=net[Oracle.name].tolist(),
+                bound_all_s=bounds.tolist(),
+                others_saved_all_s={other: net[other].tolist() for other in net if other not in (OURS, Oracle.name)}
+                if name == OURS
+                else {},
+                refers_to=self._verdicts,
             )
-            remark = behind(net[OURS], {other: net[other] for other in net if other != Oracle.name})
-            rows.append(self._row(bench, name, payload, "ok", remark if name == OURS else "", {}))
+            rows.append(self._row(bench, name, payload, {}))
         return rows
 
-    def _row(
-        self,
-        bench: Bench,
-        policy: str,
-        payload: ReuseTracePayload,
-        verdict: str,
-        reason: str,
-        conditions: dict[str, Any],
-        equality: str | None = None,
-    ) -> Row:
-        return bench.row(
-            self.name,
-            arm=policy,
-            context_tokens=0,
-            query_tokens=0,
-            equality=equality,
-            verdict=verdict,
-            verdict_reason=reason,
-            conditions=conditions,
-            payload=payload,
-        )
+    def _row(self, bench: Bench, policy: str, payload: ReuseTracePayload, conditions: dict[str, Any]) -> Row:
+        """A row of what is simulated, judged."""
+        row = bench.row(self.name, arm=policy, context_tokens=0, query_tokens=0, conditions=conditions, payload=payload)
+        return judged_again(row)
 
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
@@ -282,30 +413,61 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
 
 def _payload(outcomes: Sequence[Outcome], **figures: Any) -> ReuseTracePayload:
     """The payload of several traces: percentages and percentiles over all of them, means of counts and seconds."""
+    return ReuseTracePayload(**_figures_of(outcomes), **figures)
+
+
+def _figures_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     ttft_s = np.concatenate([outcome.ttft_s for outcome in outcomes])
-    p50, p90, p99 = (float(np.percentile(ttft_s, percent)) for percent in (50, 90, 99))
     hit_tokens = sum(outcome.hit_tokens for outcome in outcomes)
-    return ReuseTracePayload(
-        hit_pct=100 * hit_tokens / sum(outcome.memory_tokens for outcome in outcomes),
-        ttft_p50_s=p50,
-        ttft_p90_s=p90,
-        ttft_p99_s=p99,
-        builds=float(np.mean([outcome.builds for outcome in outcomes])),
-        moved_bytes=float(np.mean([outcome.moved_bytes for outcome in outcomes])),
-        net_saved_s=float(np.mean([outcome.net_saved_s for outcome in outcomes])),
-        **figures,
+    return {
+        "hit_pct": 100 * hit_tokens / sum(outcome.memory_tokens for outcome in outcomes),
+        **{f"ttft_p{percent}_s": float(np.percentile(ttft_s, percent)) for percent in (50, 90, 99)},
+        "builds": float(np.mean([outcome.builds for outcome in outcomes])),
+        "moved_bytes": float(np.mean([outcome.moved_bytes for outcome in outcomes])),
+        "net_saved_s": float(np.mean([outcome.net_saved_s for outcome in outcomes])),
+    }
+
+
+def _rehearsal(real: Replayed, budget_bytes: int, tick_every: int) -> Rehearsal:
+    return Rehearsal(
+        tokens=list(real.trace.tokens),
+        query_tokens=real.trace.query_tokens,
+        events=[(event.kind, event.memory) for event in real.trace.events],
+        planning=vars(real.planning),
+        budget_bytes=budget_bytes,
+        tick_every=tick_every,
+        samples=real.samples,
+        replayed=compared_figures(real.outcome),
     )
 
 
-def disagreement(real: Outcome, simulated: Outcome) -> dict[str, float]:
-    """The relative difference between the simulation and the replay, for each figure."""
-    pairs = {
-        "the sum of TTFT": (real.ttft_s.sum(), simulated.ttft_s.sum()),
-        "the seconds saved": (real.saved_s, simulated.saved_s),
-        "the seconds of builds": (real.build_s, simulated.build_s),
-        "the tokens hit": (real.hit_tokens, simulated.hit_tokens),
+def costs_of(stored: dict[str, Any]) -> Costs:
+    """The cost model of a row's fields."""
+    return Costs(**{name: int(value) if name.startswith("kv_bytes") else value for name, value in stored.items()})
+
+
+def compared_figures(outcome: Outcome) -> dict[str, float]:
+    """The figures by which a simulation is compared with a replay."""
+    return {
+        "the sum of TTFT": float(outcome.ttft_s.sum()),
+        "the seconds saved": float(outcome.saved_s),
+        "the seconds of builds": float(outcome.build_s),
+        "the tokens hit": float(outcome.hit_tokens),
+        "the number of builds": float(outcome.builds),
     }
-    return {name: float(abs(b - a) / abs(a)) if a else float(bool(b)) for name, (a, b) in pairs.items()}
+
+
+def _apart(differs: dict[str, float]) -> str:
+    worst = max(differs, key=lambda name: differs[name])
+    return f"{worst} differs by {formatting.percent(100 * differs[worst])} from the replay"
+
+
+def disagreement(real: dict[str, float], simulated: dict[str, float]) -> dict[str, float]:
+    """The relative difference between the simulation and the replay, for each figure."""
+    return {
+        name: abs(simulated[name] - value) / abs(value) if value else float(bool(simulated[name]))
+        for name, value in real.items()
+    }
 
 
 def ratio_of_sums(values: np.ndarray, of: np.ndarray) -> tuple[float, tuple[float, float] | None]:

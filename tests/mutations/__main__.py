@@ -74,7 +74,7 @@ def _timed(mutation: Mutation, overrides: Sequence[str]) -> tuple[Outcome, float
 
 
 def _reasons(outcome: Outcome) -> str:
-    return "; ".join(outcome.reasons) or "ok"
+    return "; ".join(dict.fromkeys(outcome.reasons)) or "ok"
 
 
 if __name__ == "__main__":

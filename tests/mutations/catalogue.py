@@ -12,8 +12,10 @@ from tests.mutations import (
     hf_graph,
     limits,
     provenance,
+    reuse_trace,
     storage,
     tiers,
+    under_load,
     ungraded,
     wrong_kv,
 )
@@ -34,6 +36,8 @@ MUTATIONS: list[Mutation] = [
         build,
         provenance,
         tiers,
+        reuse_trace,
+        under_load,
         storage,
     )
     for mutation in kind.MUTATIONS

@@ -71,15 +71,16 @@ def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
         engine,
         "scenario=under_load",
         "scenario.memories=2",
-        "scenario.memory_tokens=200",
+        "scenario.memory_tokens=136",
         "scenario.requests=6",
+        "scenario.pairs=2",
         "scenario.loads=[1.0,3.0]",
         "scenario.new_tokens=2",
     )
     scenario = bench.setup.scenario
     rows = {cell.label: scenario.measure(bench, cell) for cell in scenario.cells(bench)}
     for arm in rows.values():
-        assert [row.verdict for row in arm] == ["ok", "ok"], arm[0].verdict_reason
+        assert "invalid" not in [row.verdict for row in arm], arm[0].verdict_reason
         slow, fast = (row.payload for row in arm)
         assert fast.requests_a_second == pytest.approx(3 * slow.requests_a_second)
         for figures in (slow, fast):

@@ -8,14 +8,30 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from kvmem.engines.base import Injectable
-from kvmem.engines.vllm.engine_loop import EngineLoop, answer_of
+from kvmem.engines.vllm.engine_loop import answer_of
 from kvmem.engines.vllm.file_injection import FileInjectingEngine
-from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
+from kvmem.engines.vllm.requests import EngineRequest, GenerationRequest, VLLMGeneration
 from kvmem.errors import KVMemError
 from kvmem.prompt import TokenizedPrompt
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+
+
+class EngineSteps(Protocol):
+    """What an open loop needs of an engine: requests are added, and steps run all of them."""
+
+    @property
+    def lock(self) -> AbstractContextManager[object]: ...
+
+    def add(self, request: EngineRequest, stream: bool = False) -> None: ...
+
+    def step(self) -> list[RequestOutput]: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Served:
 class OpenLoop:
     """Serves arrivals on an engine in this process."""
 
-    def __init__(self, engine: FileInjectingEngine, loop: EngineLoop) -> None:
+    def __init__(self, engine: FileInjectingEngine, loop: EngineSteps) -> None:
         self.engine = engine
         self.loop = loop
 
