@@ -443,7 +443,10 @@ def _rehearsal(real: Replayed, budget_bytes: int, tick_every: int) -> Rehearsal:
 
 def costs_of(stored: dict[str, Any]) -> Costs:
     """The cost model of a row's fields."""
-    return Costs(**{name: int(value) if name.startswith("kv_bytes") else value for name, value in stored.items()})
+    fields: dict[str, Any] = {
+        name: int(value) if name.startswith("kv_bytes") else value for name, value in stored.items()
+    }
+    return Costs(**fields)
 
 
 def compared_figures(outcome: Outcome) -> dict[str, float]:
