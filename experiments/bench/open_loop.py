@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from experiments.bench.bench import Bench
 from experiments.bench.comparison import FARTHEST
-from experiments.measurement import ttft, vllm_generate
-from experiments.measurement.step_clock import StepClock
+from experiments.measurement import ttft, vllm_generate, vllm_step_clock
 from kvmem.engines import FirstToken, Injectable
 from kvmem.engines.vllm import Arrival, OpenLoop, VLLMBackend
 from kvmem.errors import KVMemError
@@ -65,7 +64,7 @@ def serve(bench: Bench, arrivals: Sequence[Arrival], memories: Sequence[int], me
     """
     engine = bench.backend
     assert isinstance(engine, VLLMBackend)
-    clock = StepClock(engine.loop)
+    clock = vllm_step_clock.StepClock(engine.loop)
     served = OpenLoop(engine, clock).serve(arrivals)
     outer_s = clock.now_s
     engine.reset()

@@ -8,12 +8,13 @@ and files.
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.engines.vllm.launch import CPU_KV_CACHE_GIB, ENVIRONMENT
 from kvmem.engines.vllm.open_loop import Arrival, EngineSteps, OpenLoop, Served
-from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
+from kvmem.engines.vllm.requests import EngineRequest, GenerationRequest, VLLMGeneration
 
 __all__ = [
     "CPU_KV_CACHE_GIB",
     "ENVIRONMENT",
     "Arrival",
+    "EngineRequest",
     "EngineSteps",
     "GenerationRequest",
     "OpenLoop",

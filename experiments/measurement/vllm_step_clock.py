@@ -6,8 +6,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from kvmem.engines.vllm import EngineSteps
-from kvmem.engines.vllm.requests import EngineRequest
+from kvmem.engines.vllm import EngineRequest, EngineSteps
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
