@@ -1,7 +1,7 @@
 """The tools of a scenario: the configured model with its memory, injection methods, and comparisons of two arms."""
 
 from experiments.bench.bench import Bench, build_once, builds_s
-from experiments.bench.comparison import Measured, TierEvidence, compare, judged_again, p90, timed_calls
+from experiments.bench.comparison import Measured, TierEvidence, compare, judged_again, p90, products_of, timed_calls
 from experiments.bench.judging import judging_arms
 from experiments.bench.open_loop import Load, ServedRequest, alone_sample, serve
 from experiments.bench.setup import ModelCard, Setup, StorageCard
@@ -32,6 +32,7 @@ __all__ = [
     "judging_arms",
     "outcome_of",
     "p90",
+    "products_of",
     "reads_file",
     "replay",
     "serve",

@@ -20,6 +20,7 @@ from experiments.measurement import (
     grade,
     judge,
     judge_derived,
+    products_seen,
     reference,
     statistics,
     ttft,
@@ -46,6 +47,8 @@ class Measured:
     conditions: dict[str, Any] = field(default_factory=dict)
     calls_made: dict[str, int] = field(default_factory=dict)
     """How often each arm was called."""
+    products: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What `products_of` found for the first sample of an arm."""
     context_tokens: Sequence[int] = ()
     """The length of each round's memory, where rounds have memories of several lengths; () is that of the cell."""
 
@@ -273,9 +276,22 @@ def _calls(bench: Bench, measured: Measured, arms: Sequence[str], context_tokens
                     computed_tokens=sample.computed_tokens,
                     logits_apart=_apart(bench, sample, plain) if is_hit else None,
                     ordinal=sample.ordinal,
+                    **(measured.products.get(name, {}) if round_ == 0 else {}),
                 )
             )
     return sorted(calls, key=lambda call: call.started_s)
+
+
+def products_of(bench: Bench, sample: Sample, run: Callable[[str], Sample], query: str) -> dict[str, Any]:
+    """The fields of `TimedCall` that one more call, `run(query)`, gives for `sample`; {} where a hook counts tokens."""
+    found = products_seen(bench.backend, lambda: run(query).token)
+    if found is None:
+        return {}
+    token, tokens = found
+    apart = None
+    if token.logits_V is not None and sample.token.logits_V is not None:
+        apart = reference.max_abs_diff(token.logits_V, sample.token.logits_V)
+    return {"products_tokens": tokens, "products_apart": apart}
 
 
 def _apart(bench: Bench, sample: Sample, plain: Sample) -> float | None:

@@ -2,7 +2,7 @@
 
 from experiments.measurement.consensus import from_rank0
 from experiments.measurement.derived_verdict import judge_derived
-from experiments.measurement.engine_adapters import embedding_of, engine_conditions, reference_forward
+from experiments.measurement.engine_adapters import embedding_of, engine_conditions, products_seen, reference_forward
 from experiments.measurement.equality import NOISE_MULTIPLE, Equality, Trace, grade
 from experiments.measurement.host_to_device import transfer_s
 from experiments.measurement.reference import Layers, ReferenceForward, comparable
@@ -33,6 +33,7 @@ __all__ = [
     "judge",
     "judge_derived",
     "judge_timings",
+    "products_seen",
     "reference_forward",
     "synchronize",
     "transfer_s",

@@ -7,7 +7,8 @@ own with `reference_forward.register`, `embedding_of.register` and `engine_condi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from experiments.measurement import vllm_generate
+from experiments.measurement.product_witness import ProductWitness
 from experiments.measurement.reference import ReferenceForward, ReferenceLogits, TransformersForward
-from kvmem.engines import MeasuredBackend
+from kvmem.engines import FirstToken, MeasuredBackend
 from kvmem.engines.graph import HFGraphBackend
 from kvmem.engines.huggingface import HFBackend, HFRanksBackend
 from kvmem.engines.vllm import VLLMBackend
@@ -87,6 +89,31 @@ def _hf_embedding(backend: HFBackend) -> nn.Module | None:
 @embedding_of.register
 def _hf_graph_embedding(backend: HFGraphBackend) -> nn.Module | None:
     return None  # it runs the weights without calling the modules
+
+
+@singledispatch
+def products_seen(backend: MeasuredBackend, call: Callable[[], FirstToken]) -> tuple[FirstToken, int] | None:
+    """One more `call`, and the tokens that passed through every layer's matrix products in it (`ProductWitness`).
+
+    None for an engine whose tokens `embedding_of` counts, or whose products torch does not see.
+    """
+    return None
+
+
+@products_seen.register
+def _hf_graph_products(backend: HFGraphBackend, call: Callable[[], FirstToken]) -> tuple[FirstToken, int] | None:
+    """This call runs without graphs, because a replayed graph calls no function of torch. Compiled layers do not either."""
+    engine = backend.engine
+    if engine.compile != "none":
+        return None
+    graph_up_to, engine.graph_up_to = engine.graph_up_to, 0
+    try:
+        backend.reset()
+        with ProductWitness(backend.model) as witness:
+            token = call()
+    finally:
+        engine.graph_up_to = graph_up_to
+    return replace(token, logits_V=None if token.logits_V is None else token.logits_V.clone()), witness.tokens
 
 
 @singledispatch

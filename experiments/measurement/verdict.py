@@ -33,6 +33,8 @@ SHORT_LIMIT_S = 1e-3
 LEAST_LIMIT_SHARE, LONG_S = 0.1, 0.1
 """The share of an independent forward pass's time that the hardware's limit is at least, where it takes so long that
 overheads don't count. Measured: 0.6 on a CPU. A limit far below says that the calibrated rates are too high."""
+MOST_PADDING = 63
+"""Tokens that an engine may add to a query, so that few graphs serve all lengths."""
 RANDOM_WEIGHTS = "random"
 """What the rows of a model that was never trained call its weights."""
 MAX_OVER_DATA_SHEET = 1.05
@@ -125,6 +127,26 @@ def tokens_computed(row: Row, figures: TTFTPayload, evidence: Evidence) -> Itera
         if computed is not None and (computed < owed if merges else computed != owed):
             yield f"{computed} tokens entered the model in the {call.arm} arm, and its prompt needs {owed}"
             return
+
+
+def products_computed(row: Row, figures: TTFTPayload, evidence: Evidence) -> Iterator[str]:
+    """On an engine without a hook, as many tokens pass through every layer's matrix products as each arm says.
+
+    They are counted by torch in one more call, whose logits are those of the timed one. An engine may pad
+    a query, and a merge may compute more.
+    """
+    for call in evidence.calls:
+        owed, seen = call.prompt_tokens - call.cached_tokens, call.products_tokens
+        if seen is None:
+            continue
+        most = call.prompt_tokens if row.memories > 1 and call.arm == row.arm else owed + MOST_PADDING
+        if not owed <= seen <= most:
+            yield f"{seen} tokens passed through every layer in the {call.arm} arm, and its prompt needs {owed}"
+        if (call.products_apart or 0.0) > (evidence.tolerance or 0.0):
+            yield (
+                f"the call of the {call.arm} arm whose tokens were counted has a logit {call.products_apart:.3g} off "
+                "the timed one's"
+            )
 
 
 def limit(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:
@@ -447,6 +469,7 @@ RULES: tuple[Rule, ...] = (
     same_prompt,
     hit_length,
     tokens_computed,
+    products_computed,
     limit,
     floor,
     baseline,

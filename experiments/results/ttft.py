@@ -47,6 +47,11 @@ class TimedCall:
     expected_tokens: int = 0
     computed_tokens: int | None = None
     """Tokens that entered the model, by a hook outside the engine; None where no hook can be set."""
+    products_tokens: int | None = None
+    """Tokens that passed through every layer's matrix products in one more call of the same prompt, counted by torch
+    itself; None where a hook counts them, and in all rounds but the first."""
+    products_apart: float | None = None
+    """The largest difference of that call's logits from this one's."""
     logits_apart: float | None = None
     """The largest difference of this call's logits from the direct arm's in the same round."""
     ordinal: int | None = None

@@ -19,7 +19,17 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from experiments.baselines import vllm_process
-from experiments.bench import Bench, Measured, build_once, builds_s, compare, injection_methods, judging_arms, p90
+from experiments.bench import (
+    Bench,
+    Measured,
+    build_once,
+    builds_s,
+    compare,
+    injection_methods,
+    judging_arms,
+    p90,
+    products_of,
+)
 from experiments.measurement import BASELINE, statistics, ttft
 from experiments.results import (
     ALONE,
@@ -217,6 +227,7 @@ class InjectionCost(ModelScenario[CostCell]):
         conditions = bench.conditions_now() | {"measured_times": runs}
         best = best_arm(bench.backend)
         traced = {name: method.trace(self.answer_tokens) for name, method in methods.items() if method.trace}
+        products = {name: products_of(bench, samples[name][0], methods[name].first_token, rounds[0]) for name in traced}
         rows = []
         for name, of_arm in samples.items():
             prompt = of_arm[0].prompt
@@ -233,6 +244,7 @@ class InjectionCost(ModelScenario[CostCell]):
                         len(queries) == 1 < self.pairs,
                         conditions,
                         {name: arm.calls for name, arm in arms.items()},
+                        products,
                     ),
                     items=[item],
                     builds_s=builds_s(bench, [item]),

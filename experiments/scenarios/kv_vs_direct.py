@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments import baselines
 from experiments.baselines import SharedTensors
-from experiments.bench import Bench, Measured, build_once, builds_s, compare, judging_arms
+from experiments.bench import Bench, Measured, build_once, builds_s, compare, judging_arms, products_of
 from experiments.measurement import Witness, embedding_of, statistics, ttft
 from experiments.results import Row, TTFTPayload, between, user_speedup
 from experiments.scenarios.base import ModelScenario
@@ -97,6 +97,7 @@ class KVvsDirect(ModelScenario[Cell]):
             len(queries) == 1 < self.pairs,
             conditions,
             {name: arm.calls for name, arm in arms.items()},
+            {name: products_of(bench, samples[name][0], arms[name].run, rounds[0]) for name in prompts},
         )
         payload: Callable[..., KVvsDirectPayload] = KVvsDirectPayload
         if "shared_tensors" in samples:
