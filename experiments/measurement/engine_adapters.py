@@ -95,21 +95,19 @@ def _hf_graph_embedding(backend: HFGraphBackend) -> nn.Module | None:
 def products_seen(backend: MeasuredBackend, call: Callable[[], FirstToken]) -> tuple[FirstToken, int] | None:
     """One more `call`, and the tokens that passed through every layer's matrix products in it (`ProductWitness`).
 
-    None for an engine whose tokens `embedding_of` counts, or whose products torch does not see.
+    None for an engine whose tokens `embedding_of` counts, or that computes in other processes.
     """
     return None
 
 
 @products_seen.register
 def _hf_graph_products(backend: HFGraphBackend, call: Callable[[], FirstToken]) -> tuple[FirstToken, int] | None:
-    """This call runs without graphs, because a replayed graph calls no function of torch. Compiled layers do not either."""
+    """Without graphs and compiled layers, which call no function of torch that could be seen."""
     engine = backend.engine
-    if engine.compile != "none":
-        return None
     graph_up_to, engine.graph_up_to = engine.graph_up_to, 0
     try:
         backend.reset()
-        with ProductWitness(backend.model) as witness:
+        with torch.compiler.set_stance("force_eager"), ProductWitness(backend.model) as witness:
             token = call()
     finally:
         engine.graph_up_to = graph_up_to
