@@ -15,6 +15,6 @@ def judge_derived(row: Row, payload: DerivedPayload) -> Verdict:
     ]
     if failed := [*failed, *payload.failures(row)]:
         return Verdict("invalid", "; ".join(failed))
-    if doubts := [*payload.doubts(row), *refers_to_valid(row)]:
+    if doubts := list(refers_to_valid(row)):
         return Verdict("undecided", "; ".join(doubts))
     return Verdict("ok", "; ".join(payload.remarks()))

@@ -411,12 +411,6 @@ def scenario_rules(row: Row, *evidence: object) -> Iterator[str]:
         yield from row.payload.failures(row)
 
 
-def scenario_doubts(row: Row, *evidence: object) -> Iterator[str]:
-    """The doubts of the row's own scenario."""
-    if isinstance(row.payload, DerivedPayload):
-        yield from row.payload.doubts(row)
-
-
 def enough_pairs(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:
     """An interval needs 6 pairs."""
     if row.pairs < BATCHES:
@@ -498,7 +492,6 @@ DOUBTS: tuple[Rule, ...] = (
     baseline_is_clear,
     loss_is_measured,
     refers_to_valid,
-    scenario_doubts,
 )
 
 

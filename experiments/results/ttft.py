@@ -266,10 +266,6 @@ class DerivedPayload(Payload):
         """The rules of this scenario that the row breaks, which makes it invalid."""
         return []
 
-    def doubts(self, row: Row) -> list[str]:
-        """What leaves the row undecided, by rules of this scenario."""
-        return []
-
     def remarks(self) -> list[str]:
         """What a reader of a valid row should know."""
         return []

@@ -98,6 +98,16 @@ def _held_back(serve: Any, loop: Any, arrivals: Any) -> list[Served]:
     return [replace(one, first_token_s=3 * one.first_token_s, finished_s=3 * one.finished_s) for one in found]
 
 
+def _hit_slower(serve: Any, loop: Any, arrivals: Any) -> list[Served]:
+    """A hit in the prefix cache takes three times as long on an idle engine."""
+    started = time.perf_counter()
+    found = serve(loop, arrivals)
+    if len(arrivals) > 1 or not getattr(found[0].answer, "local_tokens", 0):
+        return found  # type: ignore[no-any-return]
+    time.sleep(2 * (time.perf_counter() - started))
+    return [replace(one, first_token_s=3 * one.first_token_s, finished_s=3 * one.finished_s) for one in found]
+
+
 def _pauses(original: Any) -> Any:
     def answer_of(*given: Any) -> Any:
         time.sleep(0.05)
@@ -147,6 +157,7 @@ MUTATIONS = [
     _load("the serving clock starts late", "not in its TTFT|exceed|after the time", _serving(_late(0.3, 0.0, 1))),
     _load("the queue is not timed", "after the time that its TTFT says", _serving(_late(1.0, 0.05, 2))),
     _load("the loaded direct arm is 3 times slower", baseline.SLOW, _serving(_held_back)),
+    _load("the prefix hit is 3 times slower", "native hit arm is too slow", _serving(_hit_slower), arm="native hit"),
     _load("the prefix hit is held back", "tokens came from the cache", _serving(_salted(1)), arm="native hit"),
     _load("the prefix hit is held back under load", "did not reuse", _serving(_salted(2)), arm="native hit"),
     _load("the engine pauses under load", "in no request|did nothing", Patch(open_loop, "answer_of", _pauses)),

@@ -26,7 +26,7 @@ def test_the_page_tells_every_rule_and_every_doubt() -> None:
 def test_the_page_names_planted_faults_of_every_kind_and_no_other() -> None:
     rows = {**_rows("The rules", "The doubts"), **_rows("The doubts", "The bounds")}
     told = [cells[1] for cells in rows.values()] + re.findall(r"\(planted: (.*?)\)", PAGE)
-    told += re.findall(r"\n### Files\n(.*?)\n## ", PAGE, re.DOTALL)
+    told += re.findall(r"\n### (?:Traces and loads|Files)\n(.*?)(?=\n##)", PAGE, re.DOTALL)
     named = {fault for text in told for fault in re.findall(r"(?<!\*)\*([^*]+)\*(?!\*)", text)}
     kinds = {mutation.name: mutation.kind for mutation in MUTATIONS}
     assert named - kinds.keys() == set()
