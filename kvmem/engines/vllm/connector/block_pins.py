@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,11 +21,14 @@ class BlockPins:
     pool: BlockPool
     """The engine's pool, set when it exists. In vLLM 0.24 to 0.32, `touch` and `free_blocks` count references."""
 
-    def __init__(self, window_blocks: int) -> None:
+    def __init__(self, window_blocks: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.window_blocks = window_blocks
+        self.clock = clock
         self.pinned: dict[str, tuple[int, ...]] = {}
+        self.ends: dict[str, float] = {}
+        """When a pin ends by itself, in seconds of the clock; infinity if it does not."""
 
-    def pin(self, name: str, block_ids: Sequence[int]) -> str:
+    def pin(self, name: str, block_ids: Sequence[int], ttl_s: float = math.inf) -> str:
         """Pins blocks of a request that still has them. Returns why they can't be pinned, or ""."""
         if not block_ids:
             return "It is shorter than one block of the engine's prefix cache, which holds whole blocks only."
@@ -40,10 +45,22 @@ class BlockPins:
         self.pool.touch([self.pool.blocks[block_id] for block_id in block_ids])
         self.release([name])  # if it was pinned before: the new references exist before the old ones are released
         self.pinned[name] = tuple(block_ids)
+        self.ends[name] = self.clock() + ttl_s
         return ""
 
     def release(self, names: Iterable[str]) -> None:
         """Releases these pins. Their last blocks are evicted first, as those of a request."""
         for name in names:
+            self.ends.pop(name, None)
             block_ids = self.pinned.pop(name, ())
             self.pool.free_blocks([self.pool.blocks[block_id] for block_id in reversed(block_ids)])
+
+    def release_ended(self) -> None:
+        """Releases the pins whose time is over."""
+        if self.ends and min(self.ends.values()) <= (now := self.clock()):
+            self.release([name for name, ends in self.ends.items() if ends <= now])
+
+    def remaining_s(self) -> dict[str, float | None]:
+        """All pins, with the seconds until each ends by itself; None if it does not."""
+        now = self.clock()
+        return {name: None if math.isinf(ends) else ends - now for name, ends in self.ends.items()}

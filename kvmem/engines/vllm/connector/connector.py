@@ -5,6 +5,7 @@ Each method delegates to the scheduler's half or to the worker's half.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,16 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from kvmem.cache import ModelFingerprint
 from kvmem.engines.vllm.connector.block_pins import BlockPins
 from kvmem.engines.vllm.connector.host_files import HostFiles, budget_pages
+from kvmem.engines.vllm.connector.memory_index import MemoryIndex
+from kvmem.engines.vllm.connector.metrics import ConnectorMetrics, ConnectorStats
 from kvmem.engines.vllm.connector.orphans import Orphans
 from kvmem.engines.vllm.connector.protocol import (
+    ADMIN_VARIABLE,
     FINGERPRINT,
     FOLDER,
     HOST_BYTES,
+    INJECT_MODE,
+    NAMED,
     NOBODY,
     ORPHANS_AFTER_S,
     PINS,
@@ -87,17 +93,23 @@ class KVMemConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             block_size = vllm_config.cache_config.block_size
             self.block_pins = BlockPins(-(-vllm_config.model_config.max_model_len // block_size))
-            after_s = extra.get(ORPHANS_AFTER_S)
+            after_s, mode = extra.get(ORPHANS_AFTER_S), extra.get(INJECT_MODE)
             self.orphans = None if after_s is None else Orphans(folder, after_s)
             self.scheduler_side = SchedulerSide(
                 folder,
                 block_size,
                 ranks,
                 self.block_pins,
-                Permissions(extra.get(SAVES, NOBODY), extra.get(PINS, False)),
+                Permissions(
+                    extra.get(SAVES, NOBODY),
+                    extra.get(PINS, False),
+                    os.environ.get(ADMIN_VARIABLE, "") if mode is not None else "",
+                    mode or NAMED,
+                ),
                 self.orphans,
                 HostFiles(host_bytes, ranks, lambda name: (folder / name).exists()),
                 max(fingerprint.stored_kv_heads // ranks, 1) / fingerprint.stored_kv_heads,
+                None if mode is None else MemoryIndex(folder, fingerprint),
             )
             if self.orphans is not None:
                 self.orphans.start()
@@ -138,6 +150,20 @@ class KVMemConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return False, self.scheduler_side.on_finished(request, block_ids)
+
+    def get_kv_connector_stats(self) -> ConnectorStats | None:
+        """The scheduler's counts; a worker has none."""
+        if self.role is not KVConnectorRole.SCHEDULER:
+            return None
+        return ConnectorStats(data=self.scheduler_side.take_counts())
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats:
+        return ConnectorStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *arguments: Any, **keywords: Any) -> ConnectorMetrics:
+        return ConnectorMetrics(*arguments, **keywords)
 
     def shutdown(self) -> None:
         if self.role is KVConnectorRole.SCHEDULER and self.orphans is not None:

@@ -48,6 +48,14 @@ UNPIN = "kvmem_unpin"
 PREFETCH = "kvmem_prefetch"
 """List of names of files to read into host memory ahead of time, each of the request's namespace or of none. The
 request itself does not wait for them. An empty list only asks for the report."""
+INJECT = "kvmem_inject"
+"""False: the request gets no memory that it does not name. True: it gets what any request gets, and a report of it."""
+PIN_TTL_S = "kvmem_pin_ttl_s"
+"""After how many seconds the pin ends by itself. Without it, it lasts until it is released or the engine ends."""
+EXPLAIN = "kvmem_explain"
+"""Token ids of a prompt: the report tells which memory it would get. Takes the administrator's key."""
+ADMIN_KEY = "kvmem_admin_key"
+"""The key of the server's own process, which may pin, unpin and explain. Requests of others can't know it."""
 REPORT_TO = "kvmem_report_to"
 """A text that no other request has: the report is also written to the folder, to the new file `report_name` of it,
 because vLLM's server streams completions without their kv_transfer_params. The client deletes the file."""
@@ -67,6 +75,14 @@ PINS = "kvmem_pins"
 """Key of the same: True if requests may pin and unpin blocks, which are every request's; by default they may not."""
 ORPHANS_AFTER_S = "kvmem_orphans_after_s"
 """Key of the same: after how many seconds without a sign of life from its client a file is deleted. None: never."""
+
+INJECT_MODE = "kvmem_inject_mode"
+"""Key of the same: `auto` (a request gets the longest memory of its namespace that its prompt begins with) or `named`
+(only a memory that it names; the default on a server). None: as `named`, and no index is kept."""
+ADMIN_VARIABLE = "KVMEM_ADMIN_KEY"
+"""The environment variable that holds the administrator's key in the server's processes. No log shows it."""
+AUTO, NAMED = "auto", "named"
+"""The values of INJECT_MODE."""
 
 ANYONE, STORE, NOBODY = "anyone", "store", "nobody"
 """The values of SAVES."""
@@ -104,6 +120,12 @@ class Report:
     """How many files of PREFETCH are in host memory, or are being read."""
     prefetch_error: str = ""
     """Why a file of PREFETCH is not read."""
+    memory: str = ""
+    """Name of the file that was found for the prompt, where the request named none."""
+    explained: dict[str, Any] = field(default_factory=dict)
+    """What EXPLAIN asked for: `name`, `tokens` and `reason` of a `Match`, `in_host_memory`, and `mode`."""
+    pins: dict[str, float | None] = field(default_factory=dict)
+    """To an administrator: all pins, with the seconds until each ends by itself, None if it does not."""
     host_cache: dict[str, Any] = field(default_factory=dict)
     """The fields of `HostCacheState` when the request ended."""
 

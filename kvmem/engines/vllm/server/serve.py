@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 
 from kvmem.engines.vllm import launch
 from kvmem.engines.vllm.config import VLLMConfig
-from kvmem.engines.vllm.connector import ANYONE, NOBODY, STORE, make_save_key
+from kvmem.engines.vllm.connector import ADMIN_VARIABLE, ANYONE, AUTO, NAMED, NOBODY, STORE, make_save_key
 from kvmem.engines.vllm.launch import dtype_of, load_description
 from kvmem.engines.vllm.server.card import ServerCard
 from kvmem.errors import KVMemError, config_error
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KVMemError as error:
         raise SystemExit(f"vllm_serve: {error}") from error
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ[ADMIN_VARIABLE] = uuid.uuid4().hex
     if options.tensor_parallel_size > 1 and not torch.cuda.is_available():
         cores = launch.cores_by_rank(options.tensor_parallel_size)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
@@ -91,7 +93,14 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
         # No asynchronous scheduling: see launch.start.
         command += ["--no-async-scheduling", "--kv-transfer-config"]
         connector = launch.transfer_config(
-            store, fingerprint, given.saves, False, orphans_after_s, config.host_cache_gib, config.read_mib_s
+            store,
+            fingerprint,
+            given.saves,
+            False,
+            orphans_after_s,
+            config.host_cache_gib,
+            config.read_mib_s,
+            given.inject,
         )
         command.append(json.dumps(connector))
     return [*command, *for_vllm]  # last, because the last of two values counts
@@ -135,6 +144,13 @@ def _parser() -> argparse.ArgumentParser:
         default=ORPHANS_AFTER_S,
         metavar="SECONDS",
         help="when the file of a client that gives no sign of life is deleted; default: a day; 0: never",
+    )
+    parser.add_argument(
+        "--inject",
+        choices=(AUTO, NAMED),
+        default=NAMED,
+        help="auto: each request gets the longest memory of its namespace that its prompt begins with; "
+        "named (the default): only a memory that it names",
     )
     parser.add_argument(
         "--host-cache-gib",
