@@ -22,7 +22,7 @@ class Metric:
     documentation: str
     label: str = ""
     """Name of its label besides vLLM's own; "" if it has none."""
-    values: tuple[str, ...] = ("",)
+    label_values: tuple[str, ...] = ("",)
     """All values of that label."""
 
 
@@ -73,14 +73,14 @@ class Counts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.values: Counter[str] = Counter()
+        self.totals: Counter[str] = Counter()
         """By name, and for a metric with a label by `name|label`."""
         self.changed = True
         self.sent: dict[str, float] = {}
         self.free_bytes, self.free_at = 0, -DISK_EVERY_S
 
     def add(self, name: str, label: str = "", number: int = 1) -> None:
-        self.values[key_of(name, label)] += number
+        self.totals[key_of(name, label)] += number
         self.changed = True
 
     def disk_free(self) -> int:
@@ -101,7 +101,7 @@ class Counts:
         """
         self.changed = False
         changes = {}
-        for key, value in {**self.values, **states}.items():
+        for key, value in {**self.totals, **states}.items():
             before = self.sent.get(key, 0.0)
             if value != before or key not in self.sent:
                 changes[key] = value - before if METRICS[name_of(key)].kind == COUNTER else value

@@ -51,7 +51,7 @@ class ConnectorMetrics(KVConnectorPromMetrics):
             labels = [*labelnames, metric.label] if metric.label else labelnames
             family = kind(name=name, documentation=metric.documentation, labelnames=labels, **extra)
             for engine, values in per_engine_labelvalues.items():
-                for value in metric.values:
+                for value in metric.label_values:
                     child = family.labels(*values, value) if metric.label else family.labels(*values)
                     self.children[engine][key_of(name, value)] = child
 
