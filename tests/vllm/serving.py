@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -78,6 +78,13 @@ def running(store: Path, log: Path, *options: str) -> Iterator[str]:
 
     Raises AssertionError with the server's log if it does not start.
     """
+    with running_process(store, log, *options) as (url, _):
+        yield url
+
+
+@contextmanager
+def running_process(store: Path, log: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """As `running`; gives its process too."""
     port = free_port()
     command = [sys.executable, "-m", "kvmem.engines.vllm.server.serve", "--model", MODEL, "--store", str(store)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -94,9 +101,10 @@ def running(store: Path, log: Path, *options: str) -> Iterator[str]:
         while not _healthy(port):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.25)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield f"http://127.0.0.1:{port}/v1", process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # the block has ended it
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:

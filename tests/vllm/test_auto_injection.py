@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import pytest
 from openai import OpenAI
 
 from kvmem import KVCacheMemory
-from kvmem.engines.vllm.connector.protocol import INJECT, LOAD, REPORT
+from kvmem.engines.vllm.connector.protocol import INJECT, LOAD
 from kvmem.engines.vllm.server.backend import VLLMServerBackend
 from tests.helpers.tiny import pairs
+from tests.vllm.plain_client import chat, metrics
 from tests.vllm.serving import KEY, MODEL, NEW_TOKENS, QUERY, as_turns, on_server, whole_blocks
 
 pytestmark = pytest.mark.timeout(420)
@@ -22,18 +22,6 @@ TEXTS = [text[:700] for text, _ in pairs(5, 1400, seed=41)]
 @pytest.fixture(scope="module")
 def client(url: str) -> OpenAI:
     return OpenAI(base_url=url, api_key=KEY, max_retries=0)
-
-
-def chat(
-    client: OpenAI, text: str, salt: str | None = None, query: str = QUERY, **more: object
-) -> tuple[str, int, dict]:
-    """The answer to a chat, how many prompt tokens came from a cache by the engine's count, and the report if any."""
-    extra = {**more, **({} if salt is None else {"cache_salt": salt})}
-    answer = client.chat.completions.create(
-        model=MODEL, messages=as_turns(text, query), max_tokens=NEW_TOKENS, temperature=0, extra_body=extra
-    )
-    report = (answer.model_extra.get("kv_transfer_params") or {}).get(REPORT, {})
-    return answer.choices[0].message.content, answer.usage.prompt_tokens_details.cached_tokens, report
 
 
 def flip_a_bit(path: Path) -> None:
@@ -48,19 +36,6 @@ def replaced(path: Path) -> None:
     copy = path.with_name("copy")
     copy.write_bytes(other.read_bytes())
     copy.replace(path)
-
-
-def metrics(url: str) -> dict[str, float]:
-    """vLLM's /metrics: by name and labels, without the labels that all have."""
-    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
-        lines = [line for line in answer.read().decode().splitlines() if line and line[0] != "#"]
-    return {
-        line.rpartition(" ")[0]
-        .replace(f'engine="0",model_name="{MODEL}"', "")
-        .replace("{,", "{")
-        .replace("{}", ""): float(line.rpartition(" ")[2])
-        for line in lines
-    }
 
 
 def stored(files: VLLMServerBackend, text: str, namespace: str = "") -> KVCacheMemory:

@@ -184,11 +184,18 @@ class FileStore:
         """
         path = self.folder / name
         if ranks > 1:
-            SafetensorsFile().dump(path, [self._joined(name, fingerprint, config, ranks)])
+            self.join(name, fingerprint, config, ranks)
         (item,) = SafetensorsFile().load(path, fingerprint, config, CPU)
         with self.lock:
             self.files[item] = LeasedFile(path, self.lease)
         return item
+
+    def join(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> None:
+        """Makes one file of those that the ranks of a tensor-parallel engine have saved as `name`, each of its heads.
+
+        Raises StorageError or FingerprintError if one is incomplete or was written by another model.
+        """
+        SafetensorsFile().dump(self.folder / name, [self._joined(name, fingerprint, config, ranks)])
 
     def _joined(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> KVCacheItem:
         paths = [self.folder / part_name(name, rank, ranks) for rank in range(ranks)]

@@ -23,6 +23,7 @@ from kvmem.engines.vllm import launch
 from kvmem.engines.vllm.config import VLLMConfig
 from kvmem.engines.vllm.connector import ADMIN_VARIABLE, ANYONE, AUTO, NAMED, NOBODY, STORE, make_save_key
 from kvmem.engines.vllm.launch import dtype_of, load_description
+from kvmem.engines.vllm.server import memories_api
 from kvmem.engines.vllm.server.card import ServerCard
 from kvmem.errors import KVMemError, config_error
 from kvmem.models import loading
@@ -90,6 +91,9 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
         )
         card.write(store)
         make_save_key(store)
+        command += ["--middleware", memories_api.MIDDLEWARE]
+        if given.drain_s:
+            command += ["--shutdown-timeout", str(given.drain_s)]
         # No asynchronous scheduling: see launch.start.
         command += ["--no-async-scheduling", "--kv-transfer-config"]
         connector = launch.transfer_config(
@@ -160,6 +164,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--read-mib-s", type=float, metavar="MIB", help="how much each rank reads from memory files at the most"
+    )
+    parser.add_argument(
+        "--drain-s",
+        type=int,
+        default=0,
+        metavar="SECONDS",
+        help="how long the server, told to stop, lets running requests end; default: 0, they are aborted",
     )
     parser.add_argument("--dtype", default="auto", help="auto: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
