@@ -13,7 +13,7 @@ from experiments.config import compose
 from experiments.execution import checkpoint, measure_one
 from experiments.hardware import layout
 from experiments.measurement import statistics
-from experiments.results import Row, formatting, read_run, ttft_of
+from experiments.results import Row, formatting, judged_figures, read_run
 from kvmem.errors import ConfigError, did_you_mean
 
 
@@ -27,7 +27,7 @@ def measure_anew(folder: Path, cell: str | None = None) -> list[Finding]:
 
     Raises ConfigError if the folder has no such cell or no configuration that this version reads.
     """
-    stored = [row for row in read_run(folder).rows if ttft_of(row) is not None and "cell" in row.conditions]
+    stored = [row for row in read_run(folder).rows if judged_figures(row) is not None and "cell" in row.conditions]
     name = _chosen(stored, cell)
     path = folder / checkpoint.CONFIG
     if not path.is_file():
@@ -64,7 +64,7 @@ def _chosen(stored: Sequence[Row], cell: str | None) -> str:
 
 
 def _compared(row: Row, again: Row, same_machine: bool) -> Iterator[Finding]:
-    old, new = ttft_of(row), ttft_of(again)
+    old, new = judged_figures(row), judged_figures(again)
     if old is None or new is None:
         reason = again.error.strip().splitlines()[-1:] or ["it has no speed-up"]
         yield Finding(name_of(row), f"the new measurement failed: {reason[0]}")

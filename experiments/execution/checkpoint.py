@@ -136,15 +136,18 @@ class Ledger:
 def unsettled(rows: Iterable[Row]) -> dict[str, str]:
     """The cells with an invalid or undecided row, each with the worst verdict: the same command measures them again.
 
-    A row of too few pairs stays: another measurement of as few could not decide it.
+    A row of too few pairs stays: another measurement of as few could not decide it. A row without pairs, such as a
+    simulated one, is undecided because of a measured one: it is computed again with that one.
     """
     found: dict[str, str] = {}
+    computed: dict[str, str] = {}
     for row in rows:
-        too_few = row.pairs < statistics.BATCHES
+        too_few = 0 < row.pairs < statistics.BATCHES
         if row.verdict == "invalid" or (row.verdict == "undecided" and not too_few):
+            of_kind = found if row.pairs or row.verdict == "invalid" else computed
             cell = str(row.conditions.get("cell"))
-            found[cell] = "invalid" if found.get(cell) == "invalid" else row.verdict
-    return found
+            of_kind[cell] = "invalid" if of_kind.get(cell) == "invalid" else row.verdict
+    return computed | found if found else {}
 
 
 def is_settled(run_dir: Path) -> bool:

@@ -30,6 +30,7 @@ from experiments.execution.runner import (
     UNDECIDED,
     WRONG_COMMAND,
     JobFailed,
+    advice_on_noise,
     doubts,
     log,
     mixtures,
@@ -76,6 +77,8 @@ def job(config: DictConfig) -> None:
         _end(here.mode, JobFailed(NOT_ALL_VALID, "; ".join(found)))
     if found := doubts(rows):
         log.warning("no verdict on %d of %d rows:\n  %s", len(found), len(rows), "\n  ".join(found))
+        if advice := advice_on_noise(rows):
+            log.info("%s", advice)
         _say_how_to_repeat(rows, run_dir)
     if mixed := mixtures(rows):
         log.warning("not one measurement:\n  %s\nMeasure all cells in a new folder.", "\n  ".join(mixed))

@@ -23,7 +23,7 @@ from experiments.bench import Bench
 from experiments.config import RunConfig
 from experiments.execution import checkpoint, progress
 from experiments.hardware import layout
-from experiments.measurement import from_rank0
+from experiments.measurement import from_rank0, statistics, verdict
 from experiments.reporting import findings, tables, write_report
 from experiments.results import Row, different_conditions, formatting, ttft_of
 from experiments.sinks import JSONL, Guarded, Sink
@@ -85,6 +85,7 @@ def _measure_missing(
     if len(missing) < len(cells):
         log.info("%d of %d cells are already finished", len(cells) - len(missing), len(cells))
     _warn_of_other_commits(rows)
+    config.scenario.resume(rows)
     with ExitStack() as closing:
         for sink in sinks:
             sink.open(run_dir, resolved, rows)
@@ -164,6 +165,18 @@ def doubts(rows: Iterable[Row]) -> list[str]:
         for row in rows
         if row.verdict == "undecided"
     ]
+
+
+def advice_on_noise(rows: Iterable[Row]) -> str:
+    """What to do where rows have pairs enough, and their samples are too noisy for a verdict; "" if none are."""
+    noisy = [row for row in rows if row.verdict == "undecided" and row.pairs >= statistics.BATCHES]
+    if not noisy:
+        return ""
+    settings = " or ".join(sorted({f"{verdict.pairs_setting(row)}={5 * statistics.BATCHES}" for row in noisy}))
+    return (
+        "Samples were too noisy. End other programs on this machine. On a CPU where one keeps a core busy, write "
+        f"OMP_WAIT_POLICY=passive before the command. Or take more pairs ({settings}), in another folder."
+    )
 
 
 def mixtures(rows: Sequence[Row]) -> list[str]:

@@ -42,6 +42,7 @@ MAX_OVER_DATA_SHEET = 1.05
 MAX_DRIFT, CHANCE_OF_DRIFT = 0.15, 0.02
 """How far the ratio of the arms may move from the first third of the rounds to the last, if it does so steadily: in an
 order that independent rounds have with at most this chance."""
+REPLAY_USES = "scenario.replay_uses"
 ROUNDING = 1e-6
 BASELINE = "baseline"
 """The arm that times the independent forward pass; `ALONE` is the query without a memory."""
@@ -411,12 +412,18 @@ def scenario_rules(row: Row, *evidence: object) -> Iterator[str]:
         yield from row.payload.failures(row)
 
 
+def pairs_setting(row: Row) -> str:
+    """The setting by which a row gets more pairs."""
+    settings = {"tiers": "scenario.repeats", "storage": "scenario.repeats", "reuse_trace": REPLAY_USES}
+    return settings.get(row.scenario, "scenario.pairs")
+
+
 def enough_pairs(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:
     """An interval needs 6 pairs."""
     if row.pairs < BATCHES:
-        setting = {"tiers": "repeats", "storage": "repeats", "reuse_trace": "replay_uses"}.get(row.scenario, "pairs")
-        more = "a larger number" if setting == "replay_uses" else f"{BATCHES} or more"
-        yield f"{row.pairs} pairs give no interval; use scenario.{setting}={more}"
+        setting = pairs_setting(row)
+        more = "a larger number" if setting == REPLAY_USES else f"{BATCHES} or more"
+        yield f"{row.pairs} pairs give no interval; use {setting}={more}"
 
 
 def calm(row: Row, figures: Timed, evidence: Evidence) -> Iterator[str]:

@@ -67,6 +67,10 @@ class Scenario(ABC, Generic[BenchT, CellT]):
         Raises ConfigError if the setup does not fit the scenario.
         """
 
+    def resume(self, rows: Sequence[Row]) -> None:
+        """Takes over what later cells need of the finished ones, before the other cells are measured."""
+        return None
+
     @abstractmethod
     def measure(self, bench: BenchT, cell: CellT) -> list[Row]:
         """The rows of one cell. If it raises, the runner records a failed row and continues with the next cell."""

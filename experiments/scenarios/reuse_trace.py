@@ -291,6 +291,15 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
             for share in self.budget_shares
         ]
 
+    def resume(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if isinstance(row.payload, ReuseTracePayload) and row.payload.rehearsal is not None:
+                self._set_costs(row, costs_of(row.payload.costs))
+
+    def _set_costs(self, checked: Row, costs: Costs) -> None:
+        """What is simulated has `costs`, and is worth what the simulation of the replay is."""
+        self._costs, self._verdicts = costs, {"the simulated replay": str(checked.verdict)}
+
     def measure(self, bench: Bench, cell: ReplayCell | TrafficCell) -> list[Row]:
         if isinstance(cell, ReplayCell):
             return self._replay(bench, cell)
@@ -308,7 +317,6 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
         costs = Costs.fitted(
             real.samples, real.planning.kv_bytes_a_token, kv_bytes_a_memory=real.planning.kv_bytes_a_memory
         )
-        self._costs = costs
         budget = int(self.replay_budget_share * sum(map(costs.nbytes, real.trace.tokens)))
         payload = partial(
             _payload, traffic=f"{cell.trace.family}, {cell.trace.uses} uses", budget_pct=100 * self.replay_budget_share
@@ -353,7 +361,7 @@ class ReuseTrace(ModelScenario[ReplayCell | TrafficCell]):
             ),
             replayed.conditions,
         )
-        self._verdicts = {"the simulated replay": str(checked.verdict)}
+        self._set_costs(checked, costs)
         return [replayed, checked]
 
     def _simulate(self, bench: Bench, cell: TrafficCell, costs: Costs) -> list[Row]:

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from experiments.bench import Bench, timed_calls
 from experiments.measurement import BASELINE, RULES_VERSION, judge_timings, process_memory, ttft
-from experiments.results import Evidence, Row, TimedPayload, Timing, between
+from experiments.results import Evidence, Row, TimedPayload, Timing, between, formatting
 from experiments.scenarios.base import ModelScenario
 from kvmem import KVCacheItem
 from kvmem import storage as formats
@@ -82,7 +82,11 @@ class StoragePayload(TimedPayload):
 
     def remarks(self) -> list[str]:
         ratios = {"dump": self.dump_ratio, "load": self.load_ratio}
-        return [f"{step} is slower than torch's" for step, over in ratios.items() if over > 1]
+        found = [f"{step} is slower than torch's" for step, over in ratios.items() if over > 1]
+        if self.kv_bytes < SMALL_BYTES and self.timings:
+            most = formatting.digits(self.timings[0].evidence.most_over_baseline or 0.0)
+            found.append(f"with files this small torch's time is overhead: it may take {most} times the plain step")
+        return found
 
     def from_calls(self) -> dict[str, float]:
         times = {

@@ -80,6 +80,7 @@ def test_a_cell_without_a_good_verdict_is_measured_again(tmp_path: Path, verdict
     assert new["conditions"]["earlier_verdicts"] == [verdict] and "earlier_verdicts" not in kept["conditions"]
     if new["verdict"] != "ok":
         assert "To measure 1 cell again: python -m experiments.run" in again.stdout
+    assert (new["verdict"] == "undecided") == ("OMP_WAIT_POLICY=passive" in again.stdout)
     assert checkpoint.is_finished(tmp_path / "run")
 
 
@@ -89,6 +90,9 @@ def test_too_few_pairs_and_good_rows_are_settled(tmp_path: Path) -> None:
         for pairs, verdict in ((6, "ok"), (5, "undecided"), (6, "undecided"))
     )
     assert checkpoint.unsettled([good, few]) == {} and checkpoint.unsettled([noisy]) == {"undecided": "undecided"}
+    simulated = ttft_row(pairs=0, verdict="undecided", conditions={"cell": "simulated"})
+    assert checkpoint.unsettled([few, simulated]) == {}
+    assert checkpoint.unsettled([simulated, noisy]).keys() == {"simulated", "undecided"}
     for times in (1, 2):  # the ledger remembers the verdicts of all earlier measurements
         with checkpoint.opened(tmp_path, {"seed": 0}) as done:
             done.ended = True
