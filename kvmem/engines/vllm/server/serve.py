@@ -39,11 +39,10 @@ WINDOW_FLAG = "--max-model-len"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Replaces this process by vLLM's server. Raises SystemExit, saying why, if it can't be started."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    at = given.index("--") if "--" in given else len(given)
-    options = _parser().parse_args(given[:at])
+    options, for_vllm = options_of(given)
     try:
         launch.check_installed()
-        command = serve_command(options, given[at + 1 :])
+        command = serve_command(options, for_vllm)
     except pydantic.ValidationError as error:
         raise SystemExit(str(config_error("vllm_serve", error, ()))) from error
     except KVMemError as error:
@@ -58,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # server, which have no API.
     script, server = ["vllm.entrypoints.cli.main", "serve"], ["vllm.entrypoints.openai.api_server"]
     os.execv(sys.executable, [sys.executable, "-m", *(script if "--headless" in command else server), *command])
+
+
+def options_of(given: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's options, and vLLM's behind `--`. Raises SystemExit for an unknown option."""
+    at = list(given).index("--") if "--" in given else len(given)
+    return _parser().parse_args(given[:at]), list(given[at + 1 :])
 
 
 def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[str]:
