@@ -18,7 +18,7 @@ from experiments.results import DIRECT
 from experiments.traces import Outcome, Trace
 from experiments.workloads import QUESTIONS, as_query, cut_memories, docs_text
 from kvmem import TextualMemoryItem
-from kvmem.cache import KVCacheItem
+from kvmem.cache import CacheView, KVCacheItem
 from kvmem.engines.huggingface import HFBackend
 from kvmem.prompt import Query, TokenizedPrompt
 from kvmem.scheduler import Costs, MemScheduler
@@ -46,12 +46,14 @@ class ReplayedUse:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedMove:
-    """What the scheduler wrote into a tier: a build, or a move from another tier."""
+    """What the scheduler wrote into a tier: a build, KV that a miss computed, or a move from another tier."""
 
     tokens: int
     moved_bytes: int
     build_s: float | None = None
-    """None for a move of what was built before."""
+    """None for anything but a build."""
+    kept_s: float | None = None
+    """Of KV that a miss computed: the seconds of that prefill, which are those of the use and count once."""
 
 
 @dataclass(frozen=True)
@@ -129,20 +131,27 @@ def replay(
     try:
         with Witness.of(embedding_of(backend)) as witness:
             player = Player(bench, scheduler, policy, witness, answer_tokens)
+
+            def written(memory_id: str, kind: str) -> ReplayedMove:
+                tokens, seconds = lengths[int(memory_id)], _build_s(scheduler, memory_id)
+                return ReplayedMove(
+                    tokens=tokens,
+                    moved_bytes=planning.nbytes(tokens),
+                    build_s=seconds if kind == "build" else None,
+                    kept_s=seconds if kind == "admit" else None,
+                )
+
             for event in trace.events:
                 if event.kind == "edit":
                     scheduler.update(texts.edited(event.memory))
                     continue
                 text, query = texts.now(event.memory), texts.question(event.memory, len(player.uses))
+                admissions = scheduler.admissions
                 player.use(text, query, lengths[event.memory])
-                if len(player.uses) % tick_every:
-                    continue
-                for move in scheduler.tick():
-                    if move.target is not None:
-                        tokens = lengths[int(move.memory_id)]
-                        build_s = _build_s(scheduler, move.memory_id) if move.kind == "build" else None
-                        nbytes = planning.nbytes(tokens)
-                        moves.append(ReplayedMove(tokens=tokens, moved_bytes=nbytes, build_s=build_s))
+                if scheduler.admissions > admissions:
+                    moves.append(written(text.id, "admit"))
+                if len(player.uses) % tick_every == 0:
+                    moves += [written(move.memory_id, move.kind) for move in scheduler.tick() if move.target]
     finally:
         scheduler.close()
     played = replace(trace, tokens=lengths, query_tokens=round(float(np.mean(player.query_tokens))))
@@ -173,6 +182,8 @@ class Player:
     builds_s: list[float] = field(default_factory=list)
     context_tokens: list[int] = field(default_factory=list)
     view_off: float = 0.0
+    view: CacheView | None = None
+    """What the scheduler lent to the last answer."""
 
     def __post_init__(self) -> None:
         backend = self.bench.backend
@@ -212,7 +223,7 @@ class Player:
                 direct_s=direct_s,
             )
         )
-        self.scheduler.observe([text], query)
+        self.scheduler.observe([text], query, None if direct_s is not None else self.view)
 
     def measured(self) -> Measured:
         return Measured(
@@ -252,6 +263,7 @@ class Player:
             token = backend.first_token(prompt, cache)
             done = time.perf_counter()
             held = backend.held_tokens(prompt, cache)
+        self.view = cache
         return Sample(done - ready, done - started, fetched - started, token, prompt, held, split_s=ready - fetched)
 
     def _direct(self, query: Query) -> Sample:

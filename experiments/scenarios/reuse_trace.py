@@ -77,12 +77,22 @@ class Rehearsal:
     """(computed tokens, cached tokens before them, seconds) of each prefill, to which the costs are fitted."""
     replayed: dict[str, float]
     """The replay's figures that the simulation is compared with."""
+    admit_misses: bool = False
+    """Whether the scheduler kept what misses computed. It did not in rows that do not say so."""
 
     def again(self, costs: Costs) -> Outcome:
         events = tuple(Event("edit" if kind == "edit" else "use", memory) for kind, memory in self.events)
         trace = Trace("", 0, tuple(self.tokens), self.query_tokens, events)
         policy = policy_classes()[OURS]()
-        return simulate(trace, policy, {"ram": self.budget_bytes}, costs, costs_of(self.planning), self.tick_every)
+        return simulate(
+            trace,
+            policy,
+            {"ram": self.budget_bytes},
+            costs,
+            costs_of(self.planning),
+            self.tick_every,
+            admit_misses=self.admit_misses,
+        )
 
 
 @plain_dataclass(frozen=True, kw_only=True)
@@ -180,7 +190,7 @@ class ReuseTracePayload(JudgedPayload):
         if lost := clock_misses([use.outer_s for use in self.uses], [use.user_s for use in self.uses]):
             found.append(f"{lost} of a use are not in its TTFT")
         if self.judged is not None and self.judged.evidence is not None:
-            told = {move.build_s for move in self.moves}
+            told = {seconds for move in self.moves for seconds in (move.build_s, move.kept_s)}
             if untold := set(self.judged.evidence.build_all_s) - told:
                 found.append(f"{formatting.plural(len(untold), 'build')} of memories that were hit are not told")
         if self.rehearsal is not None:
@@ -446,6 +456,7 @@ def _rehearsal(real: Replayed, budget_bytes: int, tick_every: int) -> Rehearsal:
         tick_every=tick_every,
         samples=real.samples,
         replayed=compared_figures(real.outcome),
+        admit_misses=True,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.traces.base import Trace
-from kvmem.scheduler import Costs, Planner
+from kvmem.scheduler import Costs, Move, Planner
 from kvmem.scheduler.policies import Oracle, Policy
 
 HORIZONS = (64, 256, 1024, 4096)
@@ -28,7 +28,7 @@ class Outcome:
     memory_tokens: int
     builds: int
     moved_bytes: int
-    """Written by builds, promotions and demotions."""
+    """Written by builds, admissions, promotions and demotions."""
 
     @property
     def net_saved_s(self) -> float:
@@ -48,10 +48,12 @@ def simulate(
     planning: Costs | None = None,
     tick_every: int = 1,
     max_builds: int = 1,
+    admit_misses: bool = True,
 ) -> Outcome:
     """Runs `trace`: a use, and after every `tick_every` of them a tick with at most `max_builds` builds.
 
-    costs: what things take; planning: what the planner believes that they take (None: the same).
+    costs: what things take; planning: what the planner believes that they take (None: the same). admit_misses: the KV
+    that a use computed is kept where the policy gives it a place, as the scheduler does; False: as before it did so.
     """
     planner = Planner(policy, budgets, planning or costs)
     names = [str(memory) for memory in range(len(trace.tokens))]
@@ -79,9 +81,10 @@ def simulate(
             hits += 1
             hit_tokens += trace.tokens[memory]
         planner.used(name, trace.query_tokens)
-        if len(ttft_s) % tick_every:
-            continue
-        for move in planner.plan(tier_of, max_builds):
+        moves = planner.admit(name, tier_of) if admit_misses and name not in tier_of else []
+        if len(ttft_s) % tick_every == 0:
+            moves += planner.plan(after(moves, tier_of), max_builds)
+        for move in moves:
             tier_of.pop(move.memory_id, None)
             if move.target is not None:
                 tier_of[move.memory_id] = move.target
@@ -91,6 +94,16 @@ def simulate(
                 build_s += build_s_M[int(move.memory_id)]
     used_tokens = sum(trace.tokens[event.memory] for event in trace.events if event.kind == "use")
     return Outcome(np.array(ttft_s), saved_s, build_s, hits, hit_tokens, used_tokens, builds, moved_bytes)
+
+
+def after(moves: list[Move], tier_of: Mapping[str, str]) -> dict[str, str]:
+    """Memory -> tier, once these moves are made."""
+    place_of = dict(tier_of)
+    for move in moves:
+        place_of.pop(move.memory_id, None)
+        if move.target is not None:
+            place_of[move.memory_id] = move.target
+    return place_of
 
 
 def event_times(trace: Trace) -> tuple[list[list[int]], list[list[int]]]:
@@ -105,12 +118,25 @@ def event_times(trace: Trace) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def best_oracle(
-    trace: Trace, budgets: Mapping[str, int], costs: Costs, tick_every: int = 1, max_builds: int = 1
+    trace: Trace,
+    budgets: Mapping[str, int],
+    costs: Costs,
+    tick_every: int = 1,
+    max_builds: int = 1,
+    admit_misses: bool = True,
 ) -> Outcome:
     """The oracle whose horizon nets most on this trace."""
     uses, edits = event_times(trace)
     outcomes = [
-        simulate(trace, Oracle(horizon, uses, edits), budgets, costs, tick_every=tick_every, max_builds=max_builds)
+        simulate(
+            trace,
+            Oracle(horizon, uses, edits),
+            budgets,
+            costs,
+            tick_every=tick_every,
+            max_builds=max_builds,
+            admit_misses=admit_misses,
+        )
         for horizon in HORIZONS
     ]
     return max(outcomes, key=lambda outcome: outcome.net_saved_s)

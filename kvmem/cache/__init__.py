@@ -12,7 +12,7 @@ the model already computes.
 """
 
 from kvmem.cache import device_transfer, dynamic_cache
-from kvmem.cache.dynamic_cache import CacheView
+from kvmem.cache.dynamic_cache import CacheView, KeptPrefix
 from kvmem.cache.fingerprint import ModelFingerprint, fingerprint_of, hash_template, hash_tokenizer, sha256
 from kvmem.cache.finite import layer_that_is_not_finite
 from kvmem.cache.items import (
@@ -45,6 +45,7 @@ __all__ = [
     "FunctionWatch",
     "KVCacheItem",
     "KVCacheMetadata",
+    "KeptPrefix",
     "KeptTensor",
     "LayersComputed",
     "MappedFile",

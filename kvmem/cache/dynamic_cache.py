@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,19 @@ from kvmem.cache.mapped_files import MappedFile, files_of
 from kvmem.errors import CacheInUseError, FingerprintError, ModelError
 
 
+@dataclass(frozen=True)
+class KeptPrefix:
+    """The beginning of a prompt as KV, copied while an answer to the prompt was computed."""
+
+    cache: DynamicCache
+    token_ids: tuple[int, ...]
+    """The tokens of `cache`."""
+    lossy: str
+    """The lossy forms that a part of it went through, such as "int8"; "" if none."""
+    prefill_s: float
+    """Seconds of the answer's prefill, which also computed the prompt's tokens behind these."""
+
+
 class CacheView(DynamicCache):
     """A copy-on-write view of stored memories, as a DynamicCache. Using it leaves the stored tensors unchanged."""
 
@@ -52,6 +66,10 @@ class CacheView(DynamicCache):
     """The stored states of each layer, which the view shares; its layers work on copies of them."""
     states_at: int = -1
     """The position of the stored states: how many tokens the memory has. -1 without a memory."""
+    keep: MemoryTokens | None = None
+    """If set, a prefill that computes some of these tokens leaves a copy of their KV in `kept`."""
+    kept: KeptPrefix | None = None
+    """What the last prefill copied for `keep`; None if its prompt began otherwise, or it computed none of them."""
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
@@ -321,6 +339,18 @@ def crop(cache: DynamicCache, tokens: int) -> bool:
         for layer, states in zip(cache.layers, cache.states, strict=False):  # a view without a memory has none
             cache_layers.set_states(layer, cache_layers.copied(states))
     return True
+
+
+def first_tokens(cache: DynamicCache, tokens: int, config: PreTrainedConfig) -> DynamicCache:
+    """A copy of the first `tokens` tokens of a cache whose layers keep all tokens, or that has exactly so many."""
+    contents = [
+        {
+            name: (tensor[..., :tokens, :] if name in ENTRIES else tensor).clone(memory_format=torch.contiguous_format)
+            for name, tensor in kept.items()
+        }
+        for kept in contents_of(cache)
+    ]
+    return from_contents(contents, config, tokens)
 
 
 def cut(cache: DynamicCache, start: int, end: int) -> list[KV]:

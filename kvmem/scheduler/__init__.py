@@ -5,7 +5,7 @@ and moves between tiers, and a prompt is answered with the stored prefix that sa
 """
 
 from kvmem.scheduler.cost_model import Costs
-from kvmem.scheduler.planner import Planner
+from kvmem.scheduler.planner import Move, Planner
 from kvmem.scheduler.scheduler import MemScheduler
 
-__all__ = ["Costs", "MemScheduler", "Planner"]
+__all__ = ["Costs", "MemScheduler", "Move", "Planner"]

@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 
-from kvmem.cache import KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
+from kvmem.cache import KeptPrefix, KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
 from kvmem.engines import BetweenLayers
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import UnknownMemoryError
 from kvmem.merge import joined_tokens
-from kvmem.scheduler.groups import Groups
+from kvmem.prompt import common_prefix
+from kvmem.scheduler.groups import MAX_MEMBERS, Groups, group_id
 from kvmem.tiers import TieredCache
 
 Texts = tuple[TextualMemoryItem, ...]
@@ -114,8 +115,32 @@ class KVIndex:
         """
         if len(texts) == 1:
             return self.backend.build(texts[0].memory, textual_memory=texts[0], between_layers=between_layers)
-        source = TextualMemoryItem(id=id_, memory="", metadata={"texts": [text.memory for text in texts]})
-        return self.backend.build_tokens(self.joint_tokens(texts), source, between_layers=between_layers)
+        return self.backend.build_tokens(self.joint_tokens(texts), _source(id_, texts), between_layers=between_layers)
+
+    def kept(self, memories: Sequence[TextualMemoryItem], kept: KeptPrefix) -> list[tuple[str, MemoryTokens]]:
+        """What KV that an answer kept can be stored as: (id, tokens) of each, the longest first.
+
+        memories: those of the answer's prompt, in order. The KV of a group holds all its tokens. That of the first
+        memory may lack the tokens that the template puts behind it, where the prompt has another text there.
+        """
+        found: list[tuple[str, MemoryTokens]] = []
+        cut = not self.backend.keeps_last_position
+        for length in range(min(len(memories), MAX_MEMBERS), 1, -1):
+            group = group_id([memory.id for memory in memories[:length]])
+            tokens = self.joint_tokens(memories[:length])
+            shared = common_prefix(tokens.token_ids, kept.token_ids)
+            whole = shared == len(tokens.token_ids) and (cut or shared == len(kept.token_ids))
+            if whole and group in self.groups.members:
+                found.append((group, tokens))
+        tokens = self.tokens(memories[0])
+        shared = common_prefix(tokens.token_ids, kept.token_ids)
+        if (cut and shared >= tokens.body_end) or tokens.token_ids == kept.token_ids:
+            found.append((memories[0].id, tokens.model_copy(update={"token_ids": tokens.token_ids[:shared]})))
+        return found
+
+    def kept_item(self, id_: str, texts: Texts, tokens: MemoryTokens, kept: KeptPrefix) -> KVCacheItem:
+        """The KV of `texts`, as `build` gives it, from what an answer kept. Raises ModelError."""
+        return self.backend.kept_item(kept, tokens, texts[0] if len(texts) == 1 else _source(id_, texts))
 
     def store(self, id_: str, texts: Texts, item: KVCacheItem, tier: str) -> bool:
         """Stores the KV of `texts` in `tier`. False, and nothing is stored, if a text has changed since the build.
@@ -206,3 +231,8 @@ class KVIndex:
     def _drop(self, id_: str) -> bool:
         item_id = self._stored.pop(id_, None)
         return item_id is not None and self.items.drop(item_id)
+
+
+def _source(group: str, texts: Texts) -> TextualMemoryItem:
+    """What the metadata of a group's KV state as its source."""
+    return TextualMemoryItem(id=group, memory="", metadata={"texts": [text.memory for text in texts]})

@@ -16,9 +16,12 @@ from kvmem.scheduler.usage import UsageTable
 
 @dataclass(frozen=True)
 class Move:
-    """One step of a plan. `source` and `target` are tiers; `source` is None for a build, `target` for an eviction."""
+    """One step of a plan. `source` and `target` are tiers.
 
-    kind: Literal["build", "promote", "demote", "evict"]
+    `source` is None for a build, and for the admission of KV that an answer computed; `target` for an eviction.
+    """
+
+    kind: Literal["build", "admit", "promote", "demote", "evict"]
     memory_id: str
     source: str | None
     target: str | None
@@ -148,6 +151,51 @@ class Planner:
             builds += source is None
             moves.append(self._move(memory_id, tier, place_of, free))
         return moves
+
+    def admit(
+        self,
+        memory_id: str,
+        tier_of: Mapping[str, str],
+        lost: Mapping[str, int] | None = None,
+        write_s: Callable[[str, int], float] = lambda tier, nbytes: 0.0,
+    ) -> list[Move]:
+        """The moves that keep KV of a memory that an answer has just computed; none if it is not worth its bytes.
+
+        It costs no build, only its write. Otherwise it is ranked as every other memory: while there is space, its first
+        use is enough; when a tier is full, it replaces only what the policy ranks below it. Demotions and evictions
+        come first, the admission is last.
+
+        tier_of, lost: as in `plan`. write_s(tier, nbytes): seconds to write `nbytes` to the tier.
+        """
+        row = self.table.row_of.get(memory_id)
+        if row is None or not self.table.tokens[row] or memory_id in tier_of:
+            return []
+        self.price(tier_of)
+        held = self._held(tier_of)
+        free = {tier: most - (lost or {}).get(tier, 0) for tier, most in self.budgets.items()}
+        cost_s, tier = 0.0, ""
+        while True:  # the write costs what it costs in the tier that is chosen
+            self.table.build_s[row] = cost_s
+            order = self.policy.rank(self.table, held, sum(self.budgets.values()))
+            wanted = self._fill(self.table, order, free)
+            if memory_id not in wanted:
+                return []
+            if wanted[memory_id] == tier:
+                break
+            tier = wanted[memory_id]
+            nbytes = self._nbytes(memory_id, tier)
+            cost_s = max(cost_s, write_s(tier, nbytes))
+            if self.loads.load_s(tier, nbytes) >= self.table.saved_s[row]:
+                return []  # it would not be loaded
+        place_of = dict(tier_of)
+        for id_, at in place_of.items():
+            free[at] -= self._nbytes(id_, at)
+        rank = {self.table.ids[row]: at for at, row in enumerate(order)}
+        moves = self._free_up(tier, nbytes, wanted, place_of, free, rank)
+        if free[tier] < nbytes:
+            return []
+        self._move(memory_id, tier, place_of, free)
+        return [*moves, Move("admit", memory_id, None, tier)]
 
     def explain(self, memory_id: str, tier_of: Mapping[str, str]) -> str:
         """A memory's rank among all, with the numbers behind it."""

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Self
 
-from kvmem.cache import CacheView
+from kvmem.cache import CacheView, KeptPrefix, MemoryTokens, TextualMemoryItem
 from kvmem.engines import Generation, Sampling
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import (
@@ -28,9 +28,9 @@ from kvmem.prompt import Query
 from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
 from kvmem.scheduler.cost_model import Costs, LoadEstimator
-from kvmem.scheduler.groups import is_about
+from kvmem.scheduler.groups import group_id, is_about
 from kvmem.scheduler.journal import Journal
-from kvmem.scheduler.kv_index import KVIndex
+from kvmem.scheduler.kv_index import KVIndex, Texts
 from kvmem.scheduler.observations import ObservationQueue, TextMemories, text_memories_of
 from kvmem.scheduler.planner import Move, Planner, check_budgets
 from kvmem.scheduler.policies import Policy
@@ -58,6 +58,7 @@ class MemScheduler:
         max_builds: int = 1,
         cold: str | None = None,
         orphans_after_s: float = ORPHANS_AFTER_S,
+        admit_misses: bool = True,
     ) -> None:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). The tiers `disk_int8` and `disk_int4`
         are lossy, and answers say so. folder: for the state and the disk tiers; None: the state ends with the process.
@@ -65,6 +66,7 @@ class MemScheduler:
         costs: prefill and load times; None: measured now. max_builds: at most so many builds in a tick. cold: the URL
         of the cold tier. orphans_after_s: a file of an earlier process that can't be used, because it is damaged or
         another model's, is deleted so many seconds after this scheduler was opened, by the monotonic clock.
+        admit_misses: keep the KV that an answer computed where it is worth its bytes; False: builds alone fill tiers.
 
         Raises ArgumentError for an argument of the wrong type, ConfigError for a bad value, and StorageError if the
         folder can't be used.
@@ -77,6 +79,7 @@ class MemScheduler:
             ("costs", costs, (Costs, type(None))),
             ("max_builds", max_builds, (int,)),
             ("cold", cold, (str, type(None))),
+            ("admit_misses", admit_misses, (bool,)),
         ):
             way_out = "Give bytes by tier, fastest first: {'ram': 1 << 30}." if name == "budget" else ""
             check_kind(f"MemScheduler's {name}", given, *kinds, way_out=way_out)
@@ -110,29 +113,38 @@ class MemScheduler:
             self.observations = ObservationQueue(self.planner, self.index, self.failures, self.journal)
             self.index.adopt()
             opened.pop_all()
-        self.builds = self.cancelled_builds = 0
+        self.builds = self.cancelled_builds = self.admissions = 0
         self.failed_ticks, self.last_failed_tick = 0, ""
         """Ticks of the thread that ended in an error, and the last error. The thread continues."""
         self.gate = BuildGate()
-        self._max_builds = max_builds
-        self._moving: str | None = None
-        """The memory or group that a build or a move is for."""
+        self._max_builds, self._admit_misses = max_builds, admit_misses
+        self._moving: list[str] = []
+        """The memories and groups that builds, moves and admissions run for."""
         self._moved = threading.Condition()
         self._forgetting = 0
-        """Running calls of `forget`, during which no build or move starts."""
+        """Running calls of `forget`, during which no build, move or admission starts."""
         self._forgotten: list[set[str]] = []
         """For each running answer, what was forgotten since it began."""
-        self._ticking = threading.Lock()
+        self._ticking, self._admitting = threading.Lock(), threading.Lock()
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def observe(self, memories: TextMemories, query: Query) -> None:
+    def observe(self, memories: TextMemories, query: Query, cache: CacheView | None = None) -> None:
         """Records that a query used this text memory, or these in this order. Returns at once; `tick` does the rest.
 
         Memories that are often used together in one order are planned as a group with joint KV.
+
+        cache: the view of these memories, from `view`, that answered the query. The KV that the answer computed is then
+        kept where it is worth its bytes, as `answer` does. Writing it takes time, on a disk tier in particular.
         """
         used = text_memories_of(memories)
+        check_kind("cache", cache, CacheView, type(None), way_out="Give the view that answered the query.")
         self._check_open()
+        self._observe(used, query)
+        if cache is not None:
+            self._admit(used, cache.kept)
+
+    def _observe(self, used: list[TextualMemoryItem], query: Query) -> None:
         self.backend.template.check_query(query)
         text = query if isinstance(query, str) else "\n".join(turn["content"] for turn in query)
         query_tokens = len(self.backend.tokenizer(text, add_special_tokens=False).input_ids)
@@ -190,15 +202,14 @@ class MemScheduler:
         return bool(removed)
 
     def _cancel_build_of(self, changed: str) -> None:
-        moving = self._moving
-        if moving is not None and is_about(moving, changed):
+        if any(is_about(moving, changed) for moving in list(self._moving)):
             self.gate.cancel()
 
     def _wait_while(self, concerns: Callable[[str], bool]) -> None:
         """Waits while a build or a move runs whose memory or group `concerns` the caller. A build is cancelled, again
         and again: one that just begins overhears it, and one that waits for a request would wait for the caller."""
         with self._moved:
-            while self._moving is not None and concerns(self._moving):
+            while any(map(concerns, self._moving)):
                 self.gate.cancel()
                 self._moved.wait(CANCEL_AGAIN_S)
 
@@ -211,17 +222,20 @@ class MemScheduler:
     ) -> Generation:
         """Answers with the stored prefix that saves most, prefills the rest as text, and observes the use.
 
-        If stored KV was not loaded, for example because prefilling is faster, the answer's `note` says so. If the KV
-        comes from a quantized tier, `lossy` names its form.
+        KV of the memories that the answer had to compute is kept where it is worth its bytes: no second prefill is
+        needed for it. If stored KV was not loaded, for example because prefilling is faster, the answer's `note` says
+        so. If the KV comes from a quantized tier, `lossy` names its form.
         """
         used = text_memories_of(text_memories)
         forgotten: set[str] = set()
+        kept = None
         with self._moved:
             self._forgotten.append(forgotten)
         try:
             try:
                 with self.view(used) as cache:
                     generation = self.backend.generate(query, cache, max_new_tokens, sampling)
+                    kept = cache.kept
             except ChangedFileError as error:  # while it was read; its KV is dropped
                 with self.gate.request():
                     cache = self.prefix_selector.text(used, f"Stored KV could not be read to its end: {error}")
@@ -231,14 +245,65 @@ class MemScheduler:
                 self._forgotten = [each for each in self._forgotten if each is not forgotten]
         # If it was closed meanwhile, or a memory forgotten, the answer is still valid.
         if not self._closing.is_set() and not forgotten.intersection(memory.id for memory in used):
-            self.observe(used, query)
+            self._observe(used, query)
+            self._admit(used, kept)
         return generation
 
     @contextmanager
     def view(self, text_memories: TextMemories) -> Iterator[CacheView]:
-        """The cache that `answer` uses, valid inside the block. Builds wait meanwhile. Observes nothing."""
-        with self.gate.request(), self.prefix_selector.view(text_memories_of(text_memories)) as cache:
+        """The cache that `answer` uses, valid inside the block. Builds wait meanwhile. Give it to `observe` then."""
+        used = text_memories_of(text_memories)
+        with self.gate.request(), self.prefix_selector.view(used) as cache:
+            if self._admit_misses:
+                cache.keep = self._to_keep(used)
             yield cache
+
+    def _to_keep(self, used: list[TextualMemoryItem]) -> MemoryTokens | None:
+        """The tokens whose KV an answer keeps if it computes them; None if no tier can hold the first memory.
+
+        A model whose cache can't be cut keeps these exactly, so they are those of one memory, or of a known group.
+        """
+        budgets, first = self.items.budgets, len(self.index.tokens(used[0]).token_ids)
+        if not any(self.items.size(tier, first) <= most for tier, most in budgets.items()):
+            return None
+        group = group_id([memory.id for memory in used])
+        if len(used) > 1 and self.backend.keeps_last_position and group not in self.index.groups.members:
+            return None
+        return self.index.joint_tokens(used)
+
+    def _admit(self, used: list[TextualMemoryItem], kept: KeptPrefix | None) -> None:
+        """Stores what an answer kept, if the planner gives it a tier. A failure is counted, and raises nothing."""
+        if kept is None or not self._admit_misses:
+            return
+        with self._admitting:
+            for id_, tokens in self.index.kept(used, kept):
+                with self.observations.counts:
+                    self.observations.count()
+                    if id_ in self.failures.barred(self.planner.table.now):
+                        continue
+                    lost = self.items.pending_deletes.by_tier()
+                    moves = self.planner.admit(id_, self.index.tiers(), lost, self.items.write_s)
+                if not moves:
+                    continue
+                *before, admission = moves
+                assert admission.target is not None
+                for move in before:
+                    self._execute(move)
+                texts = tuple(used[: len(self.index.members(id_))])
+                self._cancel_build_of(id_)
+                with self._move_of(id_) as may_move:
+                    if may_move:
+                        self._store_kept(id_, texts, tokens, kept, admission.target)
+                return
+
+    def _store_kept(self, id_: str, texts: Texts, tokens: MemoryTokens, kept: KeptPrefix, tier: str) -> None:
+        try:
+            item = self.index.kept_item(id_, texts, tokens, kept)
+            self.admissions += self.index.store(id_, texts, item, tier)
+        except BudgetError:  # an item that should have left is in use
+            pass
+        except (KVMemError, OSError) as error:
+            self._failed(id_, error)
 
     def tick(self) -> list[Move]:
         """Counts what was observed, plans, and executes the plan. Returns the moves that were made.
@@ -314,6 +379,7 @@ class MemScheduler:
         self.gate.cancel()
         if self._thread is not None:
             self._thread.join()
+        self._wait_while(lambda moving: True)
         with self._ticking, closing(self.items), closing(self.journal) if self.journal is not None else nullcontext():
             self.observations.count()
             self.observations.snapshot(every=0)
@@ -330,16 +396,22 @@ class MemScheduler:
             raise ClosedError("This scheduler is closed. Make another: with the same folder it goes on as this did.")
 
     def _execute(self, move: Move) -> bool:
+        with self._move_of(move.memory_id) as may_move:
+            return may_move and self._moved_as_planned(move)
+
+    @contextmanager
+    def _move_of(self, id_: str) -> Iterator[bool]:
+        """A build, move or admission for `id_`. Gives False if none may start."""
         with self._moved:
-            if self._closing.is_set() or self._forgetting:
-                return False
-            self._moving = move.memory_id
+            if may_move := not (self._closing.is_set() or self._forgetting):
+                self._moving.append(id_)
         try:
-            return self._moved_as_planned(move)
+            yield may_move
         finally:
-            with self._moved:
-                self._moving = None
-                self._moved.notify_all()
+            if may_move:
+                with self._moved:
+                    self._moving.remove(id_)
+                    self._moved.notify_all()
 
     def _moved_as_planned(self, move: Move) -> bool:
         if move.target is None:

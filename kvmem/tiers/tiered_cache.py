@@ -83,6 +83,8 @@ class TieredCache:
         self.pending_deletes = PendingDeletes()
         self.loads = LoadTimes()
         """Seconds of loads by tier. Host memory is not measured: its copies to a GPU overlap with the forward pass."""
+        self.writes = LoadTimes()
+        """Seconds of writes by tier, of the same tiers."""
         self._backend = backend
         self._entries: dict[str, _Entry] = {}
         self._orphans: dict[tuple[str, str], _Orphan] = {}
@@ -145,7 +147,7 @@ class TieredCache:
             self._incoming.add(item_id)
         stored = False
         try:
-            self._stores[tier].put(item)
+            self._write(item, tier, nbytes)
             stored = True
         finally:
             with self._lock:
@@ -199,7 +201,7 @@ class TieredCache:
             entry.moving = True
         source, target, copied = entry.tier, self._stores[tier], False
         try:
-            target.put(self._read(item_id, source, entry.nbytes))
+            self._write(self._read(item_id, source, entry.nbytes), tier, nbytes)
             copied = True
         finally:
             with self._lock:
@@ -337,6 +339,16 @@ class TieredCache:
                 torch.cuda.synchronize(self._backend.device)
             self.loads.record(tier, nbytes, time.perf_counter() - started)
         return item
+
+    def _write(self, item: KVCacheItem, tier: str, nbytes: int) -> None:
+        started = time.perf_counter()
+        self._stores[tier].put(item)
+        if tier in self.measured_tiers:
+            self.writes.record(tier, nbytes, time.perf_counter() - started)
+
+    def write_s(self, tier: str, nbytes: int) -> float:
+        """Seconds that writing `nbytes` to the tier takes, as measured; 0 for one that was never written to."""
+        return self.writes.expected_s(tier, nbytes) or 0.0
 
     def _entry(self, item_id: str) -> _Entry:
         entry = self._entries.get(item_id)

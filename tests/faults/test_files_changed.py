@@ -204,7 +204,9 @@ def with_kv_on_disk(engine: HFBackend, folder: Path) -> Iterator[tuple[MemSchedu
     """A scheduler with a memory in its disk tier, the memory, and the path of its KV."""
     text = TextualMemoryItem(id="m", memory=TEXT)
     costs = Costs(0.001, 1e-4, 0.0, kv_bytes_a_token(engine))
-    with MemScheduler(memory_on(engine), "benefit_per_byte", {"disk": 1 << 30}, folder, costs) as scheduler:
+    with MemScheduler(
+        memory_on(engine), "benefit_per_byte", {"disk": 1 << 30}, folder, costs, admit_misses=False
+    ) as scheduler:
         for _ in range(4):
             scheduler.observe(text, QUERY)
         scheduler.tick()

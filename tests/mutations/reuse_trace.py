@@ -51,8 +51,8 @@ def _starts_late(original: Any) -> Any:
 
 
 def _untold(original: Any) -> Any:
-    """No move tells that it was a build."""
-    return lambda **fields: original(**{**fields, "build_s": None})
+    """No move tells when its KV was computed."""
+    return lambda **fields: original(**{**fields, "build_s": None, "kept_s": None})
 
 
 def _rows(run: str, **changed: float) -> Patch:
@@ -83,7 +83,9 @@ def _trace(name: str, expected: str, *patches: Patch, arm: str = reuse_trace.OUR
 MUTATIONS = [
     _trace("the replay returns remembered answers", COUNTED, Patch(HFBackend, "first_token", ungraded.remembered)),
     _trace("the replay computes nothing", COUNTED, Patch(HFBackend, "first_token", first_token_with_cache(_nothing))),
-    _trace("the replay's stored values are scaled", wrong_kv.STORED, wrong_kv.stored(wrong_kv.values_scaled)),
+    _trace(
+        "the replay's stored values are scaled", wrong_kv.STORED, wrong_kv.stored(wrong_kv.values_scaled, "kept_item")
+    ),
     _trace(
         "the replay's views have rolled keys", "view that an answer", Patch(dynamic_cache, "view_of", _views_rolled)
     ),

@@ -16,19 +16,19 @@ Edit = Callable[[list[tuple[torch.Tensor, torch.Tensor]]], None]
 STORED = "stored KV of a|a logit is|a logit of the timed"
 
 
-def stored(edit: Edit) -> Patch:
-    """`edit` changes the layers of every built item: keys and values of shape (1, heads, tokens, head_dim)."""
+def stored(edit: Edit, by: str = "build_tokens") -> Patch:
+    """`edit` changes the layers of every item that is made `by` this method: (1, heads, tokens, head_dim) each."""
 
     def make(original: Any) -> Any:
-        def build_tokens(backend: Any, *given: Any, **named: Any) -> Any:
+        def make_item(backend: Any, *given: Any, **named: Any) -> Any:
             item = original(backend, *given, **named)
             with torch.inference_mode():
                 edit(dynamic_cache.layers_of(item.kv_cache))
             return item
 
-        return build_tokens
+        return make_item
 
-    return Patch(HFBackend, "build_tokens", make)
+    return Patch(HFBackend, by, make)
 
 
 def viewed(edit: Callable[[Any], None]) -> Patch:

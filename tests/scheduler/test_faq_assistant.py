@@ -28,7 +28,7 @@ def test_the_faq_assistant_gets_faster_as_it_learns(
     answers = [(text, form, int(ms), int(direct_ms)) for text, form, ms, direct_ms in LINE.findall(printed)]
     assert len(answers) == len(questions.splitlines()) and "59 euros" in printed
     of_repairs = [form for text, form, _, _ in answers if text == "repairs"]
-    assert of_repairs[0] == "text" and of_repairs[-1] == "KV", "nothing is built before it was used"
+    assert of_repairs[0] == "text" and of_repairs[-1] == "KV", "nothing is kept before it was used"
     assert of_repairs == sorted(of_repairs, key=["text", "KV"].index), "and what is hot stays"
     hits = [(ms, direct_ms) for _, form, ms, direct_ms in answers if form == "KV"]
     assert len(hits) >= 3 and median(ms / direct_ms for ms, direct_ms in hits) < 0.6

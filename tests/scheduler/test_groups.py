@@ -71,7 +71,7 @@ def test_it_is_what_reprefill_gives(qwen3: HFBackend) -> None:
 
 
 def test_it_serves_its_first_memory_and_longer_orders_but_no_other(qwen3: HFBackend) -> None:
-    scheduler = scheduler_on(qwen3)
+    scheduler = scheduler_on(qwen3, admit_misses=False)
     use_together(scheduler, PAIR, 15)
     ticked(scheduler)
     scheduler.index.evict("m0")
@@ -103,7 +103,7 @@ def test_an_edit_of_a_member_drops_it(qwen3: HFBackend, member: int) -> None:
 
 
 def test_an_edit_that_was_not_announced_is_not_served_from_it(qwen3: HFBackend) -> None:
-    scheduler = scheduler_on(qwen3)
+    scheduler = scheduler_on(qwen3, admit_misses=False)
     use_together(scheduler, PAIR, 15)
     ticked(scheduler)
     scheduler.index.evict("m0")

@@ -44,7 +44,7 @@ def as_text(backend: HFBackend, memory: TextualMemoryItem, tokens: int = 8) -> t
 
 
 def test_hot_text_is_promoted_and_its_answer_unchanged(qwen3: HFBackend) -> None:
-    scheduler = scheduler_on(qwen3)
+    scheduler = scheduler_on(qwen3, admit_misses=False)
     before = scheduler.answer(QUERY, [MEMORIES[0]], 8)
     assert before.cached_tokens == 0 and before.token_ids == as_text(qwen3, MEMORIES[0])
     assert scheduler.tick() == []  # one use does not pay for a build
@@ -87,7 +87,9 @@ def test_changed_text_without_update_is_an_edit(qwen3: HFBackend) -> None:
     edited = TextualMemoryItem(id="m0", memory=MEMORIES[1].memory)
     answer = scheduler.answer(QUERY, [edited], 8)
     assert answer.cached_tokens == 0 and answer.token_ids == as_text(qwen3, edited)
-    assert scheduler.index.tiers() == {}
+    assert scheduler.builds == scheduler.admissions == 1, "what is stored now is what this answer computed"
+    again = scheduler.answer(QUERY, [edited], 8)
+    assert again.cached_tokens > 50 and again.token_ids == answer.token_ids
 
 
 def test_a_text_edited_within_its_reuse_time_is_not_promoted(qwen3: HFBackend) -> None:
@@ -220,7 +222,7 @@ def test_kill_in_a_build_loses_nothing(qwen3: HFBackend, tmp_path: Path) -> None
 
 
 def test_damaged_kv_is_answered_as_text(qwen3: HFBackend, tmp_path: Path) -> None:
-    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0, admit_misses=False)
     use(scheduler, MEMORIES[0], 5)
     scheduler.tick()
     (path,) = (tmp_path / "kv").glob("*.safetensors")

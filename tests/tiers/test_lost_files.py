@@ -21,7 +21,9 @@ from tests.tiers.conftest import FailingLink
 def cold_scheduler(backend: HFBackend, url: str, folder: Path | None = None) -> MemScheduler:
     """A scheduler with a cold tier only, whose loads are faster than prefilling."""
     costs = Costs(0.001, 1e-2, 0.0, kv_bytes_a_token(backend), {"cold": 1e-12})
-    scheduler = MemScheduler(memory_on(backend), "benefit_per_byte", {"cold": 1 << 30}, folder, costs, cold=url)
+    scheduler = MemScheduler(
+        memory_on(backend), "benefit_per_byte", {"cold": 1 << 30}, folder, costs, cold=url, admit_misses=False
+    )
     use(scheduler, MEMORIES[0], 6)
     scheduler.tick()
     return scheduler
@@ -37,7 +39,7 @@ def alive_after(scheduler: MemScheduler, done: str) -> bool:
 
 
 def test_a_lost_file_is_answered_as_text_and_built_again(qwen3: HFBackend, tmp_path: Path) -> None:
-    scheduler = scheduler_on(qwen3, tmp_path, ram=0)
+    scheduler = scheduler_on(qwen3, tmp_path, ram=0, admit_misses=False)
     use(scheduler, MEMORIES[0], 6)
     scheduler.tick()
     for path in (tmp_path / "kv").glob("*.safetensors"):

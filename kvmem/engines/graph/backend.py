@@ -5,6 +5,7 @@ Items are the same as on backend=huggingface, so both engines can use each other
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -92,11 +93,23 @@ class HFGraphBackend(HFBackend):
     def prefill(
         self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None
     ) -> tuple[torch.Tensor, RunningSequence]:
-        """The last token's logits, (vocab,), and the running sequence. Does not change `kv_cache`."""
-        return self.engine.begin(kv_cache, len(prompt.memory_ids) if kv_cache else 0, _new_ids(prompt, kv_cache))
+        """The last token's logits, (vocab,), and the running sequence. Changes nothing in `kv_cache` but `kept`."""
+        held = len(prompt.memory_ids) if kv_cache else 0
+        ends_at = self._kept_tokens(prompt, kv_cache, held)
+        started = time.perf_counter()
+        logits_V, sequence = self.engine.begin(kv_cache, held, _new_ids(prompt, kv_cache))
+        if ends_at and kv_cache is not None:
+            self._synchronize()
+            seconds = time.perf_counter() - started
+            copied = dynamic_cache.from_layers(self.engine.read(sequence, ends_at), self.model_config)
+            kv_cache.kept = self._kept(prompt, kv_cache, copied, seconds)
+        return logits_V, sequence
 
     def first_token(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> FirstToken:
         held = len(prompt.memory_ids) if kv_cache else 0
+        if self._kept_tokens(prompt, kv_cache, held):
+            logits_V, _ = self.prefill(prompt, kv_cache)
+            return FirstToken(greedy_token(logits_V), held, logits_V=logits_V)
         token, logits_V = self.engine.first_token(kv_cache, held, _new_ids(prompt, kv_cache))
         return FirstToken(token, held, logits_V=logits_V)
 

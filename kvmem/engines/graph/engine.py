@@ -211,10 +211,10 @@ class Engine:
         on_device = inputs.to(self.device)
         return lambda: self.run.advance(on_device, buffer)[0]
 
-    def read(self, sequence: RunningSequence) -> list[KV]:
-        """Copies of the sequence's keys and values, (1, kv_heads, tokens, head_dim) for each layer."""
+    def read(self, sequence: RunningSequence, tokens: int | None = None) -> list[KV]:
+        """Copies of the sequence's first `tokens` keys and values (None: all), (1, kv_heads, tokens, head_dim) each."""
         with self.turn():
-            return self.take(sequence).buffer.read(0, sequence.length)
+            return self.take(sequence).buffer.read(0, sequence.length if tokens is None else tokens)
 
     def padded(self, tokens: int) -> int:
         """The number of tokens to which a prefill of `tokens` is padded."""

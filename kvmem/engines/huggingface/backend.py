@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kvmem.cache import (
     ENTRIES,
     CacheView,
+    KeptPrefix,
     KVCacheItem,
     KVCacheMetadata,
     MemoryTokens,
@@ -255,15 +257,74 @@ class HFBackend(MeasuredBackend):
         """The last token's logits, (vocab,), and the state that decoding extends: here a cache of the whole prompt.
 
         If `kv_cache` holds `prompt.memory_ids`, only `prompt.query_ids` are computed. Without a cache, or if it can't
-        be cropped to them, all are. Raises ChangedFileError if the file that the memory is mapped from changed.
+        be cropped to them, all are. What `kv_cache.keep` asks for is copied to `kv_cache.kept`. Raises ChangedFileError
+        if the file that the memory is mapped from changed.
         """
         cache: DynamicCache | None = kv_cache
         if cache is None or not self._cropped(cache, len(prompt.memory_ids)):
             cache = dynamic_cache.empty(self.model_config)
         dynamic_cache.check_files(cache)
+        ends_at, copied = self._kept_tokens(prompt, kv_cache, cache.get_seq_length()), None
+        started = time.perf_counter()
+        if ends_at and self.keeps_last_position:
+            prefill(self.model, prompt.ids[cache.get_seq_length() : ends_at], cache)
+            copied = dynamic_cache.first_tokens(cache, ends_at, self.model_config)
         logits_V = prefill(self.model, prompt.ids[cache.get_seq_length() :], cache)
+        if ends_at and kv_cache is not None:
+            self._synchronize()
+            seconds = time.perf_counter() - started
+            copied = copied or dynamic_cache.first_tokens(cache, ends_at, self.model_config)
+            kv_cache.kept = self._kept(prompt, kv_cache, copied, seconds)
         dynamic_cache.check_files(cache)  # from here on the view has copies of what it read
         return logits_V, cache
+
+    def _kept_tokens(self, prompt: TokenizedPrompt, view: CacheView | None, held: int) -> int:
+        """How many tokens of the prompt `view.keep` asks for; 0 if none, or if all of them are among the `held` ones.
+
+        If the prompt begins with a part of them, it is that part, unless layers keep something for one position only.
+        """
+        if view is None:
+            return 0
+        view.kept = None
+        if view.keep is None:
+            return 0
+        wanted = view.keep.token_ids
+        shared = min(common_prefix(wanted, prompt.ids), len(prompt.ids) - 1)
+        return 0 if shared <= held or (self.keeps_last_position and shared < len(wanted)) else shared
+
+    @cached_property
+    def keeps_last_position(self) -> bool:
+        """Whether a cache can't be cut at an earlier token: its layers keep states, or drop tokens behind a window."""
+        return self.fingerprint.keeps_states or dynamic_cache.has_sliding_layers(self.model_config)
+
+    def _kept(self, prompt: TokenizedPrompt, view: CacheView, copied: DynamicCache, seconds: float) -> KeptPrefix:
+        """What was copied of a prompt whose prefill took `seconds`."""
+        tokens = prompt.ids[: copied.get_seq_length()]
+        return KeptPrefix(copied, tokens, view.lossy if prompt.memory_ids else "", seconds)
+
+    def kept_item(self, kept: KeptPrefix, tokens: MemoryTokens, textual_memory: TextualMemoryItem) -> KVCacheItem:
+        """An item of `tokens` from what an answer kept. Its `build_s` is that of the answer's prefill.
+
+        tokens: what `kept` begins with; a cache that can't be cut has exactly these. Raises ModelError as
+        `build_tokens`.
+        """
+        count = len(tokens.token_ids)
+        assert kept.token_ids[:count] == tokens.token_ids
+        cache = kept.cache
+        if count < len(kept.token_ids):
+            cache = dynamic_cache.first_tokens(cache, count, self.model_config)
+        self.check_built(cache, count)
+        return KVCacheItem(
+            kv_cache=cache,
+            metadata=KVCacheMetadata(
+                tokens=tokens,
+                build_s=kept.prefill_s,
+                kv_bytes=dynamic_cache.nbytes(cache),
+                fingerprint=self.fingerprint,
+                textual_memory=_textual_source(textual_memory),
+                lossy=kept.lossy,
+            ),
+        )
 
     def first_token(self, prompt: TokenizedPrompt, kv_cache: CacheView | None = None) -> FirstToken:
         logits_V, _ = self.prefill(prompt, kv_cache)
