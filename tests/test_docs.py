@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ from types import MappingProxyType
 
 import griffe
 import pytest
+
+from experiments.measurement import verdict
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
@@ -110,6 +113,21 @@ def test_the_architecture_names_every_package_and_the_changelog_the_version() ->
 @pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "outputs/reference").iterdir()))
 def test_every_reference_run_is_documented(folder: str) -> None:
     assert any(f"outputs/reference/{folder}" in text for text in WHOLE.values())
+
+
+def test_figures_of_older_rules_are_marked_wherever_they_are_quoted() -> None:
+    folders = {path.parent: path.read_text() for path in (ROOT / "outputs/reference").glob("*/rows.jsonl")}
+    older = {
+        folder.name: any(json.loads(row).get("rules") != verdict.RULES_VERSION for row in rows.splitlines())
+        for folder, rows in folders.items()
+    }
+    for page in ("README.md", "docs/results.md", "docs/merging.md", "docs/experiments/predict.md"):
+        named = re.findall(r"`outputs/reference/(\w+)`( \(older rules\))?", WHOLE[page])
+        assert named
+        assert [folder for folder, mark in named if older[folder] != bool(mark)] == [], page
+    table = (ROOT / "outputs/reference/README.md").read_text()
+    told = dict(re.findall(r"^\| (\w+) \| (older|present) \| .* \| (?:`.+`|none) \|$", table, re.M))
+    assert told == {folder: "older" if is_older else "present" for folder, is_older in older.items()}
 
 
 @pytest.mark.parametrize("page", ["quickstart.md", "merging.md", "scheduler.md"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.bench.bench import Bench
 from experiments.bench.comparison import FARTHEST
@@ -94,12 +94,19 @@ def serve(bench: Bench, arrivals: Sequence[Arrival], memories: Sequence[int], me
                 memory_tokens=tokens,
                 local_tokens=local,
                 injected_tokens=injected,
-                limit_s=bench.limit_s(whole - local - injected, local + injected),
+                limit_s=_limit_s(bench, whole, local + injected),
                 margin=margin,
                 error=error,
             )
         )
+    if any(not one.error and one.first_token_s < one.limit_s for one in requests):
+        bench.recalibrate()  # the machine may have been busy when the rates were measured
+        requests = [replace(one, limit_s=_limit_s(bench, one.prompt_tokens, one.cached_tokens)) for one in requests]
     return Load(requests=requests, outer_s=outer_s, idle_s=clock.idle_s)
+
+
+def _limit_s(bench: Bench, prompt_tokens: int, cached_tokens: int) -> float:
+    return bench.limit_s(prompt_tokens - cached_tokens, cached_tokens)
 
 
 def alone_sample(
