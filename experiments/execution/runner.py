@@ -172,7 +172,7 @@ def advice_on_noise(rows: Iterable[Row]) -> str:
     noisy = [row for row in rows if row.verdict == "undecided" and row.pairs >= statistics.BATCHES]
     if not noisy:
         return ""
-    settings = " or ".join(sorted({f"{verdict.pairs_setting(row)}={5 * statistics.BATCHES}" for row in noisy}))
+    settings = " or ".join(sorted({f"a larger {verdict.pairs_setting(row)}" for row in noisy}))
     return (
         "Samples were too noisy. End other programs on this machine. On a CPU where one keeps a core busy, write "
         f"OMP_WAIT_POLICY=passive before the command. Or take more pairs ({settings}), in another folder."
