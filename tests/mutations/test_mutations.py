@@ -21,6 +21,8 @@ QUICK = (
     "another commit in the second cell",
     "a compressed tier returns noise",
     "a saving is too large",
+    "each prompt's logits are remembered",
+    "the replay computes nothing",
 )
 
 
