@@ -185,7 +185,7 @@ class Planner:
             tier = wanted[memory_id]
             nbytes = self._nbytes(memory_id, tier)
             cost_s = max(cost_s, write_s(tier, nbytes))
-            if self.loads.load_s(tier, nbytes) >= self.table.saved_s[row]:
+            if not self._pays(memory_id, tier):
                 return []  # it would not be loaded
         place_of = dict(tier_of)
         for id_, at in place_of.items():
@@ -196,6 +196,55 @@ class Planner:
             return []
         self._move(memory_id, tier, place_of, free)
         return [*moves, Move("admit", memory_id, None, tier)]
+
+    def spill(
+        self,
+        tier_of: Mapping[str, str],
+        lasting: Collection[str],
+        lost: Mapping[str, int] | None = None,
+        write_s: Callable[[str, int], float] = lambda tier, nbytes: 0.0,
+    ) -> list[Move]:
+        """The moves that keep what is worth its bytes when all tiers but the `lasting` ones end.
+
+        What is in another tier costs its write, and is ranked with what is in a lasting tier already. Nothing is built.
+
+        tier_of, lost: as in `plan`. write_s: as in `admit`.
+        """
+        budgets = {tier: most if tier in lasting else 0 for tier, most in self.budgets.items()}
+        first = next((tier for tier, most in budgets.items() if most), "")
+        if not first:
+            return []
+        self.price(tier_of)
+        for memory_id, tier in tier_of.items():
+            if tier not in lasting:
+                self.table.build_s[self.table.row_of[memory_id]] = write_s(first, self._nbytes(memory_id, first))
+        held = self._held({memory_id: tier for memory_id, tier in tier_of.items() if tier in lasting})
+        order = self.policy.rank(self.table, held, sum(budgets.values()))
+        order = order[[self.table.ids[row] in tier_of for row in order.tolist()]]
+        free = {tier: most - (lost or {}).get(tier, 0) for tier, most in budgets.items()}
+        wanted = {
+            memory_id: tier
+            for memory_id, tier in self._fill(self.table, order, free).items()
+            if tier_of[memory_id] in lasting or self._pays(memory_id, tier)
+        }
+        rank = {self.table.ids[row]: at for at, row in enumerate(order)}
+        place_of = dict(tier_of)
+        for memory_id, tier in place_of.items():
+            free[tier] -= self._nbytes(memory_id, tier)
+        moves: list[Move] = []
+        for memory_id, tier in wanted.items():
+            if place_of.get(memory_id) in lasting:
+                continue
+            nbytes = self._nbytes(memory_id, tier)
+            moves += self._free_up(tier, nbytes, wanted, place_of, free, rank)
+            if free[tier] >= nbytes:
+                moves.append(self._move(memory_id, tier, place_of, free))
+        return moves
+
+    def _pays(self, memory_id: str, tier: str) -> bool:
+        """Whether a use would load the memory from the tier instead of computing it."""
+        saved_s = float(self.table.saved_s[self.table.row_of[memory_id]])
+        return self.loads.load_s(tier, self._nbytes(memory_id, tier)) < saved_s
 
     def explain(self, memory_id: str, tier_of: Mapping[str, str]) -> str:
         """A memory's rank among all, with the numbers behind it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from os import PathLike
@@ -19,6 +20,7 @@ from kvmem.errors import (
     ClosedError,
     ConfigError,
     KVMemError,
+    KVMemWarning,
     StorageError,
     UnknownMemoryError,
     check_kind,
@@ -113,7 +115,7 @@ class MemScheduler:
             self.observations = ObservationQueue(self.planner, self.index, self.failures, self.journal)
             self.index.adopt()
             opened.pop_all()
-        self.builds = self.cancelled_builds = self.admissions = 0
+        self.builds = self.cancelled_builds = self.admissions = self.spilled = 0
         self.failed_ticks, self.last_failed_tick = 0, ""
         """Ticks of the thread that ended in an error, and the last error. The thread continues."""
         self.gate = BuildGate()
@@ -370,8 +372,13 @@ class MemScheduler:
         """Whether the thread of `start` runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    def close(self) -> None:
-        """Cancels a running build, ends the thread and writes the state. Later calls do nothing."""
+    def close(self, spill: bool = True) -> None:
+        """Cancels a running build, ends the thread, writes the state, and moves what is in memory to the disk or cold
+        tier where the plan says that it is worth its bytes. Later calls do nothing.
+
+        spill: False drops what is in memory, which takes no time. What an answer uses at this moment is dropped too.
+        If the state or KV can't be written, a KVMemWarning says so, and what was stored before stays.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
@@ -382,7 +389,39 @@ class MemScheduler:
         self._wait_while(lambda moving: True)
         with self._ticking, closing(self.items), closing(self.journal) if self.journal is not None else nullcontext():
             self.observations.count()
-            self.observations.snapshot(every=0)
+            try:
+                self.observations.snapshot(every=0)
+                written = True
+            except StorageError as error:
+                written = False
+                warnings.warn(f"The state was not written at close: {error}", KVMemWarning, stacklevel=2)
+            if spill and self.journal is not None:  # without a state, the next scheduler knows no text of the KV
+                self._spill(may_evict=written)
+
+    def _spill(self, may_evict: bool) -> None:
+        """Moves what the tiers in memory hold to those that last. may_evict: replace what ranks below it there."""
+        with self.observations.counts:
+            moves = self.planner.spill(
+                self.index.tiers(),
+                self.items.lasting_tiers,
+                self.items.pending_deletes.by_tier(),
+                self.items.write_s,
+            )
+        for move in moves:
+            if move.target is None and not may_evict:
+                break
+            try:
+                if move.target is None:
+                    self.index.evict(move.memory_id)
+                elif self.index.move(move.memory_id, move.target):
+                    self.spilled += 1
+            except BudgetError:  # an item that should have left is in use
+                continue
+            except StorageError as error:
+                warnings.warn(
+                    f"What was in memory could not be kept in {move.target}: {error}", KVMemWarning, stacklevel=3
+                )
+                break
 
     def __enter__(self) -> Self:
         self._check_open()

@@ -96,6 +96,8 @@ class TieredCache:
         self._stores = {name: self._open(name, folder, cold) for name in self.budgets}
         self.measured_tiers = {name for name, store in self._stores.items() if not isinstance(store, MemoryStore)}
         """The tiers whose loads `loads` measures."""
+        self.lasting_tiers = set(self.measured_tiers)
+        """The tiers whose items the next process finds."""
 
     def _open(self, name: str, folder: str | Path | None, cold: str | None) -> TierStore:
         on_gpu = self._backend.device.type == "cuda"

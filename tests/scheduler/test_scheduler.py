@@ -14,7 +14,7 @@ import pytest
 from kvmem import TextualMemoryItem
 from kvmem.engines.generation import Sampling
 from kvmem.engines.huggingface.backend import HFBackend
-from kvmem.errors import ArgumentError, ClosedError, StorageError, UnknownMemoryError
+from kvmem.errors import ArgumentError, ClosedError, KVMemWarning, StorageError, UnknownMemoryError
 from kvmem.prompt.template import TokenizedPrompt
 from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
 from kvmem.scheduler.scheduler import MemScheduler
@@ -312,9 +312,9 @@ def test_a_with_block_closes_and_starts_nothing(qwen3: HFBackend, tmp_path: Path
 
 
 def test_a_state_that_can_not_be_written_locks_no_folder(qwen3: HFBackend, tmp_path: Path) -> None:
-    """Closing reports the state's error and still releases the lock of the disk tier."""
+    """Closing warns of the state's error and still releases the lock of the disk tier."""
     state = tmp_path / "state.json"
-    with pytest.raises(StorageError, match=r"state\.json"), scheduler_on(qwen3, tmp_path):
+    with pytest.warns(KVMemWarning, match=r"not written at close: .*state\.json"), scheduler_on(qwen3, tmp_path):
         state.unlink(missing_ok=True)
         state.mkdir()
     state.rmdir()
