@@ -70,6 +70,9 @@ class CacheView(DynamicCache):
     """If set, a prefill that computes some of these tokens leaves a copy of their KV in `kept`."""
     kept: KeptPrefix | None = None
     """What the last prefill copied for `keep`; None if its prompt began otherwise, or it computed none of them."""
+    on_prefill: Callable[[int, int, float], None] | None = None
+    """If set, called after each prefill with this view: the tokens it computed, the cached tokens before them, and its
+    seconds, for which the prefill then waits for the device."""
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:

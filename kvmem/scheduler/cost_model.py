@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ Number = Any
 
 CALIBRATION_TOKENS = (32, 128, 384, 1024)
 FIT_ROUNDS = 20
+L1_ROUNDS = 60
+L1_SHARE = 0.01
+"""An error below this share of a sample's seconds counts as none, so that its weight stays finite."""
 MIN_SHARE = 0.05
 """While weights are iterated, a sample's fitted seconds are at least this share of its measured seconds."""
 
@@ -69,16 +72,25 @@ class Costs:
         """
         if len(samples) < 3:
             raise ConfigError(f"Costs need 3 measured prefills or more, and got {len(samples)}. Measure more lengths.")
-        new, behind, seconds = np.array(samples, dtype=float).T
-        terms = np.stack([np.ones_like(new), new, new * (behind + new / 2)], axis=1)
-        kept = [0, 1, 2]
-        while True:  # drops a term that noise made negative and fits the others again
-            factors = _fit(terms[:, kept], seconds)
-            if (factors >= 0).all():
-                break
-            kept.remove(kept[int(factors.argmin())])
-        base_s, token_s, pair_s = (float(factors[kept.index(term)]) if term in kept else 0.0 for term in range(3))
-        return cls(base_s, token_s, pair_s, kv_bytes_a_token, load_s_a_byte or {}, kv_bytes_a_memory)
+        return cls(*_factors(samples, _fit), kv_bytes_a_token, load_s_a_byte or {}, kv_bytes_a_memory)
+
+    @classmethod
+    def fitted_robustly(
+        cls,
+        samples: Sequence[tuple[int, int, float]],
+        weights: np.ndarray,
+        kv_bytes_a_token: int,
+        kv_bytes_a_memory: int = 0,
+    ) -> Costs:
+        """As `fitted`, with the least weighted sum of absolute errors (L1) instead: outliers move it little.
+
+        weights: (samples,). An error counts relative to the square root of the sample's seconds.
+        """
+
+        def fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+            return _fit_l1(terms, seconds, weights / np.sqrt(seconds))
+
+        return cls(*_factors(samples, fit), kv_bytes_a_token, {}, kv_bytes_a_memory)
 
     @classmethod
     def measured(cls, backend: Backend, load_s_a_byte: Mapping[str, float] | None = None) -> Costs:
@@ -112,6 +124,34 @@ class LoadEstimator:
     def estimate(self, tier: str, nbytes: int, tokens: int) -> LoadEstimate:
         """The load of `nbytes`, compared with the prefill of the `tokens` that it replaces."""
         return LoadEstimate(tier, nbytes, self.load_s(tier, nbytes), tokens, float(self.costs.saved_s(tokens, 0.0)))
+
+
+def _factors(
+    samples: Sequence[tuple[int, int, float]], fit: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> tuple[float, float, float]:
+    """`base_s`, `token_s` and `pair_s` of these samples by `fit`; none is negative."""
+    new, behind, seconds = np.array(samples, dtype=float).T
+    terms = np.stack([np.ones_like(new), new, new * (behind + new / 2)], axis=1)
+    kept = [0, 1, 2]
+    while True:  # drops a term that noise made negative and fits the others again
+        factors = fit(terms[:, kept], seconds)
+        if (factors >= 0).all():
+            break
+        kept.remove(kept[int(factors.argmin())])
+    base_s, token_s, pair_s = (float(factors[kept.index(term)]) if term in kept else 0.0 for term in range(3))
+    return base_s, token_s, pair_s
+
+
+def _fit_l1(terms: np.ndarray, seconds: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The factor of each term, (terms,), with the least sum of `weights` x absolute errors: weighted least squares,
+    again and again, each error's weight divided by the error before (Schlossmacher 1973)."""
+    scale = np.abs(terms).max(axis=0)
+    errors = seconds
+    for _ in range(L1_ROUNDS):
+        roots = np.sqrt(weights / np.maximum(errors, L1_SHARE * seconds))
+        factors: np.ndarray = np.linalg.lstsq(terms / scale * roots[:, None], seconds * roots, rcond=None)[0] / scale
+        errors = np.abs(seconds - terms @ factors)
+    return factors
 
 
 def _fit(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         """Raises StorageError if `folder` can't be created or written, or if another process uses it."""
-        self._folder = folder
+        self.folder = folder
         self._snapshot_path, self._events_path = folder / "state.json", folder / "events.jsonl"
         self._number = 0
         self._lock = FileLock(folder / "journal.lock", timeout=0, thread_local=False)
@@ -61,7 +61,7 @@ class Journal:
             snapshot = self._snapshot_path.read_bytes() if self._snapshot_path.exists() else None
             lines = self._events_path.read_bytes().split(b"\n")
         except OSError as error:
-            raise StorageError(f"The state in {self._folder} can't be read ({error}).") from error
+            raise StorageError(f"The state in {self.folder} can't be read ({error}).") from error
         self._torn = bool(lines.pop())
         events, broken = [], []
         for line in filter(None, lines):
@@ -120,10 +120,10 @@ class Journal:
         """Deletes what was set aside: it may hold a text that has to go. Raises StorageError if it can't."""
         try:
             for path in (self._snapshot_path, self._events_path):
-                for aside in self._folder.glob(f"{path.name}.damaged*"):
+                for aside in self.folder.glob(f"{path.name}.damaged*"):
                     aside.unlink(missing_ok=True)
         except OSError as error:
-            raise StorageError(f"The damaged files in {self._folder} can't be deleted ({error}).") from error
+            raise StorageError(f"The damaged files in {self.folder} can't be deleted ({error}).") from error
 
     def append(self, event: dict[str, Any]) -> None:
         """Writes one event. If the disk refuses, the event is counted in `missed`, a KVMemWarning says so once, and

@@ -52,7 +52,7 @@ class Planner:
         each. loads: predicts load times; None: as given in `costs`. Raises ConfigError for budgets that are not bytes.
         """
         check_budgets(budgets)
-        self.policy, self.budgets, self.costs = policy, dict(budgets), costs
+        self.policy, self.budgets = policy, dict(budgets)
         self.level = {name: level for level, name in enumerate(self.budgets)}
         self.table = UsageTable()
         self._size = size or (lambda tier, tokens: int(costs.nbytes(tokens)))
@@ -61,6 +61,11 @@ class Planner:
         """Group -> what it begins with, shortest first: the group's KV contains the KV of each."""
         self.query_tokens = 0.0
         """Mean length of the observed queries, in tokens."""
+
+    @property
+    def costs(self) -> Costs:
+        """The costs that plans are made with, which are those of `loads`."""
+        return self.loads.costs
 
     def used(self, memory_id: str, query_tokens: int) -> None:
         """Counts one use of a memory by a query of `query_tokens` tokens."""

@@ -29,6 +29,7 @@ from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query
 from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
+from kvmem.scheduler.calibration import RECENT, Calibration, CalibrationFile, calibrated, validity
 from kvmem.scheduler.cost_model import Costs, LoadEstimator
 from kvmem.scheduler.groups import group_id, is_about
 from kvmem.scheduler.journal import Journal
@@ -65,9 +66,11 @@ class MemScheduler:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). The tiers `disk_int8` and `disk_int4`
         are lossy, and answers say so. folder: for the state and the disk tiers; None: the state ends with the process.
         With a namespace, a folder of that name in it is used, and likewise at the URL of the cold tier.
-        costs: prefill and load times; None: measured now. max_builds: at most so many builds in a tick. cold: the URL
-        of the cold tier. orphans_after_s: a file of an earlier process that can't be used, because it is damaged or
-        another model's, is deleted so many seconds after this scheduler was opened, by the monotonic clock.
+        costs: prefill and load times, which then stay as given; None: those that the folder holds for this model,
+        engine and machine, or else measured now, which takes some seconds. Every prefill and load corrects them.
+        max_builds: at most so many builds in a tick. cold: the URL of the cold tier. orphans_after_s: a file of an
+        earlier process that can't be used, because it is damaged or another model's, is deleted so many seconds after
+        this scheduler was opened, by the monotonic clock.
         admit_misses: keep the KV that an answer computed where it is worth its bytes; False: builds alone fill tiers.
 
         Raises ArgumentError for an argument of the wrong type, ConfigError for a bad value, and StorageError if the
@@ -98,7 +101,6 @@ class MemScheduler:
             cold = None if cold is None else f"{cold.rstrip('/')}/{own}"
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         check_budgets(budget)
-        costs = costs or Costs.measured(self.backend)
         self.failures = RetryBackoff()
         with ExitStack() as opened:  # if the state can't be used, the folders are left to the next scheduler
             self.journal = Journal(Path(folder)) if folder is not None else None
@@ -108,13 +110,22 @@ class MemScheduler:
                 self.backend, budget, None if folder is None else Path(folder) / "kv", cold, orphans_after_s
             )
             opened.enter_context(closing(self.items))
+            self.calibration: Calibration | None = None
+            self._calibration_file: CalibrationFile | None = None
+            if costs is None:
+                if self.journal is not None:
+                    self._calibration_file = CalibrationFile(self.journal.folder, validity(self.backend), cold)
+                    self._calibration_file.restore(self.items.loads, self.items.writes)
+                self.calibration = calibrated(self.backend, self._calibration_file)
+                costs = self.calibration.costs
             self.index = KVIndex(self.backend, self.items, memory.config.separator)
-            loads = LoadEstimator(costs, self.items.loads)
+            self.loads = loads = LoadEstimator(costs, self.items.loads)
             self.planner = Planner(chosen, budget, costs, self.items.size, loads)
             self.prefix_selector = PrefixSelector(self.index, loads)
             self.observations = ObservationQueue(self.planner, self.index, self.failures, self.journal)
             self.index.adopt()
             opened.pop_all()
+        self._keep_calibration()
         self.builds = self.cancelled_builds = self.admissions = self.spilled = 0
         self.failed_ticks, self.last_failed_tick = 0, ""
         """Ticks of the thread that ended in an error, and the last error. The thread continues."""
@@ -258,7 +269,23 @@ class MemScheduler:
         with self.gate.request(), self.prefix_selector.view(used) as cache:
             if self._admit_misses:
                 cache.keep = self._to_keep(used)
+            if self.calibration is not None:
+                cache.on_prefill = self._prefilled
             yield cache
+
+    def _prefilled(self, new: int, behind: int, seconds: float) -> None:
+        if self.calibration is not None:
+            self.calibration.prefilled(new, behind, seconds)
+
+    def _correct_costs(self) -> None:
+        """Takes over what the prefills since the last call say about their costs."""
+        if self.calibration is not None:
+            self.loads.costs = self.calibration.costs
+
+    def _keep_calibration(self, every: int = 0) -> None:
+        """Writes the calibration, if at least `every` prefills were seen since the last time."""
+        if self.calibration is not None and self._calibration_file is not None:
+            self._calibration_file.write(self.calibration, self.items.loads, self.items.writes, every)
 
     def _to_keep(self, used: list[TextualMemoryItem]) -> MemoryTokens | None:
         """The tokens whose KV an answer keeps if it computes them; None if no tier can hold the first memory.
@@ -281,6 +308,7 @@ class MemScheduler:
             for id_, tokens in self.index.kept(used, kept):
                 with self.observations.counts:
                     self.observations.count()
+                    self._correct_costs()
                     if id_ in self.failures.barred(self.planner.table.now):
                         continue
                     lost = self.items.pending_deletes.by_tier()
@@ -319,6 +347,7 @@ class MemScheduler:
                 self.items.collect_orphans()
             made, lost = [], self.items.pending_deletes.by_tier()
             with self.observations.counts:
+                self._correct_costs()
                 barred = self.failures.barred(self.planner.table.now)
                 moves = self.planner.plan(self.index.tiers(), self._max_builds, barred, lost)
             for move in moves:
@@ -326,6 +355,7 @@ class MemScheduler:
                     made.append(move)
             self.prefix_selector.probe()
             self.observations.snapshot()
+            self._keep_calibration(RECENT)
             return made
 
     def explain(self, memory_id: str) -> str:
@@ -389,6 +419,7 @@ class MemScheduler:
         self._wait_while(lambda moving: True)
         with self._ticking, closing(self.items), closing(self.journal) if self.journal is not None else nullcontext():
             self.observations.count()
+            self._correct_costs()
             try:
                 self.observations.snapshot(every=0)
                 written = True
@@ -397,6 +428,7 @@ class MemScheduler:
                 warnings.warn(f"The state was not written at close: {error}", KVMemWarning, stacklevel=2)
             if spill and self.journal is not None:  # without a state, the next scheduler knows no text of the KV
                 self._spill(may_evict=written)
+            self._keep_calibration()
 
     def _spill(self, may_evict: bool) -> None:
         """Moves what the tiers in memory hold to those that last. may_evict: replace what ranks below it there."""
@@ -484,7 +516,10 @@ class MemScheduler:
                 if self._closing.is_set() or self._forgetting:
                     return False
                 texts = self.index.texts_of(memory_id)
+                waited = self.gate.layers_waited
                 item = self.index.build(memory_id, texts, between_layers)
+                if self.gate.layers_waited == waited:
+                    self._prefilled(item.metadata.token_count, 0, item.metadata.build_s)
             stored = self.index.store(memory_id, texts, item, tier)
         except BuildCancelled:
             self.cancelled_builds += 1

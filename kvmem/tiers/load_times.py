@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,17 @@ class LoadTimes:
         """How many loads an estimate for the tier is based on."""
         with self._lock:
             return len(self._loads.get(tier, ()))
+
+    def state(self) -> dict[str, list[tuple[int, float]]]:
+        """By tier, (bytes, seconds) of the loads that estimates are based on, as plain values for a file."""
+        with self._lock:
+            return {tier: list(loads) for tier, loads in self._loads.items()}
+
+    def restore(self, state: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+        """Takes over the loads that an earlier process measured."""
+        for tier, loads in state.items():
+            for nbytes, seconds in loads:
+                self.record(tier, nbytes, seconds)
 
     def expected_s(self, tier: str, nbytes: int) -> float | None:
         """Predicted seconds of a load of `nbytes`; None if no load from the tier was measured.

@@ -14,7 +14,7 @@ import pytest
 from kvmem import TextualMemoryItem
 from kvmem.engines.generation import Sampling
 from kvmem.engines.huggingface.backend import HFBackend
-from kvmem.errors import ArgumentError, ClosedError, KVMemWarning, StorageError, UnknownMemoryError
+from kvmem.errors import ArgumentError, ClosedError, KVMemWarning, UnknownMemoryError
 from kvmem.prompt.template import TokenizedPrompt
 from kvmem.scheduler.cost_model import Costs, kv_bytes_a_token
 from kvmem.scheduler.scheduler import MemScheduler

@@ -98,9 +98,9 @@ class HFGraphBackend(HFBackend):
         ends_at = self._kept_tokens(prompt, kv_cache, held)
         started = time.perf_counter()
         logits_V, sequence = self.engine.begin(kv_cache, held, _new_ids(prompt, kv_cache))
+        new = len(prompt.ids) - held
+        seconds = self._prefilled_s(started, kv_cache, new, held) if kv_cache is not None else 0.0
         if ends_at and kv_cache is not None:
-            self._synchronize()
-            seconds = time.perf_counter() - started
             copied = dynamic_cache.from_layers(self.engine.read(sequence, ends_at), self.model_config)
             kv_cache.kept = self._kept(prompt, kv_cache, copied, seconds)
         return logits_V, sequence

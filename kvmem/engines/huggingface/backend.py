@@ -264,19 +264,29 @@ class HFBackend(MeasuredBackend):
         if cache is None or not self._cropped(cache, len(prompt.memory_ids)):
             cache = dynamic_cache.empty(self.model_config)
         dynamic_cache.check_files(cache)
-        ends_at, copied = self._kept_tokens(prompt, kv_cache, cache.get_seq_length()), None
+        held = cache.get_seq_length()
+        ends_at, copied = self._kept_tokens(prompt, kv_cache, held), None
         started = time.perf_counter()
         if ends_at and self.keeps_last_position:
             prefill(self.model, prompt.ids[cache.get_seq_length() : ends_at], cache)
             copied = dynamic_cache.first_tokens(cache, ends_at, self.model_config)
         logits_V = prefill(self.model, prompt.ids[cache.get_seq_length() :], cache)
+        seconds = self._prefilled_s(started, kv_cache, len(prompt.ids) - held, held) if kv_cache is not None else 0.0
         if ends_at and kv_cache is not None:
-            self._synchronize()
-            seconds = time.perf_counter() - started
             copied = copied or dynamic_cache.first_tokens(cache, ends_at, self.model_config)
             kv_cache.kept = self._kept(prompt, kv_cache, copied, seconds)
         dynamic_cache.check_files(cache)  # from here on the view has copies of what it read
         return logits_V, cache
+
+    def _prefilled_s(self, started: float, view: CacheView, new: int, held: int) -> float:
+        """Seconds of a prefill with `view`, which is told of it; 0 if the view needs to know nothing."""
+        if view.keep is None and view.on_prefill is None:
+            return 0.0
+        self._synchronize()
+        seconds = time.perf_counter() - started
+        if view.on_prefill is not None:
+            view.on_prefill(new, held, seconds)
+        return seconds
 
     def _kept_tokens(self, prompt: TokenizedPrompt, view: CacheView | None, held: int) -> int:
         """How many tokens of the prompt `view.keep` asks for; 0 if none, or if all of them are among the `held` ones.
