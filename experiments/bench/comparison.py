@@ -121,6 +121,7 @@ def compare(
     kv = kv_check(bench, items)
     beside = (*beside, peer) if peer else beside
     context_tokens = measured.context_tokens or [cell.context_tokens]
+    nbytes = {item.kv_cache_id: item.metadata.kv_bytes for item in items}  # one memory may be injected twice
     evidence = Evidence(
         calls=_calls(bench, measured, (arm, direct, *beside), context_tokens),
         calls_made={name: measured.calls_made[name] for name in (arm, direct) if name in measured.calls_made},
@@ -140,6 +141,7 @@ def compare(
         else tier.view_off_stored,
         reference=judged_by.name,
         build_all_s=list(builds_s),
+        written_bytes=sum(nbytes.values()) if bench.backend.build_writes_file else 0,
         loss=tier.loss if tier else None,
         kv_off_built=tier.kv_off_built if tier else None,
         least_fetch_s=tier.least_fetch_s if tier else None,
@@ -147,7 +149,6 @@ def compare(
         peer_arm=peer,
         slack_s=slack_s,
     )
-    nbytes = {item.kv_cache_id: item.metadata.kv_bytes for item in items}  # one memory may be injected twice
     saved_s, build_s = measured.user_s(direct) - measured.user_s(arm), median(builds_s)
     decode = bench.backend.tokenizer.decode
     answers = {name: decode(list(traces[of].token_ids)) for name, of in (("injected", arm), ("direct", direct))}

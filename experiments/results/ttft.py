@@ -111,6 +111,8 @@ class Evidence:
     """What the independent forward pass is."""
     build_all_s: list[float] = field(default_factory=list)
     """Every build of the memories that was measured; `build_s` is their median."""
+    written_bytes: int = 0
+    """Bytes of the files whose writing the seconds of a build include; 0 for an engine that builds in memory."""
     loss: Loss | None = None
     """What an arm that states a loss lost; None for others."""
     kv_off_built: float | None = None

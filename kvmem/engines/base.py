@@ -119,6 +119,11 @@ class Backend(ABC):
         before it submits the build. Raises ConfigError if the engine can do neither.
         """
 
+    @property
+    def build_writes_file(self) -> bool:
+        """Whether `build` ends once the item is in a file, so that its seconds include the file's."""
+        return False
+
     def measure_prefill(self, lengths: Sequence[int]) -> list[float]:
         """Seconds of a prefill of each number of tokens with nothing cached: warmed up, the median of several.
 

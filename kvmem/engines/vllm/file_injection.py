@@ -137,6 +137,10 @@ class FileInjectingEngine(Backend):
         item.metadata = item.metadata.model_copy(update={"build_s": time.perf_counter() - started})
         return item
 
+    @property
+    def build_writes_file(self) -> bool:
+        return self.store is not None
+
     def save_order(self) -> dict[str, Any]:
         """What a request says to have its prompt saved, besides the manifest."""
         return {SAVE: True}

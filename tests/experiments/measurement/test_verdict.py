@@ -223,6 +223,13 @@ def disturbed(arm: str, rounds: range, factor: float) -> list[TimedCall]:
     ]
 
 
+def test_a_build_that_writes_a_file_is_left_the_time_of_its_bytes() -> None:
+    build_s = [4.0, 4.1, 4.2]
+    assert judged(build_all_s=build_s, written_bytes=800_000_000).verdict == "ok"
+    doubt = judged(build_all_s=build_s, written_bytes=500_000_000)
+    assert doubt.verdict == "undecided" and "its file can be written in 2 s" in (doubt.reason or "")
+
+
 def drifting(call: TimedCall) -> dict[str, float]:
     """Each round takes 4% less than the one before."""
     less = 0.04 * call.round * call.engine_s
