@@ -28,7 +28,7 @@ FLOORS = {
         {"cache_sizes", "hardware", "results", "signals", "text_files"},
         {"performance_model", "sinks", "traces", "workloads"},
         {"measurement"},
-        {"baselines"},
+        {"baselines", "load_arms"},
         {"bench"},
         {"scenarios"},
         {"config", "reporting"},

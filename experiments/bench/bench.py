@@ -12,7 +12,7 @@ from typing import Any
 from experiments.bench.kv_distance import KVCheck
 from experiments.bench.setup import Setup
 from experiments.hardware import layout
-from experiments.measurement import ReferenceForward, engine_conditions, reference_forward
+from experiments.measurement import ColdAnswer, ReferenceForward, engine_conditions, reference_forward
 from experiments.performance_model import Rates, Roofline, calibrate, datasheet
 from experiments.results import Row
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
@@ -38,6 +38,8 @@ class Bench:
     """The items of this run, in the order of their builds. Cells with the same memory share one item."""
     build_times_s: dict[str, list[float]] = field(default_factory=dict)
     """The seconds of every measured build of an item, by the item's id."""
+    cold_answers: dict[str, ColdAnswer] = field(default_factory=dict)
+    """vLLM's own answers to whole prompts, by the digest of the prompt and the number of tokens."""
     kv_checks: dict[str, KVCheck] = field(default_factory=dict)
     """What `kv_check` found of an item, by the item's id."""
 

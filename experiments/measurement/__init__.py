@@ -9,6 +9,7 @@ from experiments.measurement.reference import Layers, ReferenceForward, comparab
 from experiments.measurement.timing_verdict import judge_timings
 from experiments.measurement.ttft import Arm, Sample, synchronize
 from experiments.measurement.verdict import BASELINE, MAX_DIRECT_RATIO, RULES_VERSION, Verdict, clock_misses, judge
+from experiments.measurement.vllm_generate import ColdAnswer
 from experiments.measurement.witness import Witness
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "NOISE_MULTIPLE",
     "RULES_VERSION",
     "Arm",
+    "ColdAnswer",
     "Equality",
     "Layers",
     "ReferenceForward",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,10 @@ class StepClock:
                 self._running.discard(output.request_id)
         self._left = time.perf_counter()
         return outputs
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        self._steps.abort(request_ids)
+        self._running.difference_update(request_ids)
 
     def _enter(self) -> None:
         if self._running:

@@ -85,7 +85,7 @@ def verdict(row: Row) -> Label:
         case "undecided":
             return Label("undecided", row.verdict_reason)
         case "unjudged":
-            return Label(PREDICTED if is_prediction(row) else "not judged")
+            return Label(PREDICTED if is_prediction(row) else "not judged", row.verdict_reason)
         case other:
             return Label(other, row.verdict_reason)
 

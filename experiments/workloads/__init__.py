@@ -2,6 +2,7 @@
 
 from experiments.workloads.base import Cell, Workload
 from experiments.workloads.cut import as_query, cut_memories
+from experiments.workloads.faq import faq_texts
 from experiments.workloads.other_questions import other_questions
 from experiments.workloads.python_docs import QUESTIONS, docs_text, docs_texts
 
@@ -13,5 +14,6 @@ __all__ = [
     "cut_memories",
     "docs_text",
     "docs_texts",
+    "faq_texts",
     "other_questions",
 ]

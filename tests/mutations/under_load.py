@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from experiments.load_arms.injected import Injected
+from experiments.load_arms.injected_cold import InjectedCold
 from experiments.scenarios import under_load
 from kvmem.engines.vllm import OpenLoop, Served, VLLMGeneration, open_loop
 from kvmem.memory import KVCacheMemory
@@ -24,13 +26,24 @@ SMALL = (
     "scenario.memory_tokens=136",
     "scenario.requests=8",
     "scenario.loads=[1.0]",
+    "scenario.search=false",
+    "scenario.arms=[text,prefix_cache,injected]",
     "scenario.new_tokens=2",
+)
+COLD = "scenario.arms=[text,injected_cold]"
+SEARCH = (
+    "scenario.search=true",
+    "scenario.arms=[text,injected]",
+    "scenario.goal_ttft_s=1.0",
+    "scenario.search_step=1.1",
 )
 
 
 def _serving(change: Callable[[Any, Any, Any], Any]) -> Patch:
     """Replaces the open loop's `serve` by `change(original, loop, arrivals)`."""
-    return Patch(OpenLoop, "serve", lambda original: lambda loop, arrivals: change(original, loop, arrivals))
+    return Patch(
+        OpenLoop, "serve", lambda original: lambda loop, arrivals, limit=None: change(original, loop, arrivals)
+    )
 
 
 def _nothing(serve: Any, loop: Any, arrivals: Any) -> list[Served]:
@@ -142,6 +155,18 @@ def _figures(**changed: float) -> Patch:
     return Patch(under_load, "judged_again", make)
 
 
+def _cold_is_warm() -> Patch:
+    """Files of the cold arm stay in host memory."""
+    return Patch(InjectedCold, "prepare", lambda original: Injected.prepare)
+
+
+def _early_end() -> Patch:
+    """The search takes its first rate that passes."""
+    return Patch(
+        under_load, "search", lambda original: lambda passes, start, *given: passes(start + 40) or passes(start)
+    )
+
+
 def _load(name: str, expected: str, *patches: Patch, arm: str = "injected") -> Mutation:
     return Mutation(KIND, name, expected, patches, SMALL, arm)
 
@@ -163,5 +188,9 @@ MUTATIONS = [
     _load("the engine pauses under load", "in no request|did nothing", Patch(open_loop, "answer_of", _pauses)),
     _load("injected requests arrive slower", "as the seed says", Patch(under_load, "serve", _slower_arrivals)),
     _load("a loaded TTFT is halved", "ttft_p99_s is stored as", _figures(ttft_p99_s=1e-3)),
+    Mutation(
+        KIND, "cold files are warm", "files were read during", (_cold_is_warm(),), (*SMALL, COLD), "injected cold"
+    ),
+    Mutation(KIND, "a search ends early", "the search of run 1 ended", (_early_end(),), (*SMALL, *SEARCH), "injected"),
     _load("a sustained rate is too high", "sustained_a_second is stored as", _figures(sustained_a_second=1e3)),
 ]

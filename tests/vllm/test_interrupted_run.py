@@ -26,6 +26,8 @@ UNDER_LOAD = (
     "scenario.requests=2",
     "scenario.new_tokens=2",
     "scenario.loads=[1.0]",
+    "scenario.search=false",
+    "scenario.arms=[text,prefix_cache,injected]",
 )
 
 

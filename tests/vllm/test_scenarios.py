@@ -9,6 +9,7 @@ from experiments.config import compose
 from experiments.measurement import ttft
 from experiments.measurement.engine_adapters import engine_conditions
 from experiments.performance_model.roofline import Rates, Roofline
+from experiments.traces import NO_MEMORY
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.errors import ConfigError
 from tests.vllm.conftest import on_engine
@@ -73,23 +74,33 @@ def test_under_load_each_arm_reuses_what_it_says(engine: VLLMBackend) -> None:
         "scenario.memories=2",
         "scenario.memory_tokens=136",
         "scenario.requests=6",
-        "scenario.pairs=2",
-        "scenario.loads=[1.0,3.0]",
+        "scenario.pairs=1",
+        "scenario.loads=[3.0]",
+        "scenario.search=false",
         "scenario.new_tokens=2",
+        "scenario.plain_share=0.2",
+        "scenario.arms=[text,prefix_cache,injected_cold,injected,lmcache]",
     )
     scenario = bench.setup.scenario
     rows = {cell.label: scenario.measure(bench, cell) for cell in scenario.cells(bench)}
+    (left_out,) = rows.pop("LMCache")
+    assert left_out.verdict is None and "not installed" in left_out.verdict_reason
     for arm in rows.values():
         assert "invalid" not in [row.verdict for row in arm], arm[0].verdict_reason
-        slow, fast = (row.payload for row in arm)
-        assert fast.requests_a_second == pytest.approx(3 * slow.requests_a_second)
-        for figures in (slow, fast):
-            assert 0 < figures.ttft_p50_s <= figures.ttft_p90_s <= figures.ttft_p99_s == max(figures.ttft_all_s)
-    assert all(row.payload.cached_tokens == 0 for row in rows["direct"])
+        for figures in (row.payload for row in arm):
+            assert figures.load == pytest.approx(3)
+            assert 0 < figures.ttft_p50_s <= figures.ttft_p90_s <= figures.ttft_p99_s
+            plain = [request for request in figures.runs[0].requests if request.memory == NO_MEMORY]
+            assert plain and sum(request.cached_tokens for request in plain) == 0 < figures.plain_p99_s
+    assert all(row.payload.local_pct == row.payload.injected_pct == 0 for row in rows["direct"])
     for native, injected in zip(rows["native hit"], rows["injected"], strict=True):
         assert native.payload.local_pct > 0 and native.payload.injected_pct == 0
         assert injected.payload.injected_pct > 0
-        assert injected.payload.cached_tokens > native.payload.cached_tokens
+        assert injected.payload.files_read == 0
+    for cold in rows["injected cold"]:
+        used = {request.memory for request in cold.payload.runs[0].requests} - {NO_MEMORY}
+        assert cold.payload.files_read == len(used)
+        assert cold.payload.plain_p99_over > 0 and cold.payload.without_loads[0].files_read == 0
 
 
 @pytest.mark.parametrize("scenario", ["prefix_reuse", "under_load"])

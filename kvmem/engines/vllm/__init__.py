@@ -7,7 +7,7 @@ and files.
 
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.engines.vllm.launch import CPU_KV_CACHE_GIB, ENVIRONMENT
-from kvmem.engines.vllm.open_loop import Arrival, EngineSteps, OpenLoop, Served
+from kvmem.engines.vllm.open_loop import Arrival, EngineSteps, Limit, OpenLoop, Served
 from kvmem.engines.vllm.requests import EngineRequest, GenerationRequest, VLLMGeneration
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "EngineRequest",
     "EngineSteps",
     "GenerationRequest",
+    "Limit",
     "OpenLoop",
     "Served",
     "VLLMBackend",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -66,12 +67,24 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
         self.larger_window = "raise max_model_len"
         self.ranks = config.tensor_parallel_size
         self.store = FileStore(Path(config.store_dir) if config.store_dir else None)
+        self.end_tokens = {token for token in end_tokens if token is not None}
+        self._start()
+
+    def _start(self, inject: str | None = None, overrides: Mapping[str, Any] | None = None) -> None:
         self.llm, connector = launch.start(
-            config, self.folder, self.dtype, self.window, self.store.folder, self.fingerprint, self.own_weights
+            self.config,
+            self.folder,
+            self.dtype,
+            self.window,
+            self.store.folder,
+            self.fingerprint,
+            self.own_weights,
+            inject,
+            overrides,
         )
         self.attention = attention_of(self.llm)
         self.prefix_block_tokens = block_tokens_of(self.llm)
-        self.loop = EngineLoop(self.llm, connector, {token for token in end_tokens if token is not None})
+        self.loop = EngineLoop(self.llm, connector, self.end_tokens)
         self.pins = Pins(self.loop, self.store, self.check_length)
         self.serving = OpenLoop(self, self.loop)
         self.benchmarking = Benchmarking(self, self.reset, self.prefix_block_tokens)
@@ -84,6 +97,21 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> VLLMBackend:
         return cls(config, template, chat_template_kwargs)
+
+    def beside(self, inject: str | None = None, **overrides: Any) -> VLLMBackend:
+        """Another engine in this process, of the same weights and settings, that injects files of the same store.
+
+        inject: `auto` has it find memories by the prompts' tokens, as a server does.
+        overrides: arguments of vLLM's LLM instead of kvmem's; None leaves one to vLLM. Without a `kv_transfer_config`
+        it is vLLM without kvmem, and builds and injects nothing.
+        Raises EngineError if it does not start, such as for too little GPU memory: give both a `kv_cache_gib`.
+        """
+        if torch.cuda.is_available() and self.config.kv_cache_gib is not None:
+            free, total = torch.cuda.mem_get_info()  # vLLM refuses a share that is not free, though it would not use it
+            overrides.setdefault("gpu_memory_utilization", min(self.config.gpu_memory_utilization, 0.95 * free / total))
+        other = copy.copy(self)
+        other._start(inject, overrides)
+        return other
 
     @property
     def may_recompute(self) -> bool:

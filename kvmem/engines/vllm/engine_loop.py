@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,7 @@ class EngineLoop:
                     yield output
         finally:
             if unfinished:
-                with process.running(self.connector):
-                    self.llm.llm_engine.abort_request(list(unfinished))
+                self.abort(unfinished)
 
     def add(self, request: EngineRequest, stream: bool = False) -> None:
         """Adds a request to those that the engine's next steps run. With `stream`, each output has the new tokens only,
@@ -85,6 +85,15 @@ class EngineLoop:
         with process.running(self.connector):
             outputs: list[RequestOutput] = self.llm.llm_engine.step()
         return outputs
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        """Ends requests that are not finished, without an output."""
+        with process.running(self.connector):
+            self.llm.llm_engine.abort_request(list(request_ids))
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Inside it, `llm` may be called directly: no other engine of this process takes a step."""
+        return process.running(self.connector)
 
     def reset_prefix_cache(self) -> None:
         """Empties the engine's prefix cache. Raises EngineError while a request holds blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +99,15 @@ def start(
     store: Path,
     fingerprint: ModelFingerprint,
     own_weights: bool = False,
+    inject: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[LLM, KVConnectorBase_V1 | None]:
     """An engine that takes token ids only, because kvmem tokenizes prompts itself; and its KV connector in this
     process, None if its workers are other processes.
 
     own_weights: the engine's workers make seeded random weights, and `model_folder` holds a config only.
+    inject: see INJECT_MODE.
+    overrides: arguments of vLLM's LLM instead of kvmem's; None leaves one to vLLM. `kv_transfer_config` is a dict.
     Raises EngineError, with vLLM's reason, if the engine does not start, and ConfigError if its blocks can't hold a
     request of the whole window.
     """
@@ -121,13 +126,25 @@ def start(
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores_by_rank(config.tensor_parallel_size))
     if config.tensor_parallel_size > 1 and on_gpu:  # CUDA is initialized above, and forked processes can't use it
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    optional: dict[str, Any] = {}
+    transfer = transfer_config(
+        store, fingerprint, host_cache_gib=config.host_cache_gib, read_mib_s=config.read_mib_s, inject=inject
+    )
+    optional: dict[str, Any] = {
+        # Off, as on a CPU anyway: with it, vLLM 0.24 schedules a request's next step before it learns that a load
+        # failed, and does not undo that step.
+        "async_scheduling": False,
+        "kv_transfer_config": transfer,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+    }
     if cache_gib is not None:
         optional["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if config.block_size is not None:
         optional["block_size"] = config.block_size
     if own_weights:
         optional |= {"load_format": "dummy", "worker_extension_cls": worker_weights.EXTENSION}
+    optional |= overrides or {}
+    if optional["kv_transfer_config"] is not None:
+        optional["kv_transfer_config"] = KVTransferConfig(**optional["kv_transfer_config"])
     try:
         with process.running(None):
             llm = LLM(
@@ -136,23 +153,14 @@ def start(
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=window,
                 tensor_parallel_size=config.tensor_parallel_size,
-                gpu_memory_utilization=config.gpu_memory_utilization,
                 enforce_eager=not on_gpu if config.enforce_eager is None else config.enforce_eager,
                 enable_prefix_caching=True,
                 disable_log_stats=True,
                 seed=0,
-                # Off, as on a CPU anyway: with it, vLLM 0.24 schedules a request's next step before it learns that a
-                # load failed, and does not undo that step.
-                async_scheduling=False,
-                kv_transfer_config=KVTransferConfig(
-                    **transfer_config(
-                        store, fingerprint, host_cache_gib=config.host_cache_gib, read_mib_s=config.read_mib_s
-                    )
-                ),
                 **optional,
             )
             connector = process.current_connector()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # TypeError: an argument that this version of vLLM does not have
         raise EngineError(f"vLLM refuses to start: {error}") from error
     if own_weights:
         llm.collective_rpc("fill_with_random_weights", args=(config.seed,))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmem.engines.base import Injectable
 from kvmem.engines.vllm.engine_loop import answer_of
@@ -33,6 +33,8 @@ class EngineSteps(Protocol):
 
     def step(self) -> list[RequestOutput]: ...
 
+    def abort(self, request_ids: Collection[str]) -> None: ...
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -43,6 +45,19 @@ class Arrival:
     kv_cache: Injectable | None = None
     new_tokens: int = 1
     cache_salt: str | None = None
+    orders: Mapping[str, Any] = field(default_factory=dict)
+    """What the request tells kvmem's connector beside the memory that it names."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """When a load is given up: its p99 can't be within a goal any more."""
+
+    first_token_s: float
+    most_late: float
+    """It ends as soon as more requests than this have waited longer for their first token."""
+    counted: Collection[int]
+    """The numbers of the arrivals that count."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class Served:
 
     first_token_s: float
     finished_s: float
-    answer: VLLMGeneration | KVMemError
+    answer: VLLMGeneration | KVMemError | None
+    """None: the load was given up before. The times then tell how long it had waited."""
 
 
 class OpenLoop:
@@ -61,11 +77,12 @@ class OpenLoop:
         self.engine = engine
         self.loop = loop
 
-    def serve(self, arrivals: Sequence[Arrival]) -> list[Served]:
+    def serve(self, arrivals: Sequence[Arrival], limit: Limit | None = None) -> list[Served]:
         """Adds each request to the engine at its time of arrival, and runs all of them to their end.
 
         Answers are greedy, continue past end tokens, and carry the engine's own counts.
-        Returns the outcome of each arrival, in the given order.
+        Returns the outcome of each arrival, in the given order. If `limit` ends the load, those that had not arrived
+        are left out: arrivals are then in order of time.
         """
         waiting = deque(sorted(enumerate(arrivals), key=lambda numbered: numbered[1].at_s))
         requests = [
@@ -85,6 +102,7 @@ class OpenLoop:
                 while waiting and waiting[0][1].at_s <= now:
                     number, arrival = waiting.popleft()
                     request = self.engine.engine_request(arrival.prompt, requests[number])
+                    request = replace(request, transfer={**request.transfer, **arrival.orders})
                     self.loop.add(request, stream=True)
                     running[request.id] = number
                 if not running:
@@ -100,4 +118,15 @@ class OpenLoop:
                         answer = answer_of(output, token_ids[number])
                         result = self.engine.result(answer, arrivals[number].prompt, requests[number])
                         served[number] = Served(first_token_s[number], since_arrival_s, result)
-        return [served[number] for number in range(len(arrivals))]
+                if limit is None:
+                    continue
+                now = time.perf_counter() - started
+                waits_s = {number: now - arrivals[number].at_s for number in running.values()}
+                first_s = waits_s | first_token_s
+                late = sum(first_s.get(number, 0.0) > limit.first_token_s for number in limit.counted)
+                if late > limit.most_late:
+                    self.loop.abort(list(running))
+                    for number, wait_s in waits_s.items():
+                        served[number] = Served(first_s[number], wait_s, None)
+                    break
+        return [served[number] for number in sorted(served)]
