@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kvmem import storage
 from kvmem.engines import Backend, backend_class
-from kvmem.errors import ConfigError, config_error
+from kvmem.errors import ConfigError, check_kind, config_error
 from kvmem.merge import MergeStrategy, strategy
 from kvmem.prompt import TemplateKind, check_template_kwargs
 
@@ -81,11 +81,8 @@ class KVCacheMemoryConfig(BaseModel):
     @field_validator("namespace")
     @classmethod
     def _safe_namespace(cls, value: str) -> str:
-        if value and not NAMESPACE.fullmatch(value):
-            raise ValueError(
-                f"The namespace is {value!r}. Give letters, digits, '.', '_', '-' or '@', at most 100, and a letter or "
-                "a digit first: it names a folder. For other names, give a hash of them."
-            )
+        if fault := namespace_fault(value):
+            raise ValueError(fault)
         return value
 
     @field_validator("memory_filename")
@@ -93,3 +90,20 @@ class KVCacheMemoryConfig(BaseModel):
     def _known_suffix(cls, value: str) -> str:
         storage.for_filename(value)
         return value
+
+
+def namespace_fault(name: str) -> str:
+    """Why a name can't be that of a namespace, as a sentence; "" if it can. "" is the default namespace."""
+    if not name or NAMESPACE.fullmatch(name):
+        return ""
+    return (
+        f"The namespace is {name!r}. Give letters, digits, '.', '_', '-' or '@', at most 100, and a letter or a digit "
+        "first: it names a folder. For other names, give a hash of them."
+    )
+
+
+def check_namespace(name: str) -> None:
+    """Raises ArgumentError unless the name is a text, and ConfigError unless it can be that of a namespace."""
+    check_kind("A namespace", name, str, way_out="Give its name.")
+    if fault := namespace_fault(name):
+        raise ConfigError(fault)

@@ -70,6 +70,8 @@ class CacheView(DynamicCache):
     """If set, a prefill that computes some of these tokens leaves a copy of their KV in `kept`."""
     kept: KeptPrefix | None = None
     """What the last prefill copied for `keep`; None if its prompt began otherwise, or it computed none of them."""
+    tier: str = ""
+    """The tier that the memory's KV came from; "" if it is not known, or there is none."""
     on_prefill: Callable[[int, int, float], None] | None = None
     """If set, called after each prefill with this view: the tokens it computed, the cached tokens before them, and its
     seconds, for which the prefill then waits for the device."""

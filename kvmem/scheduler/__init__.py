@@ -5,7 +5,9 @@ and moves between tiers, and a prompt is answered with the stored prefix that sa
 """
 
 from kvmem.scheduler.cost_model import Costs
+from kvmem.scheduler.events import MemoryEvent
 from kvmem.scheduler.planner import Move, Planner
 from kvmem.scheduler.scheduler import MemScheduler
+from kvmem.scheduler.stats import MemoryInfo, SchedulerStats, TierStats
 
-__all__ = ["Costs", "MemScheduler", "Move", "Planner"]
+__all__ = ["Costs", "MemScheduler", "MemoryEvent", "MemoryInfo", "Move", "Planner", "SchedulerStats", "TierStats"]

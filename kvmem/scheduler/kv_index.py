@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from kvmem.cache import KeptPrefix, KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
@@ -14,6 +14,7 @@ from kvmem.errors import UnknownMemoryError
 from kvmem.merge import joined_tokens
 from kvmem.prompt import common_prefix
 from kvmem.scheduler.groups import MAX_MEMBERS, Groups, group_id
+from kvmem.scheduler.namespaces import namespace_of
 from kvmem.tiers import TieredCache
 
 Texts = tuple[TextualMemoryItem, ...]
@@ -27,8 +28,18 @@ class KVIndex:
     their texts changes.
     """
 
-    def __init__(self, backend: HFBackend, items: TieredCache, separator: str) -> None:
+    def __init__(
+        self,
+        backend: HFBackend,
+        items: TieredCache,
+        separator: str,
+        namespace: str = "",
+        on_drop: Callable[[str], None] | None = None,
+    ) -> None:
+        """namespace: of the ids that name none. on_drop: called with each id whose KV is dropped because a text of it
+        has changed or was forgotten."""
         self.backend, self.items = backend, items
+        self._namespace, self._on_drop = namespace, on_drop
         self.texts: dict[str, TextualMemoryItem] = {}
         self.groups = Groups()
         self._separator_ids = backend.template.separator_ids(separator)
@@ -51,11 +62,20 @@ class KVIndex:
                 return False
             self.texts[memory.id] = memory
             self._tokens.pop(memory.id, None)
-            for built_from_it in (memory.id, *self.groups.of(memory.id)):
-                outdated = self._stored.pop(built_from_it, None)
-                if outdated is not None:
-                    self._outdated.append(outdated)
-            return True
+            dropped = self._unstore([memory.id, *self.groups.of(memory.id)])
+        self._tell(dropped)
+        return True
+
+    def _unstore(self, ids: Sequence[str]) -> list[str]:
+        """Stops serving the KV of these ids, for `drop_outdated` to free. Returns those that had some."""
+        dropped = [id_ for id_ in ids if id_ in self._stored]
+        self._outdated.extend(self._stored.pop(id_) for id_ in dropped)
+        return dropped
+
+    def _tell(self, dropped: Sequence[str]) -> None:
+        if self._on_drop is not None:
+            for id_ in dropped:
+                self._on_drop(id_)
 
     def drop_outdated(self) -> None:
         """Drops the KV of texts that have changed, and deletes its bytes even if an answer still uses it."""
@@ -69,10 +89,8 @@ class KVIndex:
             if self.texts.pop(memory_id, None) is not None:
                 removed = [memory_id, *removed]
             self._tokens.pop(memory_id, None)
-            for id_ in removed:
-                stored = self._stored.pop(id_, None)
-                if stored is not None:
-                    self._outdated.append(stored)
+            dropped = self._unstore(removed)
+        self._tell(dropped)
         return removed
 
     def members(self, id_: str) -> tuple[str, ...]:
@@ -113,9 +131,10 @@ class KVIndex:
 
         between_layers: as in `Backend.build`.
         """
+        name = namespace_of(id_, self._namespace)
         if len(texts) == 1:
-            return self.backend.build(texts[0].memory, textual_memory=texts[0], between_layers=between_layers)
-        return self.backend.build_tokens(self.joint_tokens(texts), _source(id_, texts), between_layers=between_layers)
+            return self.backend.build(texts[0].memory, texts[0], None, between_layers, name)
+        return self.backend.build_tokens(self.joint_tokens(texts), _source(id_, texts), None, between_layers, name)
 
     def kept(self, memories: Sequence[TextualMemoryItem], kept: KeptPrefix) -> list[tuple[str, MemoryTokens]]:
         """What KV that an answer kept can be stored as: (id, tokens) of each, the longest first.
@@ -140,7 +159,8 @@ class KVIndex:
 
     def kept_item(self, id_: str, texts: Texts, tokens: MemoryTokens, kept: KeptPrefix) -> KVCacheItem:
         """The KV of `texts`, as `build` gives it, from what an answer kept. Raises ModelError."""
-        return self.backend.kept_item(kept, tokens, texts[0] if len(texts) == 1 else _source(id_, texts))
+        source = texts[0] if len(texts) == 1 else _source(id_, texts)
+        return self.backend.kept_item(kept, tokens, source, namespace_of(id_, self._namespace))
 
     def store(self, id_: str, texts: Texts, item: KVCacheItem, tier: str) -> bool:
         """Stores the KV of `texts` in `tier`. False, and nothing is stored, if a text has changed since the build.
@@ -223,6 +243,7 @@ class KVIndex:
             metadata = self.items.metadata(item_id)
             id_ = metadata.textual_memory.id if metadata.textual_memory else ""
             known = id_ not in self._stored and all(member in self.texts for member in self.members(id_))
+            known &= metadata.namespace in ("", namespace_of(id_, self._namespace))
             if known and self._source_texts(id_, metadata) == [text.memory for text in self.texts_of(id_)]:
                 self._stored[id_] = item_id
             else:

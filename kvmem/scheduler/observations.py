@@ -17,6 +17,7 @@ from kvmem.errors import ArgumentError, KVMemWarning, PromptError, StorageError,
 from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.journal import Journal
 from kvmem.scheduler.kv_index import KVIndex
+from kvmem.scheduler.lifetimes import Lifetimes
 from kvmem.scheduler.planner import Planner
 from kvmem.scheduler.saved_event import SavedEvent
 
@@ -33,9 +34,17 @@ class ObservationQueue:
     `use` and `set_text` may be called in any thread and return at once; they never fail because of the journal.
     """
 
-    def __init__(self, planner: Planner, index: KVIndex, failures: RetryBackoff, journal: Journal | None) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        index: KVIndex,
+        failures: RetryBackoff,
+        journal: Journal | None,
+        lifetimes: Lifetimes,
+    ) -> None:
         """Restores the state that `journal` holds. What is damaged in it is set aside with a KVMemWarning."""
         self._planner, self._index, self._failures, self._journal = planner, index, failures, journal
+        self._lifetimes = lifetimes
         self._pending: deque[tuple[str, tuple[str, ...], int]] = deque()
         """(kind, memory ids, query tokens)."""
         self._outdated = False
@@ -58,21 +67,51 @@ class ObservationQueue:
         with self._lock:
             return self._set_text(memory)
 
-    def forget(self, memory_id: str) -> list[str]:
+    def pin(self, id_: str, until: float | None) -> None:
+        """Pins a memory or a group until that time; None: without an end."""
+        with self._lock:
+            self._lifetimes.pin(id_, until)
+            self._append({"kind": "pin", "id": id_, "until": until})
+
+    def unpin(self, id_: str) -> bool:
+        """Ends a pin. Whether there was one."""
+        with self._lock:
+            was_pinned = self._lifetimes.unpin(id_)
+            if was_pinned:
+                self._append({"kind": "unpin", "id": id_})
+        return was_pinned
+
+    def end_at(self, memory_id: str, end: float | None) -> None:
+        """Sets when a memory ends; None: never."""
+        with self._lock:
+            if self._lifetimes.end_at(memory_id, end):
+                self._append({"kind": "end", "id": memory_id, "until": end})
+
+    def forget(self, memory_id: str, expired: bool = False) -> list[str]:
         """Removes a memory with its groups and their counts. Returns the removed ids; none if it is not known.
+
+        expired: its time to live is over, which stays known.
 
         Their KV and the files of the state hold the text until `KVIndex.drop_outdated` and `snapshot`.
         """
         with self.counts, self._lock:
             self.count()
-            removed = self._index.forget(memory_id)
-            for id_ in (memory_id, *removed):
-                self._planner.forget(id_)
-                self._failures.pop(id_, None)
-            if self._journal is not None:
-                self._outdated = True
-                self._journal.append({"kind": "forget", "id": memory_id})
+            removed = self._forget(memory_id, expired)
+            self._outdated |= self._journal is not None
+            self._append({"kind": "expire" if expired else "forget", "id": memory_id})
         return removed
+
+    def _forget(self, memory_id: str, expired: bool) -> list[str]:
+        removed = self._index.forget(memory_id)
+        for id_ in (memory_id, *removed):
+            self._planner.forget(id_)
+            self._failures.pop(id_, None)
+            self._lifetimes.forget(id_, keep_end=expired)
+        return removed
+
+    def _append(self, event: dict[str, Any]) -> None:
+        if self._journal is not None:
+            self._journal.append(event)
 
     def count(self) -> None:
         """Counts what was observed since the last call.
@@ -115,6 +154,7 @@ class ObservationQueue:
                     "texts": texts,
                     "failures": self._failures.state(),
                     "groups": self._index.groups.state(),
+                    "lifetimes": self._lifetimes.state(),
                 }
             )
             if self._outdated:
@@ -137,9 +177,8 @@ class ObservationQueue:
 
     def _record(self, kind: str, ids: tuple[str, ...], query_tokens: int, memory: dict[str, Any] | None = None) -> None:
         self._pending.append((kind, ids, query_tokens))
-        if self._journal is not None:
-            event = {"kind": kind, "id": ids[0], "query_tokens": query_tokens, "memory": memory}
-            self._journal.append(event | ({"behind": ids[1:]} if ids[1:] else {}))
+        event = {"kind": kind, "id": ids[0], "query_tokens": query_tokens, "memory": memory}
+        self._append(event | ({"behind": ids[1:]} if ids[1:] else {}))
 
     def _update_length(self, id_: str) -> None:
         tokens = 0
@@ -165,6 +204,8 @@ class ObservationQueue:
         if broken:
             journal.set_aside_events([line for line, _ in broken], broken[0][1])
         self.count()
+        for memory_id in self._lifetimes.over():  # while no scheduler ran
+            self._forget(memory_id, expired=True)
         self._complete()
         try:
             self.snapshot(every=0)
@@ -187,17 +228,25 @@ class ObservationQueue:
             part(f"text {i}", partial(self._restore_text, memory))
         part("failures", lambda: self._failures.update(RetryBackoff.of_state(state["failures"])))
         part("groups", lambda: self._index.groups.restore(state.get("groups", {"members": [], "seen": []})))
+        part("lifetimes", lambda: self._lifetimes.restore(state.get("lifetimes", {"pins": {}, "ends": {}})))
         return faults
 
     def _restore_text(self, fields: dict[str, Any]) -> None:
         self._index.set_text(TextualMemoryItem(**fields))
 
     def _replay(self, event: SavedEvent) -> None:
-        if event.kind == "forget":
+        if event.kind in ("forget", "expire"):
             self.count()
-            for id_ in (event.id, *self._index.forget(event.id)):
-                self._planner.forget(id_)
-                self._failures.pop(id_, None)
+            self._forget(event.id, event.kind == "expire")
+            return
+        if event.kind == "pin":
+            self._lifetimes.pin(event.id, event.until)
+            return
+        if event.kind == "unpin":
+            self._lifetimes.unpin(event.id)
+            return
+        if event.kind == "end":
+            self._lifetimes.end_at(event.id, event.until)
             return
         if event.memory is not None:
             self._restore_text(event.memory)

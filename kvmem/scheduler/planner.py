@@ -57,6 +57,8 @@ class Planner:
         self.table = UsageTable()
         self._size = size or (lambda tier, tokens: int(costs.nbytes(tokens)))
         self.loads = loads or LoadEstimator(costs)
+        self.pinned: Collection[str] = ()
+        """What is kept before everything else, whatever the policy says."""
         self.heads: dict[str, list[str]] = {}
         """Group -> what it begins with, shortest first: the group's KV contains the KV of each."""
         self.query_tokens = 0.0
@@ -134,7 +136,7 @@ class Planner:
         self.price(tier_of)
         table = self.table
         held = self._held(tier_of)
-        order = self.policy.rank(table, held, sum(self.budgets.values()))
+        order = self._rank(held, sum(self.budgets.values()))
         if barred:
             order = order[[held[row] or table.ids[row] not in barred for row in order.tolist()]]
         free = {tier: most - (lost or {}).get(tier, 0) for tier, most in self.budgets.items()}
@@ -181,7 +183,7 @@ class Planner:
         cost_s, tier = 0.0, ""
         while True:  # the write costs what it costs in the tier that is chosen
             self.table.build_s[row] = cost_s
-            order = self.policy.rank(self.table, held, sum(self.budgets.values()))
+            order = self._rank(held, sum(self.budgets.values()))
             wanted = self._fill(self.table, order, free)
             if memory_id not in wanted:
                 return []
@@ -224,7 +226,7 @@ class Planner:
             if tier not in lasting:
                 self.table.build_s[self.table.row_of[memory_id]] = write_s(first, self._nbytes(memory_id, first))
         held = self._held({memory_id: tier for memory_id, tier in tier_of.items() if tier in lasting})
-        order = self.policy.rank(self.table, held, sum(budgets.values()))
+        order = self._rank(held, sum(budgets.values()))
         order = order[[self.table.ids[row] in tier_of for row in order.tolist()]]
         free = {tier: most - (lost or {}).get(tier, 0) for tier, most in budgets.items()}
         wanted = {
@@ -247,7 +249,9 @@ class Planner:
         return moves
 
     def _pays(self, memory_id: str, tier: str) -> bool:
-        """Whether a use would load the memory from the tier instead of computing it."""
+        """Whether a use would load the memory from the tier instead of computing it, or it is pinned."""
+        if memory_id in self.pinned:
+            return True
         saved_s = float(self.table.saved_s[self.table.row_of[memory_id]])
         return self.loads.load_s(tier, self._nbytes(memory_id, tier)) < saved_s
 
@@ -256,8 +260,9 @@ class Planner:
         self.price(tier_of)
         held = self._held(tier_of)
         row = self.table.row_of[memory_id]
-        order = self.policy.rank(self.table, held, sum(self.budgets.values())).tolist()
+        order = self._rank(held, sum(self.budgets.values())).tolist()
         rank = f"rank {order.index(row) + 1} of {len(self.table)}" if row in order else "not worth its bytes"
+        rank += ", pinned" if memory_id in self.pinned else ""
         return f"{rank}: {self.policy.explain(self.table, row, bool(held[row]))}"
 
     def state(self) -> dict[str, Any]:
@@ -280,6 +285,17 @@ class Planner:
         self.table, self.query_tokens = table, query_tokens
         if state["policy"] == self.policy.name:
             self.policy.restore(state["learned"])
+
+    def _rank(self, held: np.ndarray, budget_bytes: int) -> np.ndarray:
+        """The rows to keep, best first: what is pinned, and then what the policy ranks."""
+        order = self.policy.rank(self.table, held, budget_bytes)
+        pinned = [self.table.row_of[id_] for id_ in sorted(self.pinned) if id_ in self.table.row_of]
+        pinned = [row for row in pinned if self.table.tokens[row]]
+        if not pinned:
+            return order
+        place = {row: at for at, row in enumerate(order.tolist())}
+        pinned.sort(key=lambda row: place.get(row, len(place)))
+        return np.concatenate([np.array(pinned, dtype=order.dtype), order[~np.isin(order, pinned)]])
 
     def _held(self, tier_of: Mapping[str, str]) -> np.ndarray:
         held = np.zeros(len(self.table), dtype=bool)

@@ -11,6 +11,7 @@ from kvmem.cache import CacheView, KVCacheItem, MemoryTokens, TextualMemoryItem,
 from kvmem.errors import ChangedFileError, DamagedFileError, StorageError, UnknownMemoryError
 from kvmem.prompt import common_prefix
 from kvmem.scheduler.cost_model import LoadEstimator
+from kvmem.scheduler.events import EventLog
 from kvmem.scheduler.kv_index import KVIndex
 from kvmem.tiers import LoadEstimate
 
@@ -28,7 +29,8 @@ class _Candidate:
 class PrefixSelector:
     """Gives cache views of what the index holds. Thread-safe."""
 
-    def __init__(self, index: KVIndex, loads: LoadEstimator) -> None:
+    def __init__(self, index: KVIndex, loads: LoadEstimator, events: EventLog | None = None) -> None:
+        self._events = events or EventLog()
         self.not_worth_loading = 0
         """How often stored KV was not loaded because prefilling its tokens is faster."""
         self.unreadable: dict[str, str] = {}
@@ -60,6 +62,7 @@ class PrefixSelector:
             chosen, cache, note = self._best(memories, tokens, lease)
             cache = cache or self._as_text(tokens)
             cache.note = note
+            cache.tier = chosen.load.tier if chosen is not None else ""
             try:
                 yield cache
             except ChangedFileError as error:
@@ -160,6 +163,7 @@ class PrefixSelector:
 
     def _read_failed(self, memory_id: str, item_id: str, error: StorageError | OSError) -> None:
         """Drops KV that is damaged or missing. After any other error, such as an outage, the item is kept."""
+        self._events.add("refused", memory_id, reason=f"its KV can't be read: {error}")
         if isinstance(error, DamagedFileError) or isinstance(error.__cause__, FileNotFoundError):
             self.unreadable[memory_id] = str(error)
             self._index.evict(memory_id, item_id)

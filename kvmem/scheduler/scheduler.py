@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Self
 
 from kvmem.cache import CacheView, KeptPrefix, MemoryTokens, TextualMemoryItem
+from kvmem.config import check_namespace
 from kvmem.engines import Generation, Sampling
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import (
@@ -31,16 +35,22 @@ from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
 from kvmem.scheduler.calibration import RECENT, Calibration, CalibrationFile, calibrated, validity
 from kvmem.scheduler.cost_model import Costs, LoadEstimator
+from kvmem.scheduler.events import EventKind, EventLog, OnEvent
 from kvmem.scheduler.groups import group_id, is_about
 from kvmem.scheduler.journal import Journal
 from kvmem.scheduler.kv_index import KVIndex, Texts
+from kvmem.scheduler.lifetimes import Lifetimes
+from kvmem.scheduler.namespaces import in_namespace, qualified, shown
 from kvmem.scheduler.observations import ObservationQueue, TextMemories, text_memories_of
 from kvmem.scheduler.planner import Move, Planner, check_budgets
 from kvmem.scheduler.policies import Policy
 from kvmem.scheduler.policies import policy as policy_by_name
 from kvmem.scheduler.prefix_selection import PrefixSelector
+from kvmem.scheduler.stats import AnswerCounts, MemoryInfo, SchedulerStats, TierStats
 from kvmem.storage import namespace_folder
 from kvmem.tiers import ORPHANS_AFTER_S, TieredCache
+
+logger = logging.getLogger(__name__)
 
 CANCEL_AGAIN_S = 0.05
 
@@ -62,6 +72,7 @@ class MemScheduler:
         cold: str | None = None,
         orphans_after_s: float = ORPHANS_AFTER_S,
         admit_misses: bool = True,
+        on_event: OnEvent | None = None,
     ) -> None:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). The tiers `disk_int8` and `disk_int4`
         are lossy, and answers say so. folder: for the state and the disk tiers; None: the state ends with the process.
@@ -72,6 +83,8 @@ class MemScheduler:
         earlier process that can't be used, because it is damaged or another model's, is deleted so many seconds after
         this scheduler was opened, by the monotonic clock.
         admit_misses: keep the KV that an answer computed where it is worth its bytes; False: builds alone fill tiers.
+        on_event: called with each `MemoryEvent`, in the thread in which it happened and while locks are held: it should
+        return soon, and must not call this scheduler.
 
         Raises ArgumentError for an argument of the wrong type, ConfigError for a bad value, and StorageError if the
         folder can't be used.
@@ -101,7 +114,9 @@ class MemScheduler:
             cold = None if cold is None else f"{cold.rstrip('/')}/{own}"
         chosen = policy_by_name(policy) if isinstance(policy, str) else policy
         check_budgets(budget)
-        self.failures = RetryBackoff()
+        self.namespace = namespace
+        self.failures, self.lifetimes = RetryBackoff(), Lifetimes()
+        self.events, self._answered = EventLog(namespace, on_event), AnswerCounts()
         with ExitStack() as opened:  # if the state can't be used, the folders are left to the next scheduler
             self.journal = Journal(Path(folder)) if folder is not None else None
             if self.journal is not None:
@@ -118,15 +133,16 @@ class MemScheduler:
                     self._calibration_file.restore(self.items.loads, self.items.writes)
                 self.calibration = calibrated(self.backend, self._calibration_file)
                 costs = self.calibration.costs
-            self.index = KVIndex(self.backend, self.items, memory.config.separator)
+            self.index = KVIndex(self.backend, self.items, memory.config.separator, namespace, self._dropped)
             self.loads = loads = LoadEstimator(costs, self.items.loads)
             self.planner = Planner(chosen, budget, costs, self.items.size, loads)
-            self.prefix_selector = PrefixSelector(self.index, loads)
-            self.observations = ObservationQueue(self.planner, self.index, self.failures, self.journal)
+            self.prefix_selector = PrefixSelector(self.index, loads, self.events)
+            self.observations = ObservationQueue(self.planner, self.index, self.failures, self.journal, self.lifetimes)
             self.index.adopt()
             opened.pop_all()
         self._keep_calibration()
         self.builds = self.cancelled_builds = self.admissions = self.spilled = 0
+        self.build_s = 0.0
         self.failed_ticks, self.last_failed_tick = 0, ""
         """Ticks of the thread that ended in an error, and the last error. The thread continues."""
         self.gate = BuildGate()
@@ -142,17 +158,22 @@ class MemScheduler:
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def observe(self, memories: TextMemories, query: Query, cache: CacheView | None = None) -> None:
+    def observe(
+        self, memories: TextMemories, query: Query, cache: CacheView | None = None, namespace: str | None = None
+    ) -> None:
         """Records that a query used this text memory, or these in this order. Returns at once; `tick` does the rest.
 
         Memories that are often used together in one order are planned as a group with joint KV.
 
         cache: the view of these memories, from `view`, that answered the query. The KV that the answer computed is then
         kept where it is worth its bytes, as `answer` does. Writing it takes time, on a disk tier in particular.
+        namespace: as in `answer`. A memory whose time to live is over is not observed.
         """
-        used = text_memories_of(memories)
+        used = self._given(memories, namespace)
         check_kind("cache", cache, CacheView, type(None), way_out="Give the view that answered the query.")
         self._check_open()
+        if self._over(used):
+            return
         self._observe(used, query)
         if cache is not None:
             self._admit(used, cache.kept)
@@ -165,16 +186,32 @@ class MemScheduler:
             self._cancel_build_of(changed)
         self._wake.set()
 
-    def update(self, text_memories: TextMemories) -> None:
+    def _given(self, memories: TextMemories, namespace: str | None) -> list[TextualMemoryItem]:
+        """Copies of these memories under this scheduler's ids."""
+        return in_namespace(text_memories_of(memories), namespace, self.namespace)
+
+    def _id(self, memory_id: str, namespace: str | None) -> str:
+        """This scheduler's id of a memory."""
+        check_kind("A memory's id", memory_id, str, way_out="Give the id of a text memory.")
+        return qualified(memory_id, namespace, self.namespace)
+
+    def update(self, text_memories: TextMemories, ttl_s: float | None = None, namespace: str | None = None) -> None:
         """Sets the text of a memory, or of several. KV of the old text is no longer served, and a running build of it
         is cancelled.
 
         If a text is replaced, nothing of the old one is left in a file afterwards: its KV is deleted and the state is
         written, once for each call. An old text that `answer` or `observe` replaced is gone after the next tick.
         Raises StorageError if the state can't be written. The text is set all the same, and the next tick tries again.
+
+        ttl_s: the memory ends so many seconds from now: it is then forgotten, and neither served nor kept when it is
+        used again, until another `update`. None: it has no end. namespace: as in `answer`.
         """
-        given = text_memories_of(text_memories)
+        given = self._given(text_memories, namespace)
+        end = self.lifetimes.deadline(ttl_s)
         self._check_open()
+        self._expire()
+        for memory in given:
+            self.observations.end_at(memory.id, end)
         changed = [memory.id for memory in given if self.observations.set_text(memory)]
         for memory_id in changed:
             self._cancel_build_of(memory_id)
@@ -184,7 +221,48 @@ class MemScheduler:
             self.index.drop_outdated()
             self.observations.snapshot()
 
-    def forget(self, memory_id: str) -> bool:
+    def pin(self, memory_id: str, ttl_s: float | None = None, namespace: str | None = None) -> None:
+        """Keeps a memory's KV before everything that the policy ranks, for `ttl_s` seconds (None: until `unpin`).
+
+        If it is not built, the next ticks build it. Pins survive a restart. Raises UnknownMemoryError.
+        """
+        id_, until = self._id(memory_id, namespace), self.lifetimes.deadline(ttl_s)
+        self._check_open()
+        self._expire()
+        self._check_known(id_, memory_id)
+        self.observations.pin(id_, until)
+        self._wake.set()
+
+    def unpin(self, memory_id: str, namespace: str | None = None) -> bool:
+        """Ends a pin: the policy decides again. Whether the memory was pinned."""
+        self._check_open()
+        return self.observations.unpin(self._id(memory_id, namespace))
+
+    def _check_known(self, id_: str, memory_id: str) -> None:
+        if id_ not in self.index.texts and id_ not in self.index.groups.members:
+            raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.index.texts)} memories.")
+
+    def _over(self, used: Sequence[TextualMemoryItem]) -> list[str]:
+        """The memories of these whose time to live is over. They are forgotten, if they are not yet."""
+        over = [memory.id for memory in used if self.lifetimes.is_over(memory.id)]
+        if over:
+            self._expire()
+        return over
+
+    def _expire(self) -> None:
+        """Forgets the memories whose time to live is over."""
+        for id_ in self.lifetimes.over():
+            if id_ not in self.index.texts or self._closing.is_set():
+                continue
+            self.events.add("expired", id_)
+            try:
+                _, left = self._forget(id_, expired=True)
+            except StorageError as error:
+                left = [str(error)]
+            if left:
+                logger.warning("%s is expired, but its files are not deleted yet: %s", id_, "; ".join(left))
+
+    def forget(self, memory_id: str, namespace: str | None = None) -> bool:
         """Removes a memory: its text, its KV in every tier, the groups with it, their KV, and all counts, in memory and
         in files. When it returns, no file of the scheduler or its tiers holds the text.
 
@@ -192,14 +270,23 @@ class MemScheduler:
         Returns whether the memory was known. Raises StorageError if a file can't be deleted or written now; the rest is
         done then, and each tick, or another call, tries again.
         """
-        check_kind("A memory's id", memory_id, str, way_out="Give the id of a text memory.")
+        id_ = self._id(memory_id, namespace)
         self._check_open()
+        removed, left = self._forget(id_)
+        if left:
+            raise StorageError(
+                f"{memory_id} is forgotten, but its KV can't be deleted now: {'; '.join(left)}. Each tick tries again."
+            )
+        return bool(removed)
+
+    def _forget(self, memory_id: str, expired: bool = False) -> tuple[list[str], list[str]]:
+        """The removed ids, and what could not be deleted yet. expired: that its time is over stays known."""
         with self._moved:
             self._forgetting += 1
             for forgotten in self._forgotten:
                 forgotten.add(memory_id)
         try:
-            removed = self.observations.forget(memory_id)
+            removed = self.observations.forget(memory_id, expired)
             self._wait_while(lambda moving: True)
             self.index.drop_outdated()
             self.prefix_selector.forget([memory_id, *removed])
@@ -208,11 +295,7 @@ class MemScheduler:
         finally:
             with self._moved:
                 self._forgetting -= 1
-        if left:
-            raise StorageError(
-                f"{memory_id} is forgotten, but its KV can't be deleted now: {'; '.join(left)}. Each tick tries again."
-            )
-        return bool(removed)
+        return removed, left
 
     def _cancel_build_of(self, changed: str) -> None:
         if any(is_about(moving, changed) for moving in list(self._moving)):
@@ -232,21 +315,25 @@ class MemScheduler:
         text_memories: TextMemories,
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
+        namespace: str | None = None,
     ) -> Generation:
         """Answers with the stored prefix that saves most, prefills the rest as text, and observes the use.
 
         KV of the memories that the answer had to compute is kept where it is worth its bytes: no second prefill is
         needed for it. If stored KV was not loaded, for example because prefilling is faster, the answer's `note` says
         so. If the KV comes from a quantized tier, `lossy` names its form.
+
+        namespace: the memories' own; None: that of the KVCacheMemory. Equal ids of two namespaces are two memories, and
+        one is never answered with the other's KV.
         """
-        used = text_memories_of(text_memories)
+        used = self._given(text_memories, namespace)
         forgotten: set[str] = set()
         kept = None
         with self._moved:
             self._forgotten.append(forgotten)
         try:
             try:
-                with self.view(used) as cache:
+                with self._view(used) as cache:
                     generation = self.backend.generate(query, cache, max_new_tokens, sampling)
                     kept = cache.kept
             except ChangedFileError as error:  # while it was read; its KV is dropped
@@ -257,30 +344,41 @@ class MemScheduler:
             with self._moved:
                 self._forgotten = [each for each in self._forgotten if each is not forgotten]
         # If it was closed meanwhile, or a memory forgotten, the answer is still valid.
-        if not self._closing.is_set() and not forgotten.intersection(memory.id for memory in used):
+        ended = any(memory.id in forgotten or self.lifetimes.is_over(memory.id) for memory in used)
+        if not self._closing.is_set() and not ended:
             self._observe(used, query)
             self._admit(used, kept)
         return generation
 
     @contextmanager
-    def view(self, text_memories: TextMemories) -> Iterator[CacheView]:
+    def view(self, text_memories: TextMemories, namespace: str | None = None) -> Iterator[CacheView]:
         """The cache that `answer` uses, valid inside the block. Builds wait meanwhile. Give it to `observe` then."""
-        used = text_memories_of(text_memories)
+        with self._view(self._given(text_memories, namespace)) as cache:
+            yield cache
+
+    @contextmanager
+    def _view(self, used: list[TextualMemoryItem]) -> Iterator[CacheView]:
+        if over := self._over(used):
+            with self.gate.request():
+                yield self.prefix_selector.text(used, f"The time to live of {', '.join(over)} is over.")
+            return
         with self.gate.request(), self.prefix_selector.view(used) as cache:
             if self._admit_misses:
                 cache.keep = self._to_keep(used)
-            if self.calibration is not None:
-                cache.on_prefill = self._prefilled
+            cache.on_prefill = partial(self._prefilled, cache.tier)
             yield cache
 
-    def _prefilled(self, new: int, behind: int, seconds: float) -> None:
+    def _prefilled(self, tier: str, new: int, behind: int, seconds: float) -> None:
+        """An answer computed `new` tokens behind `behind` cached ones, which came from `tier`."""
+        self._answered.add(tier, new, behind, seconds)
         if self.calibration is not None:
             self.calibration.prefilled(new, behind, seconds)
 
-    def _correct_costs(self) -> None:
-        """Takes over what the prefills since the last call say about their costs."""
+    def _before_planning(self) -> None:
+        """Takes over what the prefills since the last call say about their costs, and what is pinned now."""
         if self.calibration is not None:
             self.loads.costs = self.calibration.costs
+        self.planner.pinned = self.lifetimes.pinned()
 
     def _keep_calibration(self, every: int = 0) -> None:
         """Writes the calibration, if at least `every` prefills were seen since the last time."""
@@ -308,7 +406,7 @@ class MemScheduler:
             for id_, tokens in self.index.kept(used, kept):
                 with self.observations.counts:
                     self.observations.count()
-                    self._correct_costs()
+                    self._before_planning()
                     if id_ in self.failures.barred(self.planner.table.now):
                         continue
                     lost = self.items.pending_deletes.by_tier()
@@ -329,7 +427,9 @@ class MemScheduler:
     def _store_kept(self, id_: str, texts: Texts, tokens: MemoryTokens, kept: KeptPrefix, tier: str) -> None:
         try:
             item = self.index.kept_item(id_, texts, tokens, kept)
-            self.admissions += self.index.store(id_, texts, item, tier)
+            if self.index.store(id_, texts, item, tier):
+                self.admissions += 1
+                self.events.add("admitted", id_, None, tier)
         except BudgetError:  # an item that should have left is in use
             pass
         except (KVMemError, OSError) as error:
@@ -341,13 +441,14 @@ class MemScheduler:
         One tick runs at a time.
         """
         with self._ticking:
+            self._expire()
             self.observations.count()
             if not self._closing.is_set():  # after closing, the tiers may belong to another process
                 self.items.pending_deletes.retry()
                 self.items.collect_orphans()
             made, lost = [], self.items.pending_deletes.by_tier()
             with self.observations.counts:
-                self._correct_costs()
+                self._before_planning()
                 barred = self.failures.barred(self.planner.table.now)
                 moves = self.planner.plan(self.index.tiers(), self._max_builds, barred, lost)
             for move in moves:
@@ -358,18 +459,86 @@ class MemScheduler:
             self._keep_calibration(RECENT)
             return made
 
-    def explain(self, memory_id: str) -> str:
+    def explain(self, memory_id: str, namespace: str | None = None) -> str:
         """Why a memory is in its tier, in one line with the numbers. Raises UnknownMemoryError."""
-        check_kind("A memory's id", memory_id, str, way_out="Give the id of a text memory.")
+        id_ = self._id(memory_id, namespace)
         with self._ticking, self.observations.counts:
             self.observations.count()
-            if memory_id not in self.index.texts and memory_id not in self.index.groups.members:
-                raise UnknownMemoryError(f"Never observed: {memory_id}. Observed: {len(self.index.texts)} memories.")
+            self._before_planning()
+            self._check_known(id_, memory_id)
             tiers = self.index.tiers()
-            where = f"in {tiers[memory_id]}" if memory_id in tiers else "text"
-            why = self.planner.explain(memory_id, tiers) + self.prefix_selector.explain(memory_id)
-            why += self.failures.explain(memory_id) + self.items.pending_deletes.explain(memory_id)
+            where = f"in {tiers[id_]}" if id_ in tiers else "text"
+            why = self.planner.explain(id_, tiers) + self.prefix_selector.explain(id_)
+            why += self.failures.explain(id_) + self.items.pending_deletes.explain(id_)
             return f"{memory_id} is {where}. {why}"
+
+    def list(self, namespace: str | None = None) -> list[MemoryInfo]:
+        """Every memory and group, in the order in which they were first used. namespace: only those of this one; None:
+        all."""
+        if namespace is not None:
+            check_namespace(namespace)
+        with self.observations.counts:
+            self.observations.count()
+            stored, pinned, table = self.index.stored(), self.lifetimes.pinned(), self.planner.table
+            rows = dict(table.row_of)
+            counts = {
+                id_: (int(table.tokens[row]), int(table.uses[row]), int(table.edits[row])) for id_, row in rows.items()
+            }
+        found = []
+        for id_, (tokens, uses, edits) in counts.items():
+            members = tuple(shown(member, self.namespace)[1] for member in self.index.members(id_))
+            its_namespace, name = shown(id_, self.namespace)
+            if namespace not in (None, its_namespace):
+                continue
+            item_id, tier = stored.get(id_, ("", None))
+            nbytes, lossy = 0, ""
+            if item_id:
+                try:
+                    nbytes, lossy = self.items.nbytes(item_id), self.items.metadata(item_id).lossy
+                except UnknownMemoryError:  # dropped since
+                    tier = None
+            left_s = self.lifetimes.left_s(id_)
+            found.append(
+                MemoryInfo(
+                    name, its_namespace, members, tier, tokens, nbytes, uses, edits, id_ in pinned, left_s, lossy
+                )
+            )
+        return found
+
+    def stats(self) -> SchedulerStats:
+        """Counts since the scheduler was opened, and figures by tier."""
+        tiers, answered, used = Counter(self.index.tiers().values()), self._answered, self.items.used_bytes()
+        return SchedulerStats(
+            hits=answered.hits.total(),
+            misses=answered.misses,
+            cached_tokens=answered.cached_tokens,
+            computed_tokens=answered.computed_tokens,
+            prefill_s=answered.prefill_s,
+            builds=self.builds,
+            build_s=self.build_s,
+            admissions=self.admissions,
+            promotions=self.events.count("promoted"),
+            demotions=self.events.count("demoted"),
+            evictions=self.events.count("evicted"),
+            expirations=self.events.count("expired"),
+            refusals=self.events.count("refused"),
+            cancelled_builds=self.cancelled_builds,
+            not_worth_loading=self.prefix_selector.not_worth_loading,
+            tiers={
+                tier: TierStats(
+                    budget,
+                    used[tier],
+                    tiers[tier],
+                    answered.hits[tier],
+                    *self.items.loads.total(tier),
+                    *self.items.writes.total(tier),
+                )
+                for tier, budget in self.items.budgets.items()
+            },
+        )
+
+    def _dropped(self, id_: str) -> None:
+        self.events.add("evicted", id_, reason="a text of it changed or was forgotten")
 
     def start(self, interval_s: float = 0.5) -> None:
         """Starts a thread that ticks after each observation, and at least every `interval_s` seconds.
@@ -391,6 +560,7 @@ class MemScheduler:
                 try:
                     self.tick()
                 except (KVMemError, OSError) as error:  # such as a full disk; the next tick plans again
+                    logger.warning("A tick failed: %s", error)
                     self.failed_ticks += 1
                     self.last_failed_tick = f"{type(error).__name__}: {error}"
 
@@ -419,7 +589,7 @@ class MemScheduler:
         self._wait_while(lambda moving: True)
         with self._ticking, closing(self.items), closing(self.journal) if self.journal is not None else nullcontext():
             self.observations.count()
-            self._correct_costs()
+            self._before_planning()
             try:
                 self.observations.snapshot(every=0)
                 written = True
@@ -443,10 +613,8 @@ class MemScheduler:
             if move.target is None and not may_evict:
                 break
             try:
-                if move.target is None:
-                    self.index.evict(move.memory_id)
-                elif self.index.move(move.memory_id, move.target):
-                    self.spilled += 1
+                if self._moved_between_tiers(move, "the scheduler closes") and move.target is not None:
+                    self.spilled += move.source not in self.items.lasting_tiers
             except BudgetError:  # an item that should have left is in use
                 continue
             except StorageError as error:
@@ -485,23 +653,33 @@ class MemScheduler:
                     self._moved.notify_all()
 
     def _moved_as_planned(self, move: Move) -> bool:
-        if move.target is None:
-            return self.index.evict(move.memory_id)
-        if move.source is None:
+        if move.source is None and move.target is not None:
             return self._build(move.memory_id, move.target)
         try:
-            return self.index.move(move.memory_id, move.target)
+            return self._moved_between_tiers(move)
         except BudgetError:  # an item that should have left is in use; the next tick plans again
             return False
         except StorageError as error:
             self._failed(move.memory_id, error)
             return False
 
+    def _moved_between_tiers(self, move: Move, reason: str = "") -> bool:
+        """Whether the KV was promoted, demoted or evicted. Raises BudgetError or StorageError."""
+        if move.target is None:
+            moved = self.index.evict(move.memory_id)
+        else:
+            moved = self.index.move(move.memory_id, move.target)
+        if moved:
+            kind: EventKind = "evicted" if move.kind == "evict" else "promoted" if move.kind == "promote" else "demoted"
+            self.events.add(kind, move.memory_id, move.source, move.target, reason)
+        return moved
+
     def _failed(self, memory_id: str, error: Exception) -> None:
         """Counts a failure, unless the memory was forgotten meanwhile."""
         with self.observations.counts:
             if memory_id in self.planner.table.row_of:
                 self.failures.add(memory_id, error, self.planner.table.now)
+        self.events.add("refused", memory_id, reason=f"{type(error).__name__}: {error}")
 
     def _build(self, memory_id: str, tier: str) -> bool:
         with self.observations.counts:
@@ -518,8 +696,8 @@ class MemScheduler:
                 texts = self.index.texts_of(memory_id)
                 waited = self.gate.layers_waited
                 item = self.index.build(memory_id, texts, between_layers)
-                if self.gate.layers_waited == waited:
-                    self._prefilled(item.metadata.token_count, 0, item.metadata.build_s)
+                if self.calibration is not None and self.gate.layers_waited == waited:
+                    self.calibration.prefilled(item.metadata.token_count, 0, item.metadata.build_s)
             stored = self.index.store(memory_id, texts, item, tier)
         except BuildCancelled:
             self.cancelled_builds += 1
@@ -528,6 +706,9 @@ class MemScheduler:
             self._failed(memory_id, error)
             return False
         self.builds += 1
+        self.build_s += item.metadata.build_s
+        if stored:
+            self.events.add("built", memory_id, None, tier)
         with self.observations.counts:
             self.failures.pop(memory_id, None)
         return stored

@@ -52,12 +52,20 @@ class LoadTimes:
 
     def __init__(self) -> None:
         self._loads: dict[str, deque[tuple[int, float]]] = {}
+        self._totals: dict[str, tuple[int, float]] = {}
         self._lock = threading.Lock()
 
     def record(self, tier: str, nbytes: int, seconds: float) -> None:
         """Records one load of `nbytes` of keys and values, in seconds from the request until the model can use them."""
         with self._lock:
             self._loads.setdefault(tier, deque(maxlen=WINDOW)).append((nbytes, seconds))
+            count, total_s = self._totals.get(tier, (0, 0.0))
+            self._totals[tier] = count + 1, total_s + seconds
+
+    def total(self, tier: str) -> tuple[int, float]:
+        """How many loads from the tier this process measured, and their seconds together."""
+        with self._lock:
+            return self._totals.get(tier, (0, 0.0))
 
     def count(self, tier: str) -> int:
         """How many loads an estimate for the tier is based on."""
@@ -71,9 +79,9 @@ class LoadTimes:
 
     def restore(self, state: Mapping[str, Sequence[tuple[int, float]]]) -> None:
         """Takes over the loads that an earlier process measured."""
-        for tier, loads in state.items():
-            for nbytes, seconds in loads:
-                self.record(tier, nbytes, seconds)
+        with self._lock:
+            for tier, loads in state.items():
+                self._loads.setdefault(tier, deque(maxlen=WINDOW)).extend(loads)
 
     def expected_s(self, tier: str, nbytes: int) -> float | None:
         """Predicted seconds of a load of `nbytes`; None if no load from the tier was measured.

@@ -312,7 +312,9 @@ class HFBackend(MeasuredBackend):
         tokens = prompt.ids[: copied.get_seq_length()]
         return KeptPrefix(copied, tokens, view.lossy if prompt.memory_ids else "", seconds)
 
-    def kept_item(self, kept: KeptPrefix, tokens: MemoryTokens, textual_memory: TextualMemoryItem) -> KVCacheItem:
+    def kept_item(
+        self, kept: KeptPrefix, tokens: MemoryTokens, textual_memory: TextualMemoryItem, namespace: str = ""
+    ) -> KVCacheItem:
         """An item of `tokens` from what an answer kept. Its `build_s` is that of the answer's prefill.
 
         tokens: what `kept` begins with; a cache that can't be cut has exactly these. Raises ModelError as
@@ -333,6 +335,7 @@ class HFBackend(MeasuredBackend):
                 fingerprint=self.fingerprint,
                 textual_memory=_textual_source(textual_memory),
                 lossy=kept.lossy,
+                namespace=namespace,
             ),
         )
 
