@@ -1,13 +1,14 @@
-"""What happens to the memories: counted, logged, and told to a callback."""
+"""What happens to the memories: counted, logged, and streamed to readers."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakSet
 
 from kvmem.scheduler.namespaces import shown
 
@@ -33,17 +34,64 @@ class MemoryEvent:
     reason: str = ""
 
 
-OnEvent = Callable[[MemoryEvent], None]
+MOST_WAITING = 1000
+"""Events that a stream holds for its reader. Beyond that, the oldest are lost, and counted."""
+
+
+class EventStream(Iterator[MemoryEvent]):
+    """The events from its start on, for one reader in a thread of its own. It ends when the scheduler closes.
+
+    A reader that is slow delays nothing: what it does not read in time is counted in `missed`.
+    """
+
+    def __init__(self, most_waiting: int = MOST_WAITING) -> None:
+        self.missed = 0
+        self._waiting: deque[MemoryEvent] = deque(maxlen=most_waiting)
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def __next__(self) -> MemoryEvent:
+        """The next event. Waits for it."""
+        with self._changed:
+            while not self._waiting:
+                if self._ended:
+                    raise StopIteration
+                self._changed.wait()
+            return self._waiting.popleft()
+
+    def put(self, event: MemoryEvent) -> None:
+        """Adds an event for the reader."""
+        with self._changed:
+            self.missed += len(self._waiting) == self._waiting.maxlen
+            self._waiting.append(event)
+            self._changed.notify()
+
+    def end(self) -> None:
+        """Ends the stream after the events that wait."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
 
 class EventLog:
-    """Counts events by kind, logs each, and calls a callback. Thread-safe."""
+    """Counts events by kind, logs each, and adds it to the streams. Thread-safe."""
 
-    def __init__(self, namespace: str = "", on_event: OnEvent | None = None) -> None:
-        """namespace: of the ids that name none. on_event: called in the thread in which it happened."""
-        self._namespace, self._on_event = namespace, on_event
+    def __init__(self, namespace: str = "") -> None:
+        """namespace: of the ids that name none."""
+        self._namespace = namespace
         self._counts: Counter[str] = Counter()
+        self._streams: WeakSet[EventStream] = WeakSet()
+        self._closed = False
         self._lock = threading.Lock()
+
+    def stream(self) -> EventStream:
+        """A stream of the events from now on. It needs no end: it is forgotten with its reader."""
+        made = EventStream()
+        with self._lock:
+            if self._closed:
+                made.end()
+            self._streams.add(made)
+        return made
 
     def count(self, kind: EventKind) -> int:
         """How many events of this kind there were."""
@@ -53,18 +101,24 @@ class EventLog:
     def add(
         self, kind: EventKind, id_: str, source: str | None = None, target: str | None = None, reason: str = ""
     ) -> None:
-        """Something happened. What the callback raises is logged, so that it stops nothing."""
+        """Something happened. Returns at once."""
         namespace, memory_id = shown(id_, self._namespace)
         event = MemoryEvent(kind, memory_id, namespace, source, target, reason)
         with self._lock:
             self._counts[kind] += 1
+            streams = list(self._streams)
+        for stream in streams:
+            stream.put(event)
         level = logging.WARNING if kind == "refused" else logging.DEBUG
         logger.log(level, "%s %s%s", memory_id, kind, _details(event))
-        if self._on_event is not None:
-            try:
-                self._on_event(event)
-            except Exception:  # the user's own code can raise anything
-                logger.exception("The callback on_event failed for %s", event)
+
+    def close(self) -> None:
+        """Ends all streams."""
+        with self._lock:
+            self._closed = True
+            streams = list(self._streams)
+        for stream in streams:
+            stream.end()
 
 
 def _details(event: MemoryEvent) -> str:

@@ -35,7 +35,7 @@ from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
 from kvmem.scheduler.calibration import RECENT, Calibration, CalibrationFile, calibrated, validity
 from kvmem.scheduler.cost_model import Costs, LoadEstimator
-from kvmem.scheduler.events import EventKind, EventLog, OnEvent
+from kvmem.scheduler.events import EventKind, EventLog, EventStream
 from kvmem.scheduler.groups import group_id, is_about
 from kvmem.scheduler.journal import Journal
 from kvmem.scheduler.kv_index import KVIndex, Texts
@@ -72,7 +72,6 @@ class MemScheduler:
         cold: str | None = None,
         orphans_after_s: float = ORPHANS_AFTER_S,
         admit_misses: bool = True,
-        on_event: OnEvent | None = None,
     ) -> None:
         """budget: bytes by tier, fastest first (`gpu`, `ram`, `disk`, `cold`). The tiers `disk_int8` and `disk_int4`
         are lossy, and answers say so. folder: for the state and the disk tiers; None: the state ends with the process.
@@ -83,8 +82,6 @@ class MemScheduler:
         earlier process that can't be used, because it is damaged or another model's, is deleted so many seconds after
         this scheduler was opened, by the monotonic clock.
         admit_misses: keep the KV that an answer computed where it is worth its bytes; False: builds alone fill tiers.
-        on_event: called with each `MemoryEvent`, in the thread in which it happened and while locks are held: it should
-        return soon, and must not call this scheduler.
 
         Raises ArgumentError for an argument of the wrong type, ConfigError for a bad value, and StorageError if the
         folder can't be used.
@@ -116,7 +113,7 @@ class MemScheduler:
         check_budgets(budget)
         self.namespace = namespace
         self.failures, self.lifetimes = RetryBackoff(), Lifetimes()
-        self.events, self._answered = EventLog(namespace, on_event), AnswerCounts()
+        self._events, self._answered = EventLog(namespace), AnswerCounts()
         with ExitStack() as opened:  # if the state can't be used, the folders are left to the next scheduler
             self.journal = Journal(Path(folder)) if folder is not None else None
             if self.journal is not None:
@@ -136,7 +133,7 @@ class MemScheduler:
             self.index = KVIndex(self.backend, self.items, memory.config.separator, namespace, self._dropped)
             self.loads = loads = LoadEstimator(costs, self.items.loads)
             self.planner = Planner(chosen, budget, costs, self.items.size, loads)
-            self.prefix_selector = PrefixSelector(self.index, loads, self.events)
+            self.prefix_selector = PrefixSelector(self.index, loads, self._events)
             self.observations = ObservationQueue(self.planner, self.index, self.failures, self.journal, self.lifetimes)
             self.index.adopt()
             opened.pop_all()
@@ -254,7 +251,7 @@ class MemScheduler:
         for id_ in self.lifetimes.over():
             if id_ not in self.index.texts or self._closing.is_set():
                 continue
-            self.events.add("expired", id_)
+            self._events.add("expired", id_)
             try:
                 _, left = self._forget(id_, expired=True)
             except StorageError as error:
@@ -429,7 +426,7 @@ class MemScheduler:
             item = self.index.kept_item(id_, texts, tokens, kept)
             if self.index.store(id_, texts, item, tier):
                 self.admissions += 1
-                self.events.add("admitted", id_, None, tier)
+                self._events.add("admitted", id_, None, tier)
         except BudgetError:  # an item that should have left is in use
             pass
         except (KVMemError, OSError) as error:
@@ -517,11 +514,11 @@ class MemScheduler:
             builds=self.builds,
             build_s=self.build_s,
             admissions=self.admissions,
-            promotions=self.events.count("promoted"),
-            demotions=self.events.count("demoted"),
-            evictions=self.events.count("evicted"),
-            expirations=self.events.count("expired"),
-            refusals=self.events.count("refused"),
+            promotions=self._events.count("promoted"),
+            demotions=self._events.count("demoted"),
+            evictions=self._events.count("evicted"),
+            expirations=self._events.count("expired"),
+            refusals=self._events.count("refused"),
             cancelled_builds=self.cancelled_builds,
             not_worth_loading=self.prefix_selector.not_worth_loading,
             tiers={
@@ -537,8 +534,15 @@ class MemScheduler:
             },
         )
 
+    def events(self) -> EventStream:
+        """What happens to the memories from now on, as an iterator for a thread of its own. It ends at `close`.
+
+        A reader that is slow delays nothing; it misses the oldest events beyond a thousand.
+        """
+        return self._events.stream()
+
     def _dropped(self, id_: str) -> None:
-        self.events.add("evicted", id_, reason="a text of it changed or was forgotten")
+        self._events.add("evicted", id_, reason="a text of it changed or was forgotten")
 
     def start(self, interval_s: float = 0.5) -> None:
         """Starts a thread that ticks after each observation, and at least every `interval_s` seconds.
@@ -599,6 +603,7 @@ class MemScheduler:
             if spill and self.journal is not None:  # without a state, the next scheduler knows no text of the KV
                 self._spill(may_evict=written)
             self._keep_calibration()
+        self._events.close()
 
     def _spill(self, may_evict: bool) -> None:
         """Moves what the tiers in memory hold to those that last. may_evict: replace what ranks below it there."""
@@ -671,7 +676,7 @@ class MemScheduler:
             moved = self.index.move(move.memory_id, move.target)
         if moved:
             kind: EventKind = "evicted" if move.kind == "evict" else "promoted" if move.kind == "promote" else "demoted"
-            self.events.add(kind, move.memory_id, move.source, move.target, reason)
+            self._events.add(kind, move.memory_id, move.source, move.target, reason)
         return moved
 
     def _failed(self, memory_id: str, error: Exception) -> None:
@@ -679,7 +684,7 @@ class MemScheduler:
         with self.observations.counts:
             if memory_id in self.planner.table.row_of:
                 self.failures.add(memory_id, error, self.planner.table.now)
-        self.events.add("refused", memory_id, reason=f"{type(error).__name__}: {error}")
+        self._events.add("refused", memory_id, reason=f"{type(error).__name__}: {error}")
 
     def _build(self, memory_id: str, tier: str) -> bool:
         with self.observations.counts:
@@ -708,7 +713,7 @@ class MemScheduler:
         self.builds += 1
         self.build_s += item.metadata.build_s
         if stored:
-            self.events.add("built", memory_id, None, tier)
+            self._events.add("built", memory_id, None, tier)
         with self.observations.counts:
             self.failures.pop(memory_id, None)
         return stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from kvmem import TextualMemoryItem
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.scheduler import MemoryEvent
 from kvmem.scheduler.cost_model import kv_bytes_a_token
+from kvmem.scheduler.events import EventLog, EventStream
 from tests.scheduler.test_closing import sized
 from tests.scheduler.test_scheduler import MEMORIES, QUERY, scheduler_on, use
 
@@ -53,9 +55,8 @@ def test_the_list_says_where_each_memory_is(qwen3: HFBackend) -> None:
 def test_events_follow_a_memory_through_its_life(
     qwen3: HFBackend, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    events: list[MemoryEvent] = []
     with caplog.at_level(logging.DEBUG, "kvmem.scheduler"), sized(qwen3, tmp_path, 1, 1) as scheduler:
-        scheduler.events._on_event = events.append
+        stream = scheduler.events()
         scheduler.answer(QUERY, MEMORIES[0], 1, namespace="acme")
         use(scheduler, MEMORIES[1], 5)
         scheduler.tick()
@@ -64,6 +65,8 @@ def test_events_follow_a_memory_through_its_life(
         scheduler.tick()
         scheduler.tick()
         scheduler.update(TextualMemoryItem(id="m1", memory="Edited."))
+    events = list(stream)  # it ended as the scheduler closed
+    assert list(scheduler.events()) == [] and stream.missed == 0
     told = [(event.kind, event.memory_id, event.source, event.target) for event in events]
     assert told[:3] == [
         ("admitted", "m0", None, "ram"),
@@ -77,28 +80,34 @@ def test_events_follow_a_memory_through_its_life(
     assert {record.name.rpartition(".")[0] for record in caplog.records} == {"kvmem.scheduler"}
 
 
-def test_what_is_refused_is_told_and_a_callback_that_fails_stops_nothing(
+def test_what_is_refused_is_told(
     qwen3: HFBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    events: list[MemoryEvent] = []
-
-    def on_event(event: MemoryEvent) -> None:
-        events.append(event)
-        raise ZeroDivisionError
-
-    scheduler = scheduler_on(qwen3, on_event=on_event)
+    scheduler = scheduler_on(qwen3)
+    stream = scheduler.events()
     use(scheduler, MEMORIES[0], 5)
-    with monkeypatch.context() as patch:
 
-        def out_of_memory(*_: object) -> None:
-            raise RuntimeError("out of memory")
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
 
-        patch.setattr(qwen3, "build", out_of_memory)
-        assert scheduler.tick() == []
-    assert [(event.kind, event.memory_id, event.reason) for event in events] == [
-        ("refused", "m0", "RuntimeError: out of memory")
-    ]
-    assert scheduler.stats().refusals == 1
-    assert "m0 refused: RuntimeError: out of memory" in caplog.text and "on_event failed" in caplog.text
-    scheduler.answer(QUERY, MEMORIES[1], 1)
-    assert events[-1].kind == "admitted"
+    monkeypatch.setattr(qwen3, "build", out_of_memory)
+    assert scheduler.tick() == []
+    event = next(stream)
+    assert (event.kind, event.memory_id, event.reason) == ("refused", "m0", "RuntimeError: out of memory")
+    assert scheduler.stats().refusals == 1 and "m0 refused: RuntimeError: out of memory" in caplog.text
+
+
+def test_a_reader_waits_for_events_and_a_slow_one_loses_the_oldest() -> None:
+    log = EventLog()
+    stream, slow = log.stream(), EventStream(2)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.extend(event.memory_id for event in stream))
+    reader.start()
+    for i in range(3):
+        log.add("built", f"m{i}", None, "ram")
+        slow.put(MemoryEvent("built", f"m{i}"))
+    log.close()
+    slow.end()
+    reader.join(10)
+    assert read == ["m0", "m1", "m2"] and not reader.is_alive()
+    assert [event.memory_id for event in slow] == ["m1", "m2"] and slow.missed == 1
