@@ -69,7 +69,7 @@ class Load:
     files_read: int | None = None
     """Memory files that the engine read into host memory meanwhile; None for an engine without kvmem."""
     page_cache_pct: float | None = None
-    """The share of the memory files in the operating system's page cache when the load began."""
+    """The share of the memory files in the operating system's page cache when a load of cold files began."""
 
 
 def serve(

@@ -39,7 +39,16 @@ from experiments.measurement import engine_conditions, page_cache, ttft, verdict
 from experiments.results import DIRECT, GENERATE, JudgedPayload, Row, formatting, ttft_of
 from experiments.scenarios.base import ModelScenario
 from experiments.traces import NO_MEMORY, ArrivalPlan, read_arrivals
-from experiments.workloads import QUESTIONS, Cell, as_query, cut_memories, docs_texts, faq_texts, other_questions
+from experiments.workloads import (
+    QUESTIONS,
+    Cell,
+    as_query,
+    cut_memories,
+    docs_texts,
+    memory_question,
+    memory_text,
+    other_questions,
+)
 from kvmem.cache import KVCacheItem
 from kvmem.engines import Backend, FirstToken
 from kvmem.engines.vllm import Arrival, Limit, VLLMBackend
@@ -187,13 +196,13 @@ class UnderLoadPayload(JudgedPayload):
             requests = load.requests
             label = arm_of(WARM).arm if number >= len(self.runs) else row.arm
             found += [
-                *_failed(requests),
+                *failed(requests),
                 *_wrong_hits(label, requests, self.block_tokens),
                 *self._missing_hits(label, requests),
                 *_wrong_reads(label, load),
                 *self._wrong_answers(plan, requests),
-                *_too_fast(requests),
-                *_wrong_clocks(load),
+                *too_fast(requests),
+                *wrong_clocks(load),
                 *self._wrong_plan(plan, load),
             ]
         return found + list(self._unfinished_search())
@@ -269,6 +278,8 @@ class UnderLoad(ModelScenario[ArmCell]):
     """Whether each arm's highest rate within the goal is searched for."""
     search_step: float = Field(default=1.5, gt=1.01, le=4)
     """The rates of a search are whole powers of it, so it is the resolution of the result."""
+    search_from: PositiveFloat | None = None
+    """The first rate of a search, in requests a second; null means what the direct arm serves one request at a time."""
     rates: list[PositiveFloat] = field(default_factory=list)
     """More rates to measure, in requests a second."""
     loads: list[PositiveFloat] = field(default_factory=list)
@@ -330,8 +341,8 @@ class UnderLoad(ModelScenario[ArmCell]):
         engine = bench.backend
         assert isinstance(engine, VLLMBackend)
         self._check_host_memory(engine)
-        items = self._items(bench)
-        prompt = self._prompt(bench, items[0], self._question(bench, 0, 0))
+        items = self.items(bench)
+        prompt = self._prompt(bench, items[0], self.question_to_first(bench, 0, 0))
         alone_s, whole_s = self._alone(bench, items[0])
         idle = median(alone_s), median(whole_s), tuple(alone_s), tuple(whole_s)
         return [ArmCell(arm.arm, self.memory_tokens, len(prompt.query_ids), *idle) for arm in self._arms()]
@@ -341,9 +352,9 @@ class UnderLoad(ModelScenario[ArmCell]):
         assert isinstance(shared, VLLMBackend)
         if reason := arm.unavailable():
             return [self._left_out(bench, cell, reason)]
-        items, goal_s = self._items(bench), self.goal_ttft_s or 2 * cell.alone_s
+        items, goal_s = self.items(bench), self.goal_ttft_s or 2 * cell.alone_s
         engine = arm.engine(shared)
-        idle = self._idle(bench, engine, arm, cell, items[0])
+        idle = self.idle(bench, engine, arm, cell, items[0])
         loads: dict[float, list[Measurement]] = {}
 
         def p99_s(run: int, rate: float, give_up: bool) -> float:
@@ -354,7 +365,7 @@ class UnderLoad(ModelScenario[ArmCell]):
                 loads.setdefault(rate, []).append(found)
             return percentile(found.load.requests, 99)
 
-        exponent = round(math.log(1 / cell.whole_s, self.search_step))
+        exponent = round(math.log(self.search_from or 1 / cell.whole_s, self.search_step))
         lowest, highest = exponent + self._exponents(SLOWEST), exponent + self._exponents(FASTEST)
         for run in range(self.runs):
             for rate in [*self.rates, *(load / cell.whole_s for load in self.loads)]:
@@ -425,7 +436,7 @@ class UnderLoad(ModelScenario[ArmCell]):
         if self.cold_from_disk and arm.name == COLD:
             for path in paths:
                 page_cache.drop(path)
-        in_page_cache = float(np.mean([page_cache.resident_pct(path) for path in paths]))
+        in_page_cache = _page_cache_pct(paths) if arm.name == COLD else None
         has_connector = engine is bench.backend or arm.needs_files
         before = engine.host_cache().reads if has_connector else 0
         counted = [number for number, memory in enumerate(memories) if memory != NO_MEMORY]
@@ -483,12 +494,12 @@ class UnderLoad(ModelScenario[ArmCell]):
             verdict_reason=reason,
         )
 
-    def _idle(self, bench: Bench, engine: VLLMBackend, arm: LoadArm, cell: ArmCell, item: KVCacheItem) -> Row:
+    def idle(self, bench: Bench, engine: VLLMBackend, arm: LoadArm, cell: ArmCell, item: KVCacheItem) -> Row:
         """The arm beside the direct one on an idle engine, through the same open loop, judged like any other."""
         memory, shared, ids = bench.memory, bench.backend, [item.kv_cache_id]
         assert isinstance(shared, VLLMBackend)
         tokens = item.metadata.tokens
-        question = self._question(bench, 0, 0)
+        question = self.question_to_first(bench, 0, 0)
         queries = other_questions(shared.template, tokens, question, self.pairs, bench.setup.seed)
         split = partial(shared.template.split, tokens)
 
@@ -552,13 +563,13 @@ class UnderLoad(ModelScenario[ArmCell]):
                 f"or leave {', '.join(names)} out of scenario.arms."
             )
 
-    def _items(self, bench: Bench) -> list[KVCacheItem]:
+    def items(self, bench: Bench) -> list[KVCacheItem]:
         """The memories. The first one's build is measured; the others are built once."""
         template, separator = bench.backend.template, bench.setup.separator
         known = {item.metadata.tokens.source: item for item in bench.built}
         items = []
         for number in range(self.memories):
-            text = _text_of(bench.setup.seed, number)
+            text = memory_text(bench.setup.seed, number)
             (cut,) = cut_memories([text], self.memory_tokens, template, separator, "under_load")
             if cut not in known and number:
                 item = bench.memory.extract(cut)
@@ -569,13 +580,13 @@ class UnderLoad(ModelScenario[ArmCell]):
         bench.memory.add({item.kv_cache_id: item for item in items if item.kv_cache_id not in present}.values())
         return items
 
-    def _question(self, bench: Bench, run: int, number: int) -> str:
+    def question_to_first(self, bench: Bench, run: int, number: int) -> str:
         """The question of a request to memory 0. A number before each limits shared prefixes to the memory."""
         return self._question_about(bench, run, number, 0)
 
     def _question_about(self, bench: Bench, run: int, number: int, memory: int) -> str:
         salt = random.Random(f"{bench.setup.seed + run} {number}").randrange(10**6)
-        return as_query(bench.backend.template, f"{salt}: {_question_of(bench.setup.seed, memory)}")
+        return as_query(bench.backend.template, f"{salt}: {memory_question(bench.setup.seed, memory)}")
 
     def _prompt_of(
         self, bench: Bench, items: Sequence[KVCacheItem], run: int, number: int, memory: int
@@ -625,7 +636,7 @@ class UnderLoad(ModelScenario[ArmCell]):
         assert isinstance(engine, VLLMBackend)
         served = []
         for number in range(5):
-            prompt = ttft.direct_prompt(engine, item.metadata.tokens, self._question(bench, 0, number))
+            prompt = ttft.direct_prompt(engine, item.metadata.tokens, self.question_to_first(bench, 0, number))
             engine.serving.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])  # warms up
             served += engine.serving.serve([Arrival(0.0, prompt, None, self.new_tokens, uuid.uuid4().hex)])
         return [one.first_token_s for one in served], [one.finished_s for one in served]
@@ -692,24 +703,18 @@ def search(passes: Callable[[int], bool], start: int, jump: int, lowest: int, hi
     return low
 
 
-def _text_of(seed: int, memory: int) -> str:
-    """The text of a memory: documentation, and generated FAQs where it has no more topics."""
-    if memory < len(QUESTIONS):
-        return docs_texts(seed, memory, 1).memories[0]
-    return f"Memory {memory}.\n\n{faq_texts(seed, memory, 1).memories[0]}"
-
-
-def _question_of(seed: int, memory: int) -> str:
-    if memory < len(QUESTIONS):
-        return docs_texts(seed, memory, 1).question_for(()).variants[-1]
-    texts = faq_texts(seed, memory, 1)
-    return texts.question_for(texts.memories).variants[-1]
-
-
 def _checked(plan: ArrivalPlan, count: int) -> frozenset[int]:
     """The requests whose answers are compared with a cold prefill: the seed chooses them."""
     rng = np.random.default_rng([plan.seed, 2])
     return frozenset(int(one) for one in rng.choice(plan.requests, size=min(count, plan.requests), replace=False))
+
+
+def _page_cache_pct(paths: Sequence[Path]) -> float | None:
+    """The share of the files in the page cache; None on a file system that does not tell, such as one in memory."""
+    try:
+        return float(np.mean([page_cache.resident_pct(path) for path in paths]))
+    except OSError:
+        return None
 
 
 def _with_memory(requests: Sequence[ServedRequest]) -> list[ServedRequest]:
@@ -774,7 +779,7 @@ def _sustained(probes: Sequence[Probe], goal_s: float) -> dict[str, float | None
     }
 
 
-def _failed(requests: Sequence[ServedRequest]) -> list[str]:
+def failed(requests: Sequence[ServedRequest]) -> list[str]:
     errors = [one.error for one in requests if one.error]
     return [f"{len(errors)} of {len(requests)} requests failed, the first: {errors[0]}"] if errors else []
 
@@ -801,14 +806,14 @@ def _wrong_reads(label: str, load: Load) -> list[str]:
     return []
 
 
-def _too_fast(requests: Sequence[ServedRequest]) -> list[str]:
+def too_fast(requests: Sequence[ServedRequest]) -> list[str]:
     fast = sum(one.is_answered and one.first_token_s < one.limit_s for one in requests)
     if 2 * fast <= len(requests):  # a single one may be an error of the calibration
         return []
     return [f"{fast} of {len(requests)} first tokens came sooner than the hardware can compute them"]
 
 
-def _wrong_clocks(load: Load) -> list[str]:
+def wrong_clocks(load: Load) -> list[str]:
     """The loop's clock agrees with a second one, and the engine works while requests are running."""
     found = []
     slack_s = max(CLOCK_SLACK_S, verdict.MAX_LOST_SHARE * load.outer_s)

@@ -2,7 +2,7 @@
 
 from experiments.workloads.base import Cell, Workload
 from experiments.workloads.cut import as_query, cut_memories
-from experiments.workloads.faq import faq_texts
+from experiments.workloads.memory_texts import memory_question, memory_text
 from experiments.workloads.other_questions import other_questions
 from experiments.workloads.python_docs import QUESTIONS, docs_text, docs_texts
 
@@ -14,6 +14,7 @@ __all__ = [
     "cut_memories",
     "docs_text",
     "docs_texts",
-    "faq_texts",
+    "memory_question",
+    "memory_text",
     "other_questions",
 ]
