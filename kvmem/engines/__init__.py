@@ -15,7 +15,7 @@ from kvmem.engines.base import (
     TensorParallelConfig,
     backend_class,
 )
-from kvmem.engines.generation import Generation, Sampling
+from kvmem.engines.generation import Generation, Sampling, Token, check_generation
 
 __all__ = [
     "ENGINES",
@@ -28,5 +28,7 @@ __all__ = [
     "MeasuredBackend",
     "Sampling",
     "TensorParallelConfig",
+    "Token",
     "backend_class",
+    "check_generation",
 ]

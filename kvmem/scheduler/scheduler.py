@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Self
 
 from kvmem.cache import CacheView, KeptPrefix, MemoryTokens, TextualMemoryItem
 from kvmem.config import check_namespace
-from kvmem.engines import Generation, Sampling
+from kvmem.engines import Generation, Sampling, Token, check_generation
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import (
     BudgetError,
@@ -53,6 +55,24 @@ from kvmem.tiers import ORPHANS_AFTER_S, TieredCache
 logger = logging.getLogger(__name__)
 
 CANCEL_AGAIN_S = 0.05
+MOST_WAITING = 4
+"""So many answers' KV, a copy in the model's memory, waits at most for the thread that keeps it."""
+
+
+@dataclass(eq=False)
+class _Answering:
+    """An answer that runs."""
+
+    forgotten: set[str] = field(default_factory=set)
+    """The memories that were forgotten since it began."""
+    edited: set[str] = field(default_factory=set)
+    """The memories whose text was set anew since it began: its own text is an older one."""
+    kept: KeptPrefix | None = None
+    is_computed: bool = False
+
+    def computed(self, cache: CacheView) -> None:
+        """Its prompt was computed with this view."""
+        self.kept, self.is_computed = cache.kept, True
 
 
 class MemScheduler:
@@ -149,11 +169,17 @@ class MemScheduler:
         self._moved = threading.Condition()
         self._forgetting = 0
         """Running calls of `forget`, during which no build, move or admission starts."""
-        self._forgotten: list[set[str]] = []
-        """For each running answer, what was forgotten since it began."""
+        self._answers: list[_Answering] = []
+        """The running answers."""
+        self._kept: deque[tuple[list[TextualMemoryItem], KeptPrefix]] = deque()
+        """What answers computed, for the thread of `start` to keep."""
+        self.skipped_admissions = 0
+        """What was not kept because the thread had not kept enough of what came before."""
         self._ticking, self._admitting = threading.Lock(), threading.Lock()
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
+        self._last_admissions_in: int | None = None
+        """The thread that closes the scheduler, while it keeps what answers have left."""
 
     def observe(
         self, memories: TextMemories, query: Query, cache: CacheView | None = None, namespace: str | None = None
@@ -173,14 +199,14 @@ class MemScheduler:
             return
         self._observe(used, query)
         if cache is not None:
-            self._admit(used, cache.kept)
+            self._keep(used, cache.kept)
 
     def _observe(self, used: list[TextualMemoryItem], query: Query) -> None:
         self.backend.template.check_query(query)
         text = query if isinstance(query, str) else "\n".join(turn["content"] for turn in query)
         query_tokens = len(self.backend.tokenizer(text, add_special_tokens=False).input_ids)
         for changed in self.observations.use(used, query_tokens):
-            self._cancel_build_of(changed)
+            self._text_changed(changed)
         self._wake.set()
 
     def _given(self, memories: TextMemories, namespace: str | None) -> list[TextualMemoryItem]:
@@ -211,7 +237,7 @@ class MemScheduler:
             self.observations.end_at(memory.id, end)
         changed = [memory.id for memory in given if self.observations.set_text(memory)]
         for memory_id in changed:
-            self._cancel_build_of(memory_id)
+            self._text_changed(memory_id)
         self._wake.set()
         if self.observations.holds_outdated:
             self._wait_while(lambda moving: any(is_about(moving, memory_id) for memory_id in changed))
@@ -280,9 +306,13 @@ class MemScheduler:
         """The removed ids, and what could not be deleted yet. expired: that its time is over stays known."""
         with self._moved:
             self._forgetting += 1
-            for forgotten in self._forgotten:
-                forgotten.add(memory_id)
+            for answering in self._answers:
+                answering.forgotten.add(memory_id)
         try:
+            for waiting in list(self._kept):
+                if any(memory.id == memory_id for memory in waiting[0]):
+                    with suppress(ValueError):  # the thread took it: then its text is not known any more
+                        self._kept.remove(waiting)
             removed = self.observations.forget(memory_id, expired)
             self._wait_while(lambda moving: True)
             self.index.drop_outdated()
@@ -293,6 +323,13 @@ class MemScheduler:
             with self._moved:
                 self._forgetting -= 1
         return removed, left
+
+    def _text_changed(self, memory_id: str) -> None:
+        """Cancels a build of the old text. The answers that run do not set it again."""
+        with self._moved:
+            for answering in self._answers:
+                answering.edited.add(memory_id)
+        self._cancel_build_of(memory_id)
 
     def _cancel_build_of(self, changed: str) -> None:
         if any(is_about(moving, changed) for moving in list(self._moving)):
@@ -324,28 +361,159 @@ class MemScheduler:
         one is never answered with the other's KV.
         """
         used = self._given(text_memories, namespace)
-        forgotten: set[str] = set()
-        kept = None
-        with self._moved:
-            self._forgotten.append(forgotten)
-        try:
+        with self._answering(used, [query]) as answering:
             try:
                 with self._view(used) as cache:
                     generation = self.backend.generate(query, cache, max_new_tokens, sampling)
-                    kept = cache.kept
+                    answering.computed(cache)
             except ChangedFileError as error:  # while it was read; its KV is dropped
-                with self.gate.request():
-                    cache = self.prefix_selector.text(used, f"Stored KV could not be read to its end: {error}")
+                with self._text_view(used, error) as cache:
                     generation = self.backend.generate(query, cache, max_new_tokens, sampling)
+                    answering.computed(cache)
+        return generation
+
+    def stream(
+        self,
+        query: Query,
+        text_memories: TextMemories,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        namespace: str | None = None,
+    ) -> Generator[Token, None, None]:
+        """The answer that `answer` gives, token by token; together their texts are its text.
+
+        Nothing runs before the first token is asked for. Builds wait until the stream is finished or closed. A stream
+        that is closed early counts as a use, and what it computed is kept.
+        """
+        used = self._given(text_memories, namespace)
+        check_generation(max_new_tokens, sampling)
+        self.backend.template.check_query(query)
+        return self._stream(used, query, max_new_tokens, sampling)
+
+    def _stream(
+        self, used: list[TextualMemoryItem], query: Query, max_new_tokens: int, sampling: Sampling | None
+    ) -> Generator[Token, None, None]:
+        with self._answering(used, [query]) as answering:
+            try:
+                with self._view(used) as cache:
+                    for token in self.backend.stream(query, cache, max_new_tokens, sampling):
+                        answering.computed(cache)
+                        yield token
+                    answering.computed(cache)
+            except ChangedFileError as error:
+                if answering.is_computed:
+                    raise
+                with self._text_view(used, error) as cache:
+                    for token in self.backend.stream(query, cache, max_new_tokens, sampling):
+                        answering.computed(cache)
+                        yield token
+                    answering.computed(cache)
+
+    def answer_batch(
+        self,
+        queries: Sequence[Query],
+        text_memories: TextMemories,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        namespace: str | None = None,
+    ) -> list[Generation]:
+        """Answers each query with the same memories, as `answer` does, and observes each as a use.
+
+        If the memories are not stored yet, the first answer computes and keeps them for the others. `hf_graph` then
+        decodes all together; `huggingface` answers one after another.
+        """
+        check_kind("queries", queries, list, tuple, way_out="For one query, use answer.")
+        used = self._given(text_memories, namespace)
+        check_generation(max_new_tokens, sampling)
+        for query in queries:
+            self.backend.template.check_query(query)
+        answers: list[Generation] = []
+        while len(answers) < len(queries):
+            together = None
+            if self.backend.answers_together:
+                together = self._answered_together(queries[len(answers) :], used, max_new_tokens, sampling)
+            if together is not None:
+                return answers + together
+            answers.append(self.answer(queries[len(answers)], text_memories, max_new_tokens, sampling, namespace))
+            self._admit_waiting()
+        return answers
+
+    def _answered_together(
+        self, queries: Sequence[Query], used: list[TextualMemoryItem], max_new_tokens: int, sampling: Sampling | None
+    ) -> list[Generation] | None:
+        """The answers by one batch; None if a part of the memories has to be computed, and could be kept, first."""
+        with self._answering(used, queries) as answering, self._view(used) as cache:
+            held = cache.get_seq_length()
+            if held == 0 or (cache.keep is not None and held < self.index.tokens(used[0]).body_end):
+                return None
+            answers = self.backend.answer_batch(queries, cache, max_new_tokens, sampling)
+            answering.computed(cache)
+            for answer in answers:
+                self._answered.add(cache.tier, answer.prompt_tokens - answer.cached_tokens, answer.cached_tokens, 0.0)
+        return answers
+
+    async def aanswer(
+        self,
+        query: Query,
+        text_memories: TextMemories,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        namespace: str | None = None,
+    ) -> Generation:
+        """`answer` in a thread of the event loop's executor, which goes on with other tasks meanwhile."""
+        return await asyncio.to_thread(self.answer, query, text_memories, max_new_tokens, sampling, namespace)
+
+    async def astream(
+        self,
+        query: Query,
+        text_memories: TextMemories,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        namespace: str | None = None,
+    ) -> AsyncGenerator[Token, None]:
+        """`stream` for `async for`. A task that is cancelled ends the stream after the token that is being computed."""
+        loop, stopped = asyncio.get_running_loop(), threading.Event()
+        tokens = self.stream(query, text_memories, max_new_tokens, sampling, namespace)
+        found: asyncio.Queue[Token | None] = asyncio.Queue()
+
+        def compute() -> None:
+            try:
+                with closing(tokens):
+                    for token in tokens:
+                        loop.call_soon_threadsafe(found.put_nowait, token)
+                        if stopped.is_set():
+                            return
+            finally:
+                loop.call_soon_threadsafe(found.put_nowait, None)
+
+        computing = loop.run_in_executor(None, compute)
+        try:
+            while (token := await found.get()) is not None:
+                yield token
+            await computing
+        finally:
+            stopped.set()
+
+    @contextmanager
+    def _answering(self, used: list[TextualMemoryItem], queries: Sequence[Query]) -> Iterator[_Answering]:
+        """An answer to these queries. If it was computed, the uses are observed and its KV is kept, unless a memory was
+        forgotten meanwhile, or the scheduler closed: the answer is valid all the same. If a text was edited meanwhile,
+        the uses count for the new one."""
+        answering = _Answering()
+        with self._moved:
+            self._answers.append(answering)
+        try:
+            yield answering
         finally:
             with self._moved:
-                self._forgotten = [each for each in self._forgotten if each is not forgotten]
-        # If it was closed meanwhile, or a memory forgotten, the answer is still valid.
-        ended = any(memory.id in forgotten or self.lifetimes.is_over(memory.id) for memory in used)
-        if not self._closing.is_set() and not ended:
-            self._observe(used, query)
-            self._admit(used, kept)
-        return generation
+                self._answers.remove(answering)
+            ended = any(memory.id in answering.forgotten or self.lifetimes.is_over(memory.id) for memory in used)
+            if answering.is_computed and not self._closing.is_set() and not ended:
+                texts = self.index.texts
+                now = [texts.get(memory.id, memory) if memory.id in answering.edited else memory for memory in used]
+                for query in queries:
+                    self._observe(now, query)
+                self._keep(used, answering.kept)
 
     @contextmanager
     def view(self, text_memories: TextMemories, namespace: str | None = None) -> Iterator[CacheView]:
@@ -354,16 +522,25 @@ class MemScheduler:
             yield cache
 
     @contextmanager
+    def _text_view(self, used: list[TextualMemoryItem], error: ChangedFileError) -> Iterator[CacheView]:
+        """A view without KV for the same prompt, after a file changed while it was read."""
+        with self.gate.request():
+            yield self._watched(self.prefix_selector.text(used, f"Stored KV could not be read to its end: {error}"))
+
+    def _watched(self, cache: CacheView) -> CacheView:
+        cache.on_prefill = partial(self._prefilled, cache.tier)
+        return cache
+
+    @contextmanager
     def _view(self, used: list[TextualMemoryItem]) -> Iterator[CacheView]:
         if over := self._over(used):
             with self.gate.request():
-                yield self.prefix_selector.text(used, f"The time to live of {', '.join(over)} is over.")
+                yield self._watched(self.prefix_selector.text(used, f"The time to live of {', '.join(over)} is over."))
             return
         with self.gate.request(), self.prefix_selector.view(used) as cache:
             if self._admit_misses:
                 cache.keep = self._to_keep(used)
-            cache.on_prefill = partial(self._prefilled, cache.tier)
-            yield cache
+            yield self._watched(cache)
 
     def _prefilled(self, tier: str, new: int, behind: int, seconds: float) -> None:
         """An answer computed `new` tokens behind `behind` cached ones, which came from `tier`."""
@@ -395,10 +572,29 @@ class MemScheduler:
             return None
         return self.index.joint_tokens(used)
 
-    def _admit(self, used: list[TextualMemoryItem], kept: KeptPrefix | None) -> None:
-        """Stores what an answer kept, if the planner gives it a tier. A failure is counted, and raises nothing."""
+    def _keep(self, used: list[TextualMemoryItem], kept: KeptPrefix | None) -> None:
+        """Stores what an answer kept where it is worth its bytes: now, or in the thread of `start` if there is one."""
         if kept is None or not self._admit_misses:
             return
+        if not self.is_ticking:
+            self._admit(used, kept)
+        elif len(self._kept) < MOST_WAITING:
+            self._kept.append((used, kept))
+            self._wake.set()
+        else:
+            self.skipped_admissions += 1
+
+    def _admit_waiting(self) -> None:
+        """Stores what answers have left for the thread."""
+        while True:
+            try:
+                used, kept = self._kept.popleft()
+            except IndexError:
+                return
+            self._admit(used, kept)
+
+    def _admit(self, used: list[TextualMemoryItem], kept: KeptPrefix) -> None:
+        """Stores what an answer kept, if the planner gives it a tier. A failure is counted, and raises nothing."""
         with self._admitting:
             for id_, tokens in self.index.kept(used, kept):
                 with self.observations.counts:
@@ -439,6 +635,7 @@ class MemScheduler:
         """
         with self._ticking:
             self._expire()
+            self._admit_waiting()
             self.observations.count()
             if not self._closing.is_set():  # after closing, the tiers may belong to another process
                 self.items.pending_deletes.retry()
@@ -451,6 +648,7 @@ class MemScheduler:
             for move in moves:
                 if self._execute(move):
                     made.append(move)
+                self._admit_waiting()
             self.prefix_selector.probe()
             self.observations.snapshot()
             self._keep_calibration(RECENT)
@@ -591,6 +789,10 @@ class MemScheduler:
         if self._thread is not None:
             self._thread.join()
         self._wait_while(lambda moving: True)
+        with self._ticking:
+            self._last_admissions_in = threading.get_ident()
+            self._admit_waiting()
+            self._last_admissions_in = None
         with self._ticking, closing(self.items), closing(self.journal) if self.journal is not None else nullcontext():
             self.observations.count()
             self._before_planning()
@@ -647,7 +849,8 @@ class MemScheduler:
     def _move_of(self, id_: str) -> Iterator[bool]:
         """A build, move or admission for `id_`. Gives False if none may start."""
         with self._moved:
-            if may_move := not (self._closing.is_set() or self._forgetting):
+            closed = self._closing.is_set() and self._last_admissions_in != threading.get_ident()
+            if may_move := not (closed or self._forgetting):
                 self._moving.append(id_)
         try:
             yield may_move

@@ -47,6 +47,7 @@ class HFGraphBackend(HFBackend):
     name: ClassVar[str] = HFGraphConfig.backend
     config_class: ClassVar[type] = HFGraphConfig
     grows_views: ClassVar[bool] = False
+    answers_together: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class HFGraphBackend(HFBackend):
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> list[Generation]:
-        """Answers each query with the same memory, as `generate` does. The memory is in place once for all of them."""
+        """As the base engine's, all in one pass. The memory is in place once for all of them."""
         check_generation(max_new_tokens, sampling)
         check_kind("queries", queries, list, tuple, way_out="For one query, use generate.")
         if not queries:

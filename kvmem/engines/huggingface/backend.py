@@ -42,7 +42,7 @@ from kvmem.engines.generation import (
 from kvmem.engines.huggingface.config import DTYPES, HFConfig, device_of
 from kvmem.engines.huggingface.coverage import check_covered
 from kvmem.engines.huggingface.model_guard import ModelGuard
-from kvmem.errors import MergeError, ModelError, PromptError
+from kvmem.errors import MergeError, ModelError, PromptError, check_kind
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.models import decode_one_token, decoder_layers, loading, max_positions, prefill
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt, common_prefix
@@ -64,6 +64,9 @@ class HFBackend(MeasuredBackend):
     config_class: ClassVar[type] = HFConfig
     grows_views: ClassVar[bool] = True
     """Whether an answer grows the view that it is given, so that one view can serve one answer at a time."""
+
+    answers_together: ClassVar[bool] = False
+    """Whether `answer_batch` decodes several answers in one pass."""
 
     def __init__(
         self,
@@ -379,6 +382,18 @@ class HFBackend(MeasuredBackend):
         possible = self.room(prompt, max_new_tokens)
         ids = tuple(self.decode(prompt, kv_cache, possible, sampling or Sampling()))
         return self.generation(ids, prompt, len(prompt.memory_ids), kv_cache, possible, max_new_tokens)
+
+    def answer_batch(
+        self,
+        queries: Sequence[Query],
+        kv_cache: CacheView,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+    ) -> list[Generation]:
+        """Answers each query with the same memory, as `generate` does."""
+        check_generation(max_new_tokens, sampling)
+        check_kind("queries", queries, list, tuple, way_out="For one query, use generate.")
+        return [self.generate(query, kv_cache, max_new_tokens, sampling) for query in queries]
 
     def stream(
         self,
