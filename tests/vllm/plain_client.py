@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import urllib.request
 
 from openai import OpenAI
 
 from kvmem.engines.vllm.connector.protocol import REPORT
-from tests.vllm.serving import MODEL, NEW_TOKENS, QUERY, as_turns
+from tests.vllm.serving import LEARN_AFTER, MODEL, NEW_TOKENS, QUERY, as_turns
 
 
 def chat(
@@ -20,6 +21,17 @@ def chat(
     )
     report = (answer.model_extra.get("kv_transfer_params") or {}).get(REPORT, {})
     return answer.choices[0].message.content, answer.usage.prompt_tokens_details.cached_tokens, report
+
+
+def learn(client: OpenAI, url: str, text: str, namespace: str) -> None:
+    """Chats on a text, with other queries, until the server has made it a memory by itself."""
+    before = metrics(url)["kvmem:learned_total"]
+    for number in range(LEARN_AFTER):
+        chat(client, text, namespace, f"Question {number}. {QUERY}")
+    deadline = time.monotonic() + 60.0
+    while metrics(url)["kvmem:learned_total"] == before:
+        assert time.monotonic() < deadline, "the file is not written"
+        chat(client, "Wait.", "nobody")  # the engine hears of the file's end in its next step
 
 
 def metrics(url: str) -> dict[str, float]:

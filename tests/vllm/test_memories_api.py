@@ -15,11 +15,12 @@ from openai import OpenAI
 from kvmem.engines.vllm.server.backend import VLLMServerBackend
 from kvmem.engines.vllm.server.catalogue import store_fault
 from tests.helpers.tiny import pairs
-from tests.vllm.plain_client import chat
-from tests.vllm.serving import BLOCK_TOKENS, KEY, MODEL, QUERY, as_turns, on_server, running_process
+from tests.vllm.plain_client import chat, learn, metrics
+from tests.vllm.serving import BLOCK_TOKENS, KEY, LEARNING, MODEL, QUERY, as_turns, on_server, running_process
 
 pytestmark = pytest.mark.timeout(420)
 TEXTS = [text[:700] for text, _ in pairs(4, 1400, seed=51)]
+LONG = pairs(1, 1400, seed=53)[0][0]
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +137,23 @@ def test_what_is_refused(http: httpx.Client, client: OpenAI, url: str, tmp_path:
 
 
 def test_a_restarted_server_hits_at_once_and_drains(
-    http: httpx.Client, client: OpenAI, store: Path, tmp_path: Path
+    http: httpx.Client, client: OpenAI, url: str, store: Path, tmp_path: Path
 ) -> None:
+    """A memory that was created, and one that the server has learned by itself."""
     memory = create(http, "", text=TEXTS[0])
     cold, _, _ = chat(client, TEXTS[0], "elsewhere")
+    learn(client, url, LONG, "regular")
+    (itself,) = http.get("/memories", params={"namespace": "regular"}).json()["data"]
+    cold_long, _, _ = chat(client, LONG, "elsewhere")
     kept = tmp_path / "store"
     kept.mkdir()
-    shutil.copy(store / memory["file"], kept)
-    with running_process(kept, tmp_path / "log", "--inject", "auto", "--drain-s", "60") as (url, process):
-        again = OpenAI(base_url=url, api_key=KEY, max_retries=0)
+    for name in (memory["file"], itself["file"]):
+        shutil.copy(store / name, kept)
+    with running_process(kept, tmp_path / "log", *LEARNING, "--drain-s", "60") as (new_url, process):
+        again = OpenAI(base_url=new_url, api_key=KEY, max_retries=0)
+        assert chat(again, LONG, "regular")[:2] == (cold_long, itself["tokens"]), "what was learned survives"
+        assert metrics(new_url)["vllm:external_prefix_cache_hits_total"] == itself["tokens"]
+        assert metrics(new_url)['kvmem:bytes{tier="learned"}'] == itself["bytes"]
         assert chat(again, TEXTS[0])[:2] == (cold, memory["tokens"]), "the first request is a hit"
         stream = again.chat.completions.create(
             model=MODEL,

@@ -22,6 +22,7 @@ from kvmem.engines.vllm.connector import (
     FOLDER,
     HOST_BYTES,
     INJECT_MODE,
+    LEARN,
     ORPHANS_AFTER_S,
     PINS,
     READ_BYTES_PER_S,
@@ -69,9 +70,11 @@ def transfer_config(
     host_cache_gib: float | None = None,
     read_mib_s: float | None = None,
     inject: str | None = None,
+    learn: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """vLLM's kv_transfer_config for kvmem's connector, as plain JSON. The defaults are for an engine in this process,
-    whose requests are all its owner's. host_cache_gib and read_mib_s: see VLLMConfig. inject: see INJECT_MODE."""
+    whose requests are all its owner's. host_cache_gib and read_mib_s: see VLLMConfig. inject and learn: see INJECT_MODE
+    and LEARN."""
     return {
         "kv_connector": CONNECTOR_CLASS,
         "kv_connector_module_path": CONNECTOR_MODULE,
@@ -87,6 +90,7 @@ def transfer_config(
             HOST_BYTES: None if host_cache_gib is None else int(host_cache_gib * 2**30),
             READ_BYTES_PER_S: None if read_mib_s is None else read_mib_s * 2**20,
             INJECT_MODE: inject,
+            LEARN: learn,
         },
     }
 

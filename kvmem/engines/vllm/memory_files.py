@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvmem.cache import KV, KVCacheItem, MemoryTokens, ModelFingerprint, dynamic_cache
+from kvmem.cache import KVCacheItem, MemoryTokens, ModelFingerprint, dynamic_cache
 from kvmem.engines.base import FileHandle, Injectable, StoredFile
 from kvmem.engines.vllm.connector import (
     NAMESPACE_END,
@@ -24,9 +24,9 @@ from kvmem.engines.vllm.connector import (
     lease_of,
     memory_name,
     namespace_of,
-    part_name,
     renewal_s,
 )
+from kvmem.engines.vllm.connector.rank_parts import join_parts
 from kvmem.errors import NamespaceError, StorageError, check_kind
 from kvmem.merge import MergeStrategy
 from kvmem.prompt import PromptTemplate, Query, TokenizedPrompt
@@ -184,36 +184,8 @@ class FileStore:
         """
         path = self.folder / name
         if ranks > 1:
-            self.join(name, fingerprint, config, ranks)
+            join_parts(self.folder, name, fingerprint, config, ranks)
         (item,) = SafetensorsFile().load(path, fingerprint, config, CPU)
         with self.lock:
             self.files[item] = LeasedFile(path, self.lease)
         return item
-
-    def join(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> None:
-        """Makes one file of those that the ranks of a tensor-parallel engine have saved as `name`, each of its heads.
-
-        Raises StorageError or FingerprintError if one is incomplete or was written by another model.
-        """
-        SafetensorsFile().dump(self.folder / name, [self._joined(name, fingerprint, config, ranks)])
-
-    def _joined(self, name: str, fingerprint: ModelFingerprint, config: PreTrainedConfig, ranks: int) -> KVCacheItem:
-        paths = [self.folder / part_name(name, rank, ranks) for rank in range(ranks)]
-        parts = [SafetensorsFile().load(path, fingerprint, config, CPU)[0] for path in paths]
-        layers = [
-            _heads_of(pairs, fingerprint.stored_kv_heads)
-            for pairs in zip(*(dynamic_cache.layers_of(part.kv_cache) for part in parts), strict=True)
-        ]
-        for path in paths:
-            path.unlink()
-        return KVCacheItem(dynamic_cache.from_layers(layers, config), parts[0].metadata, parts[0].kv_cache_id)
-
-
-def _heads_of(parts: Sequence[KV], kv_heads: int) -> KV:
-    """The keys and values of one layer with all heads. If there are more ranks than heads, neighbors hold the same."""
-    ranks_per_head = max(len(parts) // kv_heads, 1)
-    kept = parts[::ranks_per_head]
-    keys, values = torch.cat([keys for keys, _ in kept], dim=1), torch.cat([values for _, values in kept], dim=1)
-    if keys.shape[1] != kv_heads:
-        raise StorageError(f"The ranks saved {keys.shape[1]} heads, and the model has {kv_heads}. Extract again.")
-    return keys, values

@@ -3,7 +3,8 @@
 `protocol` defines the request parameters and the report, and is all that this package exports: importing it does not
 import vLLM. `connector` is the class that vLLM loads. `scheduler_side`, `memory_index`, `host_files`, `block_pins`,
 `counts` and `orphans` run in vLLM's scheduler. `worker_side`, `file_reads`, `host_memory` and `block_layouts` run in
-its workers. `metrics` shows the counts on vLLM's /metrics.
+its workers. `metrics` shows the counts on vLLM's /metrics. `learning` and `background_saves` are for memories that the
+traffic teaches.
 
 A memory goes from its file to host memory, on threads of the workers, and from there into blocks, within a step.
 """
@@ -22,6 +23,7 @@ from kvmem.engines.vllm.connector.protocol import (
     INJECT,
     INJECT_MODE,
     ITEM,
+    LEARN,
     LEASE,
     LOAD,
     MEMORY_NAME,
@@ -73,6 +75,7 @@ __all__ = [
     "INJECT",
     "INJECT_MODE",
     "ITEM",
+    "LEARN",
     "LEASE",
     "LOAD",
     "MEMORY_NAME",

@@ -27,6 +27,8 @@ class BlockPins:
         self.pinned: dict[str, tuple[int, ...]] = {}
         self.ends: dict[str, float] = {}
         """When a pin ends by itself, in seconds of the clock; infinity if it does not."""
+        self.held: dict[str, tuple[int, ...]] = {}
+        """Blocks that are being copied."""
 
     def pin(self, name: str, block_ids: Sequence[int], ttl_s: float = math.inf) -> str:
         """Pins blocks of a request that still has them. Returns why they can't be pinned, or ""."""
@@ -54,6 +56,15 @@ class BlockPins:
             self.ends.pop(name, None)
             block_ids = self.pinned.pop(name, ())
             self.pool.free_blocks([self.pool.blocks[block_id] for block_id in reversed(block_ids)])
+
+    def hold(self, name: str, block_ids: Sequence[int]) -> None:
+        """Keeps blocks of a running request until `let_go(name)`, for the moments in which they are copied."""
+        self.pool.touch([self.pool.blocks[block_id] for block_id in block_ids])
+        self.held[name] = tuple(block_ids)
+
+    def let_go(self, name: str) -> None:
+        block_ids = self.held.pop(name, ())
+        self.pool.free_blocks([self.pool.blocks[block_id] for block_id in reversed(block_ids)])
 
     def release_ended(self) -> None:
         """Releases the pins whose time is over."""

@@ -16,7 +16,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvmem.cache import ModelFingerprint
 from kvmem.engines.vllm.connector.block_pins import BlockPins
+from kvmem.engines.vllm.connector.counts import Counts
 from kvmem.engines.vllm.connector.host_files import HostFiles, budget_pages
+from kvmem.engines.vllm.connector.learning import learner_of
+from kvmem.engines.vllm.connector.lessons import Lessons
 from kvmem.engines.vllm.connector.memory_index import MemoryIndex
 from kvmem.engines.vllm.connector.metrics import ConnectorMetrics, ConnectorStats
 from kvmem.engines.vllm.connector.orphans import Orphans
@@ -26,6 +29,7 @@ from kvmem.engines.vllm.connector.protocol import (
     FOLDER,
     HOST_BYTES,
     INJECT_MODE,
+    LEARN,
     NAMED,
     NOBODY,
     ORPHANS_AFTER_S,
@@ -34,7 +38,8 @@ from kvmem.engines.vllm.connector.protocol import (
     SAVES,
     check_version,
 )
-from kvmem.engines.vllm.connector.scheduler_side import Permissions, SchedulerSide, Transfers
+from kvmem.engines.vllm.connector.scheduler_side import Permissions, SchedulerSide
+from kvmem.engines.vllm.connector.transfers import Transfers
 from kvmem.engines.vllm.connector.worker_side import WorkerSide
 from kvmem.errors import EngineError
 
@@ -93,8 +98,14 @@ class KVMemConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             block_size = vllm_config.cache_config.block_size
             self.block_pins = BlockPins(-(-vllm_config.model_config.max_model_len // block_size))
-            after_s, mode = extra.get(ORPHANS_AFTER_S), extra.get(INJECT_MODE)
+            after_s, mode, learn = extra.get(ORPHANS_AFTER_S), extra.get(INJECT_MODE), extra.get(LEARN)
             self.orphans = None if after_s is None else Orphans(folder, after_s)
+
+            def lessons(counts: Counts) -> Lessons:
+                learner = learner_of(learn or {}, folder, fingerprint, block_size)
+                model = vllm_config.model_config.hf_text_config
+                return Lessons(folder, fingerprint, model, learner, ranks, block_size, self.block_pins, counts)
+
             self.scheduler_side = SchedulerSide(
                 folder,
                 block_size,
@@ -110,6 +121,7 @@ class KVMemConnector(KVConnectorBase_V1):
                 HostFiles(host_bytes, ranks, lambda name: (folder / name).exists()),
                 max(fingerprint.stored_kv_heads // ranks, 1) / fingerprint.stored_kv_heads,
                 None if mode is None else MemoryIndex(folder, fingerprint),
+                None if learn is None else lessons,
             )
             if self.orphans is not None:
                 self.orphans.start()
@@ -166,8 +178,8 @@ class KVMemConnector(KVConnectorBase_V1):
         return ConnectorMetrics(*arguments, **keywords)
 
     def shutdown(self) -> None:
-        if self.role is KVConnectorRole.SCHEDULER and self.orphans is not None:
-            self.orphans.stop()
+        if self.role is KVConnectorRole.SCHEDULER:
+            self.scheduler_side.stop()
         if self.role is KVConnectorRole.WORKER:
             self.worker_side.stop()
 

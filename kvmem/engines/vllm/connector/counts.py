@@ -32,6 +32,8 @@ LOOKUPS, READS, READ_BYTES = "kvmem:index_lookups", "kvmem:file_reads", "kvmem:f
 READ_SECONDS, FAILED_READS, EVICTIONS = "kvmem:file_read_seconds", "kvmem:failed_file_reads", "kvmem:host_evictions"
 BYTES, BUDGET, HOST_FILES = "kvmem:bytes", "kvmem:host_budget_bytes", "kvmem:host_files"
 MEMORIES, PINS, DISK_FREE = "kvmem:memories", "kvmem:pins", "kvmem:store_free_bytes"
+LEARNED, LEARNED_TOKENS, NOT_LEARNED = "kvmem:learned", "kvmem:learned_tokens", "kvmem:failed_learns"
+LEARNED_EVICTIONS = "kvmem:learned_evictions"
 
 METRICS = {
     REQUESTS: Metric(
@@ -58,8 +60,15 @@ METRICS = {
     FAILED_READS: Metric(COUNTER, "Reads that failed: the file was damaged, deleted or replaced."),
     EVICTIONS: Metric(COUNTER, "Files that left host memory for others."),
     BYTES: Metric(
-        GAUGE, "Bytes of memories by tier: in host memory, and of all files in the store.", "tier", ("host", "store")
+        GAUGE,
+        "Bytes of memories: in host memory, of all files in the store, and of those files that were learned.",
+        "tier",
+        ("host", "store", "learned"),
     ),
+    LEARNED: Metric(COUNTER, "Prefixes of the traffic that became memories by themselves."),
+    LEARNED_TOKENS: Metric(COUNTER, "Tokens of those."),
+    NOT_LEARNED: Metric(COUNTER, "Prefixes that were to become memories, and whose files could not be written."),
+    LEARNED_EVICTIONS: Metric(COUNTER, "Learned memories that were deleted to keep the budget."),
     BUDGET: Metric(GAUGE, "Bytes of host memory that files may take."),
     HOST_FILES: Metric(GAUGE, "Files in host memory."),
     MEMORIES: Metric(GAUGE, "Files that the index can find."),

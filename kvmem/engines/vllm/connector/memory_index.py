@@ -21,6 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from kvmem.cache import ModelFingerprint
+from kvmem.engines.vllm.connector.learning import is_learned
 from kvmem.engines.vllm.connector.protocol import MEMORY_NAME, digest
 from kvmem.errors import StorageError
 from kvmem.storage import ItemHead, read_head
@@ -72,6 +73,8 @@ class Indexed:
     """Empty for a file that the index leaves out, for `reason`."""
     kv_bytes: int = 0
     reason: str = ""
+    learned_in: str | None = None
+    """The namespace of a file that was learned from the traffic; None for other files."""
 
 
 class MemoryIndex:
@@ -153,6 +156,14 @@ class MemoryIndex:
             )
         return Match(best, best_tokens)
 
+    def learned(self) -> list[tuple[str, str, Ids]]:
+        """Name, namespace and token ids of each file that was learned from the traffic and can be found."""
+        return [
+            (name, indexed.learned_in, indexed.token_ids)
+            for name, indexed in self.files.items()
+            if indexed.learned_in is not None and not indexed.reason
+        ]
+
     def accepts(self, head: ItemHead) -> str:
         """Why a file can't be injected where no request names it; "" if it can."""
         built_by = head.entry.metadata.fingerprint
@@ -186,7 +197,8 @@ class MemoryIndex:
         if not reason and len(head.token_ids) < STEP_TOKENS:
             reason = f"It has fewer than {STEP_TOKENS} tokens."
         ids = np.asarray(() if reason else head.token_ids, np.int32)
-        self.files[name] = Indexed(inode, ids, head.kv_bytes, reason)
+        learned_in = head.entry.metadata.namespace if is_learned(head) else None
+        self.files[name] = Indexed(inode, ids, head.kv_bytes, reason, learned_in)
         node = None
         for key in _hashes(ids):
             node = self._nodes_of(name).setdefault(key, Node())

@@ -79,6 +79,9 @@ ORPHANS_AFTER_S = "kvmem_orphans_after_s"
 INJECT_MODE = "kvmem_inject_mode"
 """Key of the same: `auto` (a request gets the longest memory of its namespace that its prompt begins with) or `named`
 (only a memory that it names; the default on a server). None: as `named`, and no index is kept."""
+LEARN = "kvmem_learn"
+"""Key of the same: the fields of a `LearnConfig`, where prefixes of the traffic become memories by themselves. Takes
+INJECT_MODE `auto`. None: nothing is learned."""
 ADMIN_VARIABLE = "KVMEM_ADMIN_KEY"
 """The environment variable that holds the administrator's key in the server's processes. No log shows it."""
 AUTO, NAMED = "auto", "named"
@@ -123,7 +126,7 @@ class Report:
     memory: str = ""
     """Name of the file that was found for the prompt, where the request named none."""
     explained: dict[str, Any] = field(default_factory=dict)
-    """What EXPLAIN asked for: `name`, `tokens` and `reason` of a `Match`, `in_host_memory`, and `mode`."""
+    """What EXPLAIN asked for: `name`, `tokens` and `reason` of a `Match`, `in_host_memory`, `mode` and `learning`."""
     pins: dict[str, float | None] = field(default_factory=dict)
     """To an administrator: all pins, with the seconds until each ends by itself, None if it does not."""
     host_cache: dict[str, Any] = field(default_factory=dict)

@@ -6,21 +6,21 @@ import hmac
 import json
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pydantic
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 from vllm.v1.request import RequestStatus
 
 from kvmem.engines.vllm.connector import counts
 from kvmem.engines.vllm.connector.block_pins import BlockPins
 from kvmem.engines.vllm.connector.counts import Counts, key_of
-from kvmem.engines.vllm.connector.file_reads import Read, ReadDone
+from kvmem.engines.vllm.connector.file_reads import Read
 from kvmem.engines.vllm.connector.host_files import HostFiles
+from kvmem.engines.vllm.connector.lessons import Lessons
 from kvmem.engines.vllm.connector.memory_index import MemoryIndex
 from kvmem.engines.vllm.connector.orphans import Orphans
 from kvmem.engines.vllm.connector.protocol import (
@@ -55,6 +55,7 @@ from kvmem.engines.vllm.connector.protocol import (
     report_name,
     save_key,
 )
+from kvmem.engines.vllm.connector.transfers import Outcomes, Transfer, Transfers
 from kvmem.errors import StorageError
 from kvmem.prompt import common_prefix
 from kvmem.storage import ItemHead, ItemManifest, read_head
@@ -69,59 +70,6 @@ ORDERS = (LOAD, SAVE, PIN, PREFETCH, EXPLAIN)
 """A request with one of these gets no memory that it does not name."""
 MOST_PREFETCHED = 1000
 """How many files one request may prefetch: the engine looks at each before its next step."""
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Tokens `start` to `end` of a request's blocks, from or to the file `name`."""
-
-    request_id: str
-    name: str
-    block_ids: tuple[int, ...]
-    start: int
-    end: int
-    item: str = ""
-    """The manifest of a saved file, as JSON."""
-    key: FileState | None = None
-    """Of a loaded file, its state when it was read into host memory."""
-
-
-@dataclass
-class Transfers(KVConnectorMetadata):
-    """What the workers transfer in one step."""
-
-    loads: list[Transfer] = field(default_factory=list)
-    saves: list[Transfer] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
-    """Files to read into host memory from now on."""
-    drops: list[FileState] = field(default_factory=list)
-    """Files that leave host memory before this step's reads begin."""
-    idle: bool = False
-    """True if no request computes anything: the engine has nothing to do until a read ends."""
-    prefills: bool = False
-    """True if a request computes several tokens: then the layers run one by one."""
-
-
-@dataclass
-class Outcomes(KVConnectorWorkerMetadata):
-    """By request id, what became of its load and save in this step on any rank."""
-
-    failed_loads: dict[str, str] = field(default_factory=dict)
-    failed_saves: dict[str, str] = field(default_factory=dict)
-    """Each with the reason."""
-    saved: set[str] = field(default_factory=set)
-    reads: list[ReadDone] = field(default_factory=list)
-    """Reads that have ended, not necessarily begun in this step. Each rank reports each read once."""
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> Outcomes:
-        """The outcomes of two ranks."""
-        assert isinstance(other, Outcomes)
-        return Outcomes(
-            self.failed_loads | other.failed_loads,
-            self.failed_saves | other.failed_saves,
-            self.saved | other.saved,
-            self.reads + other.reads,
-        )
 
 
 @dataclass(frozen=True)
@@ -178,13 +126,17 @@ class SchedulerSide:
         host_files: HostFiles,
         rank_share: float,
         index: MemoryIndex | None = None,
+        lessons: Callable[[Counts], Lessons] | None = None,
     ) -> None:
         """rank_share: which part of a file's keys and values each rank keeps. index: of the folder, if one is kept; its
-        files are read now."""
+        files are read now. lessons: makes what learns from the traffic, if anything does."""
         self.index = index
         if index is not None:
             index.refresh(None)
         self.counts = Counts(folder)
+        self.lessons = None if lessons is None or index is None else lessons(self.counts)
+        if self.lessons is not None and index is not None:
+            self.lessons.adopt(index.learned())
         self.local: dict[str, int] = {}
         """For requests that wait, the tokens in the engine's prefix cache when they were last looked at."""
         self.host_files = host_files
@@ -237,6 +189,8 @@ class SchedulerSide:
             elif not self.host_files.is_ready(orders.loaded_from, request.request_id):
                 orders.report.file_read = True
                 return None
+            elif self.lessons is not None and not self.heads[orders.loaded_from.key].is_plain:
+                self.lessons.distrust(request.cache_salt)
         orders.computed = computed
         if request.num_preemptions == 0:  # a preempted request returns with blocks of its own, which are not a hit
             orders.report.local_tokens, orders.report.injected_tokens = computed, injected
@@ -247,9 +201,12 @@ class SchedulerSide:
         orders = self._orders_of(request)
         if request.num_preemptions == 0:
             self._count(request, injected, orders)
+        block_ids = list(block_ids)
+        if self.lessons is not None:
+            self.lessons.allocated(request.request_id, block_ids)
         if orders is None:
             return
-        orders.block_ids = list(block_ids)
+        orders.block_ids = block_ids
         if injected > 0:
             assert orders.load is not None
             assert orders.loaded_from is not None
@@ -273,6 +230,8 @@ class SchedulerSide:
         running = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
         for request_id, new_blocks, computed_tokens in running:
             computed[request_id] = computed_tokens
+            if new_blocks and self.lessons is not None and request_id not in cached.resumed_req_ids:
+                self.lessons.more_blocks(request_id, new_blocks[0])
             if new_blocks and request_id in self.orders and request_id not in cached.resumed_req_ids:
                 self.orders[request_id].block_ids += new_blocks[0]  # `allocated` has all blocks of a resumed request
         for request_id, computed_tokens in computed.items():
@@ -286,6 +245,8 @@ class SchedulerSide:
             transfers.saves.append(
                 Transfer(request_id, orders.save, tuple(orders.block_ids), 0, orders.prompt_tokens, item)
             )
+        if self.lessons is not None:
+            transfers.background_saves = self.lessons.plan(computed, scheduled, bool(transfers.loads))
         return transfers
 
     def record_outcomes(self, output: KVConnectorOutput) -> None:
@@ -294,6 +255,8 @@ class SchedulerSide:
         outcomes = output.kv_connector_worker_meta
         if isinstance(outcomes, Outcomes):
             self.host_files.record(outcomes.reads)
+            if self.lessons is not None:
+                self.lessons.record(outcomes.reads, outcomes.background_saves)
             self.counts.changed = True
             for request_id, reason in outcomes.failed_loads.items():
                 if request_id in self.orders:
@@ -319,6 +282,8 @@ class SchedulerSide:
         """The report, for the answer's kv_transfer_params. The request still has its blocks, so they can be pinned."""
         self.local.pop(request.request_id, None)
         self.looked_up.discard(request.request_id)
+        if self.lessons is not None:
+            self.lessons.finished(request.request_id)
         orders = self.orders.pop(request.request_id, None)
         if orders is None:
             return None
@@ -342,7 +307,9 @@ class SchedulerSide:
         return {REPORT: asdict(report)} if orders.wants_report else None
 
     def take_counts(self) -> dict[str, float]:
-        """What has changed since the last call, for /metrics."""
+        """What has changed since the last call, for /metrics. Called at the end of each step."""
+        if self.lessons is not None:
+            self.lessons.step_ended()
         if not self.counts.changed:
             return {}
         host = self.host_files.state()
@@ -360,7 +327,16 @@ class SchedulerSide:
         }
         if self.index is not None:
             states |= {counts.MEMORIES: self.index.memories, key_of(counts.BYTES, "store"): self.index.kv_bytes}
+        if self.lessons is not None:
+            states[key_of(counts.BYTES, "learned")] = self.lessons.learner.nbytes
         return self.counts.take_changes(states)
+
+    def stop(self) -> None:
+        """The engine ends."""
+        if self.orphans is not None:
+            self.orphans.stop()
+        if self.lessons is not None:
+            self.lessons.learner.close()
 
     def _count(self, request: Request, injected: int, orders: Orders | None) -> None:
         """Counts a request that is given its blocks for the first time."""
@@ -470,6 +446,8 @@ class SchedulerSide:
         assert request.prompt_token_ids is not None
         self.looked_up.add(request.request_id)
         match = self.index.find(namespace_of(request.cache_salt), request.prompt_token_ids)
+        if self.lessons is not None:
+            self.lessons.watch(request.request_id, request.cache_salt, request.prompt_token_ids, match.tokens)
         self.counts.add(counts.LOOKUPS, "found" if match.name else "not_found")
         if not match.name and not wanted:
             return None
@@ -486,7 +464,8 @@ class SchedulerSide:
             return {}
         match = self.index.find(namespace, ids)
         held = any(key[0] == match.name and entry.ready for key, entry in self.host_files.entries.items())
-        return {**asdict(match), "in_host_memory": held, "mode": self.permissions.inject}
+        learning = "" if self.lessons is None else self.lessons.learner.explain(namespace, ids)
+        return {**asdict(match), "in_host_memory": held, "mode": self.permissions.inject, "learning": learning}
 
     def _is_admin(self, params: Mapping[str, Any]) -> bool:
         key, given = self.permissions.admin_key, str(params.get(ADMIN_KEY, ""))

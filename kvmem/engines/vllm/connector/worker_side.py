@@ -10,12 +10,13 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
 from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
+from kvmem.engines.vllm.connector.background_saves import BackgroundSaves
 from kvmem.engines.vllm.connector.block_layouts import Layout, layout_for
 from kvmem.engines.vllm.connector.file_reads import Throttle
 from kvmem.engines.vllm.connector.held_files import HeldFiles
 from kvmem.engines.vllm.connector.host_memory import HostMemory
 from kvmem.engines.vllm.connector.protocol import file_path, part_name
-from kvmem.engines.vllm.connector.scheduler_side import Outcomes, Transfer, Transfers
+from kvmem.engines.vllm.connector.transfers import Outcomes, Transfer, Transfers
 from kvmem.errors import StorageError
 from kvmem.storage import ItemManifest, SafetensorsFile
 
@@ -49,6 +50,7 @@ class WorkerSide:
         self.host_pages = host_pages
         self.read_bytes_per_s = read_bytes_per_s
         self.outcomes = Outcomes()
+        self.background = BackgroundSaves()
         self.failed_blocks: set[int] = set()
         self.loaded: dict[str, torch.cuda.Event] = {}
         """By layer, the end of its loads that the forward pass has not waited for yet."""
@@ -136,6 +138,8 @@ class WorkerSide:
                 self.outcomes.failed_saves[transfer.request_id] = str(error)
             else:
                 self.outcomes.saved.add(transfer.request_id)
+        for transfer in transfers.background_saves:
+            self._save_in_background(transfer)
 
     def take_failed_blocks(self) -> set[int]:
         """Ids of the blocks whose loads have failed since the last call."""
@@ -150,11 +154,33 @@ class WorkerSide:
         """The outcomes since the last call; None if there are none."""
         outcomes, self.outcomes = self.outcomes, Outcomes()
         outcomes.reads = self.files.reads.take_done()
+        outcomes.background_saves = self.background.take_done()
         return outcomes if outcomes != Outcomes() else None
 
     def stop(self) -> None:
         """Ends what runs on threads."""
         self.files.reads.stop()
+        self.background.stop()
+
+    def _save_in_background(self, transfer: Transfer) -> None:
+        """Copies and writes blocks that this step has filled. The scheduler keeps them until they are copied."""
+        size = self.layout.block_size
+        if self.failed_blocks.intersection(transfer.block_ids[: -(-transfer.end // size)]):
+            self.background.fail(transfer.name, "A load of its first blocks failed.")
+            return
+        filled = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+        path = file_path(self.folder, part_name(transfer.name, self.rank, self.ranks))
+
+        def copied() -> KVCacheItem:
+            with torch.inference_mode():
+                if filled is None:
+                    return self._item(transfer)
+                stream = torch.cuda.Stream(self.device)
+                stream.wait_event(filled)
+                with torch.cuda.device(self.device), torch.cuda.stream(stream):
+                    return self._item(transfer)
+
+        self.background.start(transfer.name, copied, lambda item: SafetensorsFile().dump(path, [item]))
 
     def _slots(self, transfer: Transfer) -> torch.Tensor:
         """The slots of the transfer's tokens, copied to the device once for all layers, without waiting for it."""

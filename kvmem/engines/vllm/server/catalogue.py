@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvmem.cache import Source
 from kvmem.engines.vllm.connector import MEMORY_NAME, NO_LEASE, FileState, digest, file_state
+from kvmem.engines.vllm.connector.learning import is_learned
 from kvmem.errors import DuplicateMemoryError, StorageError, UnknownMemoryError
 from kvmem.storage import ItemHead, read_head
 
@@ -49,6 +50,11 @@ class StoredMemory:
         """Whether it stays until it is deleted. The others end with the client that made them."""
         parts = MEMORY_NAME.fullmatch(self.file)
         return parts is not None and parts["lease"] == NO_LEASE
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the server made it of its traffic. The server may also delete it, to keep its budget."""
+        return is_learned(self.head)
 
 
 class Catalogue:

@@ -34,8 +34,9 @@ from kvmem.engines.vllm.connector import (
     UNPIN,
     Report,
 )
+from kvmem.engines.vllm.connector.rank_parts import join_parts
 from kvmem.engines.vllm.file_injection import BUILD_TOKENS, new_manifest
-from kvmem.engines.vllm.memory_files import FileStore, salt_within
+from kvmem.engines.vllm.memory_files import salt_within
 from kvmem.engines.vllm.server.card import ServerCard
 from kvmem.engines.vllm.server.catalogue import Catalogue, StoredMemory, store_fault
 from kvmem.errors import ArgumentError, DuplicateMemoryError, EngineError, PromptError, StorageError, UnknownMemoryError
@@ -111,7 +112,11 @@ class Memories:
             )
         async with self.lock:
             existing = await asyncio.to_thread(self.catalogue.memories, wanted.namespace)
-            same_name = [memory for memory in existing if memory.is_persistent and memory.name == wanted.name]
+            same_name = [
+                memory
+                for memory in existing
+                if memory.is_persistent and not memory.is_learned and memory.name == wanted.name
+            ]
             for memory in same_name:
                 if memory.head.token_ids == tokens.token_ids and memory.head.is_plain:
                     return self._shown(memory)
@@ -130,7 +135,11 @@ class Memories:
         """A memory with its source."""
         memory = await asyncio.to_thread(self.catalogue.find, namespace, wanted)
         pins = (await self._ordered({PREFETCH: []}, namespace)).pins
-        return {**self._shown(memory, pins), "source": memory.source}
+        shown = self._shown(memory, pins)
+        if memory.is_learned:  # of traffic, which is tokens
+            ids = list(memory.head.token_ids)
+            return shown | {"source": await asyncio.to_thread(lambda: self.tokenizer.decode(ids))}
+        return shown | {"source": memory.source}
 
     async def delete(self, namespace: str, wanted: str) -> dict[str, Any]:
         """Deletes a memory's file and its pin."""
@@ -159,6 +168,7 @@ class Memories:
         ids = await asyncio.to_thread(self._prompt_ids, asked)
         told = (await self._ordered({EXPLAIN: ids}, asked.namespace)).explained
         answer = {"prompt_tokens": len(ids), "hit": False, "memory": None, "tokens": 0, "reason": told["reason"]}
+        answer["learning"] = told["learning"]
         if not told["name"]:
             return answer
         memories = await asyncio.to_thread(self.catalogue.memories, asked.namespace)
@@ -199,9 +209,8 @@ class Memories:
         if not report.saved:
             raise StorageError(f"The memory was not saved: {report.save_error}")
         if self.card.ranks > 1:
-            store = FileStore(None, self.folder)
-            config = self.card.pretrained_config()
-            await asyncio.to_thread(store.join, report.saved, self.card.fingerprint, config, self.card.ranks)
+            config, ranks = self.card.pretrained_config(), self.card.ranks
+            await asyncio.to_thread(join_parts, self.folder, report.saved, self.card.fingerprint, config, ranks)
         return await asyncio.to_thread(self.catalogue.find, wanted.namespace, manifest.kv_cache_id)
 
     async def _ordered(
@@ -240,6 +249,7 @@ class Memories:
             "bytes": memory.head.kv_bytes,
             "created_at": int(memory.created_at.timestamp()),
             "persistent": memory.is_persistent,
+            "learned": memory.is_learned,
             "file": memory.file,
             "pinned_s": (pins or {}).get(memory.file),
         }

@@ -14,7 +14,9 @@ import os
 import sys
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import torch
@@ -22,10 +24,11 @@ import torch
 from kvmem.engines.vllm import launch
 from kvmem.engines.vllm.config import VLLMConfig
 from kvmem.engines.vllm.connector import ADMIN_VARIABLE, ANYONE, AUTO, NAMED, NOBODY, STORE, make_save_key
+from kvmem.engines.vllm.connector.learning import LearnConfig
 from kvmem.engines.vllm.launch import dtype_of, load_description
 from kvmem.engines.vllm.server import memories_api
 from kvmem.engines.vllm.server.card import ServerCard
-from kvmem.errors import KVMemError, config_error
+from kvmem.errors import ConfigError, KVMemError, config_error
 from kvmem.models import loading
 
 CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(int(launch.CPU_KV_CACHE_GIB * 2**30)))
@@ -33,6 +36,7 @@ CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(int(launch.CPU_KV
 
 
 ORPHANS_AFTER_S = 86_400.0
+OFF = "off"
 WINDOW_FLAG = "--max-model-len"
 
 
@@ -67,6 +71,7 @@ def options_of(given: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[str]:
     """The server's arguments. Saves the model to a folder if it is in none, and writes the store's card."""
+    learn = _learn(given)
     config = VLLMConfig(
         model_name_or_path=given.model,
         dtype=given.dtype,
@@ -109,10 +114,23 @@ def serve_command(given: argparse.Namespace, for_vllm: Sequence[str]) -> list[st
             orphans_after_s,
             config.host_cache_gib,
             config.read_mib_s,
-            given.inject,
+            given.inject or (AUTO if learn is not None else NAMED),
+            learn,
         )
         command.append(json.dumps(connector))
     return [*command, *for_vllm]  # last, because the last of two values counts
+
+
+def _learn(given: argparse.Namespace) -> dict[str, Any] | None:
+    """The connector's settings for learning; None if it learns nothing. Raises ConfigError for options that disagree,
+    and pydantic's ValidationError for a bad value."""
+    if given.learn == OFF:
+        return None
+    if given.store is None:
+        raise ConfigError("--learn auto keeps memories in a store. Give --store FOLDER.")
+    if given.inject == NAMED:
+        raise ConfigError("--learn auto makes memories that no request names. Leave --inject out.")
+    return asdict(LearnConfig(budget_gib=given.learn_gib, after=given.learn_after))
 
 
 def _window(for_vllm: Sequence[str]) -> int | None:
@@ -157,9 +175,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--inject",
         choices=(AUTO, NAMED),
-        default=NAMED,
         help="auto: each request gets the longest memory of its namespace that its prompt begins with; "
-        "named (the default): only a memory that it names",
+        "named (the default without --learn): only a memory that it names",
+    )
+    parser.add_argument(
+        "--learn",
+        choices=(AUTO, OFF),
+        default=OFF,
+        help="auto: prefixes that come again in the traffic become memories by themselves; default: off",
+    )
+    parser.add_argument(
+        "--learn-gib",
+        type=float,
+        default=LearnConfig.budget_gib,
+        metavar="GIB",
+        help="disk space for what was learned; default: 16",
+    )
+    parser.add_argument(
+        "--learn-after",
+        type=int,
+        default=LearnConfig.after,
+        metavar="TIMES",
+        help="how often a prefix has to come before it may become a memory; default: 3",
     )
     parser.add_argument(
         "--host-cache-gib",
