@@ -45,7 +45,7 @@ FLAGS = (
 ENVIRONMENT = {"VLLM_API_KEY": KEY, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """The latter, with the executor `uni`, saves the server a process for its only worker, and 15 s at its start."""
 
-LEARN_AFTER = 8
+LEARN_AFTER = 6
 LEARNING = ("--learn", "auto", "--learn-after", str(LEARN_AFTER))
 """The launcher's options of a server that learns, and injects what it finds. No other test asks that often."""
 

@@ -32,7 +32,7 @@ def test_a_text_that_comes_again_becomes_a_memory_of_its_namespace(client: OpenA
     learn(client, url, TEXT, NAMESPACE)
     after = metrics(url)
     grown = {name: after[name] - before[name] for name in after if name in before}
-    tokens = grown["kvmem:learned_tokens_total"]
+    tokens = int(grown["kvmem:learned_tokens_total"])
     assert grown["kvmem:learned_total"] == 1 and tokens >= 2 * BLOCK_TOKENS and tokens % BLOCK_TOKENS == 0
     assert grown["kvmem:failed_learns_total"] == grown["kvmem:learned_evictions_total"] == 0
     prompts = grown["vllm:prompt_tokens_total"]
