@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmem.cache import ModelFingerprint, sha256
-from kvmem.engines.vllm.connector.learning import LearnConfig, Learner, Lesson
+from kvmem.engines.vllm.connector import LearnConfig, Learner, Lesson
 from kvmem.errors import StorageError
 from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.calibration import Calibration, Sample

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmem.engines.vllm.connector.learning import LearnConfig, Lesson, learner_of
+from kvmem.engines.vllm.connector import LearnConfig, Lesson, learner_of
 from kvmem.scheduler.seen_prefixes import SeenPrefixes
 from kvmem.scheduler.traffic_learner import TrafficLearner
 from tests.helpers.stored import FINGERPRINT

@@ -20,13 +20,13 @@ from kvmem.engines.base import FileHandle, Injectable, StoredFile
 from kvmem.engines.vllm.connector import (
     NAMESPACE_END,
     NO_LEASE,
+    join_parts,
     lease_name,
     lease_of,
     memory_name,
     namespace_of,
     renewal_s,
 )
-from kvmem.engines.vllm.connector.rank_parts import join_parts
 from kvmem.errors import NamespaceError, StorageError, check_kind
 from kvmem.merge import MergeStrategy
 from kvmem.prompt import PromptTemplate, Query, TokenizedPrompt

@@ -1,14 +1,17 @@
 """The part that runs inside vLLM: a KV connector that saves, injects and pins memories.
 
-`protocol` defines the request parameters and the report, and is all that this package exports: importing it does not
-import vLLM. `connector` is the class that vLLM loads. `scheduler_side`, `memory_index`, `host_files`, `block_pins`,
-`counts` and `orphans` run in vLLM's scheduler. `worker_side`, `file_reads`, `host_memory` and `block_layouts` run in
-its workers. `metrics` shows the counts on vLLM's /metrics. `learning` and `background_saves` are for memories that the
-traffic teaches.
+This package exports what `protocol` defines, the request parameters and the report; `learning`, the interface of what
+learns from the traffic; and `rank_parts`. Importing it does not import vLLM.
+
+`connector` is the class that vLLM loads. `scheduler_side`, `memory_index`, `host_files`, `block_pins`, `lessons`,
+`counts` and `orphans` run in vLLM's scheduler. `worker_side`, `file_reads`, `background_saves`, `host_memory` and
+`block_layouts` run in its workers. `transfers` is what the two say to one another. `metrics` shows the counts on vLLM's
+/metrics.
 
 A memory goes from its file to host memory, on threads of the workers, and from there into blocks, within a step.
 """
 
+from kvmem.engines.vllm.connector.learning import LearnConfig, Learner, Lesson, is_learned, learner_of
 from kvmem.engines.vllm.connector.protocol import (
     ADMIN_KEY,
     ADMIN_VARIABLE,
@@ -60,6 +63,7 @@ from kvmem.engines.vllm.connector.protocol import (
     report_name,
     save_key,
 )
+from kvmem.engines.vllm.connector.rank_parts import join_parts
 
 __all__ = [
     "ADMIN_KEY",
@@ -98,10 +102,16 @@ __all__ = [
     "UNPIN",
     "FileState",
     "HostCacheState",
+    "LearnConfig",
+    "Learner",
+    "Lesson",
     "Report",
     "check_version",
     "digest",
     "file_state",
+    "is_learned",
+    "join_parts",
+    "learner_of",
     "lease_name",
     "lease_of",
     "make_save_key",

@@ -10,8 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from kvmem.cache import Source
-from kvmem.engines.vllm.connector import MEMORY_NAME, NO_LEASE, FileState, digest, file_state
-from kvmem.engines.vllm.connector.learning import is_learned
+from kvmem.engines.vllm.connector import MEMORY_NAME, NO_LEASE, FileState, digest, file_state, is_learned
 from kvmem.errors import DuplicateMemoryError, StorageError, UnknownMemoryError
 from kvmem.storage import ItemHead, read_head
 

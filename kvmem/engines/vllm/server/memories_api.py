@@ -33,8 +33,8 @@ from kvmem.engines.vllm.connector import (
     SAVE,
     UNPIN,
     Report,
+    join_parts,
 )
-from kvmem.engines.vllm.connector.rank_parts import join_parts
 from kvmem.engines.vllm.file_injection import BUILD_TOKENS, new_manifest
 from kvmem.engines.vllm.memory_files import salt_within
 from kvmem.engines.vllm.server.card import ServerCard

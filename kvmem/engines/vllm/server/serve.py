@@ -23,8 +23,7 @@ import torch
 
 from kvmem.engines.vllm import launch
 from kvmem.engines.vllm.config import VLLMConfig
-from kvmem.engines.vllm.connector import ADMIN_VARIABLE, ANYONE, AUTO, NAMED, NOBODY, STORE, make_save_key
-from kvmem.engines.vllm.connector.learning import LearnConfig
+from kvmem.engines.vllm.connector import ADMIN_VARIABLE, ANYONE, AUTO, NAMED, NOBODY, STORE, LearnConfig, make_save_key
 from kvmem.engines.vllm.launch import dtype_of, load_description
 from kvmem.engines.vllm.server import memories_api
 from kvmem.engines.vllm.server.card import ServerCard
