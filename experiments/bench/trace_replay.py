@@ -20,6 +20,7 @@ from experiments.workloads import QUESTIONS, as_query, cut_memories, docs_text
 from kvmem import TextualMemoryItem
 from kvmem.cache import CacheView, KVCacheItem
 from kvmem.engines.huggingface import HFBackend
+from kvmem.engines.vllm import FileView
 from kvmem.prompt import Query, TokenizedPrompt
 from kvmem.scheduler import Costs, MemScheduler
 
@@ -182,7 +183,7 @@ class Player:
     builds_s: list[float] = field(default_factory=list)
     context_tokens: list[int] = field(default_factory=list)
     view_off: float = 0.0
-    view: CacheView | None = None
+    view: CacheView | FileView | None = None
     """What the scheduler lent to the last answer."""
 
     def __post_init__(self) -> None:
@@ -236,7 +237,7 @@ class Player:
 
     def _is_hit(self) -> bool:
         with self.scheduler.view([self.text]) as cache:
-            return cache.get_seq_length() > 0
+            return len(cache.tokens.token_ids) > 0
 
     def _look_at_kv(self, query: Query) -> None:
         """Compares the view with what is stored, keeps the item, and grades the first hit's answer."""
@@ -244,7 +245,8 @@ class Player:
         with self.scheduler.items.use(item_id) as item, self.scheduler.view([self.text]) as cache:
             self.items.setdefault(item_id, item)
             self.builds_s.append(item.metadata.build_s)
-            self.view_off = max(self.view_off, view_off(item, cache) or 0.0)
+            if isinstance(cache, CacheView):
+                self.view_off = max(self.view_off, view_off(item, cache) or 0.0)
             if not self.traces:
                 backend, steps = self.bench.backend, self.answer_tokens
                 prompt = backend.split(query, cache)

@@ -13,6 +13,7 @@ from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import UnknownMemoryError
 from kvmem.merge import joined_tokens
 from kvmem.prompt import common_prefix
+from kvmem.scheduler.engines import Engine
 from kvmem.scheduler.groups import MAX_MEMBERS, Groups, group_id
 from kvmem.scheduler.namespaces import namespace_of
 from kvmem.tiers import TieredCache
@@ -30,7 +31,7 @@ class KVIndex:
 
     def __init__(
         self,
-        backend: HFBackend,
+        backend: Engine,
         items: TieredCache,
         separator: str,
         namespace: str = "",
@@ -92,6 +93,10 @@ class KVIndex:
             dropped = self._unstore(removed)
         self._tell(dropped)
         return removed
+
+    def namespace(self, id_: str) -> str:
+        """The namespace of a memory or group."""
+        return namespace_of(id_, self._namespace)
 
     def members(self, id_: str) -> tuple[str, ...]:
         """The memories of a group, in order; for a memory, only itself."""
@@ -159,6 +164,7 @@ class KVIndex:
 
     def kept_item(self, id_: str, texts: Texts, tokens: MemoryTokens, kept: KeptPrefix) -> KVCacheItem:
         """The KV of `texts`, as `build` gives it, from what an answer kept. Raises ModelError."""
+        assert isinstance(self.backend, HFBackend)  # of another engine's answers nothing is kept
         source = texts[0] if len(texts) == 1 else _source(id_, texts)
         return self.backend.kept_item(kept, tokens, source, namespace_of(id_, self._namespace))
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from kvmem.cache import CacheView, KVCacheItem, MemoryTokens, TextualMemoryItem, dynamic_cache
+from kvmem.cache import MemoryTokens, TextualMemoryItem, dynamic_cache
+from kvmem.engines.vllm import FileView, VLLMBackend
 from kvmem.errors import ChangedFileError, DamagedFileError, StorageError, UnknownMemoryError
 from kvmem.prompt import common_prefix
 from kvmem.scheduler.cost_model import LoadEstimator
+from kvmem.scheduler.engines import View, text_view
 from kvmem.scheduler.events import EventLog
 from kvmem.scheduler.kv_index import KVIndex
 from kvmem.tiers import LoadEstimate
@@ -46,7 +48,7 @@ class PrefixSelector:
         self._lock = threading.Lock()
 
     @contextmanager
-    def view(self, memories: Sequence[TextualMemoryItem]) -> Iterator[CacheView]:
+    def view(self, memories: Sequence[TextualMemoryItem]) -> Iterator[View]:
         """A cache for a prompt that holds these memories in this order, valid inside the block.
 
         It holds the exact prefix whose load, with the prefill of the rest, takes the least time. That may be nothing;
@@ -60,7 +62,7 @@ class PrefixSelector:
         tokens = self._index.joint_tokens(memories)
         with ExitStack() as lease:
             chosen, cache, note = self._best(memories, tokens, lease)
-            cache = cache or self._as_text(tokens)
+            cache = cache or self._as_text(memories, tokens)
             cache.note = note
             cache.tier = chosen.load.tier if chosen is not None else ""
             try:
@@ -70,18 +72,18 @@ class PrefixSelector:
                     self._read_failed(chosen.memory_id, chosen.item_id, error)
                 raise
 
-    def text(self, memories: Sequence[TextualMemoryItem], note: str) -> CacheView:
+    def text(self, memories: Sequence[TextualMemoryItem], note: str) -> View:
         """A view without KV for the same prompt, all of which is prefilled. note: why nothing was loaded."""
-        cache = self._as_text(self._index.joint_tokens(memories))
+        cache = self._as_text(memories, self._index.joint_tokens(memories))
         cache.note = note
         return cache
 
-    def _as_text(self, tokens: MemoryTokens) -> CacheView:
-        return dynamic_cache.empty_view(tokens, self._backend.model_config)
+    def _as_text(self, memories: Sequence[TextualMemoryItem], tokens: MemoryTokens) -> View:
+        return text_view(self._backend, tokens, self._index.namespace(memories[0].id))
 
     def _best(
         self, memories: Sequence[TextualMemoryItem], tokens: MemoryTokens, lease: ExitStack
-    ) -> tuple[_Candidate | None, CacheView | None, str]:
+    ) -> tuple[_Candidate | None, View | None, str]:
         """The best prefix that can be read, with the KV that it is of, and the note for it."""
         notes: list[str] = []
         candidates, uncut = self._candidates(memories, tokens)
@@ -92,8 +94,7 @@ class PrefixSelector:
                 continue
             with ExitStack() as own_lease:
                 try:
-                    item = own_lease.enter_context(self._items.use(candidate.item_id))
-                    prefix = self._prefix(item, tokens, candidate.load.tokens)
+                    prefix = self._prefix(own_lease, candidate, tokens)
                 except UnknownMemoryError:  # evicted since
                     continue
                 except (StorageError, OSError) as error:  # also of a file that changed after it was loaded
@@ -142,9 +143,15 @@ class PrefixSelector:
     def _estimate(self, item_id: str, tokens: int) -> LoadEstimate:
         return self._loads.estimate(self._items.tier_of(item_id), self._items.nbytes(item_id), tokens)
 
-    def _prefix(self, item: KVCacheItem, tokens: MemoryTokens, shared: int) -> CacheView | None:
-        """The first `shared` tokens of the item; None if a sliding window has dropped some of them."""
+    def _prefix(self, lease: ExitStack, candidate: _Candidate, tokens: MemoryTokens) -> View | None:
+        """What the item shares with these tokens, as long as the lease lasts; None if a sliding window has dropped a
+        part of it, or if that is nothing."""
+        shared = candidate.load.tokens
         shared_tokens = tokens.model_copy(update={"token_ids": tokens.token_ids[:shared]})
+        if isinstance(self._backend, VLLMBackend):
+            handle = lease.enter_context(self._items.file(candidate.item_id))
+            return FileView(shared_tokens, handle.file, handle.salt, handle.namespace) if shared else None
+        item = lease.enter_context(self._items.use(candidate.item_id))
         cache_view = dynamic_cache.view_of(
             item.kv_cache, shared_tokens, self._backend.model_config, item.metadata.lossy, self._backend.fingerprint
         )

@@ -19,6 +19,7 @@ from kvmem.cache import CacheView, KeptPrefix, MemoryTokens, TextualMemoryItem
 from kvmem.config import check_namespace
 from kvmem.engines import Generation, Sampling, Token, check_generation
 from kvmem.engines.huggingface import HFBackend
+from kvmem.engines.vllm import FileView
 from kvmem.errors import (
     BudgetError,
     BuildCancelled,
@@ -33,10 +34,12 @@ from kvmem.errors import (
 )
 from kvmem.memory import KVCacheMemory
 from kvmem.prompt import Query
+from kvmem.scheduler import engines
 from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
 from kvmem.scheduler.calibration import RECENT, Calibration, CalibrationFile, calibrated, validity
 from kvmem.scheduler.cost_model import Costs, LoadEstimator
+from kvmem.scheduler.engines import View
 from kvmem.scheduler.events import EventKind, EventLog, EventStream
 from kvmem.scheduler.groups import group_id, is_about
 from kvmem.scheduler.journal import Journal
@@ -70,7 +73,7 @@ class _Answering:
     kept: KeptPrefix | None = None
     is_computed: bool = False
 
-    def computed(self, cache: CacheView) -> None:
+    def computed(self, cache: View) -> None:
         """Its prompt was computed with this view."""
         self.kept, self.is_computed = cache.kept, True
 
@@ -120,11 +123,7 @@ class MemScheduler:
             check_kind(f"MemScheduler's {name}", given, *kinds, way_out=way_out)
         if max_builds < 0:
             raise ConfigError(f"max_builds is {max_builds}. Give 0 or more.")
-        if not isinstance(memory.backend, HFBackend) or memory.backend.ranks > 1:  # each rank would plan on its own
-            raise ConfigError(
-                f"MemScheduler needs the backend huggingface or hf_graph, and has {type(memory.backend).name}."
-            )
-        self.backend = memory.backend
+        self.backend = engines.checked(memory.backend)
         if namespace := memory.config.namespace:  # its state and its KV apart from those of other namespaces
             own = namespace_folder(namespace)
             folder = None if folder is None else Path(folder) / own
@@ -182,7 +181,7 @@ class MemScheduler:
         """The thread that closes the scheduler, while it keeps what answers have left."""
 
     def observe(
-        self, memories: TextMemories, query: Query, cache: CacheView | None = None, namespace: str | None = None
+        self, memories: TextMemories, query: Query, cache: View | None = None, namespace: str | None = None
     ) -> None:
         """Records that a query used this text memory, or these in this order. Returns at once; `tick` does the rest.
 
@@ -193,7 +192,7 @@ class MemScheduler:
         namespace: as in `answer`. A memory whose time to live is over is not observed.
         """
         used = self._given(memories, namespace)
-        check_kind("cache", cache, CacheView, type(None), way_out="Give the view that answered the query.")
+        check_kind("cache", cache, CacheView, FileView, type(None), way_out="Give the view that answered the query.")
         self._check_open()
         if self._over(used):
             return
@@ -364,11 +363,11 @@ class MemScheduler:
         with self._answering(used, [query]) as answering:
             try:
                 with self._view(used) as cache:
-                    generation = self.backend.generate(query, cache, max_new_tokens, sampling)
+                    generation = engines.generate(self.backend, query, cache, max_new_tokens, sampling)
                     answering.computed(cache)
             except ChangedFileError as error:  # while it was read; its KV is dropped
                 with self._text_view(used, error) as cache:
-                    generation = self.backend.generate(query, cache, max_new_tokens, sampling)
+                    generation = engines.generate(self.backend, query, cache, max_new_tokens, sampling)
                     answering.computed(cache)
         return generation
 
@@ -396,7 +395,7 @@ class MemScheduler:
         with self._answering(used, [query]) as answering:
             try:
                 with self._view(used) as cache:
-                    for token in self.backend.stream(query, cache, max_new_tokens, sampling):
+                    for token in engines.stream(self.backend, query, cache, max_new_tokens, sampling):
                         answering.computed(cache)
                         yield token
                     answering.computed(cache)
@@ -404,7 +403,7 @@ class MemScheduler:
                 if answering.is_computed:
                     raise
                 with self._text_view(used, error) as cache:
-                    for token in self.backend.stream(query, cache, max_new_tokens, sampling):
+                    for token in engines.stream(self.backend, query, cache, max_new_tokens, sampling):
                         answering.computed(cache)
                         yield token
                     answering.computed(cache)
@@ -443,6 +442,8 @@ class MemScheduler:
     ) -> list[Generation] | None:
         """The answers by one batch; None if a part of the memories has to be computed, and could be kept, first."""
         with self._answering(used, queries) as answering, self._view(used) as cache:
+            if not isinstance(self.backend, HFBackend) or not isinstance(cache, CacheView):
+                return None
             held = cache.get_seq_length()
             if held == 0 or (cache.keep is not None and held < self.index.tokens(used[0]).body_end):
                 return None
@@ -516,23 +517,23 @@ class MemScheduler:
                 self._keep(used, answering.kept)
 
     @contextmanager
-    def view(self, text_memories: TextMemories, namespace: str | None = None) -> Iterator[CacheView]:
+    def view(self, text_memories: TextMemories, namespace: str | None = None) -> Iterator[View]:
         """The cache that `answer` uses, valid inside the block. Builds wait meanwhile. Give it to `observe` then."""
         with self._view(self._given(text_memories, namespace)) as cache:
             yield cache
 
     @contextmanager
-    def _text_view(self, used: list[TextualMemoryItem], error: ChangedFileError) -> Iterator[CacheView]:
+    def _text_view(self, used: list[TextualMemoryItem], error: ChangedFileError) -> Iterator[View]:
         """A view without KV for the same prompt, after a file changed while it was read."""
         with self.gate.request():
             yield self._watched(self.prefix_selector.text(used, f"Stored KV could not be read to its end: {error}"))
 
-    def _watched(self, cache: CacheView) -> CacheView:
+    def _watched(self, cache: View) -> View:
         cache.on_prefill = partial(self._prefilled, cache.tier)
         return cache
 
     @contextmanager
-    def _view(self, used: list[TextualMemoryItem]) -> Iterator[CacheView]:
+    def _view(self, used: list[TextualMemoryItem]) -> Iterator[View]:
         if over := self._over(used):
             with self.gate.request():
                 yield self._watched(self.prefix_selector.text(used, f"The time to live of {', '.join(over)} is over."))

@@ -35,6 +35,11 @@ class TierStore(ABC):
     def delete(self, item_id: str) -> None:
         """Deletes the item, which may be missing already. Raises StorageError or OSError if its bytes stay."""
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether what a read takes tells what a use of an item takes."""
+        return True
+
     def stored_metadata(self, metadata: KVCacheMetadata) -> KVCacheMetadata:
         """The metadata of an item once it has been in this store. It differs only if the store is lossy."""
         return metadata
@@ -187,6 +192,10 @@ class MemoryStore(TierStore):
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device, pin_memory=self._pinned)
         return copy.copy_(tensor)
 
+    @property
+    def is_measured(self) -> bool:
+        return False
+
     def read(self, item_id: str) -> KVCacheItem:
         return self._items[item_id]
 
@@ -247,7 +256,7 @@ class DiskStore(TierStore):
                 check_place(item.kv_cache_id, self.path(item.kv_cache_id).name, path.name)
                 items.append(ScannedItem(item.kv_cache_id, item.metadata, dynamic_cache.nbytes(item.kv_cache)))
             except (StorageError, FingerprintError) as error:
-                refused.append(RefusedFile(path.name, str(error), _ids_in_file(path)))
+                refused.append(RefusedFile(path.name, str(error), ids_in_file(path)))
         return items, refused
 
     def delete_refused(self, name: str) -> None:
@@ -264,7 +273,7 @@ class DiskStore(TierStore):
         return items[0]
 
 
-def _ids_in_file(path: Path) -> frozenset[str] | None:
+def ids_in_file(path: Path) -> frozenset[str] | None:
     """As `ids_in`, for a safetensors file."""
     try:
         with safetensors.safe_open(path, "pt") as file:

@@ -13,9 +13,11 @@ from typing import ClassVar
 import torch
 
 from kvmem.cache import KVCacheItem, KVCacheMetadata, device_transfer, dynamic_cache
-from kvmem.engines import Backend
+from kvmem.engines import Backend, FileHandle
+from kvmem.engines.vllm import VLLMBackend
 from kvmem.errors import BudgetError, ConfigError, DuplicateMemoryError, StorageError, UnknownMemoryError, did_you_mean
 from kvmem.tiers.base import DiskStore, MemoryStore, PendingDeletes, RefusedFile, TierStore
+from kvmem.tiers.engine_files import LEVELS, EngineFiles
 from kvmem.tiers.load_times import LoadTimes
 from kvmem.tiers.quantized import BITS, QuantizedStore
 from kvmem.tiers.remote import RemoteStore
@@ -94,15 +96,19 @@ class TieredCache:
         self._used = dict.fromkeys(self.budgets, 0)
         self._lock = threading.Lock()
         self._stores = {name: self._open(name, folder, cold) for name in self.budgets}
-        self.measured_tiers = {name for name, store in self._stores.items() if not isinstance(store, MemoryStore)}
+        self.measured_tiers = {name for name, store in self._stores.items() if store.is_measured}
         """The tiers whose loads `loads` measures."""
-        self.lasting_tiers = set(self.measured_tiers)
+        self.lasting_tiers = {name for name, store in self._stores.items() if not isinstance(store, MemoryStore)}
         """The tiers whose items the next process finds."""
 
     def _open(self, name: str, folder: str | Path | None, cold: str | None) -> TierStore:
         on_gpu = self._backend.device.type == "cuda"
         if name not in self.NAMES:
             raise ConfigError(f"Unknown tier {name!r}. {did_you_mean(name, self.NAMES)}")
+        if isinstance(self._backend, VLLMBackend):
+            if name not in LEVELS or folder is None:
+                raise ConfigError(f"With vLLM the tiers are {', '.join(LEVELS)}, in a folder, and not {name!r}.")
+            return self._restore(name, EngineFiles(self._backend, Path(folder), name))
         if name == "ram":
             return MemoryStore(self._backend, torch.device("cpu"), pinned=on_gpu)
         if name == "gpu":
@@ -181,6 +187,21 @@ class TieredCache:
                 raise
             cache = device_transfer.to_device(item.kv_cache, self._backend.device, self._backend.model_config)
             yield KVCacheItem(cache, item.metadata, item.kv_cache_id)
+        finally:
+            with self._lock:
+                entry.ref_count -= 1
+                self._free_if_dropped(item_id, entry)
+
+    @contextmanager
+    def file(self, item_id: str) -> Iterator[FileHandle]:
+        """As `use`, for an engine that injects files: the item's file. Raises StorageError if it can't be read."""
+        with self._lock:
+            entry = self._entry(item_id)
+            entry.ref_count += 1
+            store = self._stores[entry.tier]
+        try:
+            assert isinstance(store, EngineFiles)
+            yield store.handle(item_id, entry.metadata)
         finally:
             with self._lock:
                 entry.ref_count -= 1

@@ -6,6 +6,7 @@ and files.
 """
 
 from kvmem.engines.vllm.backend import VLLMBackend
+from kvmem.engines.vllm.file_view import FileView
 from kvmem.engines.vllm.launch import CPU_KV_CACHE_GIB, ENVIRONMENT
 from kvmem.engines.vllm.open_loop import Arrival, EngineSteps, Limit, OpenLoop, Served
 from kvmem.engines.vllm.requests import EngineRequest, GenerationRequest, VLLMGeneration
@@ -16,6 +17,7 @@ __all__ = [
     "Arrival",
     "EngineRequest",
     "EngineSteps",
+    "FileView",
     "GenerationRequest",
     "Limit",
     "OpenLoop",

@@ -131,6 +131,9 @@ class VLLMBackend(FileInjectingEngine, MeasuredBackend):
             (output,) = self.loop.run([request])
         return answer_of(output)
 
+    def submit_behind(self, request: EngineRequest) -> EngineAnswer:
+        return answer_of(self.loop.run_behind(request))
+
     def submit_batch(self, requests: Sequence[EngineRequest]) -> list[EngineAnswer | KVMemError]:
         with self.loop.lock:
             answers = {output.request_id: answer_of(output) for output in self.loop.run(requests)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Collection, Generator, Sequence
 from contextlib import AbstractContextManager
@@ -19,8 +20,35 @@ if TYPE_CHECKING:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 
+PAUSE_S = 0.0005
+"""How often a request beside batches looks whether one waits for the engine."""
+
+
+class TurnLock:
+    """A reentrant lock that knows how many threads wait for it."""
+
+    def __init__(self) -> None:
+        self._lock, self._counting = threading.RLock(), threading.Lock()
+        self.waiting = 0
+
+    def __enter__(self) -> None:
+        if self._lock.acquire(blocking=False):
+            return
+        with self._counting:
+            self.waiting += 1
+        try:
+            self._lock.acquire()
+        finally:
+            with self._counting:
+                self.waiting -= 1
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
 class EngineLoop:
     """The step loop of one engine. It runs one batch at a time: whoever uses it holds `lock` until the batch ends.
+    A request of `run_behind` runs beside it.
 
     The engines of a process take turns step by step. An engine is closed when its loop is no longer used.
     """
@@ -31,7 +59,9 @@ class EngineLoop:
         self.connector = connector
         weakref.finalize(self, process.close, llm, connector).atexit = False  # at exit, vLLM closes its engines
         self.end_tokens = sorted(end_tokens)
-        self.lock = threading.RLock()
+        self.lock = TurnLock()
+        self.behind: dict[str, RequestOutput | None] = {}
+        """Requests that run beside batches, with their outputs once they are finished."""
         self.pins_to_release: list[str] = []
         """Names of pins that the engine is still to release: they are sent with the next request."""
 
@@ -45,12 +75,42 @@ class EngineLoop:
                 unfinished.add(request.id)
             while unfinished:
                 for output in self.step():
+                    if output.request_id in self.behind:
+                        self.behind[output.request_id] = output
+                        continue
                     if output.finished:
                         unfinished.discard(output.request_id)
                     yield output
         finally:
             if unfinished:
                 self.abort(unfinished)
+
+    def run_behind(self, request: EngineRequest) -> RequestOutput:
+        """Runs a request beside the batches of other threads, which need not wait for it: the engine's own scheduler
+        runs it with theirs. Returns its output when it is finished."""
+        with self.lock:
+            self.add(request)
+            self.behind[request.id] = None
+        try:
+            while True:
+                with self.lock:
+                    if self.behind[request.id] is None:
+                        self._step_behind()
+                    output = self.behind[request.id]
+                    if output is not None:
+                        return output
+                while self.lock.waiting:  # a batch goes first, and takes this request along
+                    time.sleep(PAUSE_S)
+        finally:
+            with self.lock:
+                if self.behind.pop(request.id) is None:
+                    with process.running(self.connector):
+                        self.llm.llm_engine.abort_request([request.id])
+
+    def _step_behind(self) -> None:
+        for output in self.step():
+            if output.request_id in self.behind:
+                self.behind[output.request_id] = output
 
     def add(self, request: EngineRequest, stream: bool = False) -> None:
         """Adds a request to those that the engine's next steps run. With `stream`, each output has the new tokens only,
@@ -98,6 +158,8 @@ class EngineLoop:
     def reset_prefix_cache(self) -> None:
         """Empties the engine's prefix cache. Raises EngineError while a request holds blocks."""
         with self.lock:
+            while any(output is None for output in self.behind.values()):
+                self._step_behind()
             if self.pins_to_release:  # a request of one token carries them, with a salt that no other has
                 release = EngineRequest((0,), 1, past_end=True)
                 list(self.run([replace(release, salt=release.id)]))

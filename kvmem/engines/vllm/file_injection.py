@@ -32,9 +32,10 @@ from kvmem.cache import (
 from kvmem.engines.base import Backend, BetweenLayers, FileHandle, Injectable
 from kvmem.engines.generation import Sampling, Token, as_text, check_generation
 from kvmem.engines.vllm.connector import ITEM, LOAD, PREFETCH, SAVE, HostCacheState, Report
+from kvmem.engines.vllm.file_view import FileView
 from kvmem.engines.vllm.memory_files import FileStore, as_file_handle, block_salt, salt_within, split_behind, tenant_of
 from kvmem.engines.vllm.requests import EngineAnswer, EngineRequest, GenerationRequest, VLLMGeneration, verified
-from kvmem.errors import EngineError, InjectionError, KVMemError, MergeError, PromptError
+from kvmem.errors import ChangedFileError, EngineError, InjectionError, KVMemError, MergeError, PromptError
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.models import loading
 from kvmem.prompt import Query, TokenizedPrompt
@@ -63,10 +64,17 @@ class FileInjectingEngine(Backend):
     """How to get a larger window, as an error message says it."""
     default_salt: str | None = None
     """Salt of requests that give no `cache_salt`."""
+    keeps_last_position = False
+    """A file can be cut at any token."""
+    answers_together = False
 
     @abstractmethod
     def submit(self, request: EngineRequest) -> EngineAnswer:
         """Sends one request and waits for its answer."""
+
+    def submit_behind(self, request: EngineRequest) -> EngineAnswer:
+        """As `submit`, while requests of other threads go on."""
+        return self.submit(request)
 
     @abstractmethod
     def submit_batch(self, requests: Sequence[EngineRequest]) -> list[EngineAnswer | KVMemError]:
@@ -111,6 +119,17 @@ class FileInjectingEngine(Backend):
         Raises PromptError if the text does not fit the window, and EngineError if the file was not saved.
         """
         tokens = self.template.memory_tokens(source)
+        return self.build_tokens(tokens, textual_memory, base, between_layers, namespace)
+
+    def build_tokens(
+        self,
+        tokens: MemoryTokens,
+        textual_memory: TextualMemoryItem | None = None,
+        base: KVCacheItem | None = None,
+        between_layers: BetweenLayers | None = None,
+        namespace: str = "",
+    ) -> KVCacheItem:
+        """As `build`, for tokens that are already known, such as those of several texts joined."""
         self.check_length(len(tokens.token_ids), BUILD_TOKENS)
         manifest = new_manifest(tokens, self.fingerprint, textual_memory, namespace)
         if between_layers is not None:
@@ -128,7 +147,7 @@ class FileInjectingEngine(Backend):
         # A salt of its own: the build is a real prefill, not a hit on what an earlier one left in the engine.
         salt = salt_within(namespace or self.default_salt, uuid.uuid4().hex)
         request = EngineRequest(tokens.token_ids, BUILD_TOKENS, salt=salt, transfer=transfer, past_end=True)
-        name, reason = self._saved(self.submit(request))
+        name, reason = self._saved(self.submit(request) if between_layers is None else self.submit_behind(request))
         if reason:
             if name:
                 (store.folder / name).unlink(missing_ok=True)
@@ -257,7 +276,45 @@ class FileInjectingEngine(Backend):
         Raises InjectionError if the engine computed tokens of the memory that it should have reused.
         """
         request = GenerationRequest(query, kv_cache, max_new_tokens, sampling or Sampling(), cache_salt)
-        return self.answer(self.split(query, kv_cache), request)
+        prompt = self.split(query, kv_cache)
+        if isinstance(kv_cache, FileView):
+            return self._answer_of_view(prompt, request, kv_cache)
+        return self.answer(prompt, request)
+
+    def _answer_of_view(self, prompt: TokenizedPrompt, request: GenerationRequest, view: FileView) -> VLLMGeneration:
+        """The answer to a scheduler's view, which hears of it."""
+        stream = self._timed_stream(self.engine_request(prompt, request), time.perf_counter())
+        while True:
+            try:
+                next(stream)
+            except StopIteration as end:
+                answer, first_s = end.value
+                break
+        return replace(self._verified_view(answer, prompt, request, view, first_s), note=view.note, lossy=view.lossy)
+
+    def _verified_view(
+        self, answer: EngineAnswer, prompt: TokenizedPrompt, request: GenerationRequest, view: FileView, first_s: float
+    ) -> VLLMGeneration:
+        """As `verify`, for a scheduler's view, which hears of the answer. Raises ChangedFileError if its file was not
+        injected."""
+        try:
+            generation = self.verify(answer, prompt, request)
+        except InjectionError as error:
+            raise ChangedFileError(str(error)) from error
+        if view.on_prefill is not None:
+            view.on_prefill(len(prompt.ids) - generation.cached_tokens, generation.cached_tokens, first_s)
+        return generation
+
+    def _timed_stream(self, request: EngineRequest, started: float) -> Generator[int, None, tuple[EngineAnswer, float]]:
+        """As `submit_stream`. Returns also the seconds from `started` to the first token."""
+        first_s, stream = 0.0, self.submit_stream(request)
+        while True:
+            try:
+                token = next(stream)
+            except StopIteration as end:
+                return end.value, first_s or time.perf_counter() - started
+            first_s = first_s or time.perf_counter() - started
+            yield token
 
     def generate_batch(self, requests: Sequence[GenerationRequest]) -> list[VLLMGeneration | KVMemError]:
         """Answers to requests that run together, in order. A request that fails gives its error; the others go on."""
@@ -289,8 +346,12 @@ class FileInjectingEngine(Backend):
         engine_request = self.engine_request(prompt, request)
 
         def token_ids() -> Iterator[int]:
-            answer = yield from self.submit_stream(engine_request)
-            self.verify(answer, prompt, request)
+            started = time.perf_counter()
+            answer, first_s = yield from self._timed_stream(engine_request, started)
+            if isinstance(kv_cache, FileView):
+                self._verified_view(answer, prompt, request, kv_cache, first_s)
+            else:
+                self.verify(answer, prompt, request)
 
         return as_text(token_ids(), self.text, engine_request.max_new_tokens, max_new_tokens)
 

@@ -5,6 +5,9 @@ On a server a client also keeps a lease, so that the server can delete the files
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import threading
 import uuid
 import weakref
@@ -139,6 +142,7 @@ class FileStore:
         self.lease = None if orphans_after_s is None else Lease(self.folder, renewal_s(orphans_after_s))
         self.default_namespace = default_namespace
         self.files: weakref.WeakKeyDictionary[KVCacheItem, StoredFile] = weakref.WeakKeyDictionary()
+        self.links: weakref.WeakValueDictionary[str, StoredFile] = weakref.WeakValueDictionary()
         self.lock = threading.Lock()
 
     def file_of(self, item: KVCacheItem) -> StoredFile:
@@ -147,6 +151,36 @@ class FileStore:
             if item not in self.files:
                 self.files[item] = self.write(item)
             return self.files[item]
+
+    def adopt_link(self, item: KVCacheItem) -> StoredFile:
+        """The file of an item that has one, for as long as it is used: as `linked`."""
+        with self.lock:
+            file = self.links[item.kv_cache_id] = self.files[item]
+            return file
+
+    def linked(self, item_id: str, path: Path, namespace: str) -> StoredFile:
+        """A name in this folder for a file of an item that is kept elsewhere: the same for each item as long as it is
+        used, so that the engine knows it again. On another disk, it is a copy.
+
+        Raises StorageError if the file is missing or can't be linked.
+        """
+        with self.lock:
+            known = self.links.get(item_id)
+            if known is not None and _is_same(known.path, path):
+                return known
+            lease = NO_LEASE if self.lease is None else self.lease.name
+            link = self.folder / memory_name(namespace or self.default_namespace, lease)
+            try:
+                try:
+                    os.link(path, link)
+                except OSError as error:
+                    if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
+                        raise
+                    shutil.copyfile(path, link)
+            except OSError as error:
+                raise StorageError(f"{path} can't be given to the engine ({error}).") from error
+            file = self.links[item_id] = LeasedFile(link, self.lease)
+            return file
 
     def view(self, item: KVCacheItem) -> FileHandle:
         """The handle of one item. A salt separates KV of unknown origin from what a prefill of its ids gives."""
@@ -189,3 +223,12 @@ class FileStore:
         with self.lock:
             self.files[item] = LeasedFile(path, self.lease)
         return item
+
+
+def _is_same(link: Path, path: Path) -> bool:
+    """Whether `link` is still the file, or a copy of it that is no older."""
+    try:
+        known, now = link.stat(), path.stat()
+    except OSError:
+        return False
+    return os.path.samestat(known, now) or (known.st_dev != now.st_dev and known.st_mtime_ns >= now.st_mtime_ns)
