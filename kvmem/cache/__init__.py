@@ -16,6 +16,7 @@ from kvmem.cache.dynamic_cache import CacheView, KeptPrefix
 from kvmem.cache.fingerprint import ModelFingerprint, fingerprint_of, hash_template, hash_tokenizer, sha256
 from kvmem.cache.finite import layer_that_is_not_finite
 from kvmem.cache.items import (
+    DialogueMemoryItem,
     KVCacheItem,
     KVCacheMetadata,
     MemoryTokens,
@@ -42,6 +43,7 @@ __all__ = [
     "CacheLayout",
     "CacheView",
     "Contents",
+    "DialogueMemoryItem",
     "FunctionWatch",
     "KVCacheItem",
     "KVCacheMetadata",

@@ -75,6 +75,29 @@ class TextualMemoryItem(BaseModel):
         return checked
 
 
+class DialogueMemoryItem(TextualMemoryItem):
+    """Earlier turns of a conversation as a memory: `memory` is a list of turns, each {"role": text, "content": text}.
+
+    The same conversation with more turns is the same memory, grown, and not another text.
+    """
+
+    memory: tuple[Message, ...]  # type: ignore[assignment] # a memory of turns where the others have a text
+
+    @field_validator("id", "memory")
+    @classmethod
+    def _is_unicode(cls, value: str | tuple[Message, ...]) -> str | tuple[Message, ...]:  # type: ignore[override]
+        if isinstance(value, str):
+            return super()._is_unicode(value)
+        if not value:
+            raise ValueError("it has no turns. Give at least one.")
+        for turn in value:
+            if set(turn) != {"role", "content"}:
+                raise ValueError(f'a turn is {{"role": a text, "content": a text}}, and got {turn!r}.')
+            for text in turn.values():
+                super()._is_unicode(text)
+        return value
+
+
 class MemoryTokens(BaseModel):
     """The tokens of a cache, and what is needed to render its source again with a new query.
 

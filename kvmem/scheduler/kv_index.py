@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from kvmem.cache import KeptPrefix, KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
+from kvmem.cache import DialogueMemoryItem, KeptPrefix, KVCacheItem, KVCacheMetadata, MemoryTokens, TextualMemoryItem
 from kvmem.engines import BetweenLayers
 from kvmem.engines.huggingface import HFBackend
 from kvmem.errors import UnknownMemoryError
 from kvmem.merge import joined_tokens
 from kvmem.prompt import common_prefix
+from kvmem.scheduler.dialogues import extends, system_text
 from kvmem.scheduler.engines import Engine
 from kvmem.scheduler.groups import MAX_MEMBERS, Groups, group_id
 from kvmem.scheduler.namespaces import namespace_of
@@ -54,16 +55,20 @@ class KVIndex:
     def set_text(self, memory: TextualMemoryItem) -> bool:
         """Sets a memory's text. True if it is new or has changed; KV of the old text is then no longer served.
 
+        A dialogue that has grown keeps its KV: that of the earlier turns. One that is given with fewer turns than it
+        has keeps those that it has.
+
         Call `drop_outdated` afterwards to free the old KV, which may be slow. A caller that keeps a journal writes the
         new text to it in between.
         """
         with self._lock:
             known = self.texts.get(memory.id)
-            if known is not None and known.memory == memory.memory:
+            if known is not None and extends(known.memory, memory.memory):
                 return False
+            grown = known is not None and extends(memory.memory, known.memory)
             self.texts[memory.id] = memory
             self._tokens.pop(memory.id, None)
-            dropped = self._unstore([memory.id, *self.groups.of(memory.id)])
+            dropped = [] if grown else self._unstore([memory.id, *self.groups.of(memory.id)])
         self._tell(dropped)
         return True
 
@@ -110,9 +115,11 @@ class KVIndex:
             raise UnknownMemoryError(f"The text of {error.args[0]} is not known.") from error
 
     def are_texts_of(self, id_: str, texts: Texts) -> bool:
-        """Whether these are still the current texts of a memory or group."""
-        current = (self.texts.get(memory_id) for memory_id in self.members(id_))
-        return [text and text.memory for text in current] == [text.memory for text in texts]
+        """Whether these are still the current texts of a memory or group, or the beginning of a dialogue."""
+        current = [self.texts.get(memory_id) for memory_id in self.members(id_)]
+        return len(current) == len(texts) and all(
+            now is not None and extends(now.memory, text.memory) for now, text in zip(current, texts, strict=True)
+        )
 
     def tokens(self, memory: TextualMemoryItem) -> MemoryTokens:
         """The tokens of the memory's KV. Raises PromptError for a text that can't be stored."""
@@ -189,25 +196,42 @@ class KVIndex:
         return [] if self.backend.fingerprint.keeps_states else self.groups.heads(group)
 
     def beginning_as(self, memories: Sequence[TextualMemoryItem]) -> list[tuple[str, str]]:
-        """(id, kv_cache_id) of stored KV that begins with the first of `memories` and contains no outdated text."""
+        """(id, kv_cache_id) of stored KV that begins with the first of `memories` and contains no outdated text.
+
+        For a dialogue with a system turn, also that of a text memory with the same text: a prompt begins alike.
+        """
         first = memories[0].id
+        system = system_text(memories[0])
         with self._lock:
             ids = [id_ for id_ in (first, *self.groups.of(first)) if self.members(id_)[0] == first]
+            if system is not None:
+                ids += [id_ for id_ in self._stored if self._is_text(id_, system, first)]
             stored = [(id_, self._stored[id_]) for id_ in ids if id_ in self._stored]
         return [(id_, item_id) for id_, item_id in stored if self._is_built_from(id_, item_id, memories)]
 
     def _is_built_from(self, id_: str, item_id: str, memories: Sequence[TextualMemoryItem]) -> bool:
-        """Whether the item's texts are those of `memories`, as far as both name the same memories."""
+        """Whether the item's texts are those of `memories`, as far as both name the same memories.
+
+        The turns of a dialogue are not compared: its KV serves the tokens that the prompt begins with.
+        """
         try:
             texts = self._source_texts(id_, self.items.metadata(item_id))
         except UnknownMemoryError:  # evicted since
             return False
+        if isinstance(memories[0], DialogueMemoryItem):
+            return True
         for member, text, memory in zip(self.members(id_), texts, memories, strict=False):
             if member != memory.id:
                 break
             if text != memory.memory:
                 return False
         return True
+
+    def _is_text(self, id_: str, text: str, other: str) -> bool:
+        """Whether this is a text memory of this text, in the namespace of the memory `other`."""
+        known = self.texts.get(id_)
+        mine, theirs = (namespace_of(each, self._namespace) for each in (id_, other))
+        return known is not None and known.memory == text and mine == theirs
 
     def _source_texts(self, id_: str, metadata: KVCacheMetadata) -> list[object]:
         """The texts that an item was built from."""
@@ -250,10 +274,23 @@ class KVIndex:
             id_ = metadata.textual_memory.id if metadata.textual_memory else ""
             known = id_ not in self._stored and all(member in self.texts for member in self.members(id_))
             known &= metadata.namespace in ("", namespace_of(id_, self._namespace))
-            if known and self._source_texts(id_, metadata) == [text.memory for text in self.texts_of(id_)]:
+            if known and self._are_current(id_, metadata):
                 self._stored[id_] = item_id
             else:
                 self.items.drop(item_id)
+
+    def _are_current(self, id_: str, metadata: KVCacheMetadata) -> bool:
+        built_from, now = self._source_texts(id_, metadata), [text.memory for text in self.texts_of(id_)]
+        return built_from == now or (len(now) == 1 and extends(now[0], metadata.tokens.source))
+
+    def stored_tokens(self, id_: str) -> int | None:
+        """How many tokens the stored KV has; None if there is none."""
+        with self._lock:
+            item_id = self._stored.get(id_)
+        try:
+            return None if item_id is None else self.items.metadata(item_id).token_count
+        except UnknownMemoryError:  # erased since
+            return None
 
     def _drop(self, id_: str) -> bool:
         item_id = self._stored.pop(id_, None)

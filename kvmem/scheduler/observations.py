@@ -12,9 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kvmem.cache import TextualMemoryItem
+from kvmem.cache import DialogueMemoryItem, TextualMemoryItem
 from kvmem.errors import ArgumentError, KVMemWarning, PromptError, StorageError, UnknownMemoryError, check_kind
 from kvmem.scheduler.backoff import RetryBackoff
+from kvmem.scheduler.dialogues import extends, text_memory
 from kvmem.scheduler.journal import Journal
 from kvmem.scheduler.kv_index import KVIndex
 from kvmem.scheduler.lifetimes import Lifetimes
@@ -63,7 +64,7 @@ class ObservationQueue:
         return changed
 
     def set_text(self, memory: TextualMemoryItem) -> bool:
-        """Sets a memory's text. True if it is new or has changed."""
+        """Sets a memory's text. True if it is new or has changed; False too for a dialogue that has grown."""
         with self._lock:
             return self._set_text(memory)
 
@@ -131,7 +132,7 @@ class ObservationQueue:
                         self._planner.used(group, query_tokens)
                     continue
                 for changed in (ids[0], *self._index.groups.of(ids[0])):
-                    if changed in self._planner.table.row_of:  # known before, so this is an edit
+                    if kind == "text" and changed in self._planner.table.row_of:  # known before, so this is an edit
                         self._planner.edited(changed)
                     self._failures.pop(changed, None)
                     self._update_length(changed)
@@ -167,13 +168,14 @@ class ObservationQueue:
         return self._outdated
 
     def _set_text(self, memory: TextualMemoryItem) -> bool:
-        is_edit = memory.id in self._index.texts
+        known = self._index.texts.get(memory.id)
+        grown = known is not None and extends(memory.memory, known.memory)
         changed = self._index.set_text(memory)
         if changed:
-            self._outdated |= is_edit and self._journal is not None
-            self._record("text", (memory.id,), 0, memory.model_dump(mode="json"))
+            self._outdated |= known is not None and not grown and self._journal is not None
+            self._record("grow" if grown else "text", (memory.id,), 0, memory.model_dump(mode="json"))
             self._index.drop_outdated()
-        return changed
+        return changed and not grown
 
     def _record(self, kind: str, ids: tuple[str, ...], query_tokens: int, memory: dict[str, Any] | None = None) -> None:
         self._pending.append((kind, ids, query_tokens))
@@ -232,7 +234,7 @@ class ObservationQueue:
         return faults
 
     def _restore_text(self, fields: dict[str, Any]) -> None:
-        self._index.set_text(TextualMemoryItem(**fields))
+        self._index.set_text(text_memory(fields))
 
     def _replay(self, event: SavedEvent) -> None:
         if event.kind in ("forget", "expire"):
@@ -285,4 +287,9 @@ def text_memories_of(given: TextMemories) -> list[TextualMemoryItem]:
         raise UnknownMemoryError("No text memory is given. Give one, or several in their order.")
     for memory in memories:
         check_kind("What the scheduler takes", memory, TextualMemoryItem, way_out=way_out)
+    if len(memories) > 1 and any(isinstance(memory, DialogueMemoryItem) for memory in memories):
+        raise ArgumentError(
+            "A dialogue is the whole memory of a prompt, and can't stand beside others. Put the texts into its first "
+            "turn, as the system's."
+        )
     return [memory.checked() for memory in memories]

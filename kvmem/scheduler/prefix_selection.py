@@ -12,6 +12,7 @@ from kvmem.engines.vllm import FileView, VLLMBackend
 from kvmem.errors import ChangedFileError, DamagedFileError, StorageError, UnknownMemoryError
 from kvmem.prompt import common_prefix
 from kvmem.scheduler.cost_model import LoadEstimator
+from kvmem.scheduler.dialogues import extends
 from kvmem.scheduler.engines import View, text_view
 from kvmem.scheduler.events import EventLog
 from kvmem.scheduler.kv_index import KVIndex
@@ -85,8 +86,7 @@ class PrefixSelector:
         self, memories: Sequence[TextualMemoryItem], tokens: MemoryTokens, lease: ExitStack
     ) -> tuple[_Candidate | None, View | None, str]:
         """The best prefix that can be read, with the KV that it is of, and the note for it."""
-        notes: list[str] = []
-        candidates, uncut = self._candidates(memories, tokens)
+        candidates, uncut, notes = self._candidates(memories, tokens)
         for candidate in candidates:
             if not candidate.load.pays:
                 self._decline(candidate)
@@ -114,18 +114,27 @@ class PrefixSelector:
 
     def _candidates(
         self, memories: Sequence[TextualMemoryItem], tokens: MemoryTokens
-    ) -> tuple[list[_Candidate], list[str]]:
-        """Stored KV that begins as the prompt does, and notes about such KV that can't be cut to what they share.
+    ) -> tuple[list[_Candidate], list[str], list[str]]:
+        """Stored KV that begins as the prompt does, notes about such KV that can't be cut to what they share, and notes
+        about dialogues whose earlier turns the chat template writes in another way now.
 
         First, so that the note mentions it, what holds more of the prompt than the best candidate but saves no time;
         then what saves time, the most first.
         """
         candidates: list[_Candidate] = []
         uncut: list[str] = []
+        rewritten: list[str] = []
         for memory_id, item_id in self._index.beginning_as(memories):
             try:
-                stored_ids = self._items.metadata(item_id).tokens.token_ids
+                metadata = self._items.metadata(item_id)
+                stored_ids = metadata.tokens.token_ids
                 shared = common_prefix(stored_ids, tokens.token_ids)
+                earlier = metadata.tokens.source
+                if shared < len(stored_ids) and not isinstance(earlier, str) and extends(memories[0].memory, earlier):
+                    rewritten.append(
+                        f"The chat template does not repeat the earlier turns of {memory_id} as they were: the prompt "
+                        f"begins with {shared} of their {len(stored_ids)} stored tokens."
+                    )
                 if self._backend.fingerprint.keeps_states and shared < len(stored_ids):
                     uncut.append(
                         f"{memory_id} was not used: the prompt begins with {shared} of its {len(stored_ids)} tokens, "
@@ -138,7 +147,11 @@ class PrefixSelector:
         paying = [candidate for candidate in candidates if candidate.load.pays]
         paying.sort(key=lambda candidate: (-candidate.load.saved_s, candidate.load.nbytes))
         most = paying[0].load.tokens if paying else 0
-        return [each for each in candidates if not each.load.pays and each.load.tokens > most] + paying, uncut
+        return (
+            [each for each in candidates if not each.load.pays and each.load.tokens > most] + paying,
+            uncut,
+            rewritten,
+        )
 
     def _estimate(self, item_id: str, tokens: int) -> LoadEstimate:
         return self._loads.estimate(self._items.tier_of(item_id), self._items.nbytes(item_id), tokens)

@@ -14,13 +14,15 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Self
+from weakref import WeakValueDictionary
 
-from kvmem.cache import CacheView, KeptPrefix, MemoryTokens, TextualMemoryItem
+from kvmem.cache import CacheView, DialogueMemoryItem, KeptPrefix, MemoryTokens, Message, TextualMemoryItem
 from kvmem.config import check_namespace
 from kvmem.engines import Generation, Sampling, Token, check_generation
 from kvmem.engines.huggingface import HFBackend
 from kvmem.engines.vllm import FileView
 from kvmem.errors import (
+    ArgumentError,
     BudgetError,
     BuildCancelled,
     ChangedFileError,
@@ -39,6 +41,7 @@ from kvmem.scheduler.backoff import RetryBackoff
 from kvmem.scheduler.build_gate import BuildGate
 from kvmem.scheduler.calibration import RECENT, Calibration, CalibrationFile, calibrated, validity
 from kvmem.scheduler.cost_model import Costs, LoadEstimator
+from kvmem.scheduler.dialogues import turns_of
 from kvmem.scheduler.engines import View
 from kvmem.scheduler.events import EventKind, EventLog, EventStream
 from kvmem.scheduler.groups import group_id, is_about
@@ -170,6 +173,8 @@ class MemScheduler:
         """Running calls of `forget`, during which no build, move or admission starts."""
         self._answers: list[_Answering] = []
         """The running answers."""
+        self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        """By dialogue, held while a turn of it is answered."""
         self._kept: deque[tuple[list[TextualMemoryItem], KeptPrefix]] = deque()
         """What answers computed, for the thread of `start` to keep."""
         self.skipped_admissions = 0
@@ -453,6 +458,46 @@ class MemScheduler:
                 self._answered.add(cache.tier, answer.prompt_tokens - answer.cached_tokens, answer.cached_tokens, 0.0)
         return answers
 
+    def chat(
+        self,
+        dialogue_id: str,
+        query: Query,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        system: str = "",
+        namespace: str | None = None,
+    ) -> Generation:
+        """Answers the next turn of a dialogue, whose earlier turns the scheduler keeps, in its state too.
+
+        The KV of the earlier turns is reused as far as the chat template repeats them as they were; if it does not, the
+        answer's `note` says so. system: the system turn of a dialogue that begins. The KV of a text memory of the same
+        namespace and text is reused for it.
+
+        Raises PromptError if the template takes no turns, and ArgumentError if the id is that of a text memory.
+        """
+        id_ = self._id(dialogue_id, namespace)
+        self.backend.template.check_query(query)
+        self._check_open()
+        with self._moved:
+            turn = self._turns.setdefault(id_, threading.Lock())
+        with turn:
+            known = self.index.texts.get(id_)
+            if known is not None and not isinstance(known, DialogueMemoryItem):
+                raise ArgumentError(f"{dialogue_id} is a text memory. Give the dialogue another id.")
+            earlier: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+            if known is not None:
+                earlier = known.memory
+            if earlier:
+                dialogue = DialogueMemoryItem(id=dialogue_id, memory=earlier)
+                generation = self.answer(query, dialogue, max_new_tokens, sampling, namespace)
+            else:
+                with self.gate.request():
+                    generation = self.backend.generate(query, None, max_new_tokens, sampling)
+            turns = (*earlier, *turns_of(query), {"role": "assistant", "content": generation.text})
+            if not self._closing.is_set() and not self.lifetimes.is_over(id_):
+                self.observations.set_text(DialogueMemoryItem(id=id_, memory=turns))
+        return generation
+
     async def aanswer(
         self,
         query: Query,
@@ -603,10 +648,13 @@ class MemScheduler:
                     self._before_planning()
                     if id_ in self.failures.barred(self.planner.table.now):
                         continue
-                    lost = self.items.pending_deletes.by_tier()
-                    moves = self.planner.admit(id_, self.index.tiers(), lost, self.items.write_s)
+                    lost, tiers = self.items.pending_deletes.by_tier(), self.index.tiers()
+                    if (self.index.stored_tokens(id_) or 0) < len(tokens.token_ids):
+                        tiers.pop(id_, None)  # a dialogue has grown: its new KV takes the place of the old
+                    moves = self.planner.admit(id_, tiers, lost, self.items.write_s)
                 if not moves:
                     continue
+                self.index.evict(id_)
                 *before, admission = moves
                 assert admission.target is not None
                 for move in before:
