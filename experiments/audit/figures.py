@@ -26,13 +26,15 @@ from experiments.results import DerivedPayload, Evidence, Row, TimedPayload, TTF
 
 CLOSE = 1e-6
 """Relative difference of two numbers that are the same but for rounding."""
-Checked = Literal["judged again", "checked by what is stored", "failed"]
+Checked = Literal["judged again", "checked by what is stored", "failed", "not measured"]
 
 
 def checked_as(row: Row) -> Checked:
     """How a row can be checked: by the rules of now, or only by what it stores."""
     if row.status == "failed":
         return "failed"
+    if row.payload is not None and not row.payload.is_measured:
+        return "not measured"
     figures = judged_figures(row)
     judged = figures is not None and figures.evidence is not None and row.rules == RULES_VERSION
     judged |= isinstance(row.payload, TimedPayload) and bool(row.payload.timings)

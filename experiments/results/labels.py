@@ -21,6 +21,7 @@ GRADES = {
 }
 
 
+LEFT_OUT = "left out"
 PREDICTED = "predicted"
 """The engine of rows that are computed from a model of the hardware. No verdict applies to them."""
 
@@ -85,7 +86,9 @@ def verdict(row: Row) -> Label:
         case "undecided":
             return Label("undecided", row.verdict_reason)
         case "unjudged":
-            return Label(PREDICTED if is_prediction(row) else "not judged", row.verdict_reason)
+            if row.payload is not None and not row.payload.is_measured:
+                return Label(LEFT_OUT, row.verdict_reason)
+            return Label(PREDICTED if is_prediction(row) else "not judged")
         case other:
             return Label(other, row.verdict_reason)
 

@@ -47,6 +47,11 @@ class Payload:
         """Whether a diverging answer is the known price of what was measured, such as a quantized tier."""
         return False
 
+    @property
+    def is_measured(self) -> bool:
+        """False for the row of an arm that this machine can't measure; its `verdict_reason` tells why."""
+        return True
+
     def prefills(self, row: Row) -> list[TimedPrefill]:
         """The prefill times among the figures, for fitting a performance model. `row` is the row that holds this."""
         return []

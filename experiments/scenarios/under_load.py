@@ -65,6 +65,8 @@ QUESTION_TOKENS = 100
 """What a question and the template take at most, for the check of the engine's window."""
 FAQ_TOKENS = 30_000
 """About as many tokens as the generated FAQ of a company has at least."""
+CLOSE = 1.001
+"""Rates that differ by less are the same."""
 SLOWEST, FASTEST = 1 / 16, 256
 """Between which multiples of its first rate a search looks."""
 
@@ -168,6 +170,8 @@ class UnderLoadPayload(JudgedPayload):
     goal_given_s: float | None = None
     search_step: float | None = None
     """By which factor the rates of a search differ; None: there was none."""
+    search_bounds: tuple[float, float] = (0.0, 0.0)
+    """The lowest and the highest rate that a search would try."""
     alone_all_s: list[float] = field(default_factory=list)
     """The direct arm's TTFTs on an idle engine, of which the goal is twice the median."""
     whole_all_s: list[float] = field(default_factory=list)
@@ -177,6 +181,10 @@ class UnderLoadPayload(JudgedPayload):
     engine_tokens: int | None = None
     """How many tokens the engine's blocks hold."""
     block_tokens: int = 0
+
+    @property
+    def is_measured(self) -> bool:
+        return self.requests_a_second is not None
 
     def recomputed(self, row: Row) -> dict[str, float | None]:
         if not self.runs or self.requests_a_second is None:
@@ -248,10 +256,16 @@ class UnderLoadPayload(JudgedPayload):
         for run in sorted({probe.run for probe in self.probes}):
             of_run = [probe for probe in self.probes if probe.run == run]
             best = max((probe.rate for probe in of_run if probe.p99_s <= self.goal_ttft_s), default=0.0)
-            above = min((probe.rate for probe in of_run if probe.p99_s > self.goal_ttft_s), default=None)
-            if best and above is not None and above > 1.001 * best * self.search_step:
+            above = min((one.rate for one in of_run if one.p99_s > self.goal_ttft_s), default=math.inf)
+            lowest, highest = self.search_bounds
+            if above > CLOSE * max(best * self.search_step, lowest) and best * CLOSE < highest:
                 found.append(f"the search of run {run + 1} ended between {best:.4g} and {above:.4g} requests a second")
         return found
+
+    def remarks(self) -> list[str]:
+        if self.search_step and (self.sustained_a_second or 0.0) * CLOSE >= self.search_bounds[1]:
+            return [f"the search ended at its highest rate, {self.search_bounds[1]:.4g} requests a second"]
+        return []
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -365,14 +379,13 @@ class UnderLoad(ModelScenario[ArmCell]):
                 loads.setdefault(rate, []).append(found)
             return percentile(found.load.requests, 99)
 
-        exponent = round(math.log(self.search_from or 1 / cell.whole_s, self.search_step))
-        lowest, highest = exponent + self._exponents(SLOWEST), exponent + self._exponents(FASTEST)
+        exponent, lowest, highest = self._exponents(cell)
         for run in range(self.runs):
             for rate in [*self.rates, *(load / cell.whole_s for load in self.loads)]:
                 p99_s(run, rate, give_up=False)
             if self.search:
                 passes = partial(self._passes, partial(p99_s, run, give_up=True), goal_s)
-                jump = 1 if run else self._exponents(2)
+                jump = 1 if run else self._steps(2)
                 found = search(passes, exponent, jump, lowest, highest)
                 exponent = lowest if found is None else found
         if engine is not shared:
@@ -386,7 +399,12 @@ class UnderLoad(ModelScenario[ArmCell]):
     def _passes(self, p99_s: Callable[[float], float], goal_s: float, exponent: int) -> bool:
         return p99_s(self.search_step**exponent) <= goal_s
 
-    def _exponents(self, factor: float) -> int:
+    def _exponents(self, cell: ArmCell) -> tuple[int, int, int]:
+        """Of the first rate of a search, and of the lowest and the highest that it would try."""
+        first = round(math.log(self.search_from or 1 / cell.whole_s, self.search_step))
+        return first, first + self._steps(SLOWEST), first + self._steps(FASTEST)
+
+    def _steps(self, factor: float) -> int:
         """How many steps of a search come closest to `factor`; at least one."""
         steps = round(math.log(factor, self.search_step))
         return steps or 1
@@ -458,6 +476,7 @@ class UnderLoad(ModelScenario[ArmCell]):
         """A row of one rate: `idle`, the comparison on an idle engine, with the figures of the loads."""
         goal_s = self.goal_ttft_s or 2 * cell.alone_s
         blocks, block_tokens = idle.conditions.get("blocks"), idle.conditions.get("block_tokens")
+        _, lowest, highest = self._exponents(cell)
         runs, sustained = [one.load for one in measured], _sustained(probes, goal_s)
         without_loads = [one.without_loads for one in measured if one.without_loads is not None]
         payload = UnderLoadPayload(
@@ -474,6 +493,7 @@ class UnderLoad(ModelScenario[ArmCell]):
             checked_answers=self.checked_answers,
             goal_given_s=self.goal_ttft_s,
             search_step=self.search_step if self.search else None,
+            search_bounds=(self.search_step**lowest, self.search_step**highest),
             alone_all_s=list(cell.alone_all_s),
             whole_all_s=list(cell.whole_all_s),
             probes=probes,
@@ -644,7 +664,7 @@ class UnderLoad(ModelScenario[ArmCell]):
     @classmethod
     def answer(cls, rows: Sequence[Row]) -> str:
         by_arm = [(row.arm, row.payload) for row in rows if isinstance(row.payload, UnderLoadPayload)]
-        measured = [(arm, payload) for arm, payload in by_arm if payload.requests_a_second is not None]
+        measured = [(arm, payload) for arm, payload in by_arm if payload.is_measured]
         if not measured:
             return ""
         searched = {arm: payload for arm, payload in measured if payload.search_step is not None}

@@ -31,6 +31,23 @@ WRONG = {
         ("scenario=under_load",),
         "scenario=under_load can't measure backend=huggingface. Use backend=vl",
     ),
+    "an arm that is none": (
+        ("scenario=under_load", "backend=vllm", "scenario.arms=[texts]"),
+        "Unknown arm of a load 'texts'. Did you mean text?",
+    ),
+    "no rate": (("scenario=under_load", "backend=vllm", "scenario.search=false"), "There is no rate to measure."),
+    "a small window": (
+        ("scenario=under_load", "backend=vllm", "backend.max_model_len=300"),
+        "backend.max_model_len=300 does not hold a prompt of about 356 tokens",
+    ),
+    "too little text": (
+        ("scenario=under_load", "backend=vllm", "scenario.memories=25", "scenario.memory_tokens=40000"),
+        "of 25 memories only 24 have so much text",
+    ),
+    "missing arrivals": (
+        ("scenario=under_load", "backend=vllm", "scenario.trace_file=gone.jsonl"),
+        "scenario.trace_file: there is no file gone.jsonl",
+    ),
     "no prefix cache": (("scenario=prefix_reuse",), "needs an engine with a prefix cache of its own"),
     "a misspelled device": (("backend.device=cudda",), "backend: Unknown device 'cudda'. Did you mean cuda?"),
     "a misspelled attention": (

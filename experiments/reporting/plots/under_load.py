@@ -1,11 +1,10 @@
-"""TTFT under load: the middle and the slowest requests of each arm against the rate at which they come."""
+"""TTFT under load: the slowest requests of each arm against the rate at which they come."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from experiments.reporting.plots.base import Plot, tick
@@ -15,17 +14,17 @@ from experiments.scenarios import under_load
 
 MARKERS = "^vD<>P*X"
 """Of the arms that have no look of their own."""
+LINES = ("-", "--", "-.", ":")
 
 
 class UnderLoad(Plot):
-    """p50 solid, p99 dashed, the goal dotted; one panel."""
+    """p99 of each arm, hollow where it is a lower bound; the goal dotted; one panel."""
 
     name = "under_load"
     title = "Under load"
     caption = (
-        "TTFT of requests that arrive at random, from arrival to first token: the median solid, p99 dashed (of fewer "
-        "than 100 requests their maximum). The dotted line is the goal that p99 must stay under. A load that was given "
-        "up ends early, and its points are lower bounds."
+        "p99 TTFT of requests that arrive at random, from arrival to first token (of fewer than 100 requests their "
+        "maximum). The dotted line is the goal. A hollow marker is a load that was given up, so a lower bound."
     )
     place = 3
 
@@ -33,7 +32,7 @@ class UnderLoad(Plot):
         loaded = [
             (row.arm, row.payload)
             for row in rows
-            if isinstance(row.payload, under_load.UnderLoadPayload) and row.payload.requests_a_second is not None
+            if isinstance(row.payload, under_load.UnderLoadPayload) and row.payload.is_measured
         ]
         if not loaded:
             return None
@@ -42,26 +41,28 @@ class UnderLoad(Plot):
             figure = Figure(figsize=(6.4, 3.6), layout="constrained")
             axes = figure.subplots()
             handles = []
+            lines: dict[str, int] = {}
             for number, arm in enumerate(dict.fromkeys(arm for arm, _ in loaded)):
                 known = theme.injected if arm.startswith("injected") else theme.ink
                 color, marker = looks.get(arm, (known, MARKERS[number % len(MARKERS)]))
-                of_arm = sorted(
-                    ((load.requests_a_second or 0.0, load) for name, load in loaded if name == arm),
-                    key=lambda pair: pair[0],
+                lines[color] = lines.get(color, -1) + 1
+                line = LINES[lines[color] % len(LINES)]
+                points = sorted(
+                    (load.requests_a_second or 0.0, load.ttft_p99_s or 0.0, bool(load.given_up))
+                    for name, load in loaded
+                    if name == arm
                 )
-                rates = [rate for rate, _ in of_arm]
-                for line, times in (
-                    ("-", [load.ttft_p50_s or 0.0 for _, load in of_arm]),
-                    ("--", [load.ttft_p99_s or 0.0 for _, load in of_arm]),
-                ):
-                    axes.plot(rates, times, line, color=color, marker=marker, markersize=5, linewidth=1.6)
-                handles.append(Line2D([], [], color=color, marker=marker, label=arm))
+                axes.plot([rate for rate, _, _ in points], [p99 for _, p99, _ in points], line, color=color)
+                for rate, p99_s, given_up in points:
+                    fill = "none" if given_up else color
+                    axes.plot([rate], [p99_s], marker, color=color, markerfacecolor=fill, markersize=5)
+                handles += axes.plot([], [], line, color=color, marker=marker, label=arm)
             axes.axhline(loaded[0][1].goal_ttft_s or 0.0, color=theme.ink, linestyle=":", linewidth=1.2)
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.4g}"))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: tick(time)))
             axes.set_xlabel("requests a second")
-            axes.set_ylabel("time to first token")
+            axes.set_ylabel("p99 time to first token")
             figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 4))
         return figure
