@@ -1,4 +1,4 @@
-"""One engine for the session: SmolLM2 in fp32, with enough blocks for every test."""
+"""Engines for the session: SmolLM2 in fp32, with enough blocks for every test, a small and slow one, and a server."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvmem import KVCacheMemory, KVCacheMemoryConfig
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.engines.vllm.config import VLLMConfig
 from kvmem.engines.vllm.server.backend import VLLMServerBackend
+from kvmem.models.loading import load
+from tests.helpers.tiny import CPU
 from tests.vllm.serving import KEY, KEY_VARIABLE, LEARNING, MODEL, Connect, running
 
+LAYERS, GAIN = 8, 8.0
+READ_MIB_S = 8.0
+BUDGET_MIB = 12
 SETTINGS = {"dtype": "float32", "max_model_len": 1536, "kv_cache_gib": 1.0}
 
 
@@ -26,6 +33,25 @@ def skip_without_vllm() -> None:
 def engine() -> VLLMBackend:
     skip_without_vllm()
     return VLLMBackend(VLLMConfig(**SETTINGS))
+
+
+@pytest.fixture(scope="session")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> VLLMBackend:
+    """An engine of a small model that reads its files slowly, and holds two or three of them in host memory."""
+    skip_without_vllm()
+    folder = str(tmp_path_factory.mktemp("model"))
+    tiny = load("random:tiny_heads64", CPU, torch.float32)
+    fields = {**tiny.model.config.to_dict(), "num_hidden_layers": LAYERS, "layer_types": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "embed" not in name:
+                parameter.mul_(GAIN)
+    model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_gib": 0.125}
+    return VLLMBackend(VLLMConfig(folder, read_mib_s=READ_MIB_S, host_cache_gib=BUDGET_MIB / 1024, **settings))
 
 
 @pytest.fixture

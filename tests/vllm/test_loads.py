@@ -7,48 +7,23 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvmem import KVCacheItem
 from kvmem.engines.base import FileHandle
 from kvmem.engines.vllm.backend import VLLMBackend
-from kvmem.engines.vllm.config import VLLMConfig
 from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
 from kvmem.errors import InjectionError
-from kvmem.models.loading import load
-from tests.helpers.tiny import CPU, pairs
-from tests.vllm.conftest import on_engine, skip_without_vllm
+from tests.helpers.tiny import pairs
+from tests.vllm.conftest import BUDGET_MIB, on_engine
 
 TEXTS = [text for text, _ in pairs(6, 1600, seed=31)]
 QUERY = "Which rule is the first?"
 NEW_TOKENS = 8
-LAYERS, GAIN = 8, 8.0
-READ_MIB_S = 8.0
-BUDGET_MIB = 12
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> VLLMBackend:
-    """An engine of a small model that reads its files slowly, and holds two or three of them in host memory."""
-    skip_without_vllm()
-    folder = str(tmp_path_factory.mktemp("model"))
-    tiny = load("random:tiny_heads64", CPU, torch.float32)
-    fields = {**tiny.model.config.to_dict(), "num_hidden_layers": LAYERS, "layer_types": None}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name and "embed" not in name:
-                parameter.mul_(GAIN)
-    model.save_pretrained(folder)
-    tiny.tokenizer.save_pretrained(folder)
-    settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_gib": 0.125}
-    return VLLMBackend(VLLMConfig(folder, read_mib_s=READ_MIB_S, host_cache_gib=BUDGET_MIB / 1024, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +76,16 @@ def request(
     return GenerationRequest(engine.split(query, handle), handle, tokens, cache_salt=salt, past_end=True)
 
 
-def test_a_slow_load_leaves_other_requests_their_steps_and_tokens(slow: VLLMBackend, views: list[FileHandle]) -> None:
+@pytest.mark.parametrize("is_disk_slow", [False, True], ids=["limited reads", "slow file system"])
+def test_a_slow_load_leaves_other_requests_their_steps_and_tokens(
+    slow: VLLMBackend, views: list[FileHandle], monkeypatch: pytest.MonkeyPatch, is_disk_slow: bool
+) -> None:
     """By the order of events: another request, which arrives later, has all its tokens before the first of the one
     whose file is read."""
+    if is_disk_slow:  # each system call that reads a file
+        read = os.preadv
+        monkeypatch.setattr(os, "preadv", lambda *arguments: (time.sleep(0.05), read(*arguments))[1])
+        monkeypatch.setattr(slow.loop.connector.worker_side.files.reads.throttle, "bytes_per_s", None)
     loading = request(slow, views[0])
     other = request(slow, None, "Tell me a story.", "story", 12)
     alone = slow.answer(other.query, other)
