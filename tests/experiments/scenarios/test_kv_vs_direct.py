@@ -1,8 +1,9 @@
-"""The scenario kv_vs_direct when calibration measured the hardware's rates too low or too high."""
+"""The scenario kv_vs_direct: wrong calibrations, merges, and a hybrid."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from experiments.config import compose
 from experiments.measurement import ttft
 from experiments.performance_model.roofline import Roofline
 from experiments.results import ttft_of
+from tests.helpers.architectures import tiny_architecture
 
 KNOBS = ["experiment=smoke", "sink=none", "hardware.check=false", "scenario.pairs=6"]
 FAR_TOO_LOW = 1e3
@@ -69,3 +71,22 @@ def test_the_merge_counts_as_work_of_the_direct_arm(memories: int) -> None:
     figures = ttft_of(row)
     assert figures is not None
     assert (figures.merge_s, figures.fetch_s) == ((None, 0.5) if memories == 1 else (0.5, None))
+
+
+def test_a_hybrid_is_measured_and_graded(tmp_path: Path) -> None:
+    """From a folder, as a user's own model. Both arms take about the same time, so that noise may leave it open."""
+    tiny = tiny_architecture("qwen3_5_text")
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    own = ["model.label=own", f"model.name={tmp_path}", "model.weights=pretrained"]
+    config = compose.validate(compose.compose([*KNOBS, *own]))
+    bench = Bench.open(config)
+    (cell,) = config.scenario.cells(bench)
+    (row,) = config.scenario.measure(bench, cell)
+    figures = ttft_of(row)
+    assert figures is not None and figures.evidence is not None
+    assert row.verdict in ("ok", "undecided"), row.verdict_reason
+    assert row.equality in ("bitwise", "tokens")
+    assert figures.cached_tokens == cell.context_tokens
+    assert figures.evidence.kv_off_reference is not None and figures.evidence.kv_tolerance is not None
+    assert figures.evidence.kv_off_reference <= figures.evidence.kv_tolerance
