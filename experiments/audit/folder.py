@@ -87,6 +87,8 @@ def _provenance(folder: Path, rows: Sequence[Row]) -> Iterator[Finding]:
         told = ", ".join(sorted(dirty))
         yield Finding("rows.jsonl", f"the code differed from its commit when it ran ({told})", differs=False)
     recorded, hashed = checkpoint.recorded_hash(folder), checkpoint.hash_of_run(folder)
+    if recorded == checkpoint.hash_of_run(folder, numbers_as_written=True):
+        hashed = recorded
     if recorded is not None and hashed is not None and recorded != hashed:
         text = f"config.yaml has the hash {hashed}, and the rows were measured with {recorded} by DONE.json"
         yield Finding("config.yaml", text, differs)

@@ -30,33 +30,51 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
     """A hash of a run's configuration, as 12 hex digits. It covers the classes and knobs of the cards.
 
     A class counts by its name without its module, so a class that moves keeps its hash. The sink and the logging do not
-    count, because they do not change a figure.
+    count, because they do not change a figure. 12 and 12.0 are one number: a command may have the one, and config.yaml,
+    written once the knob has its type, the other.
 
     >>> config_hash({"merge": {"_target_": "a.Mean"}}) == config_hash({"merge": {"_target_": "b.c.Mean"}, "sink": {}})
     True
+    >>> config_hash({"scenario": {"rates": [12, 0.5]}}) == config_hash({"scenario": {"rates": [12.0, 0.5]}})
+    True
     """
+    return _hash(_whole_numbers(resolved))
+
+
+def _hash(resolved: Mapping[str, Any]) -> str:
     counted = _without_modules({key: card for key, card in resolved.items() if key not in NOT_PART_OF_A_FIGURE})
     if isinstance(counted.get("backend"), dict):
         counted["backend"] = _without_derived_knobs(counted["backend"], counted.get("hardware"))
     return hashlib.sha256(json.dumps(counted, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def hash_of_run(run_dir: Path) -> str | None:
+def hash_of_run(run_dir: Path, numbers_as_written: bool = False) -> str | None:
     """`config_hash` of the config.yaml in a run's folder, which may be from an older version.
 
+    numbers_as_written: the hash of versions to which 12 and 12.0 were two numbers.
     None if there is no such file, or it is damaged.
     """
     try:
         cards = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return config_hash(cards) if isinstance(cards, dict) else None
+    if not isinstance(cards, dict):
+        return None
+    return _hash(cards) if numbers_as_written else config_hash(cards)
 
 
 def recorded_hash(run_dir: Path) -> str | None:
     """The hash of the configuration that a run's rows were measured with, as DONE.json records it; None without it."""
     ledger = _ledger(run_dir / DONE)
     return ledger.config_hash if ledger else None
+
+
+def _whole_numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _without_modules(value: Any) -> Any:

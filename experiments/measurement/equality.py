@@ -17,6 +17,10 @@ GRADES: tuple[Grade, ...] = get_args(Grade)
 NOISE_MULTIPLE = 4.0
 """Honest answers were at most 1.5 times the reference's noise away from it (SmolLM2-135M and random weights, fp32 and
 bf16, 288 to 825 tokens)."""
+LEAST_UNITS = {torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+"""The noise counts as at least so many units in the last place of the largest logit, because executions can agree by
+chance. Honest answers of a tiny model with latent attention were 8 units off in fp32, where three executions of its
+forward pass differed by one."""
 MOST_UNITS = {torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 16.0}
 """The noise counts as at most so many units in the last place of the largest logit. Measured: 7 in fp32, 2 in bf16."""
 
@@ -119,12 +123,12 @@ def grade(
 def tolerance(reference: ReferenceLogits, dtype: torch.dtype) -> float:
     """The largest difference of a logit that rounding is taken to explain.
 
-    It is `NOISE_MULTIPLE` times the reference's noise. The noise counts as at least one unit in the last place of the
-    largest logit, because two executions can agree by chance, and as at most `MOST_UNITS` of them.
+    It is `NOISE_MULTIPLE` times the reference's noise. The noise counts as at least `LEAST_UNITS` in the last place of the
+    largest logit, and as at most `MOST_UNITS`.
     """
     first_SV = reference.runs[0]
     unit = torch.finfo(dtype).eps * float(first_SV[first_SV.isfinite()].abs().max())
-    return NOISE_MULTIPLE * min(max(reference.noise, unit), MOST_UNITS[dtype] * unit)
+    return NOISE_MULTIPLE * min(max(reference.noise, LEAST_UNITS[dtype] * unit), MOST_UNITS[dtype] * unit)
 
 
 def summary(grades: Iterable[str]) -> dict[Grade, int]:

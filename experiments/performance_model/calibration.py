@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from experiments.hardware import Hardware
-from experiments.performance_model.roofline import DenseShape, Rates
+from experiments.performance_model.roofline import Rates, Shape, shape_of
 from kvmem.errors import ConfigError
 
 CALIBRATION_S = 2.0
@@ -48,7 +48,7 @@ def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 
     Raises ConfigError if too little memory is free.
     """
-    shape = DenseShape.of(config)
+    shape = shape_of(config)
     flop_per_s, product = _best_flop_per_s(shape, dtype, device)
     bytes_per_s, kind = _best_bytes_per_s(shape.weights * dtype.itemsize, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -56,7 +56,7 @@ def calibrate(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
     return Rates(flop_per_s, bytes_per_s, str(dtype).removeprefix("torch."), how)
 
 
-def _best_flop_per_s(shape: DenseShape, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
+def _best_flop_per_s(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
     free = _free_bytes(device) // dtype.itemsize
     by_size = {size: name for name, size in shape.products.items() if name != "head" and math.prod(size) <= free // 8}
     counts = CALIBRATION_TOKENS[device.type]

@@ -2,7 +2,7 @@
 
 Williams, Waterman, Patterson, "Roofline: an insightful visual performance model", CACM 52(4), 2009. It covers dense
 decoders with gated MLPs (Llama, Qwen, Mistral, …), with full and sliding-window attention, and the hybrids among them
-whose other layers are Gated DeltaNet's linear attention (Qwen3.5).
+whose other layers are Gated DeltaNet's linear attention (Qwen3.5). Of other models, `counted.py` gives a lower bound.
 """
 
 from __future__ import annotations
@@ -10,15 +10,40 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from experiments.performance_model.counted import CountedShape
 from kvmem.errors import ModelError
 from kvmem.models import layout_of
 
 LINEAR = "linear_attention"
+FOREIGN = (AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+"""What transformers' models raise where a config lacks something that a count needs."""
+
+
+class Shape(Protocol):
+    """What the limit needs of a model."""
+
+    @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """The (out, in) features of matrix products by name."""
+
+    @property
+    def weights(self) -> int:
+        """The number of elements that a prefill reads at least."""
+
+    def prefill_flop(self, query_tokens: int, cached_tokens: int = 0) -> float | None:
+        """The FLOP by which MFU is defined; None where they are not known."""
+
+    def least_flop(self, query_tokens: int, cached_tokens: int = 0) -> float:
+        """The smallest number of FLOP that give the first token and the whole cache."""
+
+    def prefill_bytes(self, query_tokens: int, cached_tokens: int, element_bytes: int) -> float:
+        """The smallest number of bytes that a prefill moves."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +162,32 @@ class DenseShape:
         """The number of elements that a prefill reads: every layer's matrices and the head, without embeddings."""
         return self.body_weights + self.vocab * self.hidden
 
+    def prefill_flop(self, query_tokens: int, cached_tokens: int = 0) -> float:
+        return prefill_flop(self, query_tokens, cached_tokens)
+
+    def least_flop(self, query_tokens: int, cached_tokens: int = 0) -> float:
+        return least_flop(self, query_tokens, cached_tokens)
+
+    def prefill_bytes(self, query_tokens: int, cached_tokens: int, element_bytes: int) -> float:
+        return prefill_bytes(self, query_tokens, cached_tokens, element_bytes)
+
+
+def shape_of(config: PreTrainedConfig) -> Shape:
+    """The exact count where the model is covered, otherwise the lower bound of its modules.
+
+    Raises ModelError, of the exact count, if the modules can't be counted either.
+    """
+    try:
+        return DenseShape.of(config)
+    except (ModelError, *FOREIGN) as not_covered:
+        try:
+            return CountedShape.of(config)
+        except FOREIGN as error:
+            if isinstance(not_covered, ModelError):
+                raise not_covered from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ModelError(f"No limit is known for {config.model_type}: {reason}") from error
+
 
 def _linear_layers(config: PreTrainedConfig) -> LinearLayers | None:
     """None for linear attention of another kind, whose weights are then not those that the shape counts."""
@@ -232,15 +283,19 @@ class Roofline:
     config: PreTrainedConfig
 
     @cached_property
-    def shape(self) -> DenseShape:
-        return DenseShape.of(self.config)
+    def shape(self) -> Shape:
+        return shape_of(self.config)
 
     def limit_s(self, query_tokens: int, cached_tokens: int) -> float:
         """The shortest possible seconds of a prefill of `query_tokens` after `cached_tokens`."""
-        flop = least_flop(self.shape, query_tokens, cached_tokens)
-        moved = prefill_bytes(self.shape, query_tokens, cached_tokens, self.rates.element_bytes)
+        flop = self.shape.least_flop(query_tokens, cached_tokens)
+        moved = self.shape.prefill_bytes(query_tokens, cached_tokens, self.rates.element_bytes)
         return max(flop / self.rates.flop_per_s, moved / self.rates.bytes_per_s)
 
-    def mfu(self, query_tokens: int, cached_tokens: int, seconds: float) -> float:
-        """Model FLOPs utilization, the used share of the peak rate (Chowdhery et al., PaLM, 2022, appendix B)."""
-        return prefill_flop(self.shape, query_tokens, cached_tokens) / seconds / self.rates.flop_per_s
+    def mfu(self, query_tokens: int, cached_tokens: int, seconds: float) -> float | None:
+        """Model FLOPs utilization, the used share of the peak rate (Chowdhery et al., PaLM, 2022, appendix B).
+
+        None for a model whose FLOP are not all counted.
+        """
+        flop = self.shape.prefill_flop(query_tokens, cached_tokens)
+        return None if flop is None else flop / seconds / self.rates.flop_per_s

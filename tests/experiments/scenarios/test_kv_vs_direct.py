@@ -73,9 +73,10 @@ def test_the_merge_counts_as_work_of_the_direct_arm(memories: int) -> None:
     assert (figures.merge_s, figures.fetch_s) == ((None, 0.5) if memories == 1 else (0.5, None))
 
 
-def test_a_hybrid_is_measured_and_graded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "deepseek_v3"])
+def test_a_hybrid_and_latent_attention_are_measured_and_graded(model_type: str, tmp_path: Path) -> None:
     """From a folder, as a user's own model. Both arms take about the same time, so that noise may leave it open."""
-    tiny = tiny_architecture("qwen3_5_text")
+    tiny = tiny_architecture(model_type)
     tiny.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
     own = ["model.label=own", f"model.name={tmp_path}", "model.weights=pretrained"]
