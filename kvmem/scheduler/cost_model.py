@@ -17,7 +17,7 @@ Number = Any
 
 CALIBRATION_TOKENS = (32, 128, 384, 1024)
 FIT_ROUNDS = 20
-L1_ROUNDS = 60
+L1_ROUNDS = 30
 L1_SHARE = 0.01
 """An error below this share of a sample's seconds counts as none, so that its weight stays finite."""
 MIN_SHARE = 0.05

@@ -48,6 +48,14 @@ def test_a_disturbed_measurement_is_outvoted_and_outliers_move_little() -> None:
     assert wrong.costs.prefill_s(20, 300) == pytest.approx(TRUE.prefill_s(20, 300), rel=0.2)
 
 
+def test_a_measurement_of_an_idle_machine_is_outvoted_by_a_busy_one() -> None:
+    """Its errors are small in seconds, so its weight has to fall with each prefill that is seen."""
+    idle = Calibration([(tokens, 0, float(TRUE.prefill_s(tokens)) / 10) for tokens in CALIBRATION_TOKENS], 64)
+    for new, behind in [(20, 0), (100, 300), (300, 0), (20, 300)] * 4:
+        idle.prefilled(new, behind, float(TRUE.prefill_s(new, behind)))
+    assert idle.costs.saved_s(500, 20.0) == pytest.approx(float(TRUE.saved_s(500, 20.0)), rel=0.1)
+
+
 def test_prefills_of_one_length_leave_the_rest_to_the_first_measurement() -> None:
     first = [(tokens, 0, float(TRUE.prefill_s(tokens))) for tokens in CALIBRATION_TOKENS]
     found = Calibration(first, 64)

@@ -170,6 +170,7 @@ def test_what_waits_is_bounded_forgotten_and_kept_at_close(
         scheduler.answer(QUERY, memory, 1)
     assert scheduler.skipped_admissions == 1 and scheduler.index.tiers() == {}
     scheduler.forget("m0")
+    assert [used[0].id for used, _ in scheduler._kept] == ["m1", "m2", "m3"]
     scheduler.close()
     assert scheduler.admissions == MOST_WAITING - 1
     with sized(qwen3, tmp_path, 0, 6) as again:
