@@ -123,8 +123,8 @@ def grade(
 def tolerance(reference: ReferenceLogits, dtype: torch.dtype) -> float:
     """The largest difference of a logit that rounding is taken to explain.
 
-    It is `NOISE_MULTIPLE` times the reference's noise. The noise counts as at least `LEAST_UNITS` in the last place of the
-    largest logit, and as at most `MOST_UNITS`.
+    It is `NOISE_MULTIPLE` times the reference's noise. The noise counts as at least `LEAST_UNITS` in the last place of
+    the largest logit, and as at most `MOST_UNITS`.
     """
     first_SV = reference.runs[0]
     unit = torch.finfo(dtype).eps * float(first_SV[first_SV.isfinite()].abs().max())

@@ -1,8 +1,8 @@
-"""A lower bound on the work of a prefill for models that the exact count does not cover: the modules of the model itself.
+"""A lower bound on the work of a prefill for models that the exact count does not cover, from the model's own modules.
 
-Mixtures of experts, latent attention, MLPs without a gate, state-space layers: what a forward pass calls is asked of the
-model, instantiated on the meta device, instead of being derived from its config. Left out are the products inside of
-attention (scores and values), recurrences, convolutions, norms and biases, so that the limit is lower than that of
+Mixtures of experts, latent attention, MLPs without a gate, state-space layers: what a forward pass calls is asked of
+the model, instantiated on the meta device, instead of being derived from its config. Left out are the products inside
+of attention (scores and values), recurrences, convolutions, norms and biases, so that the limit is lower than that of
 `DenseShape`, and stays a limit.
 """
 
