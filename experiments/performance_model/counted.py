@@ -68,10 +68,10 @@ class CountedShape:
             in_layer = IN_A_LAYER.match(name)
             weights = _weights_a_token(name, module, config)
             layers[in_layer.group(1) if in_layer else ""] += weights
-            if weights and not isinstance(module, nn.Linear | Conv1D):
-                sizes |= {tuple(p.shape[1:]) for p in module.parameters(recurse=False) if p.ndim == 3}
+            if isinstance(module, nn.Linear | Conv1D):
+                sizes |= {_features(module)} if weights else set()
             elif weights:
-                sizes.add(_features(module))
+                sizes |= {(p.shape[1], p.shape[2]) for p in module.parameters(recurse=False) if p.ndim == 3}
         largest = sorted(sizes, key=math.prod, reverse=True)[:CALIBRATED]
         return cls(
             body=layers.total(),
@@ -121,9 +121,9 @@ def _has_products(name: str, module: nn.Module) -> bool:
     return name.endswith("experts") and any(p.ndim == 3 for p in module.parameters(recurse=False))
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
-    rows, columns = module.weight.shape
-    return (int(columns), int(rows)) if isinstance(module, Conv1D) else (int(rows), int(columns))
+def _features(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    rows, columns = (int(size) for size in module.weight.shape)
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def _weights_a_token(name: str, module: nn.Module, config: PreTrainedConfig) -> int:
