@@ -170,8 +170,8 @@ class UnderLoadPayload(JudgedPayload):
     goal_given_s: float | None = None
     search_step: float | None = None
     """By which factor the rates of a search differ; None: there was none."""
-    search_bounds: tuple[float, float] = (0.0, 0.0)
-    """The lowest and the highest rate that a search would try."""
+    search_bounds: tuple[float, float] | None = None
+    """The lowest and the highest rate that a search would try; None in rows that were measured before it was stored."""
     alone_all_s: list[float] = field(default_factory=list)
     """The direct arm's TTFTs on an idle engine, of which the goal is twice the median."""
     whole_all_s: list[float] = field(default_factory=list)
@@ -257,15 +257,20 @@ class UnderLoadPayload(JudgedPayload):
             of_run = [probe for probe in self.probes if probe.run == run]
             best = max((probe.rate for probe in of_run if probe.p99_s <= self.goal_ttft_s), default=0.0)
             above = min((one.rate for one in of_run if one.p99_s > self.goal_ttft_s), default=math.inf)
-            lowest, highest = self.search_bounds
+            if self.search_bounds is None and (best == 0.0 or above == math.inf):
+                continue  # whether the search reached one of its bounds is not stored
+            lowest, highest = self.search_bounds or (0.0, math.inf)
             if above > CLOSE * max(best * self.search_step, lowest) and best * CLOSE < highest:
                 found.append(f"the search of run {run + 1} ended between {best:.4g} and {above:.4g} requests a second")
         return found
 
     def remarks(self) -> list[str]:
-        if self.search_step and (self.sustained_a_second or 0.0) * CLOSE >= self.search_bounds[1]:
-            return [f"the search ended at its highest rate, {self.search_bounds[1]:.4g} requests a second"]
-        return []
+        if not self.search_step or self.search_bounds is None:
+            return []
+        highest = self.search_bounds[1]
+        if (self.sustained_a_second or 0.0) * CLOSE < highest:
+            return []
+        return [f"the search ended at its highest rate, {highest:.4g} requests a second"]
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
