@@ -27,3 +27,7 @@ class InjectedCold(Injected):
         engine.reset()
         for item in items:
             os.utime(engine.store.file_of(item).path)
+
+    def prepare_alone(self, engine: VLLMBackend, item: KVCacheItem) -> None:
+        """The arm is judged with its file in host memory: reads vary more than a verdict on its computing allows."""
+        super().prepare(engine, [item])

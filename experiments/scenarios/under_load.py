@@ -67,6 +67,8 @@ FAQ_TOKENS = 30_000
 """About as many tokens as the generated FAQ of a company has at least."""
 CLOSE = 1.001
 """Rates that differ by less are the same."""
+LEAST_GOALS = 2
+"""A search tries no rate at which all requests arrive within so many times the goal."""
 SLOWEST, FASTEST = 1 / 16, 256
 """Between which multiples of its first rate a search looks."""
 
@@ -407,7 +409,10 @@ class UnderLoad(ModelScenario[ArmCell]):
     def _exponents(self, cell: ArmCell) -> tuple[int, int, int]:
         """Of the first rate of a search, and of the lowest and the highest that it would try."""
         first = round(math.log(self.search_from or 1 / cell.whole_s, self.search_step))
-        return first, first + self._steps(SLOWEST), first + self._steps(FASTEST)
+        lasting = self.requests / (LEAST_GOALS * (self.goal_ttft_s or 2 * cell.alone_s))
+        highest = min(math.floor(math.log(lasting, self.search_step)), first + self._steps(FASTEST))
+        first = min(first, highest)
+        return first, first + self._steps(SLOWEST), highest
 
     def _steps(self, factor: float) -> int:
         """How many steps of a search come closest to `factor`; at least one."""

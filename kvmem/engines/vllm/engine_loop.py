@@ -46,6 +46,10 @@ class TurnLock:
         self._lock.release()
 
 
+LONGEST_DRAIN_S = 30.0
+"""How long blocks of requests that have ended may still be copied elsewhere, before the prefix cache is emptied."""
+
+
 class EngineLoop:
     """The step loop of one engine. It runs one batch at a time: whoever uses it holds `lock` until the batch ends.
     A request of `run_behind` runs beside it.
@@ -53,8 +57,13 @@ class EngineLoop:
     The engines of a process take turns step by step. An engine is closed when its loop is no longer used.
     """
 
-    def __init__(self, llm: LLM, connector: KVConnectorBase_V1 | None, end_tokens: Collection[int]) -> None:
-        """connector: the KV connector that `llm` has in this process; None if its workers are other processes."""
+    def __init__(
+        self, llm: LLM, connector: KVConnectorBase_V1 | None, end_tokens: Collection[int], drains: bool = False
+    ) -> None:
+        """connector: the KV connector that `llm` has in this process; None if its workers are other processes.
+        drains: whether it is another one than kvmem's, which may hold blocks of a request that has ended until it has
+        copied them in later steps."""
+        self.drains = drains
         self.llm = llm
         self.connector = connector
         weakref.finalize(self, process.close, llm, connector).atexit = False  # at exit, vLLM closes its engines
@@ -165,6 +174,12 @@ class EngineLoop:
                 list(self.run([replace(release, salt=release.id)]))
             with process.running(self.connector):
                 emptied = self.llm.reset_prefix_cache()
+            ends = time.perf_counter() + LONGEST_DRAIN_S
+            while self.drains and not emptied and time.perf_counter() < ends:
+                step = EngineRequest((0,), 1, past_end=True)
+                list(self.run([replace(step, salt=step.id)]))
+                with process.running(self.connector):
+                    emptied = self.llm.reset_prefix_cache()
             if not emptied:
                 raise EngineError("The engine's prefix cache can't be emptied while a request uses it. Let it finish.")
 
