@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from experiments.reporting.plots.base import Plot, tick
 from experiments.reporting.theme import Theme, style
@@ -24,7 +24,8 @@ class UnderLoad(Plot):
     title = "Under load"
     caption = (
         "p99 TTFT of requests that arrive at random, from arrival to first token (of fewer than 100 requests their "
-        "maximum). The dotted line is the goal. A hollow marker is a load that was given up, so a lower bound."
+        "maximum). The dotted line is the goal. A hollow marker is a load that was given up, so a lower bound; the "
+        "arm's line leaves it out."
     )
     place = 3
 
@@ -52,7 +53,8 @@ class UnderLoad(Plot):
                     for name, load in loaded
                     if name == arm
                 )
-                axes.plot([rate for rate, _, _ in points], [p99 for _, p99, _ in points], line, color=color)
+                whole = [(rate, p99_s) for rate, p99_s, given_up in points if not given_up]
+                axes.plot([rate for rate, _ in whole], [p99_s for _, p99_s in whole], line, color=color)
                 for rate, p99_s, given_up in points:
                     fill = "none" if given_up else color
                     axes.plot([rate], [p99_s], marker, color=color, markerfacecolor=fill, markersize=5)
@@ -61,6 +63,8 @@ class UnderLoad(Plot):
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.4g}"))
+            axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.xaxis.set_minor_formatter(FuncFormatter(lambda rate, _: f"{rate:.4g}"))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: tick(time)))
             axes.set_xlabel("requests a second")
             axes.set_ylabel("p99 time to first token")
