@@ -73,10 +73,10 @@ class Slurm:
         self._start("slurmd", "-D")
         _until(lambda: self.ask("sinfo", "-h", "-p", "main", "-o", "%t") == "idle", "a node that is idle")
 
-    def ask(self, *command: str) -> str | None:
+    def ask(self, *command: str, timeout_s: float = 10) -> str | None:
         """The output of a client command; None if it fails or does not answer."""
         try:
-            done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=10, check=False)
+            done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -20,8 +20,12 @@ PREEMPTED, OUT_OF_MEMORY, KILLED, SIBLING = range(4)
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_sweep_survives_killed_and_preempted_jobs(a_slurm: Slurm, tmp_path: Path) -> None:
-    first = start(tmp_path, a_slurm.env, *SWEEP)
+    release = tmp_path / "release"
+    held = f"+sink.jobs=[{PREEMPTED},{KILLED}]"
+    sweep_of = (*SWEEP, "sink._target_=tests.cluster.holding_sink.Holding", f"+sink.until={release}", held)
+    first = start(tmp_path, a_slurm.env, *sweep_of)
     before = _disturb(a_slurm, tmp_path, first)
+    release.touch()
     output, _ = first.communicate()
     sweep = sweep_folder(tmp_path)
     assert sweep is not None and first.returncode == 1, output
@@ -37,7 +41,7 @@ def test_a_sweep_survives_killed_and_preempted_jobs(a_slurm: Slurm, tmp_path: Pa
     assert rows_text(sweep / str(PREEMPTED)).startswith(before[PREEMPTED])
     whole = {job: rows_text(sweep / str(job)) for job in (PREEMPTED, SIBLING)}
 
-    again = start(tmp_path, a_slurm.env, *SWEEP, "hydra.launcher.mem_gb=4")
+    again = start(tmp_path, a_slurm.env, *sweep_of, "hydra.launcher.mem_gb=4")
     output, _ = again.communicate()
     assert jobs_in(output).keys() == {OUT_OF_MEMORY, KILLED}, output
     assert "4 of 4 jobs finished" in output
@@ -49,25 +53,26 @@ def test_a_sweep_survives_killed_and_preempted_jobs(a_slurm: Slurm, tmp_path: Pa
 
 
 def _disturb(slurm: Slurm, folder: Path, sweep_command: subprocess.Popen[str]) -> dict[int, str]:
-    """Preempts one job and kills another, each once it has a row; returns the rows that each had."""
-    before: dict[int, str] = {}
-    preempted_process: int | None = None
-    while len(before) < 2:
-        assert sweep_command.poll() is None, f"only {list(before)} had a row to lose"
-        time.sleep(0.05)
-        if (sweep := sweep_folder(folder)) is None:
-            continue
-        rows = {job: rows_text(sweep / str(job)) for job in (PREEMPTED, KILLED)}
-        if PREEMPTED not in before and rows[PREEMPTED]:
-            preempted_process = writer(sweep / str(PREEMPTED))
-            wanted = ("--gres=gpu:2", "--cpus-per-task=1", "--mem=100M", "--output=/dev/null", "--wrap=sleep 1")
-            assert slurm.ask("sbatch", "-p", "high", *wanted)
-            before[PREEMPTED] = rows[PREEMPTED]
-        process = writer(sweep / str(KILLED))
-        if KILLED not in before and rows[KILLED] and not _alive(preempted_process) and _alive(process):
-            kill(process)
-            before[KILLED] = rows_text(sweep / str(KILLED))
+    """Preempts one job and kills another, each while it is held at its second row; returns the first row of each."""
+    before = {PREEMPTED: _first_row(folder, PREEMPTED, sweep_command)}
+    preempting = ("--gres=gpu:2", "--cpus-per-task=1", "--mem=100M", "--output=/dev/null", "--wrap=sleep 1")
+    assert slurm.ask("sbatch", "--wait", "-p", "high", *preempting, timeout_s=120)  # returns when that job has ended
+    before[KILLED] = _first_row(folder, KILLED, sweep_command)
+    sweep = sweep_folder(folder)
+    assert sweep is not None
+    kill(writer(sweep / str(KILLED)))
     return before
+
+
+def _first_row(folder: Path, job: int, sweep_command: subprocess.Popen[str]) -> str:
+    """Waits until a running process holds the job at its second row."""
+    while True:
+        assert sweep_command.poll() is None, f"job {job} was not held"
+        if (sweep := sweep_folder(folder)) is not None:
+            lines = rows_text(sweep / str(job)).splitlines(keepends=True)
+            if len(lines) > 1 and _alive(writer(sweep / str(job))):
+                return lines[0]
+        time.sleep(0.05)
 
 
 def _alive(process: int | None) -> bool:
