@@ -12,6 +12,7 @@ from pathlib import Path
 
 from experiments import signals
 from experiments.audit import audit, measure_anew
+from experiments.reporting.between_runs import repeats_of
 from experiments.results import displayed_path, formatting, runs_in
 from kvmem.errors import KVMemError
 
@@ -44,17 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _verify(folders: Sequence[Path], rerun: str | None) -> int:
     runs = [run for folder in folders for run in runs_in(folder) or [folder]]
+    repeats = [repeat for run in runs for repeat in repeats_of(run)]
     differ = 0
-    for run in runs:
+    for run in runs + repeats:
         checked = audit(run)
-        findings = [*checked.findings, *([] if rerun is None else measure_anew(run, rerun or None))]
+        anew = [] if rerun is None or run in repeats else measure_anew(run, rerun or None)
+        findings = [*checked.findings, *anew]
         print(displayed_path(run))
         for finding in findings:
             print(f"  {finding}")
         print(f"  {checked.summary}")
         differ += any(finding.differs for finding in findings)
     print(
-        f"{formatting.plural(len(runs), 'folder')}: "
+        f"{formatting.plural(len(runs + repeats), 'folder')}: "
         + (f"{differ} with differences" if differ else "everything agrees with the stored samples")
     )
     return int(differ > 0)

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.audit.figures import check_row, checked_as, name_of, same
 from experiments.audit.finding import Finding
 from experiments.execution import checkpoint
-from experiments.reporting import html, tables
+from experiments.reporting import between_runs, html, tables
 from experiments.results import SHARED_CONDITIONS, Row, Run, formatting, measured_rows, read_run
 from experiments.sinks import as_logged, logged_rows
 
@@ -41,7 +41,7 @@ def audit(folder: Path) -> Audit:
     findings = [finding for row in run.rows for finding in check_row(row)]
     findings += [*_lines(run), *_provenance(folder, run.rows)]
     files = []
-    for name, check in (("table.md", _table), ("report.html", _page)):
+    for name, check in (("table.md", _table), ("report.html", _page), (between_runs.FILE, _between_runs)):
         if (folder / name).is_file():
             findings += check(folder / name, run)
             files.append(name)
@@ -96,6 +96,10 @@ def _provenance(folder: Path, rows: Sequence[Row]) -> Iterator[Finding]:
 
 def _table(path: Path, run: Run) -> list[Finding]:
     return _first_difference(path, path.read_text(encoding="utf-8"), tables.markdown(run.rows))
+
+
+def _between_runs(path: Path, run: Run) -> list[Finding]:
+    return _first_difference(path, path.read_text(encoding="utf-8"), between_runs.markdown(path.parent))
 
 
 def _page(path: Path, run: Run) -> list[Finding]:
