@@ -34,7 +34,7 @@ FLOORS = {
         {"config", "reporting"},
         {"execution", "report"},
         {"audit"},
-        {"conformance", "run", "verify"},
+        {"conformance", "repeat", "run", "verify"},
         {"wandb_sweep"},
     ),
 }
