@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiments import signals
 from experiments.audit import audit, measure_anew
-from experiments.reporting.between_runs import repeats_of
+from experiments.reporting import between_runs
 from experiments.results import displayed_path, formatting, runs_in
 from kvmem.errors import KVMemError
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _verify(folders: Sequence[Path], rerun: str | None) -> int:
     runs = [run for folder in folders for run in runs_in(folder) or [folder]]
-    repeats = [repeat for run in runs for repeat in repeats_of(run)]
+    repeats = [repeat for run in runs for repeat in between_runs.repeats_of(run)]
     differ = 0
     for run in runs + repeats:
         checked = audit(run)

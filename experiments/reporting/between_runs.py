@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from experiments.results import Row, Run, TTFTPayload, formatting, judged_figures, read_run
-from experiments.results.run_dir import in_order
+from experiments.results import Row, Run, TTFTPayload, formatting, in_order, judged_figures, read_run
 from kvmem.errors import ConfigError
 
 FILE = "between_runs.md"
