@@ -66,7 +66,7 @@ def test_tensor_parallel_memories_move_between_one_process_and_two(device: str, 
     assert one["heads"] == [1] * len(PAIRS) and alone.backend.fingerprint.kv_heads == 2
     assert one["bytes"] == [item.metadata.kv_bytes for item in items]
     assert "nowhere" in one["not everywhere"]
-    assert one["refused"] == "StorageError" and "has hf_ranks" in one["not planned for"]
+    assert one["refused"] == "StorageError" and "this one is divided" in one["not planned for"]
 
     assert "backend=hf_ranks computes all layers of a build in one step" in one["not paused"]
     assert len(one["prefill_s"]) == 2 and min(one["prefill_s"]) > 0
