@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import signals
+from experiments.config import compose
 from experiments.execution import NOT_ALL_VALID, UNDECIDED, checkpoint
 from experiments.hardware import layout
 from experiments.reporting import between_runs
@@ -54,11 +55,8 @@ def repeat(folder: Path, runs: int = between_runs.LEAST_RUNS) -> str:
     """
     if runs < between_runs.LEAST_RUNS:
         raise ConfigError(f"--runs {runs} is below {between_runs.LEAST_RUNS}: two runs tell no spread.")
-    _check(folder)
-    environment = json.loads(read_run(folder).environment or "{}")
-    if "overrides" not in environment:
-        raise ConfigError(f"{folder}/environment.json does not tell the run's overrides, so it can't be repeated.")
-    given = [text for text in environment["overrides"] if not text.lstrip("+~").startswith(("sink", "hydra."))]
+    _check_conditions(folder)
+    given = _overrides(folder)
     for number in range(2, runs + 1):
         run_dir = (folder / between_runs.REPEATS / str(number)).resolve()
         if not checkpoint.is_finished(run_dir):
@@ -67,17 +65,12 @@ def repeat(folder: Path, runs: int = between_runs.LEAST_RUNS) -> str:
             status = subprocess.run(command, check=False).returncode
             if status not in MEASURED or not checkpoint.is_finished(run_dir):
                 raise ConfigError(f"run {number} ended with status {status}. The same command continues it.")
-        if checkpoint.hash_of_run(run_dir) != checkpoint.hash_of_run(folder):
-            raise ConfigError(
-                f"{displayed_path(run_dir)} has another configuration than {folder}: a default has changed since. "
-                "Measure the folder anew."
-            )
     text = between_runs.markdown(folder)
     (folder / between_runs.FILE).write_text(text, encoding="utf-8")
     return text
 
 
-def _check(folder: Path) -> None:
+def _check_conditions(folder: Path) -> None:
     """Raises ConfigError where a repeat would not measure what the folder's run has measured."""
     rows = measured_rows(read_run(folder).rows)
     if not rows or ((folder / checkpoint.DONE).is_file() and not checkpoint.is_finished(folder)):
@@ -85,11 +78,25 @@ def _check(folder: Path) -> None:
     here = layout.conditions()
     for name in SHARED_CONDITIONS:
         there = rows[0].conditions.get(name)
-        if name in here and there != here[name]:
+        if name != "vllm" and there != here.get(name):  # that engine's version is known when it is open
             raise ConfigError(
-                f"{folder} was measured with {name}={there}, and here it is {here[name]}: runs of both tell nothing "
-                "about the spread. Repeat it where it was measured, or measure it anew here."
+                f"{folder} was measured with {name}={there}, and here it is {here.get(name)}: runs of both tell "
+                "nothing about the spread. Repeat it where it was measured, or measure it anew here."
             )
+
+
+def _overrides(folder: Path) -> list[str]:
+    """The run's own overrides, without those of sinks and folders. Raises ConfigError if they give another run now."""
+    environment = json.loads(read_run(folder).environment or "{}")
+    if "overrides" not in environment:
+        raise ConfigError(f"{folder}/environment.json does not tell the run's overrides, so it can't be repeated.")
+    given = [text for text in environment["overrides"] if not text.lstrip("+~").startswith(("sink", "hydra."))]
+    if checkpoint.config_hash(compose.resolved(compose.compose(given))) != checkpoint.hash_of_run(folder):
+        raise ConfigError(
+            f"The overrides of {folder}/environment.json don't give its config.yaml: a default has changed since, or "
+            "the file was edited. Measure the folder anew."
+        )
+    return given
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ from experiments.audit.figures import check_row, checked_as, name_of, same
 from experiments.audit.finding import Finding
 from experiments.execution import checkpoint
 from experiments.reporting import between_runs, html, tables
-from experiments.results import SHARED_CONDITIONS, Row, Run, formatting, measured_rows, read_run
+from experiments.results import (
+    SHARED_CONDITIONS,
+    Row,
+    Run,
+    different_conditions,
+    formatting,
+    judged_figures,
+    measured_rows,
+    read_run,
+)
 from experiments.sinks import as_logged, logged_rows
 
 SHARED_FIELDS = ("model", "weights", "dtype", "backend", "attention", "hardware")
@@ -99,7 +108,25 @@ def _table(path: Path, run: Run) -> list[Finding]:
 
 
 def _between_runs(path: Path, run: Run) -> list[Finding]:
-    return _first_difference(path, path.read_text(encoding="utf-8"), between_runs.markdown(path.parent))
+    folder = path.parent
+    repeats = between_runs.repeats_of(folder)
+    found = []
+    for repeat in repeats:
+        rows = read_run(repeat).rows
+        if checkpoint.hash_of_run(repeat) != checkpoint.hash_of_run(folder):
+            found.append(Finding(path.name, f"repeat {repeat.name} has another configuration than the run"))
+        for name, values in different_conditions([*run.rows, *rows]).items():
+            told = " and ".join(values)
+            found.append(
+                Finding(path.name, f"the run and repeat {repeat.name} have different values of {name}: {told}")
+            )
+    samples = [
+        {tuple(figures.kv_ttft_all_s) for row in read_run(one).rows if (figures := judged_figures(row)) is not None}
+        for one in (folder, *repeats)
+    ]
+    if len(set().union(*samples)) < sum(map(len, samples)):
+        found.append(Finding(path.name, "two runs have the same samples: one was copied, and not measured"))
+    return found + _first_difference(path, path.read_text(encoding="utf-8"), between_runs.markdown(folder))
 
 
 def _page(path: Path, run: Run) -> list[Finding]:

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from experiments import repeat, verify
+from experiments.audit import audit
 from experiments.config.compose import CONF
 from experiments.execution import run_experiment
+from experiments.hardware import layout
 from experiments.reporting import between_runs
+from experiments.results import SHARED_CONDITIONS
 from kvmem.errors import ConfigError
 
 REFERENCE = CONF.parent / "outputs/reference/default_smollm2_cpu"
@@ -73,6 +76,33 @@ def test_another_machine_or_commit_is_refused_before_anything_runs(
     assert "was measured with commit=" in capsys.readouterr().err
     assert repeat.main([str(run), "--runs", "2"]) == 2 and repeat.main([str(tmp_path)]) == 2
     assert not (run / between_runs.REPEATS).exists()
+
+
+def test_an_audit_finds_copied_runs_and_other_commits(tmp_path: Path) -> None:
+    def change(row: dict[str, Any], number: int) -> None:
+        row["conditions"]["commit"] = "another" if number == 3 else row["conditions"]["commit"]
+
+    run = copies(tmp_path, change)
+    (run / between_runs.FILE).write_text(between_runs.markdown(run))
+    told = [str(finding) for finding in audit(run).findings if between_runs.FILE in str(finding)]
+    assert len(told) == 2, told
+    assert "repeat 3 have different values of commit" in told[0] and "one was copied" in told[1]
+
+
+def test_overrides_that_give_another_run_now_are_refused_before_a_model_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copies(tmp_path, lambda row, number: None)
+    here = layout.conditions()
+    lines = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["conditions"] |= {name: here.get(name) for name in SHARED_CONDITIONS}
+    (run / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"overrides": ["sink=none", "seed=1"]}))
+    shutil.rmtree(run / between_runs.REPEATS)
+    assert repeat.main([str(run)]) == 2
+    assert "don't give its config.yaml" in capsys.readouterr().err and not (run / between_runs.REPEATS).exists()
 
 
 @pytest.mark.slow
