@@ -9,9 +9,10 @@ The module `manifest` is also used as a namespace: it holds what a file states a
 from kvmem.storage import manifest
 from kvmem.storage.atomic_write import remove_abandoned, replacing, write_all
 from kvmem.storage.base import FORMATS, Storage, for_filename, opened
-from kvmem.storage.item_reader import ItemHead, ItemReader, opened_item, read_head
+from kvmem.storage.item_reader import ItemHead, ItemReader, Target, opened_item, read_head
 from kvmem.storage.manifest import ItemManifest
 from kvmem.storage.namespace import namespace_folder
+from kvmem.storage.region_reader import ProcessReader, SharedMemory, ThreadReader
 from kvmem.storage.safetensors_file import SafetensorsFile
 from kvmem.storage.temporary_folder import TemporaryFolder
 
@@ -20,9 +21,13 @@ __all__ = [
     "ItemHead",
     "ItemManifest",
     "ItemReader",
+    "ProcessReader",
     "SafetensorsFile",
+    "SharedMemory",
     "Storage",
+    "Target",
     "TemporaryFolder",
+    "ThreadReader",
     "for_filename",
     "manifest",
     "namespace_folder",

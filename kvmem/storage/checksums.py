@@ -6,7 +6,6 @@ other region. xxhash releases the GIL while it hashes (since version 3.0).
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +16,11 @@ from typing import Any
 import xxhash
 
 from kvmem.errors import DamagedFileError
+from kvmem.storage.region_reads import thread_count
 
 REGION_BYTES = 2 << 20
 """The region size of new files; each file states its own. It is small enough that a core hashes what it just read from
 its own cache (a load with 8 MiB takes a third longer), and large against the 10 µs that a region costs the host."""
-MAX_THREADS = 8
-"""An estimate: eight threads that each read and hash 4 GB/s exceed a disk and come near a GPU's link."""
 DIGEST_BYTES = xxhash.xxh3_128().digest_size
 
 
@@ -84,11 +82,6 @@ class Regions:
 def region_count(body_bytes: int, region_bytes: int) -> int:
     """The number of regions of a body."""
     return -(-body_bytes // region_bytes)
-
-
-def thread_count(regions: int) -> int:
-    """How many threads work on so many regions: at most one for each core, because hashing keeps a core busy."""
-    return max(min(MAX_THREADS, os.cpu_count() or 1, regions), 1)
 
 
 def for_each_region(work: Callable[[int], None], regions: int, start_thread: Callable[[], None] | None = None) -> None:

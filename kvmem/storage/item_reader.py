@@ -1,4 +1,4 @@
-"""Reads one item of a safetensors file into the caller's own memory, region by region, each verified as it arrives.
+"""One item of a safetensors file, to be read into the caller's own memory: what to read where, and what to verify.
 
 Nothing is mapped: a file that another program cuts off while it is read is an error, not the end of the process.
 """
@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import io
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import xxhash
 from transformers import PreTrainedConfig
 
 from kvmem.cache import ModelFingerprint
 from kvmem.errors import DamagedFileError
-from kvmem.storage import manifest, parallel_read
+from kvmem.storage import manifest
 from kvmem.storage.base import opened
-from kvmem.storage.checksums import Regions, checksum_error, for_each_region
+from kvmem.storage.region_reads import Part, RegionRead
 from kvmem.storage.safetensors_file import DTYPES, Header, check_tensors, check_whole_file, names_of, read_header
 
-Target = tuple[int, memoryview]
-"""A byte of the body, and the memory for the bytes from there on."""
+
+class Target(NamedTuple):
+    """Bytes of the body, and where they go in the memory."""
+
+    at: int
+    memory_at: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -85,56 +90,44 @@ class ItemReader:
             layers = [{name: next(made) for name in names} for names in self.entry.names]
             manifest.check_unverified(self.entry, layers, fingerprint, config, path)
 
-    def read(self, targets: Sequence[Target], before_region: Callable[[int], None] = lambda _: None) -> None:
-        """Fills the targets, which are in order and do not overlap, of an item with tensors of one dtype. Each region
-        that overlaps a target is read, and verified as it arrives.
-
-        before_region: is called before each region with its size in bytes, in one of several threads. An error that it
-        raises ends the read.
-
-        Raises DamagedFileError, or OSError. The targets then hold anything.
-        """
+    def regions(self, targets: Sequence[Target]) -> list[RegionRead]:
+        """What to read so that the targets are filled, which are in order and do not overlap: each region that overlaps
+        one. Empty for an older file, which `finish` reads."""
         regions = self.header.regions
         if regions is None:
-            self._read_older(targets)
-        else:
-            starts = [at for at, _ in targets]
-            wanted = [i for i in range(len(regions)) if _overlapping(targets, starts, *regions.span(i))]
+            return []
+        starts = [target.at for target in targets]
+        reads = []
+        for number in range(len(regions)):
+            start, end = regions.span(number)
+            parts = _overlapping(targets, starts, start, end)
+            if parts:
+                reads.append(RegionRead(self.header.body_at + start, end - start, regions.digests[number], parts))
+        return reads
 
-            def read_region(number: int) -> None:
-                start, end = regions.span(wanted[number])
-                before_region(end - start)
-                self._read_region(regions, wanted[number], _overlapping(targets, starts, start, end))
-
-            if wanted:
-                for_each_region(read_region, len(wanted))
+    def finish(self, targets: Sequence[Target], memory: memoryview) -> None:
+        """Verifies what only the whole item tells, once its regions have been read. Raises DamagedFileError, or
+        OSError."""
+        if self.header.regions is None:
+            self._read_older(targets, memory)
         if not self.header.is_finite:
-            for _, memory in targets:
-                if not manifest.is_finite(torch.frombuffer(memory, dtype=self.dtypes[0])):
+            for target in targets:
+                values = torch.frombuffer(
+                    memory,
+                    dtype=self.dtypes[0],
+                    count=target.nbytes // self.dtypes[0].itemsize,
+                    offset=target.memory_at,
+                )
+                if not manifest.is_finite(values):
                     raise DamagedFileError(f"{self.path} holds NaN or infinite values. Extract its memory again.")
 
-    def _read_region(self, regions: Regions, number: int, parts: Sequence[Target]) -> None:
-        start, end = regions.span(number)
-        covered = sum(len(memory) for _, memory in parts)
-        whole = parts if covered == end - start else [(start, memoryview(bytearray(end - start)))]
-        digest = xxhash.xxh3_128()
-        for at, memory in whole:
-            if not parallel_read.read_exactly(self.file, memory, self.header.body_at + at):
-                raise checksum_error(self.path)
-            digest.update(memory)
-        if digest.digest() != regions.digests[number]:
-            raise checksum_error(self.path)
-        if whole is not parts:
-            for at, memory in parts:
-                memory[:] = whole[0][1][at - start : at - start + len(memory)]
-
-    def _read_older(self, targets: Sequence[Target]) -> None:
+    def _read_older(self, targets: Sequence[Target], memory: memoryview) -> None:
         self.file.seek(0)
         data = memoryview(self.file.readall())
         check_whole_file(data, self.path)
-        for at, memory in targets:
+        for at, memory_at, nbytes in targets:
             start = self.header.body_at + at
-            memory[:] = data[start : start + len(memory)]
+            memory[memory_at : memory_at + nbytes] = data[start : start + nbytes]
 
 
 @contextmanager
@@ -152,11 +145,11 @@ def _items(header: Header, path: Path) -> Sequence[manifest.ItemManifest]:
     return items
 
 
-def _overlapping(targets: Sequence[Target], starts: Sequence[int], start: int, end: int) -> list[Target]:
+def _overlapping(targets: Sequence[Target], starts: Sequence[int], start: int, end: int) -> tuple[Part, ...]:
     """The parts of the targets, which begin at `starts`, between two bytes of the body, in order."""
     parts = []
-    for at, memory in targets[max(bisect_right(starts, start) - 1, 0) : bisect_right(starts, end)]:
-        low, high = max(start, at), min(end, at + len(memory))
+    for at, memory_at, nbytes in targets[max(bisect_right(starts, start) - 1, 0) : bisect_right(starts, end)]:
+        low, high = max(start, at), min(end, at + nbytes)
         if low < high:
-            parts.append((low, memory[low - at : high - at]))
-    return parts
+            parts.append(Part(low - start, memory_at + low - at, high - low))
+    return tuple(parts)

@@ -7,7 +7,6 @@ device overlap, and several reads are in flight at a time.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any, cast
 
 import torch
 
-from kvmem.storage.checksums import Regions, checksum_error, for_each_region, thread_count
+from kvmem.storage.checksums import Regions, checksum_error, for_each_region
+from kvmem.storage.region_reads import read_exactly, thread_count
 
 BUFFERS_PER_THREAD = 2
 """One buffer is filled while the other is copied to the device."""
@@ -70,7 +70,7 @@ def read(
         start, end = regions.span(i)
         buffer.wait()
         data = buffer.view[: end - start]
-        if not read_exactly(file, data, body_at + start):
+        if not read_exactly(file.fileno(), data, body_at + start):
             raise checksum_error(path)
         regions.check(i, data, path)
         for target, (first, last) in zip(targets, spans, strict=True):
@@ -87,13 +87,3 @@ def read(
         if stream is not None:
             stream.synchronize()
     return targets
-
-
-def read_exactly(file: io.FileIO, data: memoryview, at: int) -> bool:
-    """Fills `data` from byte `at` of the file. Returns False if the file ends before. Thread-safe."""
-    while data:
-        count = os.preadv(file.fileno(), [data], at)
-        if not count:
-            return False
-        data, at = data[count:], at + count
-    return True

@@ -38,6 +38,7 @@ from kvmem.storage import manifest, parallel_read
 from kvmem.storage.atomic_write import HashingWriter, replacing, write_all
 from kvmem.storage.base import Storage, opened
 from kvmem.storage.checksums import DIGEST_BYTES, REGION_BYTES, RegionHash, Regions, checksum_error, region_count
+from kvmem.storage.region_reads import read_exactly
 
 DTYPES = {
     "F64": torch.float64,
@@ -177,7 +178,7 @@ def read_header(file: io.FileIO, path: Path) -> Header:
     """
     size = os.fstat(file.fileno()).st_size
     start = bytearray(min(size, LENGTH_BYTES + len(START)))
-    parallel_read.read_exactly(file, memoryview(start), 0)
+    read_exactly(file.fileno(), memoryview(start), 0)
     is_older = start[LENGTH_BYTES:].startswith(WHOLE_FILE_START)
     if size < LENGTH_BYTES + len(WHOLE_FILE_START + NO_CHECKSUM):
         raise DamagedFileError(f"{path} is too short for a memory: empty or cut off. Take another copy of it.")
@@ -189,7 +190,7 @@ def read_header(file: io.FileIO, path: Path) -> Header:
     if body_at > min(size, LENGTH_BYTES + MOST_HEADER_BYTES):
         raise checksum_error(path)
     raw = bytearray(body_at)
-    if not parallel_read.read_exactly(file, memoryview(raw), 0):
+    if not read_exactly(file.fileno(), memoryview(raw), 0):
         raise checksum_error(path)
     if not is_older and not _has_checksum(memoryview(raw), START):
         raise checksum_error(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -86,7 +87,7 @@ def test_a_file_truncated_during_the_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_threads_work_on_regions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checksums.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
     together = threading.Barrier(3, timeout=60)  # one thread alone does not get past it
     checksums.for_each_region(lambda i: together.wait() and None, 9)
     assert checksums.thread_count(1) == 1 and checksums.thread_count(1000) == 3

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from kvmem.engines.huggingface.backend import HFBackend
-from kvmem.engines.vllm.connector.file_reads import Read, Throttle
-from kvmem.engines.vllm.connector.held_files import HeldFiles
+from kvmem.engines.vllm.connector.file_reads import Read
+from kvmem.engines.vllm.connector.held_files import HeldFiles, reader_for
 from kvmem.engines.vllm.connector.host_memory import HostMemory
 from kvmem.engines.vllm.connector.protocol import file_state
 from kvmem.storage import read_head
@@ -17,7 +17,7 @@ from tests.helpers.tiny import CPU
 
 def held_by(engine: HFBackend, folder: Path, rank: int = 0, ranks: int = 1, pages: int = 4) -> HeldFiles:
     memory = HostMemory(pages, pinned=False)
-    return HeldFiles(folder, engine.fingerprint, engine.model_config, rank, ranks, memory, Throttle(None))
+    return HeldFiles(folder, engine.fingerprint, engine.model_config, rank, ranks, memory, reader_for(memory, None))
 
 
 def read_by(files: HeldFiles, path: Path) -> str:

@@ -13,7 +13,7 @@ from kvmem.cache.dynamic_cache import layers_of
 from kvmem.engines.huggingface.backend import HFBackend
 from kvmem.engines.vllm.connector.file_reads import Read, ReadDone
 from kvmem.engines.vllm.connector.host_files import HostFiles
-from kvmem.engines.vllm.connector.host_memory import PAGE_BYTES, HostMemory
+from kvmem.engines.vllm.connector.host_memory import PAGE_BYTES
 from kvmem.engines.vllm.connector.protocol import NO_LEASE, file_state, memory_name
 from kvmem.storage import SafetensorsFile, read_head
 from tests.helpers.tiny import pairs
@@ -94,13 +94,6 @@ def test_another_memory_under_the_same_name_is_not_taken_for_the_ordered_one(qwe
     files.reads.wait(60.0)
     (done,) = files.reads.take_done()
     assert "was replaced" in done.error
-
-
-def test_memory_is_of_powers_of_two() -> None:
-    """torch pins nothing else without waste."""
-    memory = HostMemory(13, pinned=False)
-    assert [slab.numel() // PAGE_BYTES for slab in memory.slabs] == [8, 4, 1]
-    assert len(memory.take(13 * PAGE_BYTES).pieces) == 3
 
 
 def of(name: str, pages: int, state: int = 0) -> Read:

@@ -36,32 +36,12 @@ class ReadDone:
     """Why it failed; "" if the file is in host memory, verified."""
 
 
-class Throttle:
-    """Limits reads to so many bytes a second, all threads together. Without a limit it only watches for the end."""
-
-    def __init__(self, bytes_per_s: float | None) -> None:
-        self.bytes_per_s = bytes_per_s
-        self.stopped = threading.Event()
-        self.lock = threading.Lock()
-        self.free_at = 0.0
-
-    def wait(self, nbytes: int) -> None:
-        """Waits until so many bytes may be read. Raises StorageError when the engine ends."""
-        if self.bytes_per_s is not None:
-            with self.lock:
-                self.free_at = max(self.free_at, time.monotonic()) + nbytes / self.bytes_per_s
-                pause_s = self.free_at - time.monotonic()
-            self.stopped.wait(pause_s)
-        if self.stopped.is_set():
-            raise StorageError("The engine ends.")
-
-
 class FileReads:
     """A thread for each read. `start` and `take_done` are for the engine's thread, which never waits for a file."""
 
-    def __init__(self, read: Callable[[Read, Extent, Throttle], None], throttle: Throttle) -> None:
+    def __init__(self, read: Callable[[Read, Extent], None]) -> None:
         """read: fills the memory with the file, or raises StorageError or FingerprintError."""
-        self.read, self.throttle = read, throttle
+        self.read = read
         self.changed = threading.Condition()
         self.done: list[ReadDone] = []
         self.under_way = 0
@@ -89,15 +69,14 @@ class FileReads:
                 self.changed.wait(most_s)
 
     def stop(self) -> None:
-        """Ends the reads at their next regions, and waits for that."""
-        self.throttle.stopped.set()
+        """Waits for the end of the reads, which their reader has been told."""
         with self.changed:
             self.changed.wait_for(lambda: not self.under_way, LONGEST_STOP_S)
 
     def _run(self, read: Read, memory: Extent) -> None:
         started, error = time.perf_counter(), "Reading it failed unexpectedly. The engine's log says why."
         try:
-            self.read(read, memory, self.throttle)
+            self.read(read, memory)
             error = ""
         except (StorageError, FingerprintError) as failure:
             error = str(failure)

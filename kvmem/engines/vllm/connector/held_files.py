@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvmem.cache import KEYS, VALUES, ModelFingerprint
-from kvmem.engines.vllm.connector.file_reads import FileReads, Read, Throttle
+from kvmem.engines.vllm.connector.file_reads import FileReads, Read
 from kvmem.engines.vllm.connector.host_memory import Extent, HostMemory
 from kvmem.engines.vllm.connector.protocol import FileState, file_path
 from kvmem.errors import EngineError, FingerprintError, StorageError
-from kvmem.storage import ItemReader, opened_item
+from kvmem.storage import ItemReader, ProcessReader, ThreadReader, opened_item
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,6 +35,13 @@ class HeldFile:
         return raw.view(dtype).view(2, *self.shape).transpose(1, 2)
 
 
+def reader_for(memory: HostMemory, bytes_per_s: float | None) -> ThreadReader:
+    """What reads files into the memory: a process of its own where the system allows it."""
+    if memory.block is None or memory.block.shared.descriptor < 0:
+        return ThreadReader(bytes_per_s)
+    return ProcessReader(memory.block.shared, bytes_per_s, populate=memory.pinned)
+
+
 class HeldFiles:
     """Reads files, as the scheduler orders it, and holds them until it has them dropped."""
 
@@ -46,7 +53,7 @@ class HeldFiles:
         rank: int,
         ranks: int,
         memory: HostMemory,
-        throttle: Throttle,
+        reader: ThreadReader,
     ) -> None:
         self.folder, self.fingerprint, self.config = folder, fingerprint, config
         self.heads = max(fingerprint.stored_kv_heads // ranks, 1)
@@ -55,7 +62,8 @@ class HeldFiles:
         self.memory = memory
         self.held: dict[FileState, HeldFile] = {}
         """Files in host memory, or on their way there."""
-        self.reads = FileReads(self._read, throttle)
+        self.reader = reader
+        self.reads = FileReads(self._read)
 
     def start(self, read: Read) -> None:
         """Starts to read a file. `reads` tells when it has ended."""
@@ -72,7 +80,13 @@ class HeldFiles:
         if held is not None:
             self.memory.give_back(held.extent)
 
-    def _read(self, read: Read, memory: Extent, throttle: Throttle) -> None:
+    def stop(self) -> None:
+        """Ends the reads, and unpins the memory. No copy from it may be under way."""
+        self.reader.stop()
+        self.reads.stop()
+        self.memory.close()
+
+    def _read(self, read: Read, memory: Extent) -> None:
         """Reads this rank's heads of a file, on a thread of its own. Raises StorageError or FingerprintError."""
         path = file_path(self.folder, read.key[0])
         with opened_item(path, self.fingerprint, self.config) as item:
@@ -85,9 +99,11 @@ class HeldFiles:
                 raise StorageError(f"{path} was replaced by a larger file while it was about to be read. Ask again.")
             targets = []
             for number, start in enumerate(item.starts):
-                first, at = start + self.first_head * head_bytes, number * rank_bytes
-                targets += [(first + part - at, view) for part, view in memory.memory(at, at + rank_bytes)]
-            item.read(targets, throttle.wait)
+                at = number * rank_bytes
+                targets += memory.targets(at, at + rank_bytes, start + self.first_head * head_bytes)
+            whole = memory.block.shared.map
+            self.reader.read(path, item.file, item.regions(targets), whole)
+            item.finish(targets, memoryview(whole))
             self.held[read.key].shape = self.heads, tokens, head_dim
 
     def _size_of(self, item: ItemReader, path: Path) -> tuple[int, int]:

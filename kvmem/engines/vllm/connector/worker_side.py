@@ -12,8 +12,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from kvmem.cache import KVCacheItem, ModelFingerprint, dynamic_cache
 from kvmem.engines.vllm.connector.background_saves import BackgroundSaves
 from kvmem.engines.vllm.connector.block_layouts import Layout, layout_for
-from kvmem.engines.vllm.connector.file_reads import Throttle
-from kvmem.engines.vllm.connector.held_files import HeldFiles
+from kvmem.engines.vllm.connector.held_files import HeldFiles, reader_for
 from kvmem.engines.vllm.connector.host_memory import HostMemory
 from kvmem.engines.vllm.connector.protocol import file_path, part_name
 from kvmem.engines.vllm.connector.transfers import Outcomes, Transfer, Transfers
@@ -67,14 +66,15 @@ class WorkerSide:
         # Layers wait for their own KV only if they run one by one, which they do not in one graph of the whole forward.
         mixed = self.vllm_config.compilation_config.cudagraph_mode.mixed_mode()
         self.layer_by_layer = mixed.name != "FULL" and self.vllm_config.speculative_config is None
+        memory = HostMemory(self.host_pages, pinned=on_gpu)
         self.files = HeldFiles(
             self.folder,
             self.fingerprint,
             self.model_config,
             self.rank,
             self.ranks,
-            HostMemory(self.host_pages, pinned=on_gpu),
-            Throttle(self.read_bytes_per_s),
+            memory,
+            reader_for(memory, self.read_bytes_per_s),
         )
 
     def load(self, transfers: Transfers) -> None:
@@ -158,8 +158,10 @@ class WorkerSide:
         return outcomes if outcomes != Outcomes() else None
 
     def stop(self) -> None:
-        """Ends what runs on threads."""
-        self.files.reads.stop()
+        """Ends what runs on threads and in other processes."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        self.files.stop()
         self.background.stop()
 
     def _save_in_background(self, transfer: Transfer) -> None:
