@@ -520,15 +520,26 @@ def _calls(evidence: Evidence, arm: str) -> list[TimedCall]:
 def _comparable(evidence: Evidence, arm: str) -> list[float]:
     """An arm's seconds by round, of which only noise differs.
 
-    Where rounds have prompts of several lengths, as in a trace, they are multiples of a call with the same work in the
-    same round: of the query alone for an arm with hits, and of the independent forward pass for the direct arm.
+    Where rounds have prompts of several lengths, as in a trace, they are multiples of what another arm takes for as
+    many computed tokens, by a line through all of its calls (Theil and Sen's): of the query alone for an arm with hits,
+    and of the independent forward pass for the direct arm. One call of the same round would bring its own noise.
     """
     calls = _calls(evidence, arm)
     seconds = [call.engine_s for call in calls]
     if len({call.prompt_tokens for call in calls}) == 1:
         return seconds
     beside = _calls(evidence, BASELINE if arm == evidence.direct_arm else ALONE)
-    return [own_s / call.engine_s for own_s, call in zip(seconds, beside, strict=True)] if beside else seconds
+    if not beside:
+        return seconds
+    other_s, tokens = [call.engine_s for call in beside], [_computed(call) for call in beside]
+    slope, start = 0.0, median(other_s)
+    if len(set(tokens)) > 1:
+        slope, start = stats.theilslopes(other_s, tokens)[:2]
+    return [call.engine_s / max(start + slope * _computed(call), min(other_s)) for call in calls]
+
+
+def _computed(call: TimedCall) -> int:
+    return call.prompt_tokens - call.cached_tokens
 
 
 def _rounds(evidence: Evidence, a: str, b: str) -> list[tuple[TimedCall, TimedCall]]:

@@ -236,6 +236,41 @@ def drifting(call: TimedCall) -> dict[str, float]:
     return {name: getattr(call, name) - less for name in ("engine_s", "user_s", "outer_s")}
 
 
+def trace_calls(arm: str = "", rounds: range = range(0), factor: float = 1.0) -> list[TimedCall]:
+    """The sound calls as a trace has them, with other lengths in each round; those of `arm` in `rounds` are longer by
+    `factor`."""
+    calls = []
+    for call in sound_calls():
+        memory, query = 500 + 40 * (call.round % 4), 20 + 5 * (call.round % 3)
+        cached = memory if call.arm == "injected" else 0
+        prompt = query if call.arm == ALONE else memory + query
+        seconds = 1e-3 * (prompt - cached + 5 * (call.arm == "injected"))
+        if call.arm == arm and call.round in rounds:
+            seconds *= factor
+        changes: dict[str, Any] = {"prompt_tokens": prompt, "cached_tokens": cached, "expected_tokens": cached}
+        changes |= {"computed_tokens": prompt - cached, "engine_s": seconds, "user_s": seconds, "outer_s": seconds}
+        calls.append(dataclasses.replace(call, **changes, cache_s=0.0))
+    return calls
+
+
+TRACE: dict[str, Any] = {"figures": {"limit_s": 0.01, "direct_limit_s": 0.4}, "build_all_s": [0.6, 0.61, 0.62]}
+
+
+def test_calls_of_several_lengths_are_compared_by_their_tokens() -> None:
+    assert judged(calls=trace_calls(), **TRACE).verdict == "ok"
+
+
+@pytest.mark.parametrize("arm", [BASELINE, ALONE])
+def test_noise_of_what_an_arm_is_compared_with_is_not_the_arms(arm: str) -> None:
+    assert judged(calls=trace_calls(arm, range(1, 3), 1.6), **TRACE).verdict == "ok"
+
+
+@pytest.mark.parametrize("arm", ["injected", "direct"])
+def test_a_disturbed_arm_of_a_trace_is_noticed(arm: str) -> None:
+    verdict = judged(calls=trace_calls(arm, range(1, 4), 1.5), **TRACE)
+    assert verdict.verdict != "ok" and f"the {arm} arm was disturbed" in (verdict.reason or "")
+
+
 DOUBTS: dict[str, dict[str, Any]] = {
     "the build took 4.1 s, and the direct arm computes more": {"build_all_s": [4.0, 4.1, 4.2]},
     "the injected arm drifted by -16% against the direct arm": {
