@@ -65,7 +65,9 @@ class UnderLoad(Plot):
             axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.4g}"))
             axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
             axes.xaxis.set_minor_formatter(FuncFormatter(lambda rate, _: f"{rate:.4g}"))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda time, _: tick(time)))
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter(FuncFormatter(lambda time, _: tick(time)))
             axes.set_xlabel("requests a second")
             axes.set_ylabel("p99 time to first token")
             figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 4))
