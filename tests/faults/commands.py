@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from experiments.config.compose import CONF
+from tests.helpers import warm_python
 
 TINY = ("model=tiny", "sink=none", "workload.query_tokens=[32]", "scenario.pairs=2", "scenario.answer_tokens=2")
 ONE_CELL = "workload.context_tokens=[64]"
@@ -38,7 +39,11 @@ def interruptible() -> None:
 
 
 def run(folder: Path, *overrides: str, **env: str) -> tuple[int, str]:
-    """Exit status and output of the whole command."""
+    """Exit status and output of the whole command. It is a new interpreter where it logs to W&B, or has an environment
+    of its own."""
+    if not env and "sink=wandb" not in overrides:
+        done = warm_python.run(folder, *overrides, env=ENV, joined=True)
+        return done.returncode, done.stdout
     with start(folder, *overrides, **env) as command:
         return finish(command)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from experiments.sinks.wandb import WandB
 from kvmem.errors import ConfigError
 from kvmem.merge.ropeshift import RopeShift
 from kvmem.models import loading
+from tests.helpers import warm_python
 
 ROOT = CONF.parent
 CLASS_GROUPS = ("backend", "hardware", "merge", "model", "scenario", "sink", "storage", "workload")
@@ -143,9 +141,7 @@ def test_the_params_of_a_sweep_are_expanded_and_can_be_overridden() -> None:
     ids=["job", "sweep", "shown", "help", "help of a key", "info"],
 )
 def test_the_command_ends_with_status_2_and_no_traceback(arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.run", *arguments]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = warm_python.run(tmp_path, *arguments, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: Unknown") and "Did you mean" in line
@@ -159,8 +155,7 @@ def test_a_group_set_to_null_is_refused(arguments: list[str]) -> None:
 
 
 def test_help_lists_every_group_and_choice(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.run", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    shown = warm_python.run(ROOT, "--help", env={"PYTHONPATH": str(ROOT)}).stdout
     for folder in (path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"):
         cards = sorted(path.stem for path in folder.glob("*.yaml"))
         assert f"{folder.name}: {', '.join(cards)}\n" in shown

@@ -11,6 +11,7 @@ import pytest
 
 from experiments.config.compose import CONF
 from experiments.results.run_dir import read_rows
+from tests.helpers import warm_python
 
 PROJECT = """\
 [build-system]
@@ -59,9 +60,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(CONF.parent), str(installed)])}
-    command = [sys.executable, "-m", "experiments.run", *overrides]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return warm_python.run(folder, *overrides, env={"PYTHONPATH": os.pathsep.join([str(CONF.parent), str(installed)])})
 
 
 def test_own_strategy_appears_in_a_runs_table(installed: Path, tmp_path: Path) -> None:

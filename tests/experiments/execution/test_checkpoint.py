@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from experiments.config.compose import CONF, validate
 from experiments.execution import checkpoint, sweep
 from experiments.results.run_dir import read_rows, runs_in
 from kvmem.errors import ConfigError, StorageError
+from tests.helpers import warm_python
 from tests.helpers.rows import ttft_row
 
 KNOBS = ["model=tiny", "sink=none", "workload.query_tokens=[32]", "scenario.pairs=2", "scenario.answer_tokens=2"]
@@ -25,9 +25,7 @@ TWO_CELLS = "workload.context_tokens=[64,96]"
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "experiments.run", *overrides]
-    env = os.environ | {"PYTHONPATH": str(CONF.parent)}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return warm_python.run(folder, *overrides, env={"PYTHONPATH": str(CONF.parent)})
 
 
 def test_only_missing_cells_are_measured(tmp_path: Path) -> None:
