@@ -24,11 +24,20 @@ if CHECKOUT not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [CHECKOUT, os.environ.get("PYTHONPATH")]))
 
 
+ENGINES = {"engine": "engine", "slow": "engine", "url": "server"}
+"""Fixtures of tests/vllm that last a session -> the group of their tests."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start engines or clusters run one after another: with several workers, one worker gets them all."""
+    """With several workers, one worker gets all tests of an engine, of a server, or of a cluster, so that each is
+    started once. Large groups are taken first, and single tests last, so that the workers end at nearly the same time.
+
+    A module with a costly fixture of its own marks itself as a group.
+    """
     for item in items:
-        if item.path.parent.name in ("vllm", "cluster"):
-            item.add_marker(pytest.mark.xdist_group("engines"))
+        if isinstance(item, pytest.Function) and item.path.parent.name == "vllm":
+            for group in {ENGINES[name] for name in item.fixturenames if name in ENGINES}:
+                item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from kvmem import __version__
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.xdist_group("wheel")
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -32,6 +32,7 @@ def sweep_on_ray() -> Iterator[tuple[str, ...]]:
         )
 
 
+@pytest.mark.xdist_group("cluster")
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_sweep_survives_a_job_that_dies(sweep_on_ray: tuple[str, ...], tmp_path: Path) -> None:

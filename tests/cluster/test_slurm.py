@@ -17,6 +17,7 @@ PREEMPTED, OUT_OF_MEMORY, KILLED, SIBLING = range(4)
 
 
 @pytest.mark.slurm
+@pytest.mark.xdist_group("cluster")
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_sweep_survives_killed_and_preempted_jobs(a_slurm: Slurm, tmp_path: Path) -> None:

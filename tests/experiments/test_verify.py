@@ -20,6 +20,7 @@ from experiments.results import Row
 from kvmem.errors import ConfigError
 
 REFERENCE = CONF.parent / "outputs/reference"
+GROUP = pytest.mark.xdist_group("measured for an audit")
 KNOBS = [
     *("model=tiny", "sink=wandb", "sink.mode=offline", "scenario.answer_tokens=2", "hardware.check=false"),
     *("workload.query_tokens=[32]", "workload.context_tokens=[64,96]", "hydra.run.dir=run"),
@@ -183,12 +184,14 @@ def test_the_exit_status_and_the_lines(folder: Path, capsys: pytest.CaptureFixtu
     assert "is no run" in capsys.readouterr().err
 
 
+@GROUP
 def test_a_new_run_agrees_in_table_page_and_wandb(measured: Path) -> None:
     checked = audit(measured)
     assert texts(measured) == []
     assert "compared with table.md, report.html, W&B's table of rows" in checked.summary
 
 
+@GROUP
 def test_an_edited_page_and_wandb_table_are_found(measured: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(measured, tmp_path / "elsewhere"))
     assert texts(folder) == []  # a run's folder may move
@@ -202,6 +205,7 @@ def test_an_edited_page_and_wandb_table_are_found(measured: Path, tmp_path: Path
     assert "report.html: line" in of_page and "W&B has kv_ttft_s" in of_wandb and "96/32" in of_wandb
 
 
+@GROUP
 def test_a_run_continued_by_another_commit_is_told(measured: Path, tmp_path: Path) -> None:
     shutil.copytree(measured, tmp_path / "run")
     rows, done = tmp_path / "run/rows.jsonl", tmp_path / "run/DONE.json"
@@ -213,6 +217,7 @@ def test_a_run_continued_by_another_commit_is_told(measured: Path, tmp_path: Pat
     assert "different values of commit: one in 1" in text and "two in 1" in text
 
 
+@GROUP
 def test_a_cell_is_measured_anew(measured: Path, tmp_path: Path) -> None:
     before = (measured / "rows.jsonl").read_bytes()
     found = [str(one) for one in measure_anew(measured, "96/32")]

@@ -41,7 +41,7 @@ ORPHANS_AFTER_S = 8
 CARD = "kvmem_server.json"
 TEXT = TEXTS[0]
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = [pytest.mark.timeout(420), pytest.mark.xdist_group("server of this store")]
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,7 @@ def check_same(ours: VLLMBackend | VLLMServerBackend, reference: HFBackend) -> N
     assert with_memory[0] == with_memory[1] and with_memory[0][1] == direct[1].token_ids
 
 
+@pytest.mark.xdist_group("engine")
 def test_the_engine_gives_them_to_the_template(reference: HFBackend, tokenizer_folder: Path) -> None:
     skip_without_vllm()
     config = VLLMConfig(**{**SETTINGS, "kv_cache_gib": 0.25}, tokenizer_name_or_path=str(tokenizer_folder))

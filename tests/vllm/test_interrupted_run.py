@@ -31,6 +31,7 @@ UNDER_LOAD = (
 )
 
 
+@pytest.mark.xdist_group("engine")
 @pytest.mark.slow
 def test_sigterm_ends_the_engines_processes(tmp_path: Path) -> None:
     skip_without_vllm()

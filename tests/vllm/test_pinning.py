@@ -145,6 +145,7 @@ def test_pins_leave_blocks_for_requests_and_preempted_answers_are_equal(
         assert (alone.token_ids, alone.preemptions) == (together[i].token_ids, 0)
 
 
+@pytest.mark.xdist_group("engine")
 def test_blocks_for_less_than_the_window_are_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match=r"kv_cache_gib=0.0625 holds 1280 tokens.*window is 1536"):
         VLLMBackend(VLLMConfig(**{**SETTINGS, "kv_cache_gib": 0.0625}))

@@ -18,6 +18,9 @@ from tests.vllm.conftest import skip_without_vllm
 from tests.vllm.ranks import BUILT, INJECTED
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.xdist_group("engine")
+
 QUESTIONS = pairs(2, 1200, seed=11)
 TURNS = [
     [{"role": "user", "content": text}, {"role": "assistant", "content": "I have read it."}] for text, _ in QUESTIONS

@@ -45,6 +45,8 @@ class HalfShift(MergeStrategy):
     def merge(self, items, separator_ids, model):
         return strategy(self.like).merge(items, separator_ids, model)
 '''
+pytestmark = pytest.mark.xdist_group("installed strategy")
+
 RUN = ("model=tiny", "model.weights=random", "mode=quick", "workload.memories=2", "workload.max_cells=1")
 
 
