@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 SERVER = """
-import json, os, runpy, signal, sys
+import json, os, runpy, sys
 import experiments.execution.command
 threads = os.listdir("/proc/self/task")
 assert len(threads) == 1, f"a fork has no threads, and this process has {len(threads)}"
