@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from hydra.utils import get_class, instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM
 
 from experiments.config import command_line, compose
@@ -39,9 +40,15 @@ def card_id(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
+@cache
+def composed_with(path: Path) -> DictConfig:
+    return compose.compose([f"{path.parent.name}={path.stem}"])
+
+
 @pytest.mark.parametrize("path", CARDS, ids=card_id)
+@pytest.mark.xdist_group("cards")
 def test_a_card_matches_its_class(path: Path) -> None:
-    card: dict[str, Any] = resolved(compose.compose([f"{path.parent.name}={path.stem}"]))[path.parent.name]
+    card: dict[str, Any] = resolved(composed_with(path))[path.parent.name]
     cls = get_class(card["_target_"])
     knobs = {field.name for field in dataclasses.fields(cls) if field.init}
     made = instantiate(card, _convert_="all")
@@ -55,8 +62,9 @@ def test_a_card_matches_its_class(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CARDS, ids=card_id)
+@pytest.mark.xdist_group("cards")
 def test_every_card_composes_and_lists_its_own_class(path: Path) -> None:
-    composed = compose.compose([f"{path.parent.name}={path.stem}"])
+    composed = composed_with(path)
     assert type(getattr(validate(composed), path.parent.name)) is get_class(composed[path.parent.name]["_target_"])
 
 
