@@ -17,10 +17,11 @@ from experiments import signals
 from experiments.config import compose
 from experiments.execution import NOT_ALL_VALID, UNDECIDED, checkpoint
 from experiments.hardware import layout
-from experiments.reporting import between_runs
+from experiments.reporting import between_runs, write_report
 from experiments.results import SHARED_CONDITIONS, displayed_path, measured_rows, read_run
 from kvmem.errors import ConfigError
 
+REPORT = "report.html"
 MEASURED = (0, NOT_ALL_VALID, UNDECIDED)
 """Exit statuses of a run that has measured all its cells, whatever their verdicts."""
 
@@ -67,6 +68,8 @@ def repeat(folder: Path, runs: int = between_runs.LEAST_RUNS) -> str:
                 raise ConfigError(f"run {number} ended with status {status}. The same command continues it.")
     text = between_runs.markdown(folder)
     (folder / between_runs.FILE).write_text(text, encoding="utf-8")
+    if (folder / REPORT).is_file():  # its page tells the spread too
+        write_report(folder)
     return text
 
 

@@ -133,7 +133,10 @@ def _page(path: Path, run: Run) -> list[Finding]:
     """Compares the page's text. Its plots are pictures, and its heading names the folder, which may have moved."""
     stored, again = (
         re.sub(r"data:image/[^\"')]*|<p class=\"eyebrow\">.*", "", text)
-        for text in (path.read_text(encoding="utf-8"), html.render(run.rows, [run]))
+        for text in (
+            path.read_text(encoding="utf-8"),
+            html.render(run.rows, [run], between_runs.spread_of(path.parent)),
+        )
     )
     return _first_difference(path, stored, again)
 

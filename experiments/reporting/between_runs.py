@@ -7,6 +7,7 @@ process, and are seen between runs only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -14,6 +15,7 @@ from experiments.results import Row, Run, TTFTPayload, formatting, in_order, jud
 from kvmem.errors import ConfigError
 
 FILE = "between_runs.md"
+TITLE = "Between runs"
 REPEATS = "repeats"
 """The folder, in a run's folder, of the runs that repeat it."""
 LEAST_RUNS = 3
@@ -25,24 +27,45 @@ def repeats_of(folder: Path) -> list[Path]:
     return sorted((path.parent for path in folder.glob(f"{REPEATS}/*/rows.jsonl")), key=in_order)
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A run beside those that repeat it, as a table."""
+
+    note: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+
+def spread_of(folder: Path) -> Spread | None:
+    """The spread of a run's figures between it and its repeats; None if it has fewer than two."""
+    repeats = repeats_of(folder)
+    if len(repeats) + 1 < LEAST_RUNS:
+        return None
+    runs = [read_run(path) for path in (folder, *repeats)]
+    note = (
+        f"{len(runs)} runs, each a process of its own. Of each figure, which is a run's median, the lowest and the "
+        "highest run; the spread is their difference over the median of the runs."
+    )
+    return Spread(note, COLUMNS, tuple(tuple(cells) for row in runs[0].rows if (cells := _cells(row, runs))))
+
+
 def markdown(folder: Path) -> str:
     """The table of a run and its repeats. Raises ConfigError if there are fewer than three runs in all."""
-    runs = [read_run(path) for path in (folder, *repeats_of(folder))]
-    if len(runs) < LEAST_RUNS:
+    spread = spread_of(folder)
+    if spread is None:
         raise ConfigError(
-            f"{folder} has {formatting.plural(len(runs) - 1, 'repeat')}, and a spread between runs needs "
+            f"{folder} has {formatting.plural(len(repeats_of(folder)), 'repeat')}, and a spread between runs needs "
             f"{LEAST_RUNS - 1}: python -m experiments.repeat {folder}"
         )
     lines = [
-        "### Between runs",
+        f"### {TITLE}",
         "",
-        f"{len(runs)} runs, each a process of its own. Of each figure, which is a run's median, the lowest and the "
-        "highest run; the spread is their difference over the median of the runs.",
+        spread.note,
         "",
-        "| " + " | ".join(COLUMNS) + " |",
+        "| " + " | ".join(spread.columns) + " |",
         "| :-- | --: | --: | --: | --: | --: | --: | :-- |",
     ]
-    lines += ["| " + " | ".join(cells) + " |" for row in runs[0].rows if (cells := _cells(row, runs))]
+    lines += ["| " + " | ".join(cells) + " |" for cells in spread.lines]
     return "\n".join(lines) + "\n"
 
 

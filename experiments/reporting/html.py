@@ -13,6 +13,7 @@ import jinja2
 
 from experiments.measurement import statistics
 from experiments.reporting import findings, plots, tables
+from experiments.reporting.between_runs import Spread
 from experiments.reporting.headline import headline
 from experiments.reporting.theme import DARK, LIGHT
 from experiments.results import AnswerPayload, Row, Run, TTFTPayload, formatting, labels, ttft_of, user_speedup
@@ -65,8 +66,8 @@ class CellView:
     interval_name: str
 
 
-def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
-    """The page, as HTML that fetches nothing: its plots are inside."""
+def render(rows: Sequence[Row], runs: Sequence[Run], spread: Spread | None = None) -> str:
+    """The page, as HTML that fetches nothing: its plots are inside. spread: between the run and its repeats."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -93,6 +94,7 @@ def render(rows: Sequence[Row], runs: Sequence[Run]) -> str:
         conditions=conditions(rows),
         tables=[tables.compact(table) for table in tables.tables(rows)],
         plots=_plots(rows),
+        spread=spread,
         question=findings.question(rows),
         answer=findings.answer(rows),
         cells=[] if predicted else [cell(row, arms) for row in rows if row.status != "failed"],

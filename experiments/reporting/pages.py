@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from experiments.reporting import html, plots, tables
+from experiments.reporting import between_runs, html, plots, tables
 from experiments.results import Row, Run, read_run
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes table.md, plots/ and report.html into a run's folder; returns the page's path."""
-    return _write([read_run(run_dir)], run_dir)
+    """Writes table.md, plots/ and report.html into a run's folder; returns the page's path. Where the run was repeated,
+    the page tells the spread between runs."""
+    return _write([read_run(run_dir)], run_dir, between_runs.spread_of(run_dir))
 
 
 def write_joined(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -25,13 +26,13 @@ def write_joined(run_dirs: Sequence[Path], out: Path) -> Path:
     return _write(runs, out)
 
 
-def _write(runs: Sequence[Run], out: Path) -> Path:
+def _write(runs: Sequence[Run], out: Path, spread: between_runs.Spread | None = None) -> Path:
     rows = [_of_run(row, run.name) if len(runs) > 1 else row for run in runs for row in run.rows]
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.md").write_text(tables.markdown(rows), encoding="utf-8")
     plots.write_plots(rows, out / "plots")
     path = out / "report.html"
-    path.write_text(html.render(rows, runs), encoding="utf-8")
+    path.write_text(html.render(rows, runs, spread), encoding="utf-8")
     return path
 
 

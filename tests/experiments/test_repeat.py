@@ -15,7 +15,7 @@ from experiments.audit import audit
 from experiments.config.compose import CONF
 from experiments.execution import run_experiment
 from experiments.hardware import layout
-from experiments.reporting import between_runs
+from experiments.reporting import between_runs, write_report
 from experiments.results import SHARED_CONDITIONS
 from kvmem.errors import ConfigError
 
@@ -24,9 +24,11 @@ REFERENCE = CONF.parent / "outputs/reference/default_smollm2_cpu"
 
 def copies(folder: Path, change: Callable[[dict[str, Any], int], None]) -> Path:
     """A stored run and two repeats; `change` edits the first row of each repeat, told by its number."""
-    run = Path(shutil.copytree(REFERENCE, folder / "run"))
+    without = shutil.ignore_patterns(between_runs.REPEATS, between_runs.FILE)
+    run = Path(shutil.copytree(REFERENCE, folder / "run", ignore=without))
     for number in (2, 3):
-        path = Path(shutil.copytree(REFERENCE, run / between_runs.REPEATS / str(number))) / "rows.jsonl"
+        repeat_dir = run / between_runs.REPEATS / str(number)
+        path = Path(shutil.copytree(REFERENCE, repeat_dir, ignore=without)) / "rows.jsonl"
         first, *others = path.read_text().splitlines()
         row = json.loads(first)
         change(row, number)
@@ -50,6 +52,21 @@ def test_the_spread_is_that_of_the_runs_medians(tmp_path: Path) -> None:
     assert told[4] == f"{100 * (high - low) / 0.2:.1f}%"
     assert told[2] == f"20.0–{row['speedup_pct']:.1f}%"
     assert cells_of(run, line=1)[4] == "0.0%", "the other rows are equal"
+
+
+def test_the_page_tells_the_spread_and_an_audit_computes_it_again(tmp_path: Path) -> None:
+    def change(row: dict[str, Any], number: int) -> None:
+        row["payload"]["kv_ttft_s"] = 0.1 * number
+
+    run = copies(tmp_path, change)
+    page = write_report(run)
+    spread = cells_of(run)[4]
+    text = page.read_text()
+    assert "<h2>Between runs</h2>" in text and f"<td>{spread}</td>" in text
+    page.write_text(text.replace(f"<td>{spread}</td>", "<td>0.1%</td>"))
+    assert any("report.html" in finding.where and spread in finding.text for finding in audit(run).findings)
+    shutil.rmtree(run / between_runs.REPEATS / "3")
+    assert "Between runs" not in write_report(run).read_text(), "two runs tell no spread"
 
 
 def test_intervals_that_hold_no_common_value_are_told(tmp_path: Path) -> None:
