@@ -9,7 +9,8 @@ from typing import Any
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from kvmem import storage
+from kvmem import compaction, storage
+from kvmem.compaction import CompactionStrategy
 from kvmem.engines import Backend, backend_class
 from kvmem.errors import ConfigError, check_kind, config_error
 from kvmem.merge import MergeStrategy, strategy
@@ -33,7 +34,8 @@ class ExtractorLLM(BaseModel):
 class KVCacheMemoryConfig(BaseModel):
     """The engine, as `extractor_llm={"backend": "huggingface", "config": {"model_name_or_path": …}}`, and the prompt.
 
-    memory_filename: its suffix picks the file format. merge: a strategy or its name. template: `chat` or `plain`.
+    memory_filename: its suffix picks the file format. merge: a strategy or its name. compaction: a strategy or its name,
+    by which `extract` and `from_textual_memory` compact what they build; None: not at all. template: `chat` or `plain`.
     chat_template_kwargs: the chat template's own arguments, such as `enable_thinking` or `tools`; JSON values.
     separator: the text between merged memories. namespace: only memories of the same namespace are found, listed,
     merged, loaded and deleted; their files are in a folder of that name. copy_files: `load` copies the tensors instead
@@ -47,6 +49,7 @@ class KVCacheMemoryConfig(BaseModel):
     extractor_llm: ExtractorLLM
     memory_filename: str = "activation_memory.safetensors"
     merge: MergeStrategy = Field(default_factory=lambda: strategy("Reprefill"))
+    compaction: CompactionStrategy | None = None
     template: TemplateKind = "chat"
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     separator: str = "\n\n"
@@ -77,6 +80,13 @@ class KVCacheMemoryConfig(BaseModel):
         if not isinstance(value, str | MergeStrategy):
             raise ValueError(f"merge is {value!r}. Give a strategy or its name, or leave it out for Reprefill.")
         return strategy(value) if isinstance(value, str) else value
+
+    @field_validator("compaction", mode="before")
+    @classmethod
+    def _compaction_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str | CompactionStrategy | None):
+            raise ValueError(f"compaction is {value!r}. Give a strategy or its name, or leave it out for none.")
+        return compaction.strategy(value) if isinstance(value, str) else value
 
     @field_validator("namespace")
     @classmethod

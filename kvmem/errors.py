@@ -71,6 +71,10 @@ class MergeError(KVMemError, ValueError):
     """A merge strategy does not support these items or this model."""
 
 
+class CompactionError(KVMemError, ValueError):
+    """A compaction does not cover this model or item, or an operation does not cover a compacted memory."""
+
+
 class BudgetError(KVMemError, ValueError):
     """An item does not fit into the free bytes of a tier's budget."""
 

@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 
 from kvmem.cache import KVCacheItem, Message, TextualMemoryItem, dynamic_cache
+from kvmem.compaction import CompactionStrategy, strategy
 from kvmem.config import KVCacheMemoryConfig
 from kvmem.engines import Backend, Injectable
 from kvmem.errors import (
@@ -53,19 +54,47 @@ class KVCacheMemory:
         self._items: dict[str, KVCacheItem] = {}
 
     @overload
-    def extract(self, text: str | Sequence[Message], base: KVCacheItem | None = None) -> KVCacheItem: ...
-    @overload
-    def extract(self, text: list[str], base: None = None) -> list[KVCacheItem]: ...
     def extract(
-        self, text: str | Sequence[Message] | list[str], base: KVCacheItem | None = None
+        self,
+        text: str | Sequence[Message],
+        base: KVCacheItem | None = None,
+        compaction: CompactionStrategy | str | None = None,
+    ) -> KVCacheItem: ...
+    @overload
+    def extract(
+        self, text: list[str], base: None = None, compaction: CompactionStrategy | str | None = None
+    ) -> list[KVCacheItem]: ...
+    def extract(
+        self,
+        text: str | Sequence[Message] | list[str],
+        base: KVCacheItem | None = None,
+        compaction: CompactionStrategy | str | None = None,
     ) -> KVCacheItem | list[KVCacheItem]:
         """Builds without storing: one item from a string or chat turns, a list of items from a list of strings.
 
         base: an item of earlier turns. `text` is then the turns that follow them, and only those are prefilled.
-        Raises PromptError for an empty text, a text longer than the model's positions (naming both lengths), and
+        compaction: a strategy or its name. The items then have fewer entries than tokens, and are marked lossy; None:
+        as the configuration says. Raises CompactionError if it does not cover the model, ConfigError for an unknown
+        name, PromptError for an empty text, a text longer than the model's positions (naming both lengths), and
         anything that is neither text nor turns; ArgumentError, FingerprintError or NamespaceError if `base` is not an
         item of this model and namespace.
         """
+        chosen = self._chosen(compaction)
+        built = self._extracted(text, base)
+        if chosen is None:
+            return built
+        if isinstance(built, list):
+            return [self.backend.compact(item, chosen) for item in built]
+        return self.backend.compact(built, chosen)
+
+    def _chosen(self, compaction: CompactionStrategy | str | None) -> CompactionStrategy | None:
+        """The strategy that is given, or that of the configuration."""
+        check_kind("compaction", compaction, CompactionStrategy, str, type(None), way_out="Give a strategy's name.")
+        return strategy(compaction) if isinstance(compaction, str) else compaction or self.config.compaction
+
+    def _extracted(
+        self, text: str | Sequence[Message] | list[str], base: KVCacheItem | None
+    ) -> KVCacheItem | list[KVCacheItem]:
         check_kind("base", base, KVCacheItem, type(None), way_out="Give the item that extract made of earlier turns.")
         if isinstance(text, str):
             if base is not None:
@@ -202,11 +231,14 @@ class KVCacheMemory:
     def from_textual_memory(self, mem: TextualMemoryItem) -> KVCacheItem:
         """Builds an item whose source keeps a copy of the text memory's id and metadata. Stores nothing.
 
+        It is compacted if the configuration says so.
+
         Raises as `extract`, and ArgumentError if `mem` was assigned a text or metadata that a file can't keep.
         """
         check_kind("A text memory", mem, TextualMemoryItem, way_out="Give TextualMemoryItem(memory=text).")
         own = mem.checked()
-        return self.backend.build(own.memory, textual_memory=own, namespace=self.namespace)
+        item = self.backend.build(own.memory, textual_memory=own, namespace=self.namespace)
+        return item if self.config.compaction is None else self.backend.compact(item, self.config.compaction)
 
     def _copied(self, item: KVCacheItem) -> KVCacheItem:
         """The item with tensors of its own. Raises ChangedFileError if the file changed while it was copied."""

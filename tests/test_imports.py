@@ -18,7 +18,7 @@ FLOORS = {
         {"errors"},
         {"cache", "registry"},
         {"models"},
-        {"merge", "prompt", "storage"},
+        {"compaction", "merge", "prompt", "storage"},
         {"engines"},
         {"config", "tiers"},
         {"memory"},

@@ -5,6 +5,7 @@ model that computed them. A `CacheView` is a copy-on-write view of stored items:
 the stored tensors stay as they are.
 
 What a layer keeps is told by `CacheLayout`: an entry for each token (keys and values), or a state at the memory's end.
+A compacted memory has fewer entries than tokens: `Compaction` says how many, and `compacted_layers` how they are kept.
 
 Two modules are used as namespaces. `dynamic_cache` builds, views, crops and joins transformers' `DynamicCache`; it and
 `layers` are the only modules that know its internals. `device_transfer` copies a cache from host memory to a GPU while
@@ -12,10 +13,12 @@ the model already computes.
 """
 
 from kvmem.cache import device_transfer, dynamic_cache
+from kvmem.cache.compacted_layers import BIAS, PACKED_KEYS, PACKED_VALUES, CompactedView, packed
 from kvmem.cache.dynamic_cache import CacheView, KeptPrefix
 from kvmem.cache.fingerprint import ModelFingerprint, fingerprint_of, hash_template, hash_tokenizer, sha256
 from kvmem.cache.finite import layer_that_is_not_finite
 from kvmem.cache.items import (
+    Compaction,
     DialogueMemoryItem,
     KVCacheItem,
     KVCacheMetadata,
@@ -33,15 +36,20 @@ from kvmem.cache.model_state import ModelWatch, underlying
 from kvmem.cache.plain_values import text_fault, value_fault
 
 __all__ = [
+    "BIAS",
     "CONV",
     "ENTRIES",
     "INDEXER",
     "KEYS",
     "KV",
+    "PACKED_KEYS",
+    "PACKED_VALUES",
     "RECURRENT",
     "VALUES",
     "CacheLayout",
     "CacheView",
+    "CompactedView",
+    "Compaction",
     "Contents",
     "DialogueMemoryItem",
     "FunctionWatch",
@@ -67,6 +75,7 @@ __all__ = [
     "hash_tokenizer",
     "layer_that_is_not_finite",
     "observing",
+    "packed",
     "sha256",
     "text_fault",
     "underlying",

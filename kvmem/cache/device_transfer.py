@@ -21,7 +21,7 @@ def to_device(stored: DynamicCache, device: torch.device, config: PreTrainedConf
     """
     if device.type != "cuda" or dynamic_cache.has_sliding_layers(config):
         return dynamic_cache.to_device(stored, device, config)
-    if not dynamic_cache.keeps_keys_and_values_only(config):
+    if dynamic_cache.is_compacted(stored) or not dynamic_cache.keeps_keys_and_values_only(config):
         return dynamic_cache.to_device(stored, device, config)
     layers = dynamic_cache.layers_of(stored)
     if layers[0][0].device.type == "cuda":

@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from kvmem.cache import layers as cache_layers
 from kvmem.cache import own_classes
+from kvmem.cache.compacted_layers import CompactedLayer, CompactedView
 from kvmem.cache.fingerprint import ModelFingerprint
 from kvmem.cache.items import MemoryTokens
 from kvmem.cache.layers import (
@@ -35,7 +36,7 @@ from kvmem.cache.layers import (
     TransferLayer,
 )
 from kvmem.cache.mapped_files import MappedFile, files_of
-from kvmem.errors import CacheInUseError, FingerprintError, ModelError
+from kvmem.errors import CacheInUseError, CompactionError, FingerprintError, ModelError
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,30 @@ def _fill(cache: DynamicCache, contents: Sequence[Mapping[str, torch.Tensor]], t
         cache_layers.fill(layer, kept, tokens)
 
 
+def from_compacted(
+    contents: Sequence[Mapping[str, torch.Tensor]], entries: Sequence[Sequence[int]], tokens: int
+) -> DynamicCache:
+    """A stored cache of a compacted memory, which shares the given tensors.
+
+    contents: packed tensors of each layer. entries: how many each of its KV heads has. tokens: the length of the text.
+    """
+    cache = DynamicCache()
+    cache.layers = [CompactedLayer(kept, lengths, tokens) for kept, lengths in zip(contents, entries, strict=True)]
+    if files := files_of(tensor for kept in contents for tensor in kept.values()):
+        _files[cache] = files
+    return cache
+
+
+def is_compacted(cache: DynamicCache) -> bool:
+    """Whether the cache, or the view, is of a compacted memory: its layers hold fewer entries than it has tokens."""
+    return bool(cache.layers) and isinstance(cache.layers[0], CompactedLayer | CompactedView)
+
+
+def layers_with_masks(cache: DynamicCache) -> list[CompactedView]:
+    """The layers of a view of a compacted memory that need a mask of their own: all of them, or none."""
+    return [layer for layer in cache.layers if isinstance(layer, CompactedView) and layer.needs_mask]
+
+
 def from_transfer(
     layers: Sequence[KV], ready_events: Sequence[torch.cuda.Event], config: PreTrainedConfig
 ) -> DynamicCache:
@@ -241,8 +266,14 @@ def contents_of(cache: DynamicCache) -> list[Contents]:
 def layers_of(cache: DynamicCache) -> list[KV]:
     """The (keys, values) of each layer, each (batch, kv_heads, tokens, head_dim); not copied. Waits for transfers.
 
-    Raises ModelError if a layer keeps anything else, such as states, and ChangedFileError as `check_files`.
+    Raises ModelError if a layer keeps anything else, such as states, CompactionError for a compacted memory, and
+    ChangedFileError as `check_files`.
     """
+    if is_compacted(cache):
+        raise CompactionError(
+            "This memory is compacted: it holds no entry for each token, which this operation needs. Use it on "
+            "backend=huggingface, or extract the text again without compaction."
+        )
     pairs = []
     for i, kept in enumerate(contents_of(cache)):
         if set(kept) != {KEYS, VALUES}:
@@ -256,7 +287,10 @@ def layers_of(cache: DynamicCache) -> list[KV]:
 
 def _tensors(cache: DynamicCache) -> list[Contents]:
     """As `contents_of`, without waiting for pending transfers."""
-    return [cache_layers.contents(layer) for layer in cache.layers]
+    return [
+        layer.contents() if isinstance(layer, CompactedLayer) else cache_layers.contents(layer)
+        for layer in cache.layers
+    ]
 
 
 def converted(
@@ -264,6 +298,9 @@ def converted(
 ) -> DynamicCache:
     """A cache of the same tokens whose every tensor is `convert` of one of `cache`."""
     contents = [{name: convert(tensor) for name, tensor in kept.items()} for kept in contents_of(cache)]
+    if is_compacted(cache):
+        entries = [layer.lengths for layer in cache.layers if isinstance(layer, CompactedLayer)]
+        return from_compacted(contents, entries, cache.get_seq_length())
     return from_contents(contents, config, cache.get_seq_length())
 
 
@@ -300,6 +337,12 @@ def view_of(
             f"The cache has {len(cache.layers)} layers and this model {len(view.layers)}. Extract the memory again "
             "with this model."
         )
+    view.tokens, view.lossy, view.fingerprint = tokens, lossy, fingerprint
+    if is_compacted(cache):
+        view.layers = _compacted_views(cache)
+        if cache in _files:
+            _files[view] = _files[cache]
+        return view
     contents, tokens_held = _tensors(cache), cache.get_seq_length()
     view.states, view.states_at = [cache_layers.states_of(kept) for kept in contents], tokens_held
     own = [kept | cache_layers.copied(states) for kept, states in zip(contents, view.states, strict=True)]
@@ -309,8 +352,16 @@ def view_of(
             layer.ready = stored.ready
     if cache in _files:
         _files[view] = _files[cache]
-    view.tokens, view.lossy, view.fingerprint = tokens, lossy, fingerprint
     return view
+
+
+def _compacted_views(cache: DynamicCache) -> list[cache_layers.Layer]:
+    """The layers of a view. A model makes one mask for all layers, from the length of the first, and with no bias."""
+    layers = [layer.view() for layer in cache.layers if isinstance(layer, CompactedLayer)]
+    needs_mask = any(layer.bias_HT is not None or layer.entries != layers[0].entries for layer in layers)
+    for layer in layers:
+        layer.needs_mask = needs_mask
+    return [*layers]
 
 
 def empty_view(tokens: MemoryTokens, config: PreTrainedConfig) -> CacheView:
@@ -324,10 +375,13 @@ def can_crop(cache: DynamicCache, tokens: int) -> bool:
     """Whether `crop` to `tokens` is possible.
 
     False if a sliding layer already dropped tokens that it would need, or if a layer keeps a state of another position:
-    a view of a memory with states goes back to the end of the memory, and nowhere else.
+    a view of a memory with states goes back to the end of the memory, and nowhere else. A view of a compacted memory
+    goes back to the end of the memory, or to a token behind it.
     """
     if tokens >= cache.get_seq_length():
         return True
+    if is_compacted(cache):
+        return all(isinstance(layer, CompactedView) and layer.can_crop(tokens) for layer in cache.layers)
     states_at = cache.states_at if isinstance(cache, CacheView) else -1
     return all(cache_layers.can_crop(layer, tokens, states_at) for layer in cache.layers)
 
@@ -339,7 +393,10 @@ def crop(cache: DynamicCache, tokens: int) -> bool:
     if not can_crop(cache, tokens):
         return False
     for layer in cache.layers:
-        cache_layers.crop(layer, tokens)
+        if isinstance(layer, CompactedView):
+            layer.crop_to(tokens)
+        else:
+            cache_layers.crop(layer, tokens)
     if isinstance(cache, CacheView):
         for layer, states in zip(cache.layers, cache.states, strict=False):  # a view without a memory has none
             cache_layers.set_states(layer, cache_layers.copied(states))

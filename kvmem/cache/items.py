@@ -135,6 +135,23 @@ class TextualSource(BaseModel):
     metadata: dict[str, Any] = {}
 
 
+class Compaction(BaseModel):
+    """How a memory was compacted: the strategy with its knobs, and how many entries each layer and KV head keeps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strategy: str
+    knobs: dict[str, Any] = {}
+    entries: tuple[tuple[int, ...], ...]
+    """By layer, for each KV head."""
+    has_bias: bool = False
+    """Whether each entry has a number that is added to its scores."""
+
+    def share(self, tokens: int) -> float:
+        """Entries over those of the text as it was built."""
+        return sum(map(sum, self.entries)) / (tokens * sum(map(len, self.entries)))
+
+
 class KVCacheMetadata(BaseModel):
     """Everything about a stored cache except its tensors. A file's manifest holds one for each item."""
 
@@ -155,6 +172,9 @@ class KVCacheMetadata(BaseModel):
     namespace: str = Field(default="", exclude_if=lambda name: not name)
     """The namespace of the memory that the item belongs to; "" for the default one. In a file as `lossy`."""
 
+    compaction: Compaction | None = Field(default=None, exclude_if=lambda compaction: compaction is None)
+    """How the memory was compacted; None if it has an entry for each token. In a file as `lossy`."""
+
     @property
     def token_count(self) -> int:
         return len(self.tokens.token_ids)
@@ -169,7 +189,7 @@ class KVCacheMetadata(BaseModel):
 class KVCacheItem:
     """A memory as KV. `kv_cache` holds, for each layer, keys (after RoPE) and values, (1, kv_heads, tokens, head_dim).
 
-    Every view of this item shares the tensors. They are never written again.
+    Of a compacted memory it holds packed entries: see `kvmem.cache.compacted_layers`. Every view of this item shares the tensors. They are never written again.
     """
 
     kv_cache: DynamicCache

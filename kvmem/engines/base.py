@@ -23,7 +23,8 @@ from kvmem.cache import (
     TextualMemoryItem,
     dynamic_cache,
 )
-from kvmem.errors import ConfigError, FingerprintError, StoredCacheError, check_kind
+from kvmem.compaction import CompactionStrategy
+from kvmem.errors import CompactionError, ConfigError, FingerprintError, StoredCacheError, check_kind
 from kvmem.merge import MergeStrategy
 from kvmem.models import max_positions
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt
@@ -31,6 +32,9 @@ from kvmem.registry import Registry
 
 BetweenLayers = Callable[[], None]
 """Called between two layers of a build; it may block, or raise BuildCancelled."""
+
+
+COMPACTED_BY = "Use backend=huggingface, or extract without compaction."
 
 
 class StoredFile:
@@ -92,6 +96,8 @@ class Backend(ABC):
     device: torch.device
     shards: int = 1
     """Processes among which the heads of each item are split."""
+    takes_compacted: ClassVar[bool] = False
+    """Whether the engine compacts memories, and answers with compacted ones."""
 
     @classmethod
     @abstractmethod
@@ -118,6 +124,13 @@ class Backend(ABC):
         the build. An engine with a scheduler of its own, which interleaves the build with requests, calls it once,
         before it submits the build. Raises ConfigError if the engine can do neither.
         """
+
+    def compact(self, item: KVCacheItem, strategy: CompactionStrategy) -> KVCacheItem:
+        """A new item with fewer entries than tokens. The given item is left as it is.
+
+        Raises CompactionError if the engine, or the strategy, does not cover this item or this model.
+        """
+        raise CompactionError(f"backend={self.name} does not compact memories. {COMPACTED_BY}")
 
     @property
     def build_writes_file(self) -> bool:
@@ -152,11 +165,13 @@ class Backend(ABC):
         """What the engine injects for one item, or for several through `merge`. Its use does not change the items."""
 
     def check(self, item: KVCacheItem) -> None:
-        """Raises FingerprintError for an item of another model, and StoredCacheError for one that was changed.
+        """Raises FingerprintError for an item of another model, StoredCacheError for one that was changed, and
+        CompactionError for a compacted one if the engine does not take it.
 
         Compares fingerprints or, if the item has none, the shapes of its tensors.
         """
         check_whole(item)
+        self._check_compaction(item)
         built_by = item.metadata.fingerprint
         if built_by is self.fingerprint:
             return
@@ -179,8 +194,19 @@ class Backend(ABC):
         storage.for_filename(path.name).dump(path, items)
 
     def read(self, path: Path) -> list[KVCacheItem]:
-        """Reads all items of a file. Raises StorageError, or FingerprintError for items of another model."""
-        return storage.for_filename(path.name).load(path, self.fingerprint, self.model_config, self.device)
+        """Reads all items of a file. Raises StorageError, FingerprintError for items of another model, or
+        CompactionError for compacted ones if the engine does not take them."""
+        items = storage.for_filename(path.name).load(path, self.fingerprint, self.model_config, self.device)
+        for item in items:
+            self._check_compaction(item)
+        return items
+
+    def _check_compaction(self, item: KVCacheItem) -> None:
+        if item.metadata.compaction is not None and not self.takes_compacted:
+            raise CompactionError(
+                f"Item {item.kv_cache_id} is {item.metadata.lossy}, and backend={self.name} does not take compacted "
+                f"memories. {COMPACTED_BY}"
+            )
 
 
 def check_whole(item: KVCacheItem) -> None:

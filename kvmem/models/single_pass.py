@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvmem.cache import dynamic_cache
+from kvmem.models.compacted_attention import with_masks
 
 
 @torch.inference_mode()
@@ -18,7 +19,8 @@ def single_pass(model: PreTrainedModel, token_ids: Sequence[int], cache: Dynamic
     if dynamic_cache.has_state_layers(cache):  # some of these models (Bamba) count positions from 0 in every pass
         start = cache.get_seq_length()
         arguments["position_ids"] = torch.arange(start, start + len(token_ids), device=model.device)[None]
-    logits_BTV: torch.Tensor = model(
-        input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments
-    ).logits
+    with with_masks(model, cache, len(token_ids)):
+        logits_BTV: torch.Tensor = model(
+            input_ids=ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments
+        ).logits
     return logits_BTV[0, -1]

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from kvmem.cache import ModelFingerprint
-from kvmem.errors import DamagedFileError
+from kvmem.errors import CompactionError, DamagedFileError
 from kvmem.storage import manifest
 from kvmem.storage.base import opened
 from kvmem.storage.region_reads import Part, RegionRead
@@ -76,6 +76,11 @@ class ItemReader:
         manifest.check_model(contents, fingerprint, path)
         check_tensors(self.header, contents, fingerprint, config, path)
         self.entry = _items(self.header, path)[0]
+        if self.entry.metadata.compaction is not None:
+            raise CompactionError(
+                f"{path} holds a memory that is {self.entry.metadata.lossy}, and an engine that injects files needs an "
+                "entry for each token. Use backend=huggingface for it, or extract without compaction."
+            )
         tensors = [self.header.fields[name] for name in names_of(0, self.entry.names)]
         self.shapes: list[tuple[int, ...]] = [tuple(tensor["shape"]) for tensor in tensors]
         """Of each tensor."""

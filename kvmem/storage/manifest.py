@@ -13,9 +13,13 @@ from pydantic_core import PydanticSerializationError
 from transformers import PreTrainedConfig
 
 from kvmem.cache import (
+    BIAS,
     KEYS,
+    PACKED_KEYS,
+    PACKED_VALUES,
     VALUES,
     CacheLayout,
+    Compaction,
     KVCacheItem,
     KVCacheMetadata,
     ModelFingerprint,
@@ -29,6 +33,9 @@ KEYS_AND_VALUES_ONLY = 1
 """The version of a file whose layers all keep keys and values. Every version of kvmem reads it."""
 FORMAT_VERSION = 2
 """The version of a file with a layer that keeps something else, such as a state: its manifest names it."""
+COMPACTED_VERSION = 3
+"""The version of a file with a compacted memory, whose layers keep fewer entries than it has tokens."""
+VERSIONS = (KEYS_AND_VALUES_ONLY, FORMAT_VERSION, COMPACTED_VERSION)
 
 KEYS_AND_VALUES = (KEYS, VALUES)
 
@@ -78,11 +85,18 @@ def to_json(items: Sequence[KVCacheItem]) -> str:
                 "its text memory."
             )
     entries = tuple(map(_entry_of, items))
-    version = FORMAT_VERSION if any(entry.kept for entry in entries) else KEYS_AND_VALUES_ONLY
+    version = max(map(_version_of, entries), default=KEYS_AND_VALUES_ONLY)
     try:
         return Manifest(version=version, items=entries).model_dump_json()
     except PydanticSerializationError as error:
         raise StorageError(f"An item's metadata is not JSON ({error}). Use plain values in it.") from error
+
+
+def _version_of(entry: ItemManifest) -> int:
+    """The lowest version that can state the item."""
+    if entry.metadata.compaction is not None:
+        return COMPACTED_VERSION
+    return FORMAT_VERSION if entry.kept else KEYS_AND_VALUES_ONLY
 
 
 def _entry_of(item: KVCacheItem) -> ItemManifest:
@@ -110,9 +124,9 @@ def from_json(text: str, path: Path) -> Manifest:
     version = stated.get("version") if isinstance(stated, dict) else None
     if version is None:
         raise _bad_manifest(path, "it states no version")
-    if version not in (KEYS_AND_VALUES_ONLY, FORMAT_VERSION):
+    if version not in VERSIONS:
         raise StorageError(
-            f"{path} is of format version {version}, and this kvmem reads up to version {FORMAT_VERSION}. "
+            f"{path} is of format version {version}, and this kvmem reads up to version {VERSIONS[-1]}. "
             "Upgrade kvmem."
         )
     try:
@@ -122,6 +136,10 @@ def from_json(text: str, path: Path) -> Manifest:
     for item in manifest.items:
         if item.kept and (version == KEYS_AND_VALUES_ONLY or len(item.kept) != item.layers):
             raise _bad_manifest(path, f"{len(item.kept)} layers with names, of {item.layers}")
+        if item.metadata.compaction is not None and (
+            version < COMPACTED_VERSION or item.metadata.fingerprint is None or not item.kept
+        ):
+            raise _bad_manifest(path, f"a compacted item {item.kv_cache_id}")
     return manifest
 
 
@@ -191,6 +209,8 @@ def check_tensors(
         raise _lies(item, f"{len(known.token_ids)} token ids for {tokens} tokens", path)
     if not 0 <= known.header_tokens <= known.body_end <= len(known.token_ids):
         raise _lies(item, f"a body from token {known.header_tokens} to {known.body_end}", path)
+    if known_compaction := item.metadata.compaction:
+        return _check_compacted(item, known_compaction, layouts, model, path)
     slides, equal = dynamic_cache.has_sliding_layers(config), dynamic_cache.has_equal_layers(config)
     if model.layout is not None:
         return _check_measured(item, layouts, model.layout, slides, path)
@@ -222,12 +242,37 @@ def _check_measured(
             raise _lies(item, f"{tensor.name} of {layout[0]} and shape {layout[1]}, for {tensor.at(tokens)}", path)
 
 
+def _check_compacted(
+    item: ItemManifest, stated: Compaction, layouts: Sequence[TensorLayout], model: ModelFingerprint, path: Path
+) -> None:
+    """Raises DamagedFileError unless the tensors are those of so many entries for each layer and head."""
+    if len(stated.entries) != model.layers or model.layout is not None:
+        raise _lies(item, f"entries of {len(stated.entries)} layers, of {model.layers} of the model", path)
+    names = (PACKED_KEYS, PACKED_VALUES, BIAS) if stated.has_bias else (PACKED_KEYS, PACKED_VALUES)
+    if item.kept != (names,) * model.layers:
+        raise _lies(item, f"tensors named {item.kept}, for {names} in each layer", path)
+    dtype, found = getattr(torch, model.dtype), iter(layouts)
+    for heads in stated.entries:
+        if len(heads) != model.kv_heads or min(heads) < 1:
+            raise _lies(item, f"entries of {heads}, for {model.kv_heads} heads", path)
+        for name in names:
+            expected = dtype, (1, 1, sum(heads), 1 if name == BIAS else model.head_dim)
+            if (layout := next(found)) != expected:
+                raise _lies(item, f"{name} of {layout[0]} and shape {layout[1]}, for {expected}", path)
+
+
 def check_size(item: ItemManifest, model: ModelFingerprint, config: PreTrainedConfig, path: Path) -> None:
     """Raises DamagedFileError if a manifest states more bytes of keys and values than its tokens have, or fewer.
 
     For a manifest without its tensors. Sliding layers hold fewer tokens, and layers that differ are not known here.
     """
     if not dynamic_cache.has_equal_layers(config):
+        return
+    if done := item.metadata.compaction:
+        numbers = 2 * model.head_dim + (1 if done.has_bias else 0)
+        whole = sum(map(sum, done.entries)) * numbers * getattr(torch, model.dtype).itemsize
+        if item.metadata.kv_bytes != whole:
+            raise _lies(item, f"{item.metadata.kv_bytes} bytes for entries of {whole}", path)
         return
     if item.kept != (unless_usual(model.layout.names) if model.layout is not None else ()):
         raise _lies(item, "layers that keep other tensors than the model's", path)

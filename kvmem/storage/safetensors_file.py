@@ -112,7 +112,10 @@ class SafetensorsFile(Storage):
             kept = [{name: tensors[_name(i, layer, name)] for name in names} for layer, names in enumerate(entry.names)]
             if entry.metadata.fingerprint is None:
                 manifest.check_unverified(entry, kept, fingerprint, config, path)
-            cache = dynamic_cache.from_contents(kept, config, entry.cache_tokens)
+            if done := entry.metadata.compaction:
+                cache = dynamic_cache.from_compacted(kept, done.entries, entry.cache_tokens)
+            else:
+                cache = dynamic_cache.from_contents(kept, config, entry.cache_tokens)
             items.append(KVCacheItem(cache, entry.metadata, entry.kv_cache_id))
             if not header.is_finite:
                 manifest.check_finite(items[-1], path, DamagedFileError)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from kvmem.cache import KVCacheItem, KVCacheMetadata, ModelFingerprint, dynamic_cache
 from kvmem.engines import Backend
-from kvmem.errors import ConfigError, DamagedFileError
+from kvmem.errors import ConfigError, DamagedFileError, StorageError
 from kvmem.storage import Storage, manifest, opened, replacing, write_all
 from kvmem.tiers.base import DiskStore
 
@@ -77,6 +77,11 @@ class QuantizedFile(Storage):
 
     def dump(self, path: Path, items: Sequence[KVCacheItem]) -> None:
         (item,) = items
+        if item.metadata.compaction is not None:
+            raise StorageError(
+                f"Item {item.kv_cache_id} is {item.metadata.lossy}, and the tier 'disk_{self.scheme}' quantizes memories "
+                "with an entry for each token. Use 'disk'."
+            )
         manifest.check_finite(item, path)
         tensors: dict[str, torch.Tensor] = {}
         for layer, (keys, values) in enumerate(dynamic_cache.layers_of(item.kv_cache)):

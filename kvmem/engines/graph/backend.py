@@ -47,6 +47,7 @@ class HFGraphBackend(HFBackend):
     name: ClassVar[str] = HFGraphConfig.backend
     config_class: ClassVar[type] = HFGraphConfig
     grows_views: ClassVar[bool] = False
+    takes_compacted: ClassVar[bool] = False
     answers_together: ClassVar[bool] = True
 
     def __init__(

@@ -29,6 +29,7 @@ from kvmem.cache import (
     layer_that_is_not_finite,
     observing,
 )
+from kvmem.compaction import CompactionStrategy, compact
 from kvmem.engines.base import BetweenLayers, FirstToken, GreedyAnswer, MeasuredBackend, check_view
 from kvmem.engines.generation import (
     Generation,
@@ -42,16 +43,20 @@ from kvmem.engines.generation import (
 from kvmem.engines.huggingface.config import DTYPES, HFConfig, device_of
 from kvmem.engines.huggingface.coverage import check_covered
 from kvmem.engines.huggingface.model_guard import ModelGuard
-from kvmem.errors import MergeError, ModelError, PromptError, check_kind
+from kvmem.errors import CompactionError, MergeError, ModelError, PromptError, check_kind
 from kvmem.merge import MergeStrategy, merged_tokens
 from kvmem.models import decode_one_token, decoder_layers, loading, max_positions, prefill
 from kvmem.prompt import PromptTemplate, Query, TemplateKind, TokenizedPrompt, common_prefix
 
 RECOMPUTED = (
     "The memory was computed again: the prompt does not begin with all of its tokens, and layers with states or a "
-    "sliding window can't go back to fewer."
+    "sliding window, or those of a compacted memory, can't go back to fewer."
 )
 """The note of an answer for which a memory could not be cut."""
+EXTENDED = (
+    "A compacted memory can't be extended by more turns: what it dropped would be missing from what follows it. Extract "
+    "all turns together, or extend the memory as it was before it was compacted."
+)
 SAMPLES = 5
 SAMPLING_S = 1.0
 """A prefill length is timed `SAMPLES` times, or until this has passed: noise is a small part of a long prefill."""
@@ -65,6 +70,7 @@ class HFBackend(MeasuredBackend):
     grows_views: ClassVar[bool] = True
     """Whether an answer grows the view that it is given, so that one view can serve one answer at a time."""
 
+    takes_compacted: ClassVar[bool] = True
     answers_together: ClassVar[bool] = False
     """Whether `answer_batch` decodes several answers in one pass."""
 
@@ -137,6 +143,8 @@ class HFBackend(MeasuredBackend):
         """
         self.check_model(by_transformers=False)
         self._check_length(len(tokens.token_ids))
+        if base is not None and base.metadata.compaction is not None:
+            raise CompactionError(EXTENDED)
         started = time.perf_counter()
         cache = self._prefilled(tokens.token_ids, base, between_layers)
         self._synchronize()
@@ -155,6 +163,13 @@ class HFBackend(MeasuredBackend):
                 namespace=namespace,
             ),
         )
+
+    def compact(self, item: KVCacheItem, strategy: CompactionStrategy) -> KVCacheItem:
+        if not self.takes_compacted:
+            return super().compact(item, strategy)
+        self.check_model()
+        self.check(item)
+        return compact(item, strategy, self.model)
 
     def check_built(self, cache: DynamicCache, computed: int) -> None:
         """Raises ModelError if a key or value of the last `computed` tokens, or a state, is NaN or infinite.
@@ -197,7 +212,7 @@ class HFBackend(MeasuredBackend):
             return dynamic_cache.view_of(
                 item.kv_cache, item.metadata.tokens, self.model_config, item.metadata.lossy, self.fingerprint
             )
-        self._check_merge(merge)
+        self._check_merge(merge, items)
         separator_ids = self.template.separator_ids(separator)
         tokens = merged_tokens(items, separator_ids)
         self._check_length(len(tokens.token_ids))
@@ -206,8 +221,16 @@ class HFBackend(MeasuredBackend):
         merged = merge.merge(items, separator_ids, self.model)
         return dynamic_cache.view_of(merged, tokens, self.model_config, ", ".join(lossy), self.fingerprint)
 
-    def _check_merge(self, merge: MergeStrategy) -> None:
-        """Raises MergeError for a merge of stored blocks, of a model whose layers keep more than keys and values."""
+    def _check_merge(self, merge: MergeStrategy, items: Sequence[KVCacheItem]) -> None:
+        """Raises MergeError for a merge of stored blocks, of a model whose layers keep more than keys and values, or of
+        a compacted memory."""
+        compacted = next((item for item in items if item.metadata.compaction is not None), None)
+        if compacted is not None and not merge.exact:
+            raise MergeError(
+                f"{merge.name} joins an entry for each token, and item {compacted.kv_cache_id} is "
+                f"{compacted.metadata.lossy}. Use merge=Reprefill, which computes the texts again, or merge memories "
+                "that were extracted without compaction."
+            )
         layout = self.fingerprint.layout
         if merge.exact or layout is None or layout.has_keys_and_values_only:
             return
@@ -299,7 +322,7 @@ class HFBackend(MeasuredBackend):
         if view is None:
             return 0
         view.kept = None
-        if view.keep is None:
+        if view.keep is None or dynamic_cache.is_compacted(view):  # entries of which no text's prefix can be copied
             return 0
         wanted = view.keep.token_ids
         shared = min(common_prefix(wanted, prompt.ids), len(prompt.ids) - 1)

@@ -47,6 +47,7 @@ class HFRanksBackend(HFBackend):
 
     name: ClassVar[str] = HFRanksConfig.backend
     config_class: ClassVar[type] = HFRanksConfig
+    takes_compacted: ClassVar[bool] = False
 
     def __init__(
         self,
