@@ -6,7 +6,7 @@ of the memory's own entries derives from `TokenChoice`. `compact` makes a compac
 covered is measured on the model: `check_covered`.
 """
 
-from kvmem.compaction.base import STRATEGIES, CompactionStrategy, Head, Memory, strategy
+from kvmem.compaction.base import STRATEGIES, CompactionStrategy, Head, Memory, Repeat, strategy
 from kvmem.compaction.compact import compact
 from kvmem.compaction.coverage import check_covered
 from kvmem.compaction.token_choice import TokenChoice
@@ -16,6 +16,7 @@ __all__ = [
     "CompactionStrategy",
     "Head",
     "Memory",
+    "Repeat",
     "TokenChoice",
     "check_covered",
     "compact",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from kvmem.cache import BIAS, KV, PACKED_KEYS, PACKED_VALUES
+from kvmem.cache import BIAS, KV, PACKED_KEYS, PACKED_VALUES, KVCacheItem, dynamic_cache
 from kvmem.registry import Registry
 
 
@@ -33,6 +33,17 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """What follows a memory so that the model repeats it: a turn that asks for it, and the memory's text as the answer.
+
+    Strategies look at the queries of these tokens to see which entries are needed.
+    """
+
+    prompt_ids: tuple[int, ...]
+    text_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Memory:
     """What a strategy compacts: a memory as it was built, and the model that built it."""
 
@@ -40,6 +51,12 @@ class Memory:
     """Keys (after RoPE) and values of each layer, (1, kv_heads, tokens, head_dim). They are not modified."""
     token_ids: tuple[int, ...]
     model: PreTrainedModel
+    repeat: Repeat
+
+    @classmethod
+    def of(cls, item: KVCacheItem, model: PreTrainedModel, repeat: Repeat) -> Memory:
+        """The memory of an item that is not compacted. Raises CompactionError for one that is."""
+        return cls(dynamic_cache.layers_of(item.kv_cache), item.metadata.tokens.token_ids, model, repeat)
 
     @property
     def tokens(self) -> int:

@@ -8,16 +8,16 @@ import torch
 from transformers import PreTrainedModel
 
 from kvmem.cache import BIAS, Compaction, KVCacheItem, dynamic_cache, packed
-from kvmem.compaction.base import CompactionStrategy, Memory
+from kvmem.compaction.base import CompactionStrategy, Memory, Repeat
 from kvmem.compaction.coverage import check_covered
 from kvmem.errors import CompactionError
 
 
-def compact(item: KVCacheItem, strategy: CompactionStrategy, model: PreTrainedModel) -> KVCacheItem:
+def compact(item: KVCacheItem, strategy: CompactionStrategy, model: PreTrainedModel, repeat: Repeat) -> KVCacheItem:
     """A new item with fewer entries than tokens, marked lossy. What follows it has the positions behind the text.
 
-    model: the one that built the item. Its `build_s` adds the compaction to the item's own. The given item is left as
-    it is.
+    model: the one that built the item. repeat: what makes the model repeat the memory. The new item's `build_s`
+    adds the compaction to the item's own. The given item is left as it is.
 
     Raises CompactionError for an item that is compacted already, and for a model that is not covered.
     """
@@ -29,7 +29,7 @@ def compact(item: KVCacheItem, strategy: CompactionStrategy, model: PreTrainedMo
         )
     check_covered(model, known.fingerprint)
     started = time.perf_counter()
-    memory = Memory(dynamic_cache.layers_of(item.kv_cache), known.tokens.token_ids, model)
+    memory = Memory.of(item, model, repeat)
     layers = [packed([head.kept() for head in heads]) for heads in strategy.compact(memory)]
     contents, entries = [kept for kept, _ in layers], tuple(lengths for _, lengths in layers)
     cache = dynamic_cache.from_compacted(contents, entries, known.token_count)

@@ -29,7 +29,7 @@ from kvmem.cache import (
     layer_that_is_not_finite,
     observing,
 )
-from kvmem.compaction import CompactionStrategy, compact
+from kvmem.compaction import CompactionStrategy, Repeat, compact
 from kvmem.engines.base import BetweenLayers, FirstToken, GreedyAnswer, MeasuredBackend, check_view
 from kvmem.engines.generation import (
     Generation,
@@ -53,6 +53,8 @@ RECOMPUTED = (
     "sliding window, or those of a compacted memory, can't go back to fewer."
 )
 """The note of an answer for which a memory could not be cut."""
+REPEAT = "Repeat the text above word for word."
+"""The query behind a memory whose answer is the memory itself, for strategies that look at attention."""
 EXTENDED = (
     "A compacted memory can't be extended by more turns: what it dropped would be missing from what follows it. Extract "
     "all turns together, or extend the memory as it was before it was compacted."
@@ -169,7 +171,12 @@ class HFBackend(MeasuredBackend):
             return super().compact(item, strategy)
         self.check_model()
         self.check(item)
-        return compact(item, strategy, self.model)
+        return compact(item, strategy, self.model, self.repeat_of(item.metadata.tokens))
+
+    def repeat_of(self, tokens: MemoryTokens) -> Repeat:
+        """What follows a memory so that the model repeats it, in the words of `REPEAT`."""
+        prompt = self.template.split(tokens, REPEAT)
+        return Repeat(prompt.ids[len(tokens.token_ids) :], tokens.body_ids + tokens.rest_ids)
 
     def check_built(self, cache: DynamicCache, computed: int) -> None:
         """Raises ModelError if a key or value of the last `computed` tokens, or a state, is NaN or infinite.
