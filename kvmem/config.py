@@ -34,8 +34,9 @@ class ExtractorLLM(BaseModel):
 class KVCacheMemoryConfig(BaseModel):
     """The engine, as `extractor_llm={"backend": "huggingface", "config": {"model_name_or_path": …}}`, and the prompt.
 
-    memory_filename: its suffix picks the file format. merge: a strategy or its name. compaction: a strategy or its name,
-    by which `extract` and `from_textual_memory` compact what they build; None: not at all. template: `chat` or `plain`.
+    memory_filename: its suffix picks the file format. merge: a strategy or its name. compaction: a strategy or its
+    name, by which `extract` and `from_textual_memory` compact what they build; None: not at all. template: `chat` or
+    `plain`.
     chat_template_kwargs: the chat template's own arguments, such as `enable_thinking` or `tools`; JSON values.
     separator: the text between merged memories. namespace: only memories of the same namespace are found, listed,
     merged, loaded and deleted; their files are in a folder of that name. copy_files: `load` copies the tensors instead

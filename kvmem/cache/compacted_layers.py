@@ -122,7 +122,7 @@ class CompactedView(CopyOnWriteLayer):
         super().reset()
 
     def mask(self, new: int, heads: int) -> torch.Tensor:
-        """What is added to the scores of `new` tokens that follow, (1, heads, new, held + new), for `heads` query heads.
+        """What is added to the scores of `new` tokens that follow, by query head, (1, heads, new, held + new).
 
         The lowest value of the dtype hides padding, and the tokens behind each.
         """
@@ -148,6 +148,8 @@ def packed(heads: Sequence[Mapping[str, torch.Tensor]]) -> tuple[Contents, tuple
         for name in (PACKED_KEYS, PACKED_VALUES)
     }
     if any(BIAS in head for head in heads):
-        parts = [head[BIAS] if BIAS in head else head[PACKED_KEYS].new_zeros(len(head[PACKED_KEYS]), 1) for head in heads]
+        parts = [
+            head[BIAS] if BIAS in head else head[PACKED_KEYS].new_zeros(len(head[PACKED_KEYS]), 1) for head in heads
+        ]
         kept[BIAS] = torch.cat(parts)[None, None].contiguous()
     return kept, lengths

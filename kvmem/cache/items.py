@@ -189,7 +189,8 @@ class KVCacheMetadata(BaseModel):
 class KVCacheItem:
     """A memory as KV. `kv_cache` holds, for each layer, keys (after RoPE) and values, (1, kv_heads, tokens, head_dim).
 
-    Of a compacted memory it holds packed entries: see `kvmem.cache.compacted_layers`. Every view of this item shares the tensors. They are never written again.
+    Of a compacted memory it holds packed entries: see `kvmem.cache.compacted_layers`. Every view of this item shares
+    the tensors. They are never written again.
     """
 
     kv_cache: DynamicCache

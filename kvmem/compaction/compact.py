@@ -7,10 +7,10 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from kvmem.cache import BIAS, Compaction, KVCacheItem, dynamic_cache, packed
+from kvmem.cache import BIAS, Compaction, KVCacheItem, dynamic_cache, packed, value_fault
 from kvmem.compaction.base import CompactionStrategy, Memory, Repeat
 from kvmem.compaction.coverage import check_covered
-from kvmem.errors import CompactionError
+from kvmem.errors import CompactionError, ConfigError
 
 
 def compact(item: KVCacheItem, strategy: CompactionStrategy, model: PreTrainedModel, repeat: Repeat) -> KVCacheItem:
@@ -19,7 +19,8 @@ def compact(item: KVCacheItem, strategy: CompactionStrategy, model: PreTrainedMo
     model: the one that built the item. repeat: what makes the model repeat the memory. The new item's `build_s`
     adds the compaction to the item's own. The given item is left as it is.
 
-    Raises CompactionError for an item that is compacted already, and for a model that is not covered.
+    Raises CompactionError for an item that is compacted already, and for a model that is not covered, and ConfigError
+    for a strategy whose knobs a file can't keep.
     """
     known = item.metadata
     if known.compaction is not None:
@@ -27,6 +28,8 @@ def compact(item: KVCacheItem, strategy: CompactionStrategy, model: PreTrainedMo
             f"Item {item.kv_cache_id} is compacted already, by {known.compaction.strategy}. Extract the text again, "
             "and compact that."
         )
+    if fault := value_fault(strategy.knobs()):
+        raise ConfigError(f"The knobs of {strategy.name} can't be kept in a file: knobs{fault}. Use plain JSON values.")
     check_covered(model, known.fingerprint)
     started = time.perf_counter()
     memory = Memory.of(item, model, repeat)

@@ -81,7 +81,7 @@ def _measured_fault(model: PreTrainedModel) -> str:
     whole = _answer(model, dynamic_cache.from_layers([(k.clone(), v.clone()) for k, v in layers], config))
     everything = range(len(PROBE_IDS))
     shuffled = _answer(model, _scrambled(model, layers, everything, doubled=True))
-    if fault := _difference(shuffled, whole, alone, model.dtype, "its attention depends on the order of a memory's entries"):
+    if fault := _difference(shuffled, whole, alone, model.dtype, "its scores depend on where an entry stands"):
         return fault
     some = _answer(model, _scrambled(model, layers, range(KEPT), doubled=True))
     even = _answer(model, _scrambled(model, layers, range(KEPT), doubled=False))

@@ -128,9 +128,9 @@ class MemScheduler:
             raise ConfigError(f"max_builds is {max_builds}. Give 0 or more.")
         if memory.config.compaction is not None:
             raise ConfigError(
-                f"The memory's config compacts by {memory.config.compaction.name}, and MemScheduler plans with memories "
-                "that have an entry for each token. Leave compaction out; the tiers disk_int8 and disk_int4 take fewer "
-                "bytes."
+                f"The memory's config compacts by {memory.config.compaction.name}, and MemScheduler plans with "
+                "memories that have an entry for each token. Leave compaction out. The tiers disk_int8 and disk_int4 "
+                "take fewer bytes."
             )
         self.backend = engines.checked(memory.backend)
         if namespace := memory.config.namespace:  # its state and its KV apart from those of other namespaces

@@ -126,8 +126,7 @@ def from_json(text: str, path: Path) -> Manifest:
         raise _bad_manifest(path, "it states no version")
     if version not in VERSIONS:
         raise StorageError(
-            f"{path} is of format version {version}, and this kvmem reads up to version {VERSIONS[-1]}. "
-            "Upgrade kvmem."
+            f"{path} is of format version {version}, and this kvmem reads up to version {VERSIONS[-1]}. Upgrade kvmem."
         )
     try:
         manifest = Manifest.model_validate_json(text)

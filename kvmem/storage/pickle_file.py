@@ -72,8 +72,8 @@ class PickleFile(Storage):
         for item in items:
             if item.metadata.compaction is not None:
                 raise StorageError(
-                    f"{path}: item {item.kv_cache_id} is {item.metadata.lossy}, and this format needs an entry for each "
-                    "token. Use a memory_filename that ends in .safetensors."
+                    f"{path}: item {item.kv_cache_id} is {item.metadata.lossy}, and this format needs an entry for "
+                    "each token. Use a memory_filename that ends in .safetensors."
                 )
             manifest.check_finite(item, path)
         manifest_json = manifest.to_json(items)

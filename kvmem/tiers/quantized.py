@@ -79,8 +79,8 @@ class QuantizedFile(Storage):
         (item,) = items
         if item.metadata.compaction is not None:
             raise StorageError(
-                f"Item {item.kv_cache_id} is {item.metadata.lossy}, and the tier 'disk_{self.scheme}' quantizes memories "
-                "with an entry for each token. Use 'disk'."
+                f"Item {item.kv_cache_id} is {item.metadata.lossy}, and the tier 'disk_{self.scheme}' quantizes "
+                "memories with an entry for each token. Use 'disk'."
             )
         manifest.check_finite(item, path)
         tensors: dict[str, torch.Tensor] = {}

@@ -50,7 +50,9 @@ class Hiding(TorchFunctionMode):
 
 
 @torch.inference_mode()
-def logits_with(backend: HFBackend, item: KVCacheItem, ids: Sequence[int], chosen: Chosen | None = None) -> torch.Tensor:
+def logits_with(
+    backend: HFBackend, item: KVCacheItem, ids: Sequence[int], chosen: Chosen | None = None
+) -> torch.Tensor:
     """The logits behind `ids`, and behind one token more, (2, vocab), after the item; with the positions `chosen` of it
     alone, by `Hiding`."""
     view = dynamic_cache.view_of(item.kv_cache, item.metadata.tokens, backend.model_config)

@@ -134,7 +134,7 @@ def test_a_query_that_changes_the_memorys_last_tokens_computes_the_text_again(qw
     memory.add(item)
     view = memory.get_cache(item.kv_cache_id)
     prompt = qwen3_plain.template.split(item.metadata.tokens, "ing of boats?")
-    view.tokens = item.metadata.tokens.model_copy(update={"token_ids": item.metadata.tokens.token_ids[:-1] + (5,)})
+    view.tokens = item.metadata.tokens.model_copy(update={"token_ids": (*item.metadata.tokens.token_ids[:-1], 5)})
     answer = qwen3_plain.generate("ing of boats?", view, 6)
     assert answer.cached_tokens == 0 and "compacted" in answer.note and answer.lossy == ""
     assert list(answer.token_ids) == greedy_by_transformers(qwen3_plain, prompt.ids, 6)

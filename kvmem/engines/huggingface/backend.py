@@ -56,8 +56,8 @@ RECOMPUTED = (
 REPEAT = "Repeat the text above word for word."
 """The query behind a memory whose answer is the memory itself, for strategies that look at attention."""
 EXTENDED = (
-    "A compacted memory can't be extended by more turns: what it dropped would be missing from what follows it. Extract "
-    "all turns together, or extend the memory as it was before it was compacted."
+    "A compacted memory can't be extended by more turns, whose keys and values would miss what it dropped. Extract all "
+    "turns together, or extend the memory as it was before it was compacted."
 )
 SAMPLES = 5
 SAMPLING_S = 1.0
