@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvmem.cache import BIAS, KV, PACKED_KEYS, PACKED_VALUES, KVCacheItem, dynamic_cache
+from kvmem.compaction.observed_queries import See, observe
 from kvmem.registry import Registry
 
 
@@ -61,6 +62,13 @@ class Memory:
     @property
     def tokens(self) -> int:
         return len(self.token_ids)
+
+    def observe(self, see: See) -> None:
+        """Shows `see` what each layer computes while the model repeats the memory: one prefill of about its length.
+
+        Raises CompactionError as `observed_queries.observe`.
+        """
+        observe(self.model, self.layers, self.repeat.prompt_ids, self.repeat.text_ids, see)
 
 
 class CompactionStrategy(ABC):
