@@ -85,7 +85,7 @@ class AttentionMatching(CompactionStrategy):
         """The entries that are kept, ascending, and by what their attention is multiplied so that it adds up to that of
         all."""
         if self.keys == "fast" or count == mass_NS.shape[1]:
-            at_K = attention_NS.square().mean(dim=0).topk(count).indices.sort().values
+            at_K = torch.linalg.vector_norm(attention_NS, dim=0).topk(count).indices.sort().values
             weights_K = bounded_least_squares(
                 mass_NS[:, at_K], whole_N, low=math.exp(-FAST_BIAS), high=math.exp(FAST_BIAS)
             )
