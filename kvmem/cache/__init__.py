@@ -7,9 +7,9 @@ the stored tensors stay as they are.
 What a layer keeps is told by `CacheLayout`: an entry for each token (keys and values), or a state at the memory's end.
 A compacted memory has fewer entries than tokens: `Compaction` says how many, and `compacted_layers` how they are kept.
 
-Two modules are used as namespaces. `dynamic_cache` builds, views, crops and joins transformers' `DynamicCache`; it and
-`layers` are the only modules that know its internals. `device_transfer` copies a cache from host memory to a GPU while
-the model already computes.
+Two modules are used as namespaces. `dynamic_cache` builds, views, crops and joins transformers' `DynamicCache`; it,
+`compacted_layers` and `layers` are the only modules that know its internals. `device_transfer` copies a cache from host
+memory to a GPU while the model already computes.
 """
 
 from kvmem.cache import device_transfer, dynamic_cache

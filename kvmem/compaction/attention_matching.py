@@ -33,11 +33,11 @@ class AttentionMatching(CompactionStrategy):
 
     ratio: float = Field(default=0.1, gt=0, le=1)
     """The share of the entries that is kept, rounded up to whole entries."""
-    keys: Literal["fast", "pursuit"] = "fast"
+    search: Literal["fast", "pursuit"] = "fast"
     """fast: the keys with the largest root mean square of attention. pursuit: orthogonal matching pursuit."""
-    bias: bool = True
+    fit_bias: bool = True
     """Whether biases are fitted; otherwise there are none."""
-    values: bool = True
+    fit_values: bool = True
     """Whether values are fitted; otherwise they are the chosen entries' own."""
     on_policy: bool = True
     most_queries: int = Field(default=50_000, ge=1)
@@ -69,8 +69,8 @@ class AttentionMatching(CompactionStrategy):
         mass_NS, whole_N = _mass(scores_NS)
         attention_NS = mass_NS / whole_N[:, None]
         at_K, weights_K = self._chosen(mass_NS, whole_N, attention_NS, count)
-        bias_K = weights_K.log().to(keys_SD.dtype) if self.bias else None
-        if not self.values:
+        bias_K = weights_K.log().to(keys_SD.dtype) if self.fit_bias else None
+        if not self.fit_values:
             return Head(keys_SD[at_K], values_SD[at_K], bias_K)
         # In float64, and by the same steps as the attention to all entries, so that nothing is fitted to rounding.
         compacted_NK, sum_N = _mass(scores_NS[:, at_K] + (0 if bias_K is None else bias_K.float()))
@@ -84,8 +84,8 @@ class AttentionMatching(CompactionStrategy):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The entries that are kept, ascending, and by what their attention is multiplied so that it adds up to that of
         all."""
-        if self.keys == "fast" or count == mass_NS.shape[1]:
-            at_K = torch.linalg.vector_norm(attention_NS, dim=0).topk(count).indices.sort().values
+        if self.search == "fast" or count == mass_NS.shape[1]:
+            at_K = torch.linalg.vector_norm(attention_NS, dim=0).topk(count).indices.sort()[0]
             weights_K = bounded_least_squares(
                 mass_NS[:, at_K], whole_N, low=math.exp(-FAST_BIAS), high=math.exp(FAST_BIAS)
             )

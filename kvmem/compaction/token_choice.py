@@ -27,9 +27,7 @@ class TokenChoice(CompactionStrategy):
     def chosen(self, memory: Memory) -> list[list[torch.Tensor]]:
         """The positions that each layer's KV heads keep, ascending, (entries,) int64."""
         count = entries_of(self.ratio, memory.tokens)
-        return [
-            [scores_T.topk(count).indices.sort().values for scores_T in scores_HT] for scores_HT in self.scores(memory)
-        ]
+        return [[scores_T.topk(count).indices.sort()[0] for scores_T in scores_HT] for scores_HT in self.scores(memory)]
 
     @torch.inference_mode()
     def compact(self, memory: Memory) -> list[list[Head]]:

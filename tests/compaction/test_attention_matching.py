@@ -37,10 +37,10 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max())
 
 
-@pytest.mark.parametrize("keys", BOTH)
-def test_with_all_entries_it_is_the_memory(family: HFBackend, keys):
+@pytest.mark.parametrize("search", BOTH)
+def test_with_all_entries_it_is_the_memory(family: HFBackend, search):
     item = memory_on(family).extract(TEXT)
-    strategy = AttentionMatching(ratio=1.0, keys=keys)
+    strategy = AttentionMatching(ratio=1.0, search=search)
     for (stored_keys, stored_values), heads in zip(
         dynamic_cache.layers_of(item.kv_cache), strategy.compact(memory_of(family, item)), strict=True
     ):
@@ -205,7 +205,7 @@ def test_on_a_trained_model_matching_is_better_than_choosing_and_choosing_than_c
             "random": RandomChoice(ratio=0.1),
             "kvzip": KVzip(ratio=0.1),
             "fast": AttentionMatching(ratio=0.1),
-            "pursuit": AttentionMatching(ratio=0.1, keys="pursuit"),
+            "pursuit": AttentionMatching(ratio=0.1, search="pursuit"),
         }.items()
     }
     assert errors["kvzip"] < errors["random"]

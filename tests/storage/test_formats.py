@@ -106,7 +106,7 @@ def test_a_future_version_is_not_reported_as_damage(path: Path, monkeypatch: pyt
     monkeypatch.setattr(manifest, "KEYS_AND_VALUES_ONLY", 7)
     stored.dump(path, stored.item())
     monkeypatch.undo()
-    with pytest.raises(StorageError, match=r"version 7, .* reads up to version 2\. Upgrade kvmem") as raised:
+    with pytest.raises(StorageError, match=r"version 7, .* reads up to version 3\. Upgrade kvmem") as raised:
         stored.load(path)
     assert not isinstance(raised.value, DamagedFileError)
 
