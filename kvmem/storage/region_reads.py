@@ -131,7 +131,7 @@ class _Job:
                     outcome = ("damaged", 0, "")
             except OSError as error:
                 outcome = ("error", error.errno or 0, error.strerror or str(error))
-            except Exception as error:  # the parent must hear of everything
+            except (ValueError, TypeError, MemoryError) as error:  # the parent must hear of everything
                 outcome = ("error", 0, repr(error))
         with self.lock:
             self.outcome = self.outcome if self.outcome[0] else outcome

@@ -18,6 +18,7 @@ from kvmem.engines.base import FileHandle
 from kvmem.engines.vllm.backend import VLLMBackend
 from kvmem.engines.vllm.requests import GenerationRequest, VLLMGeneration
 from kvmem.errors import InjectionError
+from kvmem.storage import ThreadReader
 from tests.helpers.tiny import pairs
 from tests.vllm.conftest import BUDGET_MIB, on_engine
 
@@ -82,10 +83,10 @@ def test_a_slow_load_leaves_other_requests_their_steps_and_tokens(
 ) -> None:
     """By the order of events: another request, which arrives later, has all its tokens before the first of the one
     whose file is read."""
-    if is_disk_slow:  # each system call that reads a file
+    if is_disk_slow:  # each system call that reads a file, on threads of this process
         read = os.preadv
         monkeypatch.setattr(os, "preadv", lambda *arguments: (time.sleep(0.05), read(*arguments))[1])
-        monkeypatch.setattr(slow.loop.connector.worker_side.files.reads.throttle, "bytes_per_s", None)
+        monkeypatch.setattr(slow.loop.connector.worker_side.files, "reader", ThreadReader())
     loading = request(slow, views[0])
     other = request(slow, None, "Tell me a story.", "story", 12)
     alone = slow.answer(other.query, other)
