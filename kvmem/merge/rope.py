@@ -144,10 +144,14 @@ def rotary_calls(model: nn.Module, positions: Sequence[int], found: list[Rotary]
     calls: list[_Call] = []
 
     @observing
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], *others: Any) -> None:
+        # Another thread may have listed this hook before it was removed: torch then calls it without keywords.
+        if threading.get_ident() != thread or len(others) != 2:
+            return
+        kwargs, output = others
         given = [*args, *kwargs.values()]
         at = next((value for value in given if _holds(value, wanted)), None)
-        if threading.get_ident() != thread or at is None or (pair := _cos_and_sin(output)) is None:
+        if at is None or (pair := _cos_and_sin(output)) is None:
             return
         call = module, [str(value) for value in given if not isinstance(value, torch.Tensor)]
         if call in seen:

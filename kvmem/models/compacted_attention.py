@@ -47,8 +47,9 @@ def _masked(layer: CompactedView, new: int, heads: int) -> Any:
     thread = threading.get_ident()
 
     @observing
-    def give_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != thread:
+    def give_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        # Another thread may have listed this hook before it was removed: torch then calls it without keywords.
+        if threading.get_ident() != thread or kwargs is None:
             return None
         layer.has_mask = True
         mask = layer.mask(new, heads)

@@ -266,9 +266,9 @@ def test_a_pickle_whose_manifest_lies_is_refused(
 @pytest.mark.parametrize("suffix", ["safetensors", "pickle", "int8"])
 def test_a_file_from_the_future_says_what_to_do(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / f"memory.{suffix}"
-    dump_stating(path, lambda contents: contents.update(version=3, items="of a later kind"), monkeypatch)
+    dump_stating(path, lambda contents: contents.update(version=4, items="of a later kind"), monkeypatch)
     with pytest.raises(
-        StorageError, match=r"version 3, and this kvmem reads up to version 2\. Upgrade kvmem"
+        StorageError, match=r"version 4, and this kvmem reads up to version 3\. Upgrade kvmem"
     ) as raised:
         load_file(path)
     assert not isinstance(raised.value, DamagedFileError)
@@ -474,7 +474,7 @@ def test_a_manifest_in_the_cold_tier_that_lies_is_refused(tmp_path: Path) -> Non
         "[]",
         "null",
         "[" * 100_000,
-        json.dumps(whole | {"version": 3}),
+        json.dumps(whole | {"version": 4}),
         *(
             json.dumps({"version": 1, "items": [whole["items"][0] | {"metadata": metadata | {"kv_bytes": kv_bytes}}]})
             for kv_bytes in (-(1 << 50), TERABYTES, 1)
